@@ -1,0 +1,1 @@
+"""A pure PyTorch trainer for Linear-MoE language models."""
