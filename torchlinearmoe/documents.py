@@ -1,0 +1,114 @@
+"""Where one document of a packed token stream ends and the next begins.
+
+Everything that mixes tokens (recurrent state, short convolution, token shift, attention) stops at a document's
+border, so the borders travel beside the hidden states as one `Documents`. A plain batch is the case of equal lengths.
+
+Letters: B batch, T tokens of the flat stream, N documents.
+
+    stream      a b c | d e | f g h        T = 8, N = 3, row_length = 8
+    cu_seqlens  0       3     5       8
+    ids         0 0 0   1 1   2 2 2
+    positions   0 1 2   0 1   0 1 2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """The borders of the N documents of one flat stream of T tokens, on the device and on the host."""
+
+    cu_seqlens: Tensor
+    """int32 [N + 1] on the device: document n is the tokens cu_seqlens[n] .. cu_seqlens[n + 1] - 1."""
+    ids: Tensor
+    """int32 [T] on the device: the document of each token, 0, 0, 0, 1, 1, ..."""
+    positions: Tensor
+    """int64 [T] on the device: the place of each token in its document."""
+    lengths: tuple[int, ...]
+    """Tokens of each document, on the host; all at least 1."""
+    row_length: int
+    """Tokens of one packed sequence; the stream is T / row_length of them, and no document crosses into the next."""
+
+    @property
+    def num_documents(self) -> int:
+        """N."""
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.ids.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        """Packed sequences in the stream."""
+        return self.num_tokens // self.row_length
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest document."""
+        return max(self.lengths)
+
+    @classmethod
+    def packed(
+        cls, cu_seqlens: Sequence[int], row_length: int | None = None, device: torch.device | str = "cpu"
+    ) -> Documents:
+        """Documents from their borders on the host, `[0, ..., T]`, strictly increasing.
+
+        `row_length` defaults to T, one packed sequence. Only the N + 1 borders are copied to the device; the copy
+        does not wait for it. Raises ValueError on borders that do not increase from 0, on a T that is not whole
+        rows, and on a document that crosses a row.
+        """
+        borders = [int(border) for border in cu_seqlens]
+        if len(borders) < 2 or borders[0] != 0:
+            raise ValueError(f"cu_seqlens = {_short(borders)}: it must start at 0 and name at least one document")
+        lengths = tuple(end - start for start, end in pairwise(borders))
+        if min(lengths) < 1:
+            raise ValueError(f"cu_seqlens = {_short(borders)}: it must strictly increase (a document has no tokens)")
+        num_tokens = borders[-1]
+        row_length = num_tokens if row_length is None else row_length
+        if row_length < 1 or num_tokens % row_length:
+            raise ValueError(f"row_length = {row_length}: it must divide the {num_tokens} tokens of the stream")
+        missing = set(range(0, num_tokens, row_length)).difference(borders)
+        if missing:
+            raise ValueError(
+                f"cu_seqlens = {_short(borders)}: a document crosses token {min(missing)}, "
+                f"where a row of row_length = {row_length} tokens begins"
+            )
+        return cls._build(borders, lengths, row_length, torch.device(device))
+
+    @classmethod
+    def batch(cls, batch_size: int, length: int, device: torch.device | str = "cpu") -> Documents:
+        """A plain batch: `batch_size` documents of `length` tokens, one a row."""
+        if batch_size < 1 or length < 1:
+            raise ValueError(f"a batch of shape [{batch_size}, {length}] has no tokens")
+        borders = list(range(0, batch_size * length + 1, length))
+        return cls._build(borders, (length,) * batch_size, length, torch.device(device))
+
+    @classmethod
+    def _build(cls, borders: list[int], lengths: tuple[int, ...], row_length: int, device: torch.device) -> Documents:
+        host = torch.tensor(borders, dtype=torch.int32, device="cpu")
+        if device.type == "cuda":
+            host = host.pin_memory()
+        cu_seqlens = host.to(device, non_blocking=True)
+        num_tokens = borders[-1]
+        document = torch.arange(len(lengths), dtype=torch.int32, device=device)
+        # output_size spares repeat_interleave a wait for the device.
+        ids = torch.repeat_interleave(document, cu_seqlens.diff(), output_size=num_tokens)
+        starts = torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff(), output_size=num_tokens)
+        positions = torch.arange(num_tokens, dtype=torch.int64, device=device) - starts
+        return cls(cu_seqlens, ids, positions, lengths, row_length)
+
+
+def _short(borders: list[int]) -> str:
+    if len(borders) <= 6:
+        return str(borders)
+    head, tail = ", ".join(map(str, borders[:4])), ", ".join(map(str, borders[-2:]))
+    return f"[{head}, ..., {tail}]"
