@@ -1,0 +1,77 @@
+"""Clipping on one process: against torch's own. Several ranks and meshes: tests/distributed/test_clip.py."""
+
+import pytest
+import torch
+from torch import nn
+
+from torchlinearmoe.parallel.clip import clip_gradients
+
+
+def twins(seed, dtype=torch.float32, scale=1.0):
+    """Two equal models with equal gradients."""
+    torch.manual_seed(seed)
+    models = [nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5), nn.Linear(5, 3)).to(dtype) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for p, q in zip(*(m.parameters() for m in models)):
+        p.grad = torch.randn_like(p) * scale
+        q.grad = p.grad.clone()
+    return models
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
+def test_norm_and_scaled_gradients_are_those_of_torch(dtype, scale):
+    ours, theirs = twins(11, dtype, scale)
+    norm = clip_gradients(ours, 1.0)
+    expected = nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+    assert norm.dtype == dtype and norm.shape == ()
+    torch.testing.assert_close(norm, expected)
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0, 0.0])
+def test_without_a_bound_it_only_measures(max_norm):
+    ours, theirs = twins(12, scale=10.0)
+    norm = clip_gradients(ours, max_norm)
+    torch.testing.assert_close(norm, nn.utils.get_total_norm([q.grad for q in theirs.parameters()]))
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_low_precision_gradients_are_summed_in_float32():
+    parameter = nn.Parameter(torch.zeros(1 << 16, dtype=torch.bfloat16))
+    parameter.grad = torch.full_like(parameter, 0.125)
+    norm = clip_gradients([parameter], 16.0)
+    assert norm.dtype == torch.float32 and norm.item() == pytest.approx(32.0, rel=1e-6)
+    assert parameter.grad.dtype == torch.bfloat16 and torch.all(parameter.grad == 0.0625)
+
+
+def test_parameters_without_gradient_or_frozen_count_as_zero():
+    with_gradient, without, frozen = (nn.Parameter(torch.randn(3)) for _ in range(3))
+    with_gradient.grad = torch.tensor([3.0, 0.0, 4.0])
+    frozen.requires_grad_(False)
+    frozen.grad = torch.ones(3)
+    assert clip_gradients([without, with_gradient, frozen], 1.0).item() == pytest.approx(5.0)
+    assert without.grad is None and torch.equal(frozen.grad, torch.ones(3))
+
+
+def test_parameter_counted_elsewhere_is_scaled_and_not_counted():
+    own, shared = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
+    own.grad, shared.grad = torch.tensor([6.0, 8.0]), torch.tensor([100.0])
+    assert clip_gradients([own, shared], 5.0, counted_elsewhere=[shared]).item() == pytest.approx(10.0)
+    torch.testing.assert_close(own.grad, torch.tensor([3.0, 4.0]))
+    torch.testing.assert_close(shared.grad, torch.tensor([50.0]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_gradient_shows_in_the_norm(value):
+    ours, _ = twins(13)
+    ours[0].weight.grad[0, 0] = value
+    assert not torch.isfinite(clip_gradients(ours, 1.0))
+
+
+def test_generator_of_parameters_is_accepted():
+    ours, theirs = twins(14, scale=30.0)
+    clip_gradients(ours.parameters(), 1.0)
+    assert nn.utils.get_total_norm([p.grad for p in ours.parameters()]).item() == pytest.approx(1.0, rel=1e-5)

@@ -1,0 +1,19 @@
+"""The optimizer's room: which parameters decay, which optimizer runs, what the learning rate is at a step.
+
+Gradient clipping needs the meshes and lives in `torchlinearmoe.parallel.clip`.
+"""
+
+from torchlinearmoe.optim.build import OPTIMIZERS, build_optimizer
+from torchlinearmoe.optim.groups import parameter_groups
+from torchlinearmoe.optim.schedule import SCHEDULES, learning_rate, set_learning_rate
+from torchlinearmoe.optim.step import step_if_finite
+
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "build_optimizer",
+    "learning_rate",
+    "parameter_groups",
+    "set_learning_rate",
+    "step_if_finite",
+]
