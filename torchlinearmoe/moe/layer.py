@@ -1,0 +1,125 @@
+"""The sparse feed-forward: route, dispatch, experts, combine.
+
+x_TD is a flat stream of packed sequences; tokens do not see each other here, so document borders do not matter.
+
+Routing and accounting (losses, statistics) run eagerly: the router may be a sharded unit of its own, and counts go
+through collectives. The dispatcher's two methods, the experts' forward and `add_shared` take and give tensors, each fit
+to be compiled by itself; `parallel` swaps `dispatcher` for one that exchanges tokens between ranks.
+
+T tokens, D model width, k experts a token, R rows given to experts, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from torchlinearmoe.initialize import linear
+from torchlinearmoe.models.mlp import SwiGLU
+from torchlinearmoe.moe.balance import Balance, attach_loss, count_assignments
+from torchlinearmoe.moe.capacity import DROP_POLICIES, expert_capacity, keep_within_capacity
+from torchlinearmoe.moe.dispatch import LocalDispatch
+from torchlinearmoe.moe.experts import Experts
+from torchlinearmoe.moe.router import Router, Routing
+from torchlinearmoe.moe.statistics import LoadStatistics, recomputing
+from torchlinearmoe.moe.totals import StepTotals
+
+if TYPE_CHECKING:
+    from torchlinearmoe.recipe.schema import MoERecipe
+
+
+class MoE(nn.Module):
+    """Sparse mixture of SwiGLU experts, plus an optional shared expert that every token passes.
+
+    y_t = sum over the chosen experts e of w_te * expert_e(x_t)  [+ sigmoid(g . x_t) * shared(x_t)]
+
+    std, out_std: of the initial weights and of those that write into the residual stream.
+    """
+
+    step_counts_E: Tensor
+
+    def __init__(self, width: int, recipe: MoERecipe, std: float, out_std: float):
+        super().__init__()
+        if recipe.drop_policy not in DROP_POLICIES:
+            raise ValueError(f"moe.drop_policy = {recipe.drop_policy!r}: must be one of {', '.join(DROP_POLICIES)}")
+        E = recipe.num_experts
+        self.bias_rate = recipe.bias_rate
+        self.capacity_factor = recipe.capacity_factor
+        self.eval_capacity_factor = recipe.eval_capacity_factor
+        self.drop_policy = recipe.drop_policy
+        self.router = Router(
+            width,
+            E,
+            recipe.top_k,
+            renormalize=recipe.renormalize,
+            selection_bias=recipe.balance == "bias",
+            std=std,
+        )
+        self.experts = Experts(width, recipe.hidden_size, E, backend=recipe.backend, std=std, out_std=out_std)
+        self.shared = SwiGLU(width, recipe.shared_hidden_size, std, out_std) if recipe.shared_hidden_size else None
+        self.shared_gate = linear(width, 1, std) if recipe.shared_hidden_size and recipe.shared_gate else None
+        self.balance = Balance(
+            E,
+            kind=recipe.balance,
+            coefficient=recipe.balance_coefficient,
+            scope=recipe.balance_scope,
+            z_loss_coefficient=recipe.z_loss_coefficient,
+        )
+        self.statistics = LoadStatistics(E)
+        self.dispatcher = LocalDispatch(E)
+        self.register_buffer("step_counts_E", torch.zeros(E, dtype=torch.int64), persistent=False)
+
+    def reset_buffers(self) -> None:
+        """Forget the counts that `update_bias` reads."""
+        self.step_counts_E.zero_()
+
+    def forward(self, x_TD: Tensor, *, totals: StepTotals | None = None, row_length: int | None = None) -> Tensor:
+        """[T, D] -> [T, D].
+
+        totals: of the optimizer step; None (outside training) leaves the auxiliary losses out.
+        row_length: tokens of a packed sequence in this stream, for the balance loss of scope "sequence".
+        """
+        routing = self.router(x_TD)
+        keep_Tk = self._keep(routing)
+        routing = self._account(routing, keep_Tk, totals, row_length)
+        x_RD, counts_E, context = self.dispatcher.dispatch(x_TD, routing, keep_Tk)
+        y_RD = self.experts(x_RD, counts_E, context.padded)
+        y_TD = self.dispatcher.combine(y_RD, context)
+        return y_TD if self.shared is None else self.add_shared(y_TD, x_TD)
+
+    def _keep(self, routing: Routing) -> Tensor | None:
+        """Which assignments fit the capacity of this mode; None for all."""
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if factor is None:
+            return None
+        tokens, top_k = routing.topk_ids_Tk.shape
+        capacity = expert_capacity(tokens, top_k, self.router.num_experts, factor)
+        return keep_within_capacity(routing.topk_ids_Tk, routing.probs_TE, capacity, self.drop_policy)
+
+    def _account(
+        self, routing: Routing, keep_Tk: Tensor | None, totals: StepTotals | None, row_length: int | None
+    ) -> Routing:
+        """Count what was routed and attach the auxiliary losses to the weights."""
+        if not self.training:
+            return routing
+        if self.balance.counting:
+            self.balance.global_counts_E += count_assignments(routing.topk_ids_Tk, self.router.num_experts)
+            return routing
+        losses = None if totals is None else self.balance(routing, totals, row_length)
+        if not recomputing():
+            counts_E = count_assignments(routing.topk_ids_Tk, self.router.num_experts)
+            self.step_counts_E += counts_E
+            self.statistics.record(counts_E, routing.probs_TE, keep_Tk, losses)
+        if losses is None:
+            return routing
+        return routing._replace(topk_weights_Tk=attach_loss(routing.topk_weights_Tk, losses[0] + losses[1]))
+
+    def add_shared(self, y_TD: Tensor, x_TD: Tensor) -> Tensor:
+        """Add the shared expert's output, gated where there is a gate."""
+        assert self.shared is not None
+        shared_TD = self.shared(x_TD)
+        if self.shared_gate is not None:
+            shared_TD = self.shared_gate(x_TD).sigmoid() * shared_TD
+        return y_TD + shared_TD

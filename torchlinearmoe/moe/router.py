@@ -1,0 +1,93 @@
+"""The router: a token's scores over all experts, its top-k choice and the weights of the chosen.
+
+Everything is fp32 (fp64 for fp64 inputs): the choice is discrete, so a rounding there is a different model.
+Only what needs the router's weight or its selection bias lives here; losses, counts and the movement of tokens do not.
+
+T tokens, D model width, E experts, k experts a token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchlinearmoe.initialize import Normal, set_initializers
+
+
+class Routing(NamedTuple):
+    """A router's decision. A tuple, because FSDP finds the tensors of a module's output by walking its containers."""
+
+    topk_ids_Tk: Tensor
+    """int64 [T, k], distinct experts of each token, best first."""
+    topk_weights_Tk: Tensor
+    """fp32 [T, k], what the output of each chosen expert is multiplied by."""
+    probs_TE: Tensor
+    """fp32 [T, E], probabilities over all experts (rows sum to 1)."""
+    logits_TE: Tensor
+    """fp32 [T, E]."""
+
+
+class Router(nn.Module):
+    """Softmax over all experts, then top-k.
+
+    With `renormalize` the k weights of a token are scaled to sum to one, which equals a softmax over the chosen
+    logits; without it they keep their share of the whole softmax. With `selection_bias` a persistent fp32 buffer
+    `expert_bias` [E] is added to the scores when experts are chosen, and only then (Wang et al. 2024,
+    "Auxiliary-Loss-Free Load Balancing", arXiv 2408.15664): weights and gradients never see it.
+
+    Another kind of router overrides `score` (sigmoid), `select` (group-limited) or `weigh`.
+    """
+
+    expert_bias: Tensor | None
+
+    def __init__(
+        self,
+        width: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        renormalize: bool = True,
+        selection_bias: bool = False,
+        std: float = 0.02,
+    ):
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"moe.top_k = {top_k}: must lie between 1 and moe.num_experts = {num_experts}")
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.renormalize = renormalize
+        self.weight = nn.Parameter(torch.empty(num_experts, width, dtype=torch.float32))
+        set_initializers(self, weight=Normal(std))
+        self.register_buffer("expert_bias", torch.zeros(num_experts, dtype=torch.float32) if selection_bias else None)
+
+    def reset_buffers(self) -> None:
+        """Start from an unbiased selection."""
+        if self.expert_bias is not None:
+            self.expert_bias.zero_()
+
+    def score(self, logits_TE: Tensor) -> Tensor:
+        """[T, E] logits -> [T, E] probabilities over all experts."""
+        return logits_TE.softmax(-1)
+
+    def select(self, scores_TE: Tensor) -> Tensor:
+        """[T, E] scores (selection bias included) -> int64 [T, k] distinct experts."""
+        return scores_TE.topk(self.top_k, dim=-1).indices
+
+    def weigh(self, logits_TE: Tensor, probs_TE: Tensor, topk_ids_Tk: Tensor) -> Tensor:
+        """Weights [T, k] of the chosen experts."""
+        if self.renormalize:  # p_i / sum(p) of the chosen, without dividing by a sum that may underflow
+            return logits_TE.gather(-1, topk_ids_Tk).softmax(-1)
+        return probs_TE.gather(-1, topk_ids_Tk)
+
+    def forward(self, x_TD: Tensor) -> Routing:
+        """Route x: [T, D] of any floating dtype."""
+        dtype = torch.promote_types(x_TD.dtype, self.weight.dtype)  # the weight is fp32, or fp64 in a fp64 model
+        logits_TE = F.linear(x_TD.to(dtype), self.weight.to(dtype))
+        probs_TE = self.score(logits_TE)
+        with torch.no_grad():
+            scores_TE = probs_TE if self.expert_bias is None else probs_TE + self.expert_bias
+            topk_ids_Tk = self.select(scores_TE)
+        return Routing(topk_ids_Tk, self.weigh(logits_TE, probs_TE, topk_ids_Tk), probs_TE, logits_TE)

@@ -1,0 +1,136 @@
+"""How the experts of each layer are used, counted while training and read when metrics are logged.
+
+Each micro-batch adds to buffers on the device; nothing is synchronised until `collect_statistics`.
+
+Activation checkpointing runs a forward twice. A recomputation happens inside a running backward, a first forward never
+does, so `recomputing` tells them apart and everything is counted once, whichever way the blocks are checkpointed.
+
+E experts, k experts a token.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+
+def recomputing() -> bool:
+    """Whether this forward is run again by activation checkpointing, that is from inside a backward."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class LoadStatistics(nn.Module):
+    """One layer's running sums since they were last collected. Buffers, not saved in checkpoints."""
+
+    def __init__(self, num_experts: int):
+        super().__init__()
+        self.num_experts = num_experts
+        self.register_buffer("counts_E", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+        self.register_buffer("dropped", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("tokens", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("probs_E", torch.zeros(num_experts, dtype=torch.float64), persistent=False)
+        self.register_buffer("losses", torch.zeros(2, dtype=torch.float64), persistent=False)
+
+    counts_E: Tensor
+    dropped: Tensor
+    tokens: Tensor
+    probs_E: Tensor
+    losses: Tensor
+
+    def reset_buffers(self) -> None:
+        """Start counting anew."""
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    @torch.no_grad()
+    def record(
+        self, counts_E: Tensor, probs_TE: Tensor, keep_Tk: Tensor | None, losses: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """Add a micro-batch: assignments [E] before dropping, probabilities [T, E], kept assignments, losses."""
+        self.counts_E += counts_E
+        self.tokens += probs_TE.shape[0]
+        self.probs_E += probs_TE.sum(0)
+        if keep_Tk is not None:
+            self.dropped += (~keep_Tk).sum()
+        if losses is not None:
+            self.losses += torch.stack(losses)
+
+    def packed(self) -> Tensor:
+        """All sums in one fp64 vector [2E + 4] (counts are exact up to 2^53)."""
+        return torch.cat(
+            (
+                self.counts_E.double(),
+                self.probs_E,
+                self.losses,
+                torch.stack((self.dropped.double(), self.tokens.double())),
+            )
+        )
+
+
+def _figures(packed: Tensor, num_experts: int) -> dict[str, float]:
+    counts_E, probs_E, losses, rest = packed.split([num_experts, num_experts, 2, 2])
+    assignments, tokens = counts_E.sum(), rest[1]
+    mean_E = probs_E / tokens
+    return {
+        "max_load": (counts_E.max() * num_experts / assignments).item(),
+        "min_load": (counts_E.min() * num_experts / assignments).item(),
+        "entropy": torch.special.entr(mean_E).sum().item(),
+        "dropped": (rest[0] / assignments).item(),
+        "balance_loss": losses[0].item(),
+        "z_loss": losses[1].item(),
+    }
+
+
+@torch.no_grad()
+def collect_statistics(
+    model: nn.Module, group: ProcessGroup | None = None, *, steps: int = 1, reset: bool = True
+) -> dict[str, float]:
+    """The load figures of every MoE layer since the last collection, as a flat dict, and reset them.
+
+    Keys are `moe/FIGURE` (over the layers: the maximum of max_load and dropped, the minimum of min_load, the
+    mean of entropy, the sum of the losses) and `moe/PATH/FIGURE` for the layer at PATH:
+    max_load, min_load: the busiest and idlest expert's assignments over the mean (1 is perfect balance);
+    entropy: of the mean probabilities, in nats (log E is perfect balance); dropped: fraction of assignments over
+    capacity; balance_loss, z_loss: as added to the training loss, coefficients included, mean of the `steps` collected.
+
+    One all-reduce over `group` (all ranks whose tokens make up a step, of one pipeline stage; every one of them has to
+    call) and one transfer to the host, for all layers together. Empty when there is no MoE layer or no token was seen.
+    """
+    layers = [
+        (path.removesuffix(".statistics"), module)
+        for path, module in model.named_modules()
+        if isinstance(module, LoadStatistics)
+    ]
+    if not layers:
+        return {}
+    packed = torch.cat([layer.packed() for _, layer in layers])
+    if group is not None:
+        dist.all_reduce(packed, group=group)
+    packed = packed.cpu()
+    if reset:
+        for _, layer in layers:
+            layer.reset_buffers()
+    per_layer: list[dict[str, float]] = []
+    result: dict[str, float] = {}
+    for (path, layer), values in zip(layers, packed.split([2 * layer.num_experts + 4 for _, layer in layers])):
+        if values[-1] == 0:
+            continue
+        figures = _figures(values, layer.num_experts)
+        figures["balance_loss"] /= steps
+        figures["z_loss"] /= steps
+        per_layer.append(figures)
+        result.update({f"moe/{path}/{name}": value for name, value in figures.items()})
+    if not per_layer:
+        return {}
+    reductions = {
+        "max_load": max,
+        "min_load": min,
+        "entropy": lambda values: sum(values) / len(values),
+        "dropped": max,
+        "balance_loss": sum,
+        "z_loss": sum,
+    }
+    summary = {f"moe/{name}": float(over([f[name] for f in per_layer])) for name, over in reductions.items()}
+    return summary | result
