@@ -1,0 +1,117 @@
+"""A Hugging Face `tokenizer.json` as a `Tokenizer`, through the optional `tokenizers` library.
+
+Two ways of spelling bytes are known, by the file's decoder: byte-level vocabularies (GPT-2, Qwen, Llama 3, DeepSeek),
+where each character of a token stands for one byte; and SentencePiece vocabularies (Llama 2, Mixtral), where U+2581 is
+a space and `<0x0A>` is a byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torchlinearmoe.data.tokenizer import END_OF_TEXT, Tokenizer
+
+END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "<|im_end|>")
+"""Tried in this order when `tokenizer_config.json` names no `eos_token`."""
+
+
+def import_tokenizers() -> Any:
+    """The `tokenizers` library, or a ValueError that says how to get it."""
+    try:
+        import tokenizers
+        import tokenizers.models
+        import tokenizers.pre_tokenizers
+        import tokenizers.trainers
+    except ImportError:
+        raise ValueError(
+            "the `tokenizers` library is not installed, and a Hugging Face tokenizer needs it: "
+            "pip install torchlinearmoe[hf]"
+        ) from None
+    return tokenizers
+
+
+def byte_level_alphabet() -> dict[str, int]:
+    """Letter -> byte of byte-level vocabularies.
+
+    GPT-2's rule: a byte that prints as a Latin-1 character is that character; the others take the code points from 256
+    on, in order.
+    """
+    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printing]
+    return {chr(byte): byte for byte in sorted(printing)} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """Any tokenizer of the `tokenizers` library, from its JSON file."""
+
+    def __init__(self, path: Path) -> None:
+        tokenizers = import_tokenizers()
+        self.path = path
+        content = path.read_bytes()
+        try:
+            self._model = tokenizers.Tokenizer.from_buffer(content)
+            described = json.loads(content)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path}: not a Hugging Face tokenizer: {' '.join(str(error).split())}") from None
+        self._model.encode_special_tokens = True  # a special token spelled out in a text is plain text
+        self._model.no_truncation()
+        self._model.no_padding()
+        vocabulary = self._model.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        end_of_text = self._find_end_of_text(vocabulary)
+        self.end_of_text = vocabulary[end_of_text]
+        self._bytes = _token_bytes(described, vocabulary, path)
+        self.fingerprint = hashlib.blake2b(content + end_of_text.encode(), digest_size=16).hexdigest()
+
+    def _find_end_of_text(self, vocabulary: dict[str, int]) -> str:
+        config_path = self.path.with_name("tokenizer_config.json")
+        if config_path.is_file():
+            try:
+                token = json.loads(config_path.read_text(encoding="utf-8")).get("eos_token")
+            except (ValueError, AttributeError):
+                raise ValueError(f"{config_path}: not a JSON object") from None
+            token = token.get("content") if isinstance(token, dict) else token
+            if token is not None:
+                if token not in vocabulary:
+                    raise ValueError(f"{config_path}: eos_token = {token!r} is not in the vocabulary of {self.path}")
+                return token
+        for token in END_OF_TEXT_NAMES:
+            if token in vocabulary:
+                return token
+        raise ValueError(f"{self.path}: no end-of-text token; set eos_token in {config_path}")
+
+    def encode(self, text: str) -> list[int]:
+        return self._model.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoded.ids for encoded in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join(self._bytes.get(token, b"") for token in ids)
+
+
+def _token_bytes(described: dict[str, Any], vocabulary: dict[str, int], path: Path) -> dict[int, bytes]:
+    """The bytes of every id."""
+    decoder = json.dumps(described.get("decoder"))
+    added = {token["id"]: token["content"].encode() for token in described.get("added_tokens", ())}
+    if '"ByteLevel"' in decoder:
+        alphabet = byte_level_alphabet()
+
+        def spell(token: str) -> bytes:
+            return bytes(alphabet[letter] for letter in token)
+    elif '"ByteFallback"' in decoder or '"Metaspace"' in decoder:
+
+        def spell(token: str) -> bytes:
+            byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+            return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
+    else:
+        raise ValueError(f"{path}: its decoder is neither byte-level nor SentencePiece, so its ids have no bytes")
+    try:
+        return {index: spell(token) for token, index in vocabulary.items() if index not in added} | added
+    except KeyError as error:
+        raise ValueError(f"{path}: the letter {error} of a token stands for no byte") from None

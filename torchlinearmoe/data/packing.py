@@ -1,0 +1,123 @@
+"""A stream of tokens cut into samples, and samples into micro-batches.
+
+Sample i of a stream is its ids i * L .. i * L + L: the first L are the inputs, the last L the labels, so every input
+has the next id of the stream as its label. With L = 4 and `^` for the end-of-text marker:
+
+    stream            ^ a b c ^ d e f g ^        two documents, "abc" and "defg"
+    sample 0  inputs  ^ a b c                    labels  a b c ^
+    sample 1  inputs  ^ d e f                    labels  d e f g
+    sample 2  inputs  g . . .                    labels  ^ . . .      only where the tail is asked for
+
+Within a sample a document starts at the sample's first token and at every marker. What a sample cuts off goes on in the
+next one as a document of its own: its positions and states start afresh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchlinearmoe.data.splits import TokenStream
+from torchlinearmoe.documents import Documents
+
+IGNORED = -100
+"""The label of a position that is not scored."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One packed sequence of L tokens."""
+
+    tokens: np.ndarray
+    """int64 [L]"""
+    labels: np.ndarray
+    """int64 [L], IGNORED where there is nothing to predict."""
+    starts: list[int]
+    """Where its documents start; the first is 0."""
+
+
+class Samples:
+    """The samples of `length` tokens of a stream, by number.
+
+    A last, shorter piece of the stream is left out, or with `tail` filled up by ignored end-of-text markers.
+    """
+
+    def __init__(self, stream: TokenStream, length: int, tail: bool = False) -> None:
+        self.stream = stream
+        self.length = length
+        num_targets = max(len(stream) - 1, 0)
+        self._len = -(-num_targets // length) if tail else num_targets // length
+
+    def __len__(self) -> int:
+        return self._len
+
+    def __getitem__(self, index: int) -> Sample:
+        start = index * self.length
+        ids = self.stream.read(start, min(start + self.length + 1, len(self.stream)))
+        num_targets = len(ids) - 1
+        tokens = np.full(self.length, self.stream.end_of_text, dtype=np.int64)
+        labels = np.full(self.length, IGNORED, dtype=np.int64)
+        tokens[:num_targets], labels[:num_targets] = ids[:-1], ids[1:]
+        starts = [0, *(1 + np.flatnonzero(ids[1:-1] == self.stream.end_of_text)).tolist()]
+        if num_targets < self.length:
+            starts.append(num_targets)
+        return Sample(tokens, labels, starts)
+
+    def ignored(self) -> Sample:
+        """A sample that counts for nothing: one document of end-of-text markers without labels."""
+        tokens = np.full(self.length, self.stream.end_of_text, dtype=np.int64)
+        return Sample(tokens, np.full(self.length, IGNORED, dtype=np.int64), [0])
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """Some samples as one flat stream of T tokens: what goes through one forward of a data rank."""
+
+    tokens: Tensor
+    """int64 [T]"""
+    labels: Tensor
+    """int64 [T]: the next token, or IGNORED."""
+    cu_seqlens: list[int]
+    """The borders of its documents on the host, 0 .. T."""
+    row_length: int
+    """Tokens of one sample; T is a multiple of it."""
+    valid_tokens: int
+    """Labels that are not IGNORED, counted on the host."""
+
+    @property
+    def num_sequences(self) -> int:
+        """Samples in it."""
+        return self.tokens.shape[0] // self.row_length
+
+    def documents(self, device: torch.device | str = "cpu") -> Documents:
+        """Its documents, with their borders on `device`."""
+        return Documents.packed(self.cu_seqlens, self.row_length, device)
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """The same with tokens and labels on `device`; from pinned memory the copy does not wait."""
+        return replace(
+            self, tokens=self.tokens.to(device, non_blocking=True), labels=self.labels.to(device, non_blocking=True)
+        )
+
+    def pin_memory(self) -> MicroBatch:
+        """The same with tokens and labels in page-locked memory. The loader calls this."""
+        return replace(self, tokens=self.tokens.pin_memory(), labels=self.labels.pin_memory())
+
+
+def collate(samples: Sequence[Sample]) -> MicroBatch:
+    """Samples of one length, flattened one after the other."""
+    length = len(samples[0].tokens)
+    tokens = np.concatenate([sample.tokens for sample in samples])
+    labels = np.concatenate([sample.labels for sample in samples])
+    borders = [row * length + start for row, sample in enumerate(samples) for start in sample.starts]
+    return MicroBatch(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        cu_seqlens=[*borders, len(tokens)],
+        row_length=length,
+        valid_tokens=int((labels != IGNORED).sum()),
+    )

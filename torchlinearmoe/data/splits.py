@@ -1,0 +1,119 @@
+"""Training and held-out text as two streams of tokens.
+
+A document belongs to the held-out split when the hash of its text falls under `validation_fraction`: whole documents,
+no matter which other documents there are, and two copies of a text never on both sides.
+
+A stream is, document after document, the start marker and the document's tokens, and a last marker at the end:
+
+    <|endoftext|> a b c <|endoftext|> d e <|endoftext|>
+
+so that the target of a document's last token is the end of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from torchlinearmoe.data.sources import find_sources, read_documents
+from torchlinearmoe.data.store import Progress, TokenStore, cached_store
+from torchlinearmoe.data.tokenizer import Tokenizer
+
+DEFAULT_CACHE = Path("~/.cache/torchlinearmoe")
+
+
+class TokenStream:
+    """The documents of one split as one sequence of ids, read at any place.
+
+    Neighbouring documents of the split lie side by side on disk, so the stream is kept as runs of them: run r is
+    `tokens[_sources[r] : ...]` of store `_stores[r]` and fills the places `_starts[r]` .. `_starts[r + 1] - 1`.
+    """
+
+    def __init__(self, stores: Sequence[TokenStore], chosen: Sequence[np.ndarray]) -> None:
+        """`chosen[i]`: bool [documents], the documents of `stores[i]` that belong to the stream, in order."""
+        self._all_stores = list(stores)
+        self.num_documents = int(sum(int(mask.sum()) for mask in chosen))
+        self.end_of_text = stores[0].end_of_text
+        store_of, sources, lengths = [], [], []
+        for index, (store, mask) in enumerate(zip(stores, chosen)):
+            edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
+            first, last = edges[::2], edges[1::2]
+            store_of.append(np.full(len(first), index, dtype=np.int32))
+            sources.append(store.offsets[first])
+            lengths.append(store.offsets[last] - store.offsets[first])
+        self._stores = np.concatenate(store_of)
+        self._sources = np.concatenate(sources)
+        self._starts = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+
+    def __len__(self) -> int:
+        """Ids in the stream, the last marker included; 0 when no document belongs to it."""
+        return int(self._starts[-1]) + 1 if self.num_documents else 0
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """int64 [stop - start]: the ids at places start .. stop - 1."""
+        assert 0 <= start <= stop <= len(self), (start, stop, len(self))
+        out = np.empty(stop - start, dtype=np.int64)
+        place = start
+        run = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while place < stop:
+            if run == len(self._stores):
+                out[place - start :] = self.end_of_text
+                break
+            end = min(stop, int(self._starts[run + 1]))
+            source = int(self._sources[run]) + place - int(self._starts[run])
+            out[place - start : end - start] = self._all_stores[self._stores[run]].tokens[source : source + end - place]
+            place, run = end, run + 1
+        return out
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The two streams of one corpus. `validation` is empty when nothing is held out."""
+
+    train: TokenStream
+    validation: TokenStream
+
+
+def open_splits(
+    paths: Sequence[str | Path] = (),
+    *,
+    tokenizer: Tokenizer,
+    validation_fraction: float,
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Splits:
+    """The corpus under `paths` (none: the one that ships), tokenised and split.
+
+    Text is tokenised once into `cache` (default ~/.cache/torchlinearmoe); `progress` is called with (documents, tokens)
+    meanwhile. Folders of tokens under `paths` are used as they are, after the text. Raises ValueError, one line, on
+    unreadable paths, on tokens of another tokenizer, and when a split has no document.
+    """
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"data.validation_fraction = {validation_fraction}: it must be at least 0 and below 1")
+    found = find_sources(paths)
+    stores: list[TokenStore] = []
+    if found.files:
+        folder = Path(cache or DEFAULT_CACHE).expanduser()
+        stores.append(cached_store(found.files, read_documents, tokenizer, folder, progress))
+    for folder in found.stores:
+        store = TokenStore(folder)
+        if store.tokenizer_fingerprint != tokenizer.fingerprint:
+            raise ValueError(f"data.paths: '{folder}' was tokenised by another tokenizer than {tokenizer.path}")
+        stores.append(store)
+    bound = int(validation_fraction * 2**64)
+    held_out = [store.keys < bound for store in stores]
+    splits = Splits(TokenStream(stores, [~mask for mask in held_out]), TokenStream(stores, held_out))
+    _check_not_empty(splits, validation_fraction)
+    return splits
+
+
+def _check_not_empty(splits: Splits, fraction: float) -> None:
+    total = splits.train.num_documents + splits.validation.num_documents
+    counted = f"data.validation_fraction = {fraction} leaves no document (of {total})"
+    if not splits.train.num_documents:
+        raise ValueError(f"{counted} to train on; lower it or add documents")
+    if fraction and not splits.validation.num_documents:
+        raise ValueError(f"{counted} for validation; raise it, add documents, or set 0 to go without validation")

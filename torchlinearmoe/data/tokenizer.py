@@ -1,0 +1,168 @@
+"""Text to ids and back.
+
+Two kinds of file are read: tiktoken's (`base64 rank` lines) and Hugging Face's `tokenizer.json`. The rest of the
+project sees only `Tokenizer`.
+
+A tiktoken file holds ranks and nothing else. How text is cut before merging, and the special tokens, come from an
+optional neighbour `NAME.tiktoken.json`:
+
+    {"pattern": "<regular expression>", "special_tokens": {"<|endoftext|>": 50256}, "end_of_text": "<|endoftext|>"}
+
+Each key may be left out: the pattern is then `DEFAULT_PATTERN`, GPT-2's way of cutting (so GPT-2's own ranks give
+GPT-2's ids), and the only special token is `<|endoftext|>`, with the id after the last rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import tiktoken
+
+END_OF_TEXT = "<|endoftext|>"
+DEFAULT_TOKENIZER = Path(__file__).parent / "corpus" / "bpe-1024.tiktoken"
+
+DEFAULT_PATTERN = "|".join(
+    [
+        r"'(?:s|t|re|ve|m|ll|d)",  # English contractions
+        r" ?\p{L}+",  # a word with the space before it
+        r" ?\p{N}+",  # a number, likewise
+        r" ?[^\s\p{L}\p{N}]+",  # anything else that is not white space
+        r"\s+(?!\S)",  # white space, less the last one before a word
+        r"\s+",
+    ]
+)
+
+
+class Tokenizer(ABC):
+    """Ids 0 .. vocab_size - 1, one of them `end_of_text`, which no text encodes to."""
+
+    path: Path
+    """The file it was read from."""
+    vocab_size: int
+    """The largest id plus one, special tokens included."""
+    end_of_text: int
+    """The id that starts every document and ends the last."""
+    fingerprint: str
+    """Hash of everything that decides ids; part of the name of cached tokens."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`. Special tokens spelled out in it are encoded as the plain text they are there."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on several threads where that is faster."""
+        return [self.encode(text) for text in texts]
+
+    @abstractmethod
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of `ids`, one token's after the other's: decode_bytes(a + b) == decode_bytes(a) + decode_bytes(b).
+
+        A token may end inside a UTF-8 character, so a stream is shown through `codecs.getincrementaldecoder("utf-8")`.
+        Ids without a token (a model's vocabulary may be padded) have no bytes.
+        """
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+class TiktokenTokenizer(Tokenizer):
+    """Byte-pair encoding by tiktoken, from a file of ranks."""
+
+    def __init__(self, path: Path) -> None:
+        import tiktoken
+        from tiktoken.load import load_tiktoken_bpe
+
+        self.path = path
+        try:
+            ranks = load_tiktoken_bpe(str(path))
+        except ValueError as error:
+            raise ValueError(f"{path}: not a tiktoken file: {_one_line(error)}") from None
+        if not ranks:
+            raise ValueError(f"{path}: not a tiktoken file: it has no `base64 rank` lines")
+        options, options_path = _read_options(path)
+        pattern = options.get("pattern", DEFAULT_PATTERN)
+        special = options.get("special_tokens", {END_OF_TEXT: max(ranks.values()) + 1})
+        end_of_text = options.get("end_of_text", END_OF_TEXT)
+        if end_of_text not in special:
+            raise ValueError(
+                f"{options_path}: end_of_text = {end_of_text!r} is not one of special_tokens {list(special)}"
+            )
+        if len({*ranks.values(), *special.values()}) != len(ranks) + len(special):
+            raise ValueError(f"{path}: two tokens share an id; special_tokens are {special}")
+        self._encoding: tiktoken.Encoding
+        try:
+            self._encoding = tiktoken.Encoding(
+                path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+            )
+        except ValueError as error:
+            raise ValueError(f"{options_path}: pattern = {pattern!r}: {_one_line(error)}") from None
+        self._known = {*ranks.values(), *special.values()}
+        self.vocab_size = self._encoding.max_token_value + 1
+        self.end_of_text = special[end_of_text]
+        told = json.dumps([pattern, special, end_of_text], sort_keys=True)
+        self.fingerprint = hashlib.blake2b(path.read_bytes() + told.encode(), digest_size=16).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._encoding.encode_ordinary_batch(list(texts))
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self._encoding.decode_bytes([token for token in ids if token in self._known])
+
+
+def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
+    """The tokenizer in `path`: a tiktoken file, a `tokenizer.json`, or a folder that holds a `tokenizer.json`.
+
+    None or an empty string is the tokenizer that ships with the project. Raises ValueError, one line that names the
+    file: when it is missing, of neither kind, or names no end-of-text token.
+    """
+    path = Path(path).expanduser() if path else DEFAULT_TOKENIZER
+    if path.is_dir():
+        folder, path = path, path / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(f"data.tokenizer = '{folder}': the folder holds no tokenizer.json")
+    if not path.is_file():
+        raise ValueError(
+            f"data.tokenizer = '{path}': no such file; give a tiktoken file or a Hugging Face tokenizer.json"
+        )
+    if path.suffix == ".json":
+        from torchlinearmoe.data.huggingface_tokenizer import HuggingFaceTokenizer
+
+        return HuggingFaceTokenizer(path)
+    return TiktokenTokenizer(path)
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises ValueError when a model of `vocab_size` ids is too small for the tokenizer."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"model.vocab_size = {vocab_size} is smaller than the {tokenizer.vocab_size} ids of {tokenizer.path}; "
+            f"set model.vocab_size to at least {tokenizer.vocab_size}"
+        )
+
+
+def _read_options(path: Path) -> tuple[dict, Path]:
+    neighbour = path.with_name(path.name + ".json")
+    if not neighbour.is_file():
+        return {}, path
+    try:
+        options = json.loads(neighbour.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{neighbour}: not JSON: {_one_line(error)}") from None
+    legal = ("pattern", "special_tokens", "end_of_text")
+    if not isinstance(options, dict) or not set(options) <= set(legal):
+        raise ValueError(f"{neighbour}: it must be an object with no keys but {', '.join(legal)}")
+    return options, neighbour
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
