@@ -1,0 +1,131 @@
+"""Causal softmax attention over packed documents, and over a key-value cache.
+
+Backends: `sdpa` (torch scaled_dot_product_attention; block-diagonal masks by rows of the packed stream, any device),
+`varlen` (FlashAttention over cu_seqlens, CUDA in half precision), `flex` (FlexAttention, CUDA). Shapes: T tokens,
+H query heads, G key-value heads (G divides H), d head width, B sequences, M cache length.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BACKENDS = ("auto", "sdpa", "varlen", "flex")
+
+
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Resolve `auto`; raise ValueError where a backend cannot run."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    if backend == "auto":
+        return "varlen" if device.type == "cuda" and half else "sdpa"
+    if backend not in BACKENDS:
+        raise ValueError(f"model.attention_backend = '{backend}': legal: {', '.join(BACKENDS)}")
+    if backend == "varlen" and not (device.type == "cuda" and half):
+        raise ValueError("model.attention_backend = 'varlen': needs a GPU and bfloat16; use 'sdpa'")
+    if backend == "flex" and device.type != "cuda":
+        raise ValueError("model.attention_backend = 'flex': its backward needs a GPU; use 'sdpa'")
+    return backend
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    ids: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    row_length: int,
+    scale: float,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal attention inside each document.
+
+    q: [T, H, d]; k, v: [T, G, d]; ids: [T] document of each token; cu_seqlens: int32 [N + 1]; `longest` document in
+    tokens; no document crosses a multiple of `row_length`. Returns [T, H, d].
+    """
+    chosen = choose_backend(backend, q.device, q.dtype)
+    if chosen == "varlen":
+        return _varlen(q, k, v, cu_seqlens, longest, scale)
+    rows = q.shape[0] // row_length
+    q, k, v = (x.unflatten(0, (rows, row_length)).transpose(1, 2) for x in (q, k, v))
+    groups = k.shape[1] != q.shape[1]
+    if chosen == "flex":
+        out = _flex(q, k, v, ids, rows, row_length, scale, groups)
+    elif cu_seqlens.shape[0] - 1 == rows:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=groups)
+    else:
+        mask = _row_mask(ids, rows, row_length)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=groups)
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def cached_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, query_positions: Tensor, scale: float) -> Tensor:
+    """Attention of new tokens over a cache that already holds their keys and values.
+
+    q: [B, T, H, d]; k_cache, v_cache: [B, M, G, d]; query_positions: [B, T], each query sees the keys up to its own
+    position. Returns [B, T, H, d].
+    """
+    keys = torch.arange(k_cache.shape[1], device=q.device)
+    mask = keys <= query_positions[:, None, :, None]
+    q, k, v = (x.transpose(1, 2) for x in (q, k_cache, v_cache))
+    groups = k.shape[1] != q.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=groups).transpose(1, 2)
+
+
+def _row_mask(ids: Tensor, rows: int, row_length: int) -> Tensor:
+    """bool [rows, 1, L, L]: key s is in query t's document and not after it."""
+    ids = ids.unflatten(0, (rows, row_length))
+    causal = torch.ones(row_length, row_length, dtype=torch.bool, device=ids.device).tril()
+    return ((ids[:, :, None] == ids[:, None, :]) & causal)[:, None]
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    knows = _varlen_parameters()
+    options: dict[str, object] = {"window_size": (-1, 0)} if "window_size" in knows else {"is_causal": True}
+    if k.shape[1] != q.shape[1]:
+        if "enable_gqa" in knows:
+            options["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if "scale" in knows:
+        options["scale"] = scale
+    else:
+        q = q * (scale * q.shape[-1] ** 0.5)
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)  # pyright: ignore
+
+
+@functools.cache
+def _varlen_parameters() -> frozenset[str]:
+    """Keyword arguments that this torch's varlen_attn has; they grew from version to version."""
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+@functools.cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, rows: int, length: int, scale: float, groups: bool) -> Tensor:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    ids = ids.unflatten(0, (rows, length))
+
+    def same_document(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return (ids[b, t] == ids[b, s]) & (s <= t)
+
+    mask = create_block_mask(same_document, rows, None, length, length, device=str(q.device))
+    out = _compiled_flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=groups)
+    assert isinstance(out, Tensor)
+    return out

@@ -1,0 +1,119 @@
+"""What passes between chunks: every family reads the entering state, writes a summary and leaves final states alike.
+
+A family reduces its chunk to effective queries, keys and writes: a token of a document reads q_in^T E, where E is the
+state with which its document entered the chunk (the scan's, or the initial state of a document that starts here), and
+the document leaves the chunk with A E + k_out^T u, where A = diag(decay) for linear recurrences and
+A = diag(decay) - k_out^T w for the delta rule.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchlinearmoe.kernels.chunked.layout import Edges, Layout
+from torchlinearmoe.kernels.chunked.scan import scan_decay, scan_dense
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The effective queries, keys and writes of every chunk. P is 1 (one decay a head) or K."""
+
+    q_in: Tensor
+    """[B, H, M, C, K]: queries, decayed since their document entered the chunk."""
+    k_out: Tensor
+    """[B, H, M, C, K]: keys, decayed until their document leaves the chunk."""
+    u: Tensor
+    """[B, H, M, C, V]: what is written under the keys."""
+    log_total: Tensor
+    """[B, H or 1, M, P]: the log decay over a whole chunk."""
+    w: Tensor | None = None
+    """[B, H, M, C, K]: what the delta rule erases under the keys, per entering state."""
+    prefix: Tensor | None = None
+    """[B, H, M, C, P]: the decay since the document entered the chunk; None stands for 1. Read with packed states."""
+
+
+def carry(
+    layout: Layout, chunks: Chunks, initial_state: Tensor | None, want_final: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Read the entering states: [B, H, M, C, V], and the final states [N, H, K, V] when wanted."""
+    documents, edges = layout.documents, layout.edges
+    dtype = chunks.log_total.dtype
+    k_write, q_read, w, log_total = chunks.k_out, chunks.q_in, chunks.w, chunks.log_total
+    if documents is not None:
+        k_write = k_write * documents.last_MC.unsqueeze(-1)
+        q_read = q_read * documents.carried_MC.unsqueeze(-1)
+        log_total = log_total.masked_fill(~documents.keep_M.unsqueeze(-1), -torch.inf)
+        w = None if w is None else w * documents.carried_MC.unsqueeze(-1)
+    b = torch.matmul(k_write.transpose(-1, -2), chunks.u).to(dtype)
+    packed_in = edges is not None and initial_state is not None
+    if packed_in:
+        assert edges is not None and initial_state is not None
+        start = edges.start_chunk_N
+        s0 = initial_state.transpose(0, 1).unsqueeze(0)
+        left = _through(_take(chunks, start, edges.in_start_NC), s0, layout.C - 1)
+        b = b.index_add(2, start, left * edges.leaves_start_N.view(-1, 1, 1))
+    row_state = None if packed_in else initial_state
+    states, final = _scan(log_total, k_write, w, b, row_state, want_final and edges is None)
+    o = torch.matmul(q_read, states.to(q_read.dtype))
+    if packed_in:
+        assert edges is not None and initial_state is not None
+        q_start = chunks.q_in.index_select(2, edges.start_chunk_N) * edges.in_start_NC.unsqueeze(-1)
+        o = o.index_add(2, edges.start_chunk_N, torch.matmul(q_start, s0.to(q_start.dtype)))
+    if want_final and edges is not None:
+        final = _packed_final(chunks, edges, states, initial_state)
+    return o, final
+
+
+def _scan(
+    log_total: Tensor, k_write: Tensor, w: Tensor | None, b: Tensor, s0: Tensor | None, want_final: bool
+) -> tuple[Tensor, Tensor | None]:
+    K, V = b.shape[-2:]
+    if w is not None:
+        a = torch.diag_embed(log_total.exp().expand(*log_total.shape[:-1], K))
+        a = a - torch.matmul(k_write.to(w.dtype).transpose(-1, -2), w)
+        return scan_dense(a, b, s0, want_final)
+    P = log_total.shape[-1]
+    log_a = log_total.transpose(-1, -2)
+    b = b.unflatten(-2, (P, K // P)).transpose(2, 3).flatten(-2)  # [B, H, P, M, Y]
+    s0 = None if s0 is None else s0.unflatten(-2, (P, K // P)).flatten(-2)
+    states, final = scan_decay(log_a, b, s0, want_final)
+    states = states.transpose(2, 3).unflatten(-1, (K // P, V)).flatten(3, 4)
+    return states, None if final is None else final.unflatten(-1, (K // P, V)).flatten(2, 3)
+
+
+def _take(chunks: Chunks, chunk_N: Tensor, mask_NC: Tensor) -> Chunks:
+    """The chunks `chunk_N`, with the keys of other documents removed."""
+
+    def pick(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.index_select(2, chunk_N)
+
+    k_out, u, q_in = (x.index_select(2, chunk_N) for x in (chunks.k_out, chunks.u, chunks.q_in))
+    k_out = k_out * mask_NC.unsqueeze(-1)
+    return Chunks(q_in, k_out, u, chunks.log_total, pick(chunks.w), pick(chunks.prefix))
+
+
+def _through(taken: Chunks, state: Tensor, position: int | Tensor) -> Tensor:
+    """A E for the taken chunks [B, H, N, K, V]: what is left of E after the token at `position`."""
+    if taken.prefix is None:
+        left = state
+    elif isinstance(position, int):
+        left = taken.prefix[:, :, :, position].unsqueeze(-1) * state
+    else:
+        documents = torch.arange(position.shape[0], device=position.device)
+        left = taken.prefix[:, :, documents, position].unsqueeze(-1) * state
+    if taken.w is None:
+        return left
+    erased = torch.matmul(taken.w, state)
+    return left - torch.matmul(taken.k_out.to(erased.dtype).transpose(-1, -2), erased)
+
+
+def _packed_final(chunks: Chunks, edges: Edges, states: Tensor, initial_state: Tensor | None) -> Tensor:
+    taken = _take(chunks, edges.end_chunk_N, edges.in_end_NC)
+    entering = states.index_select(2, edges.end_chunk_N)
+    starts = torch.zeros_like(entering) if initial_state is None else initial_state.transpose(0, 1).unsqueeze(0)
+    entering = torch.where(edges.crosses_N.view(-1, 1, 1), entering, starts)
+    written = torch.matmul(taken.k_out.transpose(-1, -2), taken.u).to(states.dtype)
+    final = _through(taken, entering, edges.end_position_N) + written
+    final = torch.where(edges.empty_N.view(-1, 1, 1), starts, final)
+    return final.squeeze(0).transpose(0, 1)

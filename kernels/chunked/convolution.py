@@ -1,0 +1,86 @@
+"""The short convolution as W shifted products: no chunks, no layout change, documents as masks.
+
+Legend: B rows, T tokens, D channels, W kernel width, N documents.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchlinearmoe.kernels.chunked.decay import compute_dtype
+
+
+def short_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`reference.convolution.short_convolution`; document_ids: [T], read in place of cu_seqlens where states stay out."""
+    T, W = x.shape[1], weight.shape[1]
+    dtype = compute_dtype(x)
+    wide, taps = x.to(dtype), weight.to(dtype).t()
+    packed = cu_seqlens is not None or document_ids is not None
+    before = None if initial_state is None or packed else initial_state.to(dtype)
+    if packed and document_ids is None:
+        assert cu_seqlens is not None
+        positions = torch.arange(T, device=x.device, dtype=cu_seqlens.dtype)
+        document_ids = torch.searchsorted(cu_seqlens, positions, right=True)
+    y = wide * taps[W - 1]
+    padded = F.pad(wide, (0, 0, W - 1, 0)) if before is None else torch.cat([before, wide], 1)
+    for lag in range(1, W):
+        shifted = padded[:, W - 1 - lag : W - 1 - lag + T]
+        if document_ids is not None:
+            shifted = shifted * _lag_mask(document_ids, lag)
+        y = torch.addcmul(y, shifted, taps[W - 1 - lag])
+    final = None
+    if packed and (initial_state is not None or output_final_state):
+        assert cu_seqlens is not None
+        starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+        if initial_state is not None:
+            y = _add_initial(y, initial_state.to(dtype), taps, starts, ends)
+        if output_final_state:
+            final = _packed_final(x, initial_state, starts, ends, W)
+    elif output_final_state:
+        final = padded[:, T:].to(x.dtype)
+    if bias is not None:
+        y = y + bias.to(dtype)
+    if activation == "silu":
+        y = F.silu(y)
+    return y.to(x.dtype), final
+
+
+def _lag_mask(ids_T: Tensor, lag: int) -> Tensor:
+    """[T, 1]: the token `lag` places back is of the same document."""
+    same = torch.zeros_like(ids_T, dtype=torch.bool)
+    same[lag:] = ids_T[lag:] == ids_T[:-lag]
+    return same.unsqueeze(-1)
+
+
+def _add_initial(y: Tensor, state: Tensor, taps: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+    """Add what the first W - 1 tokens of every document read from its state: token i reads state[i:] by taps[: W-1-i]."""
+    W1 = taps.shape[0] - 1
+    reads = [(state[:, i:] * taps[: W1 - i]).sum(1) for i in range(W1)]
+    offsets = torch.arange(W1, device=y.device)
+    tokens = starts.unsqueeze(1) + offsets  # [N, W - 1]
+    inside = (tokens < ends.unsqueeze(1)).unsqueeze(-1)
+    tokens = tokens.clamp(max=y.shape[1] - 1).flatten()
+    return y.index_add(1, tokens, (torch.stack(reads, 1) * inside).flatten(0, 1).unsqueeze(0))
+
+
+def _packed_final(x: Tensor, state: Tensor | None, starts: Tensor, ends: Tensor, W: int) -> Tensor:
+    """The last W - 1 inputs of every document [N, W - 1, D], its state standing in before its start."""
+    offsets = torch.arange(W - 1, device=x.device)
+    tokens = ends.unsqueeze(1) - (W - 1) + offsets
+    inside = (tokens >= starts.unsqueeze(1)).unsqueeze(-1)
+    inputs = x[0, tokens.clamp(min=0)]
+    if state is None:
+        return inputs * inside
+    past = (ends - starts).clamp(max=W - 1).unsqueeze(1) + offsets  # the same places, counted in the state
+    past = past.clamp(max=W - 2).unsqueeze(-1).expand(inputs.shape)
+    return torch.where(inside, inputs, state.to(x.dtype).gather(1, past))

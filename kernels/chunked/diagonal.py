@@ -1,0 +1,53 @@
+"""Linear recurrences with a decay per channel (GLA, HGRN2, RWKV6)."""
+
+import torch
+from torch import Tensor
+
+from torchlinearmoe.kernels.chunked.carry import Chunks, carry
+from torchlinearmoe.kernels.chunked.decay import FLOOR, compute_dtype, running_sum
+from torchlinearmoe.kernels.chunked.halving import halved_scores
+from torchlinearmoe.kernels.chunked.layout import Layout
+
+
+def linear_diagonal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    bonus: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    want_final: bool,
+    layout: Layout,
+) -> tuple[Tensor, Tensor | None]:
+    """`reference.linear.linear_recurrence` for log_decay [B, T, H, K]; q, k, v, bonus as there."""
+    dtype = compute_dtype(q)
+    q_C, k_C, v_C = layout.split(q.to(dtype)), layout.split(k.to(dtype)), layout.split(v)
+    log_C = layout.split(log_decay.to(dtype))
+    decay = log_C.exp()
+    reads_before_write = bonus is not None
+    scores, q_in, k_out = halved_scores(q_C if reads_before_write else q_C * decay, k_C, decay, v.dtype)
+    own = q_C * k_C if bonus is None else q_C * k_C * bonus.to(dtype)[:, None, None]
+    scores = scores + torch.diag_embed(own.sum(-1)).to(scores.dtype)
+    prefix = None
+    if layout.documents is not None:
+        scores = scores * layout.documents.same_MCC
+        if layout.edges is not None:
+            prefix, prefix_before, suffix = _document_decays(layout, log_C)
+            q_in, k_out = q_C * (prefix_before if reads_before_write else prefix), k_C * suffix
+    log_total = log_C.clamp(min=FLOOR).sum(-2)
+    chunks = Chunks(q_in.to(v.dtype), k_out.to(v.dtype), v_C, log_total, None, prefix)
+    entered, final = carry(layout, chunks, initial_state, want_final)
+    o = (torch.matmul(scores, v_C) + entered) * scale
+    return layout.join(o), final
+
+
+def _document_decays(layout: Layout, log_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Decays since a token's document entered the chunk (its own included, excluded), and until it leaves."""
+    assert layout.documents is not None
+    total = running_sum(log_C, -2)
+    before = torch.cat([torch.zeros_like(total[..., :1, :]), total[..., :-1, :]], -2)
+    first = layout.documents.first_MC.unsqueeze(-1).expand(total.shape)
+    final = layout.documents.final_MC.unsqueeze(-1).expand(total.shape)
+    since, until = before.gather(-2, first), total.gather(-2, final)
+    return tuple(x.to(log_C.dtype).exp() for x in (total - since, before - since, until - total))  # type: ignore[return-value]

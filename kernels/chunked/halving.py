@@ -1,0 +1,104 @@
+"""Scores under a decay per channel by halving: safe for any decay, and all matmuls.
+
+The score of query t and key s < t is sum_c q_tc k_sc a_(s+1)c ... a_tc. Pulling the product apart as e^{G_t} e^{-G_s}
+overflows. Halving does not: with a border anywhere between s and t it is (border..t) times (s+1..border), both at most
+1. So blocks are merged in pairs, of 1, 2, 4, ... tokens, up to the chunk. At each merge the right block's queries carry
+their decay since the border, the left block's keys theirs until the border, and one matmul gives all scores between the
+two. Going up a level multiplies the right queries by the left block's whole decay and the left keys by the right
+block's. Nothing is divided or subtracted: a decay of 0 is exact, in the gradients too.
+
+    8 tokens, blocks of 2 merging:   queries 2 3 | 6 7   against keys 0 1 | 4 5
+"""
+
+import torch
+from torch import Tensor
+
+
+def halved_scores(q: Tensor, k: Tensor, a: Tensor, matmul_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of every query against every earlier key of its chunk.
+
+    q: [..., C, K], decayed by its own token already (or not, where a query reads the state before its token);
+    k: [..., C, K]; a: [..., C, K], decays in [0, 1]; C a power of two; all in fp32 or fp64, contiguous.
+    Returns the scores [..., C, C] (strictly lower triangular, in `matmul_dtype`), the queries decayed since the chunk's
+    start and the keys decayed until its end, both [..., C, K].
+    """
+    return _HalvedScores.apply(q, k, a, matmul_dtype)  # pyright: ignore[reportReturnType]
+
+
+class _HalvedScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, a, matmul_dtype):
+        C, K = q.shape[-2:]
+        q_in, k_out = (x.clone(memory_format=torch.contiguous_format) for x in (q, k))
+        scores = torch.zeros(*q.shape[:-1], C, dtype=matmul_dtype, device=q.device)
+        total = a.reshape(-1, K)
+        saved = []
+        size = 1
+        while size < C:
+            right, left = _halves(q_in, size)[1], _halves(k_out, size)[0]
+            before, after = total.view(-1, 2, 1, K).unbind(1)
+            q_right, k_left = right.clone(), left.clone()
+            saved += [q_right, k_left, before, after]
+            _block(scores, size).copy_(_outer(q_right.to(matmul_dtype), k_left.to(matmul_dtype)).view(_split(q, size)))
+            right.mul_(before)
+            left.mul_(after)
+            total = before * after
+            size *= 2
+        ctx.save_for_backward(*saved)
+        return scores, q_in, k_out
+
+    @staticmethod
+    def backward(ctx, d_scores, d_q_in, d_k_out):  # pyright: ignore[reportIncompatibleMethodOverride]
+        C, K = d_q_in.shape[-2:]
+        saved = ctx.saved_tensors
+        dq, dk = (x.clone(memory_format=torch.contiguous_format) for x in (d_q_in, d_k_out))
+        d_total = None
+        size = C // 2
+        while size >= 1:
+            q_right, k_left, before, after = saved[-4:]
+            saved = saved[:-4]
+            d_right, d_left = _halves(dq, size)[1], _halves(dk, size)[0]
+            d_before = (d_right * q_right).sum(1, keepdim=True)
+            d_after = (d_left * k_left).sum(1, keepdim=True)
+            if d_total is not None:
+                d_total = d_total.view_as(before)
+                d_before, d_after = d_before + d_total * after, d_after + d_total * before
+            d_total = torch.cat([d_before, d_after], 1).view(-1, 1, K)
+            d_block = _block(d_scores, size).reshape(-1, size, size)
+            d_right.mul_(before).add_(_product(d_block, k_left.to(d_block.dtype)))
+            d_left.mul_(after).add_(_product(d_block.transpose(1, 2), q_right.to(d_block.dtype)))
+            size //= 2
+        d_a = torch.zeros_like(dq) if d_total is None else d_total.view_as(dq)
+        return dq, dk, d_a, None
+
+
+def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The left and right block of every pair: views [pairs, size, K] of a contiguous [..., C, K]."""
+    left, right = x.view(-1, 2, size, x.shape[-1]).unbind(1)
+    return left, right
+
+
+def _split(q: Tensor, size: int) -> tuple[int, ...]:
+    C = q.shape[-2]
+    return (*q.shape[:-2], C // (2 * size), size, size)
+
+
+def _block(scores: Tensor, size: int) -> Tensor:
+    """The scores of right against left blocks: a view [..., pairs, size, size] of [..., C, C]."""
+    C = scores.shape[-1]
+    pairs = C // (2 * size)
+    blocks = scores.view(*scores.shape[:-2], pairs, 2, size, pairs, 2, size)[..., 1, :, :, 0, :]
+    return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def _outer(q: Tensor, k: Tensor) -> Tensor:
+    """q k^T for many small blocks; below 4 tokens a batched matmul costs more than it computes."""
+    if q.shape[1] < 4:
+        return (q.unsqueeze(2) * k.unsqueeze(1)).sum(-1)
+    return torch.bmm(q, k.transpose(1, 2))
+
+
+def _product(scores: Tensor, x: Tensor) -> Tensor:
+    if scores.shape[1] < 4:
+        return (scores.unsqueeze(-1) * x.unsqueeze(1)).sum(2)
+    return torch.bmm(scores, x)

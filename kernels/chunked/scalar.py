@@ -1,0 +1,100 @@
+"""Linear recurrences whose decay is absent, constant per head, or one number per token and head.
+
+Inside a chunk this is masked attention without softmax, (q k^T * D) v with D[t, s] the decay from s to t (Mamba2's
+state space duality, Dao and Gu 2024, arXiv:2405.21060).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchlinearmoe.kernels.chunked.carry import Chunks, carry
+from torchlinearmoe.kernels.chunked.decay import causal_mask, compute_dtype, decay_matrix, running_sum
+from torchlinearmoe.kernels.chunked.layout import Layout
+
+
+@dataclass(frozen=True)
+class ScalarDecay:
+    """The decays of every chunk; H is 1 where heads share them, and a field is None where nothing decays."""
+
+    matrix: Tensor
+    """[1 or B, 1 or H, 1 or M, C, C]: from token s (last dim) to token t, 0 outside the document or the past."""
+    prefix: Tensor | None
+    """[.., C, 1]: since the document entered the chunk (only correct for carried tokens when no state goes in or out)."""
+    suffix: Tensor | None
+    """[.., C, 1]: until the document leaves the chunk (likewise for the last document's tokens)."""
+    log_total: Tensor
+    """[1 or B, 1 or H, M, 1]"""
+
+
+def linear_scalar(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    want_final: bool,
+    layout: Layout,
+) -> tuple[Tensor, Tensor | None]:
+    """`reference.linear.linear_recurrence` for log_decay None, [H] or [B, T, H]; q, k, v as there."""
+    dtype = compute_dtype(q)
+    decay = scalar_decay(layout, log_decay, q.device, dtype)
+    q_C, k_C, v_C = layout.split(q), layout.split(k), layout.split(v)
+    scores = torch.matmul(q_C, k_C.transpose(-1, -2))
+    scores = scores * decay.matrix.to(scores.dtype)
+    q_in = q_C if decay.prefix is None else q_C * decay.prefix.to(q_C.dtype)
+    k_out = k_C if decay.suffix is None else k_C * decay.suffix.to(k_C.dtype)
+    prefix = None if decay.prefix is None or layout.edges is None else decay.prefix
+    entered, final = carry(layout, Chunks(q_in, k_out, v_C, decay.log_total, None, prefix), initial_state, want_final)
+    o = (torch.matmul(scores, v_C) + entered) * scale
+    return layout.join(o), final
+
+
+def scalar_decay(layout: Layout, log_decay: Tensor | None, device: torch.device, dtype: torch.dtype) -> ScalarDecay:
+    """The decays of every chunk for log_decay None, [H] or [B, T, H]."""
+    documents, C = layout.documents, layout.C
+    mask = causal_mask(C, device) if documents is None else documents.same_MCC
+    if log_decay is None:
+        zero = torch.zeros(1, 1, layout.M, 1, device=device, dtype=dtype)
+        return ScalarDecay(mask.to(dtype), None, None, zero)
+    if log_decay.dim() == 1:
+        # With states, the padding and the borders must not decay them: treat the tokens one by one.
+        if not layout.with_states or not (layout.padded or layout.documents):
+            return _constant_decay(layout, log_decay, dtype, mask)
+        log_decay = log_decay.expand(layout.B, layout.T, -1)
+    total = running_sum(layout.split(log_decay), -1)  # [B, H, M, C]
+    matrix = decay_matrix(total, total, mask, dtype)
+    since, until = torch.zeros_like(total[..., :1]), total[..., -1:]
+    if documents is not None and layout.edges is not None:
+        shape = total.shape
+        before = torch.cat([since, total[..., :-1]], -1)
+        since = before.gather(-1, documents.first_MC.expand(shape))
+        until = total.gather(-1, documents.final_MC.expand(shape))
+    return ScalarDecay(
+        matrix=matrix,
+        prefix=_exp(total - since, dtype),
+        suffix=_exp(until - total, dtype),
+        log_total=total[..., -1:].to(dtype),
+    )
+
+
+def _constant_decay(layout: Layout, log_decay_H: Tensor, dtype: torch.dtype, mask: Tensor) -> ScalarDecay:
+    """One matrix for all chunks; documents only mask it."""
+    C = layout.C
+    steps = torch.arange(1, C + 1, device=log_decay_H.device, dtype=torch.float64)
+    total = log_decay_H.double().clamp(min=-1000.0).view(1, -1, 1, 1) * steps  # [1, H, 1, C]
+    matrix = decay_matrix(total, total, causal_mask(C, mask.device), dtype)
+    if layout.documents is not None:
+        matrix = matrix * mask
+    return ScalarDecay(
+        matrix=matrix,
+        prefix=_exp(total, dtype),
+        suffix=_exp(total[..., -1:] - total, dtype),
+        log_total=total[..., -1:].to(dtype).expand(-1, -1, layout.M, -1),
+    )
+
+
+def _exp(log: Tensor, dtype: torch.dtype) -> Tensor:
+    return log.to(dtype).exp().unsqueeze(-1)

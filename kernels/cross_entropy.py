@@ -1,0 +1,81 @@
+"""Output head and cross entropy in one op that never holds all logits.
+
+Tokens go through the head in chunks; where a gradient is wanted, each chunk's gradient of the logits is turned into
+its share of the gradients of the hidden states and of the head right away, so forward costs the three matrix products
+and backward only a scale.
+
+Shapes: T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""Label of a position without a target."""
+CHUNK_ELEMENTS = 2**28
+"""Logits of one chunk."""
+
+ChunkKernel = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def chunk_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy of a chunk and its gradient by the logits.
+
+    logits: [C, V]; labels: int64 [C]. Computed in float32 (float64 stays); the gradient comes in the logits' type.
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    valid = labels != IGNORED
+    target = labels.clamp(min=0)[:, None]
+    log_total = wide.logsumexp(-1, keepdim=True)
+    losses = (log_total - wide.gather(-1, target)).squeeze(-1)
+    hot = torch.arange(logits.shape[-1], device=logits.device) == target
+    gradient = (torch.exp(wide - log_total) - hot.to(wide.dtype)) * valid[:, None]
+    return torch.where(valid, losses, 0).sum(), gradient.to(logits.dtype)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, kernel: ChunkKernel = chunk_loss) -> Tensor:
+    """Sum over tokens of the cross entropy of `hidden @ weight.T`.
+
+    hidden: [T, D]; weight: [V, D]; labels: int64 [T], IGNORED where there is no target. Returns a scalar, float32
+    (float64 for float64 inputs).
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, labels, kernel)  # pyright: ignore[reportReturnType]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, kernel: ChunkKernel) -> Tensor:
+        kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        rows = max(1, min(hidden.shape[0], CHUNK_ELEMENTS // weight.shape[0]))
+        loss = torch.zeros((), dtype=kind, device=hidden.device)
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        d_hidden = torch.empty_like(hidden) if wants_hidden else None
+        d_weight = None
+        for start in range(0, hidden.shape[0], rows):
+            part = hidden[start : start + rows]
+            chunk, gradient = kernel(part @ weight.t(), labels[start : start + rows])
+            loss += chunk
+            if d_hidden is not None:
+                torch.mm(gradient, weight, out=d_hidden[start : start + rows])
+            if wants_weight:
+                share = gradient.t() @ part
+                # One chunk keeps its type; several are summed in float32.
+                d_weight = share if d_weight is None else d_weight.to(kind).add_(share)
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (grad,) = grads
+        d_hidden, d_weight = ctx.saved_tensors
+        if d_hidden is not None:
+            d_hidden = d_hidden * grad.to(d_hidden.dtype)
+        if d_weight is not None:
+            d_weight = (d_weight * grad.to(d_weight.dtype)).to(ctx.weight_dtype)
+        return d_hidden, d_weight, None, None
