@@ -1,0 +1,70 @@
+"""One call tells the file, TensorBoard and the terminal the same."""
+
+import io
+import json
+
+import pytest
+import torch
+
+from torchlinearmoe.metrics import METRIC_KEYS, MetricsLogger
+
+
+def values(loss):
+    return dict.fromkeys(METRIC_KEYS, 1.0) | {"loss": loss, "mfu": None, "tokens": 64}
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_logged_step_reaches_file_events_and_terminal(tmp_path):
+    stream = io.StringIO()
+    with MetricsLogger(tmp_path, total_steps=10, stream=stream) as logger:
+        logger.log(5, values(torch.tensor(2.5)), expert_load=torch.tensor([[1, 3]]), seconds_left=42.0)
+        logger.message("checkpoint at step 5")
+    (line,) = lines(tmp_path)
+    assert list(line)[0] == "step" and set(METRIC_KEYS) < set(line)
+    assert (line["step"], line["loss"], line["mfu"], line["expert_load_max"]) == (5, 2.5, None, 1.5)
+    assert stream.getvalue().startswith("step 5/10 | loss 2.5000 | ")
+    assert stream.getvalue().endswith("left 42s\ncheckpoint at step 5\n")
+    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_validation_loss_stands_in_the_line_of_its_step(tmp_path):
+    with MetricsLogger(tmp_path, total_steps=10, tensorboard=False, stream=io.StringIO()) as logger:
+        logger.validation(2, torch.tensor(3.0))
+        logger.log(2, values(2.0))
+        logger.validation(3, 2.75)  # a step that is not logged
+        logger.log(4, values(1.5))
+        logger.validation(5, 2.5)
+    found = [(line["step"], line.get("loss"), line.get("validation_loss")) for line in lines(tmp_path)]
+    assert found == [(2, 2.0, 3.0), (3, None, 2.75), (4, 1.5, None), (5, None, 2.5)]
+
+
+def test_resume_cuts_back_to_the_resumed_step(tmp_path):
+    with MetricsLogger(tmp_path, total_steps=4, tensorboard=False, stream=io.StringIO()) as logger:
+        for step in (1, 2, 3):
+            logger.log(step, values(float(step)))
+    with MetricsLogger(tmp_path, total_steps=4, resumed_step=2, tensorboard=False, stream=io.StringIO()) as logger:
+        logger.log(3, values(30.0))
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    with MetricsLogger(tmp_path, total_steps=4, tensorboard=False, stream=io.StringIO()):
+        assert lines(tmp_path) == []
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    stream = io.StringIO()
+    with MetricsLogger(tmp_path / "run", total_steps=4, rank=1, stream=stream) as logger:
+        logger.advance(1)
+        logger.validation(1, 2.0)
+        logger.log(1, {})
+        logger.message("hello")
+    assert not (tmp_path / "run").exists() and stream.getvalue() == ""
+
+
+def test_line_without_a_promised_key_is_a_mistake(tmp_path):
+    with MetricsLogger(tmp_path, total_steps=4, tensorboard=False, stream=io.StringIO()) as logger:
+        incomplete = values(1.0)
+        del incomplete["skipped_steps"]
+        with pytest.raises(AssertionError, match="skipped_steps"):
+            logger.log(1, incomplete)

@@ -1,0 +1,60 @@
+"""TensorBoard events are read back as written."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from torchlinearmoe.metrics.tensorboard import TensorBoard, heat_map
+
+
+def read(folder):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "histograms": 0})
+    events.Reload()
+    return events
+
+
+def test_numbers_become_scalars_and_the_rest_is_passed_over(tmp_path):
+    board = TensorBoard(tmp_path)
+    board.scalars(3, {"loss": 2.5, "tokens": 12, "mfu": None, "note": "x"})
+    board.scalars(4, {"loss": 2.25, "tokens": 16, "mfu": None})
+    board.close()
+    events = read(tmp_path)
+    assert events.Tags()["scalars"] == ["loss", "tokens"]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 2.5), (4, 2.25)]
+
+
+def test_expert_load_is_a_picture_and_a_histogram_a_layer(tmp_path):
+    load = torch.tensor([[4.0, 4.0, 4.0], [0.0, 6.0, 6.0]])
+    board = TensorBoard(tmp_path)
+    board.expert_load(7, load)
+    board.close()
+    events = read(tmp_path)
+    (picture,) = events.Images("expert_load")
+    pixels = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)))
+    assert picture.step == 7 and np.array_equal(pixels, heat_map(load / 4).permute(1, 2, 0).numpy())
+    (histogram,) = events.Histograms("expert_load/layer_1")
+    assert histogram.histogram_value.sum == pytest.approx(3.0) and histogram.histogram_value.max == 1.5
+
+
+def test_heat_map_is_white_at_balance_blue_below_and_red_above():
+    relative = torch.tensor([[1.0, 0.25, 0.0], [4.0, 16.0, 2.0]])
+    white, blue, red, half = (255, 255, 255), (0, 0, 255), (255, 0, 0), (255, 128, 128)
+    picture = heat_map(relative)
+    assert picture.shape == (3, 16, 24) and picture.dtype == torch.uint8
+    cells = [[tuple(picture[:, 8 * n + at, 8 * e + at].tolist()) for e in range(3)] for n in range(2) for at in (0, 7)]
+    assert cells == [[white, blue, blue]] * 2 + [[red, red, half]] * 2
+
+
+def test_resumed_run_hides_the_events_after_its_step(tmp_path):
+    first = TensorBoard(tmp_path)
+    for step in (1, 2, 3, 4):
+        first.scalars(step, {"loss": 10.0 + step})
+    first.close()
+    second = TensorBoard(tmp_path, resumed_step=2)
+    second.scalars(3, {"loss": 20.0})
+    second.close()
+    assert [(e.step, e.value) for e in read(tmp_path).Scalars("loss")] == [(1, 11.0), (2, 12.0), (3, 20.0)]

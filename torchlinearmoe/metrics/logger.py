@@ -1,0 +1,122 @@
+"""The trainer's one door to the outside: a logged step goes to the file, to TensorBoard and to the terminal."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import torch
+
+from torchlinearmoe.metrics.console import Console
+from torchlinearmoe.metrics.load import load_figures
+from torchlinearmoe.metrics.record import Record, truncate_after
+from torchlinearmoe.metrics.tensorboard import TensorBoard
+
+METRIC_KEYS = ("loss", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu", "memory_gib", "skipped_steps")
+"""What every line of a logged step holds beside `step`; a value that is not known is None."""
+
+
+class MetricsLogger:
+    """Rank 0 writes `output_dir/metrics.jsonl`, `output_dir/tensorboard/` and the terminal; other ranks do nothing.
+
+    On every rank the calls are the same. No call is a collective: the values given on rank 0 are the ones told.
+
+    resumed_step: the step whose checkpoint was loaded, 0 for a fresh start: lines and events after it are removed.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        *,
+        total_steps: int,
+        resumed_step: int = 0,
+        rank: int = 0,
+        tensorboard: bool = True,
+        stream: TextIO | None = None,
+    ) -> None:
+        self._active = rank == 0
+        if not self._active:
+            return
+        folder = Path(output_dir)
+        truncate_after(folder / "metrics.jsonl", resumed_step)
+        self._record = Record(folder / "metrics.jsonl")
+        self._tensorboard = TensorBoard(folder / "tensorboard", resumed_step=resumed_step) if tensorboard else None
+        self._console = Console(total_steps=total_steps, step=resumed_step, stream=stream)
+        self._validated: tuple[int, float] | None = None  # a validation loss that waits for its step's line
+
+    def advance(self, step: int) -> None:
+        """Step `step` is done, logged or not: moves the bar of a terminal."""
+        if self._active:
+            self._console.advance(step)
+
+    def validation(self, step: int, loss: float | torch.Tensor) -> None:
+        """The loss on held-out data after step `step`. Call it before `log` of the same step, whose line takes it in
+        as `validation_loss`; without such a call it gets a line of its own."""
+        if not self._active:
+            return
+        self._write_waiting_validation()
+        self._validated = (step, float(loss))
+        self._console.message(f"step {step} | validation loss {float(loss):.4f}")
+
+    def log(
+        self,
+        step: int,
+        values: Mapping[str, Any],
+        *,
+        expert_load: torch.Tensor | None = None,
+        seconds_left: float | None = None,
+    ) -> None:
+        """Tell step `step`.
+
+        values: all of METRIC_KEYS and any more; numbers, None or one-element tensors (fetched here, on rank 0 only).
+        expert_load: [MoE layers, experts] tokens an expert got (see `load_figures`).
+        seconds_left: for the terminal.
+        """
+        if not self._active:
+            return
+        missing = [key for key in METRIC_KEYS if key not in values]
+        assert not missing, f"a metrics line lacks {missing}"
+        line = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in values.items()}
+        if expert_load is not None:
+            line |= load_figures(expert_load)
+        if self._validated is not None and self._validated[0] == step:
+            line["validation_loss"] = self._validated[1]
+            self._validated = None
+        self._write_waiting_validation()
+        self._write(step, line)
+        if self._tensorboard is not None and expert_load is not None:
+            self._tensorboard.expert_load(step, expert_load)
+        self._console.figures(step, line, seconds_left)
+
+    def message(self, text: str) -> None:
+        """Say one line on the terminal, e.g. that a checkpoint was written."""
+        if self._active:
+            self._console.message(text)
+
+    def close(self) -> None:
+        """Write what is left and close; a second call does nothing."""
+        if not self._active:
+            return
+        self._write_waiting_validation()
+        self._active = False
+        self._record.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        self._console.close()
+
+    def _write_waiting_validation(self) -> None:
+        if self._validated is not None:
+            step, loss = self._validated
+            self._validated = None
+            self._write(step, {"validation_loss": loss})
+
+    def _write(self, step: int, line: dict[str, Any]) -> None:
+        self._record.write({"step": step, **line})
+        if self._tensorboard is not None:
+            self._tensorboard.scalars(step, line)
+
+    def __enter__(self) -> "MetricsLogger":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.close()

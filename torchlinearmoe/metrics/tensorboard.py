@@ -1,0 +1,55 @@
+"""The metrics lines as TensorBoard events, with the expert load as a picture.
+
+Legend: N MoE layers, E experts.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchlinearmoe.metrics.load import relative_load
+
+_CELL = 8  # pixels a side of one expert in the picture
+
+
+class TensorBoard:
+    """Writes event files into `folder`. `resumed_step` hides what an earlier run wrote after that step."""
+
+    def __init__(self, folder: str | Path, *, resumed_step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one rank needs it
+
+        self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else None)
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """One scalar for each number in `values`, under its key; other values are passed over."""
+        for key, value in values.items():
+            if isinstance(value, (int, float)):
+                self._writer.add_scalar(key, value, step)
+
+    def expert_load(self, step: int, expert_load: torch.Tensor) -> None:
+        """A heat map `expert_load` and a histogram `expert_load/layer_i` a layer, of the load relative to balance.
+
+        expert_load: [N, E], any unit (see `relative_load`). One row a layer, one column an expert.
+        """
+        relative_NE = relative_load(expert_load)
+        self._writer.add_image("expert_load", heat_map(relative_NE), step)
+        for layer, relative_E in enumerate(relative_NE):
+            self._writer.add_histogram(f"expert_load/layer_{layer}", relative_E.numpy(), step)
+
+    def close(self) -> None:
+        """Write what is buffered and close."""
+        self._writer.close()
+
+
+def heat_map(relative_NE: torch.Tensor) -> torch.Tensor:
+    """Picture of relative loads: white at 1, to blue at a quarter and less, to red at four times and more.
+
+    Returns uint8 [3, N * cell, E * cell].
+    """
+    scale_NE = (relative_NE.clamp(0.25, 4.0).log2() / 2).float()  # -1 .. 1
+    over_NE, under_NE = scale_NE.clamp_min(0), (-scale_NE).clamp_min(0)
+    colour_3NE = torch.stack([1 - under_NE, 1 - torch.maximum(over_NE, under_NE), 1 - over_NE])
+    pixels = (colour_3NE * 255).round().to(torch.uint8)
+    return pixels.repeat_interleave(_CELL, dim=1).repeat_interleave(_CELL, dim=2)
