@@ -95,13 +95,14 @@ class LocalDispatch:
         Returns x_RD [R, D], counts_E int64 [E], context. With dropped assignments the counts sum to less than R:
         their rows come last and belong to no expert.
         """
-        ids_R = routing.topk_ids_Tk.flatten()
+        ids_R = routing.topk_ids_Tk.flatten().to(torch.int16)  # a radix sort takes a pass for every byte of the key
         if keep_Tk is not None:
             ids_R = ids_R.masked_fill(~keep_Tk.flatten(), self.num_experts)
         sorted_R, order_R = ids_R.sort(stable=True)
         inverse_Tk = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(order_R.shape[0], device=x_TD.device))
         inverse_Tk = inverse_Tk.view_as(routing.topk_ids_Tk)
-        bounds = torch.searchsorted(sorted_R, torch.arange(self.num_experts + 1, device=x_TD.device))
+        experts = torch.arange(self.num_experts + 1, device=x_TD.device, dtype=sorted_R.dtype)
+        bounds = torch.searchsorted(sorted_R, experts)
         x_RD: Tensor = _Spread.apply(x_TD, order_R, inverse_Tk)  # type: ignore[assignment]
         context = DispatchContext(order_R, inverse_Tk, routing.topk_weights_Tk, keep_Tk is not None)
         return x_RD, bounds.diff(), context

@@ -99,7 +99,7 @@ def collect_statistics(
     call) and one transfer to the host, for all layers together. Empty when there is no MoE layer or no token was seen.
     """
     layers = [
-        (path.removesuffix(".statistics"), module)
+        (path.rpartition(".")[0], module)
         for path, module in model.named_modules()
         if isinstance(module, LoadStatistics)
     ]

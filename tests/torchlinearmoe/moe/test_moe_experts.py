@@ -1,0 +1,149 @@
+"""Experts and the grouped product under them: both back ends against per-token arithmetic, and compiled."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from torchlinearmoe.moe.experts import Experts, swiglu
+from torchlinearmoe.moe.grouped_mm import pick_backend
+
+COUNTS = {
+    "even": [4, 4, 4, 4],
+    "ragged": [3, 1, 5, 2],
+    "empty first, middle, last": [0, 7, 0, 6, 0],
+    "all to one": [0, 9, 0],
+    "one row": [0, 0, 1],
+    "no row": [0, 0, 0],
+}
+
+
+def experts(E: int, D: int, F_: int, dtype: torch.dtype, backend: str) -> Experts:
+    module = Experts(D, F_, E, backend=backend).to(dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(0, 0.3)
+    return module
+
+
+def forward_backward(module, x, counts, dy, **options):
+    x = x.detach().clone().requires_grad_()
+    y = module(x, counts, **options)
+    grads = torch.autograd.grad(y, [x, *module.parameters()], dy)
+    return [y.detach(), *grads]
+
+
+def dense(module: Experts, x: torch.Tensor, counts: list[int], dy: torch.Tensor) -> list[torch.Tensor]:
+    """Row by row, with autograd of plain matrix products."""
+    x = x.detach().clone().requires_grad_()
+    width = module.down.shape[1]
+    rows, r = [], 0
+    for e, count in enumerate(counts):
+        for _ in range(count):
+            gate, up = x[r] @ module.gate_up[e][:, :width], x[r] @ module.gate_up[e][:, width:]
+            rows.append((gate * torch.sigmoid(gate) * up) @ module.down[e])
+            r += 1
+    y = torch.stack(rows) if rows else x.new_empty(0, x.shape[1])
+    grads = torch.autograd.grad(y, [x, *module.parameters()], dy, allow_unused=True)
+    return [
+        y.detach(),
+        *(torch.zeros_like(p) if g is None else g for g, p in zip(grads, [x, *module.parameters()])),
+    ]
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+def test_loop_equals_row_by_row_arithmetic(counts: list[int]) -> None:
+    torch.manual_seed(sum(counts))
+    module = experts(len(counts), 5, 3, torch.float64, "loop")
+    x, dy = torch.randn(2, sum(counts), 5, dtype=torch.float64)
+    if not counts or not sum(counts):
+        y = module(x, torch.tensor(counts))
+        assert y.shape == (0, 5)
+        return
+    got = forward_backward(module, x, torch.tensor(counts), dy)
+    torch.testing.assert_close(got, dense(module, x, counts, dy), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+def test_grouped_mm_equals_loop(counts: list[int], dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(len(counts))
+    grouped = experts(len(counts), 16, 8, dtype, "grouped_mm")
+    loop = Experts(16, 8, len(counts), backend="loop").to(dtype)
+    loop.load_state_dict(grouped.state_dict())
+    x, dy = torch.randn(2, sum(counts), 16).to(dtype)
+    got = forward_backward(grouped, x, torch.tensor(counts), dy)
+    expected = forward_backward(loop, x, torch.tensor(counts), dy)
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", ["grouped_mm", "loop"])
+def test_expanded_gradients_are_taken(backend: str) -> None:
+    module = experts(3, 8, 8, torch.float32, backend)
+    x = torch.randn(9, 8, requires_grad=True)
+    module(x, torch.tensor([2, 3, 4])).sum().backward()
+    expected = forward_backward(module, x, torch.tensor([2, 3, 4]), torch.ones(9, 8))
+    torch.testing.assert_close([x.grad, module.gate_up.grad, module.down.grad], expected[1:])
+
+
+@pytest.mark.parametrize("backend", ["grouped_mm", "loop"])
+def test_surplus_rows_reach_nothing(backend: str) -> None:
+    torch.manual_seed(3)
+    counts, real = torch.tensor([3, 0, 4]), 7
+    module = experts(3, 8, 16, torch.float32, backend)
+    x, dy = torch.randn(2, real + 5, 8)
+    expected = forward_backward(module, x[:real], counts, dy[:real])
+    x[real:] = float("nan")
+    dy[real:] = float("nan")
+    # Freed blocks full of NaN: unspecified memory taken from them would show.
+    for _ in range(4):
+        torch.full((real + 5, 32), float("nan"))
+        got = forward_backward(module, x, counts, dy, padded=True)
+        torch.testing.assert_close(got[0], F.pad(expected[0], (0, 0, 0, 5)))
+        torch.testing.assert_close(got[1], F.pad(expected[1], (0, 0, 0, 5)))
+        torch.testing.assert_close(got[2:], expected[2:])
+
+
+def test_swiglu_gradients() -> None:
+    torch.manual_seed(4)
+    x = torch.randn(7, 10, dtype=torch.float64, requires_grad=True)
+    gate, up = x.detach().chunk(2, -1)
+    torch.testing.assert_close(swiglu(x).detach(), gate * torch.sigmoid(gate) * up)
+    assert torch.autograd.gradcheck(swiglu, (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("padded", [False, True])
+def test_compiles_whole_in_every_dtype(dtype: torch.dtype, padded: bool) -> None:
+    torch.manual_seed(5)
+    module = experts(4, 16, 8, dtype, "auto")
+    counts = torch.tensor([5, 0, 2, 4])
+    x, dy = torch.randn(2, 11 + 3 * padded, 16).to(dtype)
+    expected = forward_backward(module, x, counts, dy, padded=padded)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    got = forward_backward(compiled, x, counts, dy, padded=padded)
+    torch.testing.assert_close(got, expected)
+    assert all(torch.isfinite(t).all() for t in got)
+
+
+def test_operators_pass_the_library_checks() -> None:
+    torch.manual_seed(6)
+    x = torch.randn(7, 8, requires_grad=True)
+    w = torch.randn(3, 8, 4, requires_grad=True)
+    offsets = torch.tensor([2, 2, 7], dtype=torch.int32)
+    for backend in ("grouped_mm", "loop"):
+        torch.library.opcheck(torch.ops.torchlinearmoe.grouped_mm, (x, w, offsets, backend))
+        torch.library.opcheck(
+            torch.ops.torchlinearmoe.grouped_mm_weight, (x.detach(), torch.randn(7, 4), offsets, backend)
+        )
+
+
+def test_backend_choice() -> None:
+    assert pick_backend("auto", torch.float32, (4, 8)) == "grouped_mm"
+    assert pick_backend("auto", torch.bfloat16, (4, 8)) == "loop"
+    assert pick_backend("auto", torch.bfloat16, (8, 24)) == "grouped_mm"
+    assert pick_backend("auto", torch.float64, (8, 8)) == "loop"
+    assert pick_backend("loop", torch.float32, (8, 8)) == "loop"
+    with pytest.raises(ValueError, match="moe.backend = 'grouped_mm' cannot multiply torch.float64"):
+        pick_backend("grouped_mm", torch.float64, (8, 8))
+    with pytest.raises(ValueError, match="moe.backend = 'triton': must be one of auto, grouped_mm, loop"):
+        pick_backend("triton", torch.float32, (8, 8))

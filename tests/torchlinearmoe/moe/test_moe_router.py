@@ -1,0 +1,69 @@
+"""Router: the choice, the weights of the chosen, the selection bias."""
+
+import pytest
+import torch
+
+from torchlinearmoe.moe.router import Router
+
+
+def router(T: int = 40, D: int = 8, E: int = 6, k: int = 3, **options) -> tuple[Router, torch.Tensor]:
+    module = Router(D, E, k, **options)
+    torch.nn.init.normal_(module.weight)
+    return module, torch.randn(T, D)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_chooses_the_largest_probabilities(renormalize: bool) -> None:
+    torch.manual_seed(0)
+    module, x = router(renormalize=renormalize)
+    routing = module(x)
+    weight = module.weight.detach()
+    for t in range(x.shape[0]):
+        probs = torch.tensor([(weight[e] * x[t]).sum() for e in range(6)]).exp()
+        probs /= probs.sum()
+        best = sorted(range(6), key=lambda e: -probs[e].item())[:3]
+        assert routing.topk_ids_Tk[t].tolist() == best
+        expected = probs[best] / probs[best].sum() if renormalize else probs[best]
+        torch.testing.assert_close(routing.topk_weights_Tk[t].detach(), expected)
+        torch.testing.assert_close(routing.probs_TE[t].detach(), probs)
+    assert routing.topk_ids_Tk.dtype == torch.int64
+
+
+def test_bf16_input_is_routed_in_fp32() -> None:
+    torch.manual_seed(1)
+    module, x = router(T=200, D=64)
+    x = x.bfloat16()
+    routing, wide = module(x), module(x.float())
+    assert {t.dtype for t in routing} == {torch.int64, torch.float32}
+    for got, expected in zip(routing, wide):
+        assert torch.equal(got, expected)
+
+
+def test_renormalised_weights_survive_vanishing_probabilities() -> None:
+    module, _ = router(k=2, selection_bias=True)
+    assert module.expert_bias is not None
+    with torch.no_grad():
+        module.weight.zero_()[:, 0] = torch.tensor([0.0, -300.0, -301.0, -400.0, -400.0, -400.0])
+        module.expert_bias += torch.tensor([-9.0, 0, 0, -9, -9, -9])
+    routing = module(torch.eye(8)[:1])
+    assert sorted(routing.topk_ids_Tk[0].tolist()) == [1, 2]
+    torch.testing.assert_close(routing.topk_weights_Tk.sort().values, torch.tensor([[-1.0, 0.0]]).softmax(-1))
+
+
+def test_bias_changes_the_selection_and_nothing_else() -> None:
+    torch.manual_seed(2)
+    module, x = router(selection_bias=True, renormalize=False)
+    plain = module(x)
+    assert module.expert_bias is not None
+    module.expert_bias[4] += 2.0  # more than any probability
+    biased = module(x)
+    assert (biased.topk_ids_Tk == 4).any(-1).all() and not (plain.topk_ids_Tk == 4).any(-1).all()
+    assert torch.equal(biased.probs_TE, plain.probs_TE)
+    assert torch.equal(biased.topk_weights_Tk, plain.probs_TE.gather(1, biased.topk_ids_Tk))
+    assert "expert_bias" in module.state_dict() and "expert_bias" not in router()[0].state_dict()
+
+
+@pytest.mark.parametrize("top_k", [0, 7])
+def test_refuses_an_impossible_top_k(top_k: int) -> None:
+    with pytest.raises(ValueError, match=rf"moe.top_k = {top_k}.*num_experts = 6"):
+        Router(8, 6, top_k)
