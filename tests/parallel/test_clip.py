@@ -1,4 +1,4 @@
-"""Clipping on one process: against torch's own. Several ranks and meshes: tests/distributed/test_clip.py."""
+"""Clipping on one process: against torch's own. Several ranks and meshes: tests/distributed/test_clip_on_meshes.py."""
 
 import pytest
 import torch

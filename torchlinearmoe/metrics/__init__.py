@@ -4,7 +4,6 @@
 room changes no weight.
 """
 
-from torchlinearmoe.metrics.load import load_figures
 from torchlinearmoe.metrics.logger import METRIC_KEYS, MetricsLogger
 from torchlinearmoe.metrics.meter import Meter, peak_memory_gib
 from torchlinearmoe.metrics.mfu import mfu, peak_flops
@@ -18,7 +17,6 @@ __all__ = [
     "MetricsLogger",
     "Record",
     "StepProfiler",
-    "load_figures",
     "mfu",
     "peak_flops",
     "peak_memory_gib",

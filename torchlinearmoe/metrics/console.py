@@ -136,5 +136,6 @@ _FIGURES = {
     "grad_norm": lambda value: f"grad norm {_or_dash(value, '.3f')}",
     "lr": lambda value: f"lr {_or_dash(value, '.2e')}",
     "memory_gib": lambda value: f"{_or_dash(value, '.1f')} GiB",
+    "moe/max_load": lambda value: f"max load {_or_dash(value, '.2f')}",
     "tokens": lambda value: f"{format_number(value)} tokens",
 }

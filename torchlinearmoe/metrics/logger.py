@@ -8,7 +8,6 @@ from typing import Any, TextIO
 import torch
 
 from torchlinearmoe.metrics.console import Console
-from torchlinearmoe.metrics.load import load_figures
 from torchlinearmoe.metrics.record import Record, truncate_after
 from torchlinearmoe.metrics.tensorboard import TensorBoard
 
@@ -68,8 +67,9 @@ class MetricsLogger:
     ) -> None:
         """Tell step `step`.
 
-        values: all of METRIC_KEYS and any more; numbers, None or one-element tensors (fetched here, on rank 0 only).
-        expert_load: [MoE layers, experts] tokens an expert got (see `load_figures`).
+        values: all of METRIC_KEYS and any more, such as the expert load figures; numbers, None or one-element tensors
+            (fetched here, on rank 0 only).
+        expert_load: [MoE layers, experts] tokens each expert got, for TensorBoard's picture and histograms.
         seconds_left: for the terminal.
         """
         if not self._active:
@@ -77,8 +77,6 @@ class MetricsLogger:
         missing = [key for key in METRIC_KEYS if key not in values]
         assert not missing, f"a metrics line lacks {missing}"
         line = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in values.items()}
-        if expert_load is not None:
-            line |= load_figures(expert_load)
         if self._validated is not None and self._validated[0] == step:
             line["validation_loss"] = self._validated[1]
             self._validated = None

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from torchlinearmoe.metrics.load import relative_load
-
 _CELL = 8  # pixels a side of one expert in the picture
 
 
@@ -29,18 +27,29 @@ class TensorBoard:
                 self._writer.add_scalar(key, value, step)
 
     def expert_load(self, step: int, expert_load: torch.Tensor) -> None:
-        """A heat map `expert_load` and a histogram `expert_load/layer_i` a layer, of the load relative to balance.
+        """A heat map `moe/expert_load` and a histogram `moe/expert_load/layer_i` a layer, of the relative load.
 
         expert_load: [N, E], any unit (see `relative_load`). One row a layer, one column an expert.
         """
         relative_NE = relative_load(expert_load)
-        self._writer.add_image("expert_load", heat_map(relative_NE), step)
+        self._writer.add_image("moe/expert_load", heat_map(relative_NE), step)
         for layer, relative_E in enumerate(relative_NE):
-            self._writer.add_histogram(f"expert_load/layer_{layer}", relative_E.numpy(), step)
+            self._writer.add_histogram(f"moe/expert_load/layer_{layer}", relative_E.numpy(), step)
 
     def close(self) -> None:
         """Write what is buffered and close."""
         self._writer.close()
+
+
+def relative_load(expert_load: torch.Tensor) -> torch.Tensor:
+    """Load of each expert over the load it would have if all were equal: 1 is balanced, E is "takes everything".
+
+    expert_load: [N, E] tokens (or any share proportional to them) an expert got in a layer. Returns float32 [N, E]
+    on the CPU; a layer without any token counts as balanced.
+    """
+    load_NE = expert_load.detach().to("cpu", torch.float64)
+    mean_N1 = load_NE.mean(dim=1, keepdim=True)
+    return torch.where(mean_N1 > 0, load_NE / mean_N1.clamp_min(1e-30), 1.0).to(torch.float32)
 
 
 def heat_map(relative_NE: torch.Tensor) -> torch.Tensor:

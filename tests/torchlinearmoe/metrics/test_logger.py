@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from torchlinearmoe.metrics import METRIC_KEYS, MetricsLogger
 
@@ -20,14 +21,17 @@ def lines(folder):
 def test_logged_step_reaches_file_events_and_terminal(tmp_path):
     stream = io.StringIO()
     with MetricsLogger(tmp_path, total_steps=10, stream=stream) as logger:
-        logger.log(5, values(torch.tensor(2.5)), expert_load=torch.tensor([[1, 3]]), seconds_left=42.0)
+        logger.log(
+            5, values(torch.tensor(2.5)) | {"moe/max_load": 1.5}, expert_load=torch.tensor([[1, 3]]), seconds_left=42.0
+        )
         logger.message("checkpoint at step 5")
     (line,) = lines(tmp_path)
     assert list(line)[0] == "step" and set(METRIC_KEYS) < set(line)
-    assert (line["step"], line["loss"], line["mfu"], line["expert_load_max"]) == (5, 2.5, None, 1.5)
+    assert (line["step"], line["loss"], line["mfu"], line["moe/max_load"]) == (5, 2.5, None, 1.5)
     assert stream.getvalue().startswith("step 5/10 | loss 2.5000 | ")
     assert stream.getvalue().endswith("left 42s\ncheckpoint at step 5\n")
-    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Scalars("loss")[0].value == 2.5 and events.Images("moe/expert_load")[0].step == 5
 
 
 def test_validation_loss_stands_in_the_line_of_its_step(tmp_path):

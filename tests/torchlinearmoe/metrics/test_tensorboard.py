@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from torchlinearmoe.metrics.tensorboard import TensorBoard, heat_map
+from torchlinearmoe.metrics.tensorboard import TensorBoard, heat_map, relative_load
 
 
 def read(folder):
@@ -33,11 +33,17 @@ def test_expert_load_is_a_picture_and_a_histogram_a_layer(tmp_path):
     board.expert_load(7, load)
     board.close()
     events = read(tmp_path)
-    (picture,) = events.Images("expert_load")
+    (picture,) = events.Images("moe/expert_load")
     pixels = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)))
     assert picture.step == 7 and np.array_equal(pixels, heat_map(load / 4).permute(1, 2, 0).numpy())
-    (histogram,) = events.Histograms("expert_load/layer_1")
+    (histogram,) = events.Histograms("moe/expert_load/layer_1")
     assert histogram.histogram_value.sum == pytest.approx(3.0) and histogram.histogram_value.max == 1.5
+
+
+def test_relative_load_has_no_unit_and_a_silent_layer_counts_as_balanced():
+    load = torch.tensor([[2**40, 3 * 2**40], [0, 7], [0, 0]])
+    expected = torch.tensor([[0.5, 1.5], [0.0, 2.0], [1.0, 1.0]])
+    assert torch.equal(relative_load(load), expected) and torch.equal(relative_load(load * 0.25), expected)
 
 
 def test_heat_map_is_white_at_balance_blue_below_and_red_above():
