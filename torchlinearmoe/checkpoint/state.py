@@ -1,0 +1,183 @@
+"""Which tensors a checkpoint holds, and under which names.
+
+    model.<parameter or buffer>                     model.layers.0.mixer.q_proj.weight
+    optimizer.<parameter>.<entry of its state>      optimizer.layers.0.mixer.q_proj.weight.exp_avg
+
+Names are those of the plain model, so they do not depend on sharding, wrappers, pipeline stages, or the grouping and
+order of parameters in the optimizer. Hyper-parameters (lr, betas, weight decay) are not saved: the recipe has them.
+
+A parameter that never got a gradient has no optimizer state; a checkpoint lists such parameters, so that on load a
+missing state is told from an absent one.
+
+A rank of a pipeline holds several model parts. They share one namespace; two parts that hold the same name (a table
+shared between layers) hold equal values.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from torchlinearmoe.checkpoint.storage import CheckpointError
+
+MODEL, OPTIMIZER = "model.", "optimizer."
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+def as_parts(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
+    """``model`` as a list of model parts."""
+    return [model] if isinstance(model, nn.Module) else list(model)
+
+
+def as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+    """``optimizer`` as a list."""
+    if optimizer is None:
+        return []
+    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+
+
+def plain_name(name: str) -> str:
+    """``name`` of a parameter or buffer without what activation checkpointing and compilation put into it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def model_tensors(part: nn.Module) -> dict[str, Tensor]:
+    """The parameters and persistent buffers of ``part`` by checkpoint key; they share memory with the model's."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in part.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"model state '{name}' is a {type(value).__name__}; only tensors are saved")
+        tensors[MODEL + plain_name(name)] = value
+    return tensors
+
+
+def optimized_parameters(
+    parts: Sequence[nn.Module], optimizers: Sequence[Optimizer]
+) -> Iterator[tuple[str, nn.Parameter, Optimizer, dict[str, Any]]]:
+    """Every parameter that the optimizers update: (name, parameter, its optimizer, its parameter group)."""
+    names: dict[Tensor, str] = {}
+    for part in parts:
+        for name, parameter in part.named_parameters():
+            names[parameter] = plain_name(name)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                assert parameter in names, "the optimizer holds a parameter of another model"
+                yield names[parameter], parameter, optimizer, group
+
+
+def optimizer_tensors(
+    parts: Sequence[nn.Module], optimizers: Sequence[Optimizer]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The optimizers' state by checkpoint key, not copied, and the names of the parameters that have none.
+
+    Raises:
+        CheckpointError: an entry is neither a tensor of its parameter's shape nor a tensor without dimensions; the
+            layout of any other is not known.
+    """
+    tensors: dict[str, Tensor] = {}
+    without: list[str] = []
+    for name, parameter, optimizer, _ in optimized_parameters(parts, optimizers):
+        state = optimizer.state.get(parameter)
+        if not state:
+            without.append(name)
+            continue
+        for entry, value in state.items():
+            if not isinstance(value, Tensor) or value.shape not in (parameter.shape, torch.Size()):
+                raise CheckpointError(f"optimizer state '{entry}' of '{name}' is neither per element nor a number")
+            tensors[f"{OPTIMIZER}{name}.{entry}"] = value
+    return tensors, without
+
+
+class OptimizerTargets:
+    """Fresh optimizer state to load a checkpoint into, given to the optimizers only when the load has succeeded.
+
+    Attributes:
+        tensors: what to load, by checkpoint key.
+        names: the parameters that the optimizers of this rank update.
+    """
+
+    def __init__(
+        self, parts: Sequence[nn.Module], optimizers: Sequence[Optimizer], metadata: Metadata, without: Sequence[str]
+    ) -> None:
+        saved: dict[str, dict[str, TensorStorageMetadata]] = {}
+        for key, entry in metadata.state_dict_metadata.items():
+            if key.startswith(OPTIMIZER) and isinstance(entry, TensorStorageMetadata):
+                name, _, state_name = key.removeprefix(OPTIMIZER).rpartition(".")
+                saved.setdefault(name, {})[state_name] = entry
+
+        self.tensors: dict[str, Tensor] = {}
+        self.names: set[str] = set()
+        self._states: list[tuple[Optimizer, nn.Parameter, dict[str, str]]] = []
+        for name, parameter, optimizer, group in optimized_parameters(parts, optimizers):
+            entries = saved.get(name, {})
+            if not entries and name not in without:
+                raise CheckpointError(f"no optimizer state of '{name}'")
+            for state_name, entry in entries.items():
+                key = f"{OPTIMIZER}{name}.{state_name}"
+                if state_name == "step" or (len(entry.size) == 0 and parameter.dim() > 0):
+                    self.tensors[key] = _empty_number(parameter, group, entry)
+                elif entry.size == parameter.shape:
+                    self.tensors[key] = torch.zeros_like(parameter, dtype=entry.properties.dtype, requires_grad=False)
+                else:
+                    shapes = f"{list(entry.size)}, not {list(parameter.shape)}"
+                    raise CheckpointError(f"optimizer state '{state_name}' of '{name}' has shape {shapes}")
+            self.names.add(name)
+            self._states.append((optimizer, parameter, {s: f"{OPTIMIZER}{name}.{s}" for s in entries}))
+
+    def hand_over(self) -> None:
+        """Replace the optimizers' state by the loaded one."""
+        given: set[str] = set()
+        for optimizer, parameter, keys in self._states:
+            optimizer.state.pop(parameter, None)
+            for state_name, key in keys.items():
+                tensor = self.tensors[key]
+                optimizer.state[parameter][state_name] = tensor.clone() if key in given else tensor
+                given.add(key)
+
+
+def _empty_number(parameter: nn.Parameter, group: dict[str, Any], entry: TensorStorageMetadata) -> Tensor:
+    """A tensor without dimensions, on the device where torch's optimizers keep their step counts."""
+    on_device = group.get("fused") or group.get("capturable")
+    return torch.zeros((), dtype=entry.properties.dtype, device=parameter.device if on_device else "cpu")
+
+
+class Staging:
+    """Copies tensors to the CPU, into memory that it keeps from save to save."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of ``tensors`` as they are now, DTensors with their placements; valid until the next call."""
+        copies: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            buffer = self._buffers.get(name)
+            if buffer is None or _layout(buffer) != _layout(tensor):
+                buffer = tensor.detach().to("cpu", copy=True)
+            else:
+                _local(buffer).copy_(_local(tensor))
+            copies[name] = buffer
+        self._buffers = copies
+        return copies
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shares_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors, or the local shards of two DTensors, begin at the same address."""
+    return _local(a).data_ptr() == _local(b).data_ptr()
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    spec = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else ()
+    return (tensor.shape, tensor.stride(), _local(tensor).shape, tensor.dtype, *spec)
