@@ -3,7 +3,10 @@
 import math
 import sys
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 class Console:
@@ -48,34 +51,40 @@ class Console:
 
 
 class _Bar:
-    """The terminal's bar: a progress row and, under it, the newest figures."""
+    """The terminal's two rows, updated in place: a progress bar and the newest figures."""
 
     def __init__(self, total_steps: int, step: int, stream: TextIO) -> None:
         from rich.console import Console as RichConsole
+        from rich.live import Live
         from rich.progress import BarColumn, Progress, TextColumn
 
         self._progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=None),
-            TextColumn("{task.percentage:>3.0f}%\n{task.fields[figures]}"),
-            console=RichConsole(file=stream),
+            TextColumn("{task.percentage:>3.0f}%"),
             expand=True,
-            refresh_per_second=4,
         )
-        self._task = self._progress.add_task("train", total=total_steps, completed=step, figures="first step ...")
-        self._progress.start()
+        self._task = self._progress.add_task("train", total=total_steps, completed=step)
+        self._figures = "the first step prepares ..."
+        self._live = Live(console=RichConsole(file=stream), get_renderable=self._rows, refresh_per_second=4)
+        self._live.start()
+
+    def _rows(self) -> "RenderableType":
+        from rich.console import Group
+        from rich.text import Text
+
+        return Group(self._progress, Text(self._figures))
 
     def show(self, step: int, figures: str | None = None) -> None:
-        if figures is None:
-            self._progress.update(self._task, completed=step)
-        else:
-            self._progress.update(self._task, completed=step, figures=figures)
+        self._progress.update(self._task, completed=step)
+        if figures is not None:
+            self._figures = figures
 
     def message(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, highlight=False)
+        self._live.console.print(text, markup=False, highlight=False)
 
     def close(self) -> None:
-        self._progress.stop()
+        self._live.stop()
 
 
 def format_figures(values: Mapping[str, Any], seconds_left: float | None = None) -> str:

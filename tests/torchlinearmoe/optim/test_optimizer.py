@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from torchlinearmoe.optim import build_optimizer, set_learning_rate, step_if_finite
+from torchlinearmoe.parallel.clip import clip_gradients
 
 
 def textbook_adamw(parameter, gradients, rates, betas, eps, weight_decay):
@@ -68,3 +69,21 @@ def test_skipped_step_leaves_no_trace(fused, norm):
     for p, q in zip(model.parameters(), twin.parameters()):
         assert torch.equal(p, q)
     assert not hasattr(optimizers[0], "found_inf")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_clipping_and_a_skipped_step_never_wait_for_the_device():
+    torch.manual_seed(7)
+    model = nn.Linear(64, 64, device="cuda")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, lr=0.1)
+    model(torch.randn(8, 64, device="cuda")).square().sum().backward()
+    model.weight.grad = torch.full_like(model.weight, float("nan"))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        skipped = step_if_finite(optimizer, clip_gradients(model, 1.0))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.param_groups[0]["fused"] and skipped.item() == 1
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
