@@ -51,3 +51,18 @@ def test_impossible_borders_are_refused(borders, row_length, match):
 def test_empty_batch_is_refused():
     with pytest.raises(ValueError, match="no tokens"):
         Documents.batch(0, 4)
+
+
+@pytest.mark.gpu
+def test_the_gpu_is_not_waited_for():
+    lengths = torch.randint(1, 100, (500,)).tolist()
+    borders = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    expected = Documents.packed(borders)
+    torch.zeros(1, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        documents = Documents.packed(borders, device="cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name in ("cu_seqlens", "ids", "positions"):
+        assert torch.equal(getattr(documents, name).cpu(), getattr(expected, name))

@@ -182,13 +182,8 @@ def _read(batches: Dataset[MicroBatch], indices: Iterable[int], workers: int, pi
             batch_size=None,  # an item is a micro-batch already
             sampler=indices,
             num_workers=workers,
-            collate_fn=_as_it_is,
             pin_memory=pin_memory,
             # The loader's own state is not used: it would tie a checkpoint to the number of workers.
             snapshot_every_n_steps=1 << 30,
         )
     return iter(loader)
-
-
-def _as_it_is(batch: MicroBatch) -> MicroBatch:
-    return batch

@@ -1,0 +1,51 @@
+"""A tokenizer of single letters, for streams that can be written down by hand, and the corpus that ships."""
+
+import pytest
+
+from torchlinearmoe.data.splits import open_splits
+from torchlinearmoe.data.store import write_store
+from torchlinearmoe.data.tokenizer import Tokenizer, load_tokenizer
+
+
+class LetterTokenizer(Tokenizer):
+    """a .. z are 0 .. 25, the end of text is 26."""
+
+    def __init__(self, path, fingerprint="letters"):
+        self.path, self.fingerprint = path, fingerprint
+        self.vocab_size, self.end_of_text = 27, 26
+
+    def encode(self, text):
+        return [ord(letter) - ord("a") for letter in text]
+
+    def decode_bytes(self, ids):
+        return bytes(ord("a") + token for token in ids)
+
+
+@pytest.fixture
+def letters(tmp_path):
+    return LetterTokenizer(tmp_path / "letters")
+
+
+@pytest.fixture
+def make_stream(tmp_path, letters):
+    """Documents of letters -> a stream that holds all of them."""
+    made = 0
+
+    def make(documents):
+        nonlocal made
+        made += 1
+        folder = tmp_path / f"stream-{made}"
+        write_store(folder, documents, letters)
+        return open_splits([folder], tokenizer=letters, validation_fraction=0).train
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def corpus(tokenizer, tmp_path_factory):
+    return open_splits(tokenizer=tokenizer, validation_fraction=0.05, cache=tmp_path_factory.mktemp("cache"))
