@@ -21,7 +21,7 @@ def short_convolution(
     cu_seqlens: Tensor | None = None,
     document_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`reference.convolution.short_convolution`; document_ids: [T], read in place of cu_seqlens where states stay out."""
+    """`reference.convolution.short_convolution`; document_ids: [T], all that is read without states."""
     T, W = x.shape[1], weight.shape[1]
     dtype = compute_dtype(x)
     wide, taps = x.to(dtype), weight.to(dtype).t()
@@ -63,7 +63,7 @@ def _lag_mask(ids_T: Tensor, lag: int) -> Tensor:
 
 
 def _add_initial(y: Tensor, state: Tensor, taps: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
-    """Add what the first W - 1 tokens of every document read from its state: token i reads state[i:] by taps[: W-1-i]."""
+    """Add what the first W - 1 tokens of each document read from its state: token i, state[i:] by taps[: W - 1 - i]."""
     W1 = taps.shape[0] - 1
     reads = [(state[:, i:] * taps[: W1 - i]).sum(1) for i in range(W1)]
     offsets = torch.arange(W1, device=y.device)

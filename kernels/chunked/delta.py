@@ -36,8 +36,8 @@ def delta_rule(
         q_C, k_C = q_C.repeat_interleave(groups, 1), k_C.repeat_interleave(groups, 1)
     beta_C1 = layout.split(beta.to(dtype)).unsqueeze(-1)
     k_transposed = k_C.transpose(-1, -2)
-    scores = torch.matmul(q_C, k_transposed) * decay.matrix.to(q_C.dtype)
-    overlap = torch.matmul(k_C, k_transposed).to(dtype) * (decay.matrix * beta_C1)
+    scores = decay.apply(torch.matmul(q_C, k_transposed))
+    overlap = decay.apply(torch.matmul(k_C * beta_C1.to(k_C.dtype), k_transposed)).to(dtype)
     k_in = k_C if decay.prefix is None else k_C * decay.prefix
     right_side = torch.cat([v_C, k_in], -1) * beta_C1
     solved = torch.linalg.solve_triangular(overlap, right_side, upper=False, unitriangular=True)
@@ -53,5 +53,4 @@ def delta_rule(
         prefix=None if layout.edges is None else decay.prefix,
     )
     entered, final = carry(layout, chunks, initial_state, want_final)
-    o = (torch.matmul(scores, u_low) + entered) * scale
-    return layout.join(o), final
+    return layout.join(layout.output(scores, u_low, entered, scale)), final

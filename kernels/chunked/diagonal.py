@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from torchlinearmoe.kernels.chunked.carry import Chunks, carry
-from torchlinearmoe.kernels.chunked.decay import FLOOR, compute_dtype, running_sum
+from torchlinearmoe.kernels.chunked.decay import FLOOR, compute_dtype, decay_factor, running_sum
 from torchlinearmoe.kernels.chunked.halving import halved_scores
 from torchlinearmoe.kernels.chunked.layout import Layout
 
@@ -24,7 +24,7 @@ def linear_diagonal(
     dtype = compute_dtype(q)
     q_C, k_C, v_C = layout.split(q.to(dtype)), layout.split(k.to(dtype)), layout.split(v)
     log_C = layout.split(log_decay.to(dtype))
-    decay = log_C.exp()
+    decay = decay_factor(log_C, dtype)
     reads_before_write = bonus is not None
     scores, q_in, k_out = halved_scores(q_C if reads_before_write else q_C * decay, k_C, decay, v.dtype)
     own = q_C * k_C if bonus is None else q_C * k_C * bonus.to(dtype)[:, None, None]
@@ -38,8 +38,7 @@ def linear_diagonal(
     log_total = log_C.clamp(min=FLOOR).sum(-2)
     chunks = Chunks(q_in.to(v.dtype), k_out.to(v.dtype), v_C, log_total, None, prefix)
     entered, final = carry(layout, chunks, initial_state, want_final)
-    o = (torch.matmul(scores, v_C) + entered) * scale
-    return layout.join(o), final
+    return layout.join(layout.output(scores, v_C, entered, scale)), final
 
 
 def _document_decays(layout: Layout, log_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,4 +49,8 @@ def _document_decays(layout: Layout, log_C: Tensor) -> tuple[Tensor, Tensor, Ten
     first = layout.documents.first_MC.unsqueeze(-1).expand(total.shape)
     final = layout.documents.final_MC.unsqueeze(-1).expand(total.shape)
     since, until = before.gather(-2, first), total.gather(-2, final)
-    return tuple(x.to(log_C.dtype).exp() for x in (total - since, before - since, until - total))  # type: ignore[return-value]
+    return (
+        decay_factor(total - since, log_C.dtype),
+        decay_factor(before - since, log_C.dtype),
+        decay_factor(until - total, log_C.dtype),
+    )

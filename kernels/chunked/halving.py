@@ -13,6 +13,8 @@ block's. Nothing is divided or subtracted: a decay of 0 is exact, in the gradien
 import torch
 from torch import Tensor
 
+from torchlinearmoe.kernels.chunked.decay import negligible_factor
+
 
 def halved_scores(q: Tensor, k: Tensor, a: Tensor, matmul_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Scores of every query against every earlier key of its chunk.
@@ -33,6 +35,7 @@ class _HalvedScores(torch.autograd.Function):
         scores = torch.zeros(*q.shape[:-1], C, dtype=matmul_dtype, device=q.device)
         total = a.reshape(-1, K)
         saved = []
+        negligible = negligible_factor(q.dtype)
         size = 1
         while size < C:
             right, left = _halves(q_in, size)[1], _halves(k_out, size)[0]
@@ -43,6 +46,7 @@ class _HalvedScores(torch.autograd.Function):
             right.mul_(before)
             left.mul_(after)
             total = before * after
+            total = total.masked_fill(total < negligible, 0.0)
             size *= 2
         ctx.save_for_backward(*saved)
         return scores, q_in, k_out

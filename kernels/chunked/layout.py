@@ -80,6 +80,11 @@ class Layout:
         """The inverse of `split`, the padding cut off."""
         return x.flatten(2, 3).transpose(1, 2)[:, : self.T]
 
+    def output(self, scores: Tensor, u: Tensor, entered: Tensor, scale: float) -> Tensor:
+        """scale * (scores u + entered), [B, H, M, C, V]."""
+        o = torch.baddbmm(entered.flatten(0, 2), scores.flatten(0, 2), u.flatten(0, 2))
+        return (o * scale).view(entered.shape)
+
 
 def make_layout(
     batch: int,
@@ -94,7 +99,7 @@ def make_layout(
     With `document_ids` ([T], any labels that differ between documents) and no states, `cu_seqlens` is not read.
     """
     C = chunk_size
-    while C > 1 and C >= 2 * tokens:
+    while C > 1 and 2 * tokens <= C:
         C //= 2
     M = max(1, -(-tokens // C))
     documents = edges = None

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from torchlinearmoe.kernels.chunked.carry import Chunks, carry
-from torchlinearmoe.kernels.chunked.decay import causal_mask, compute_dtype, decay_matrix, running_sum
+from torchlinearmoe.kernels.chunked.decay import (
+    FLOOR,
+    causal_mask,
+    compute_dtype,
+    decay_factor,
+    decay_matrix,
+    decayed,
+    running_sum,
+)
 from torchlinearmoe.kernels.chunked.layout import Layout
 
 
@@ -20,12 +28,20 @@ class ScalarDecay:
 
     matrix: Tensor
     """[1 or B, 1 or H, 1 or M, C, C]: from token s (last dim) to token t, 0 outside the document or the past."""
+    running: Tensor | None
+    """[1 or B, 1 or H, 1 or M, C]: the log decay since the start of the chunk, whose differences the matrix holds."""
     prefix: Tensor | None
-    """[.., C, 1]: since the document entered the chunk (only correct for carried tokens when no state goes in or out)."""
+    """[.., C, 1]: since the document entered the chunk (without states: right for carried tokens only)."""
     suffix: Tensor | None
-    """[.., C, 1]: until the document leaves the chunk (likewise for the last document's tokens)."""
+    """[.., C, 1]: until the document leaves the chunk (without states: right for its last document only)."""
     log_total: Tensor
     """[1 or B, 1 or H, M, 1]"""
+
+    def apply(self, scores: Tensor) -> Tensor:
+        """scores [B, H, M, C, C] times the matrix."""
+        if self.running is None:
+            return scores * self.matrix.to(scores.dtype)
+        return decayed(scores, self.matrix, self.running, self.running)
 
 
 def linear_scalar(
@@ -42,14 +58,12 @@ def linear_scalar(
     dtype = compute_dtype(q)
     decay = scalar_decay(layout, log_decay, q.device, dtype)
     q_C, k_C, v_C = layout.split(q), layout.split(k), layout.split(v)
-    scores = torch.matmul(q_C, k_C.transpose(-1, -2))
-    scores = scores * decay.matrix.to(scores.dtype)
+    scores = decay.apply(torch.matmul(q_C, k_C.transpose(-1, -2)))
     q_in = q_C if decay.prefix is None else q_C * decay.prefix.to(q_C.dtype)
     k_out = k_C if decay.suffix is None else k_C * decay.suffix.to(k_C.dtype)
     prefix = None if decay.prefix is None or layout.edges is None else decay.prefix
     entered, final = carry(layout, Chunks(q_in, k_out, v_C, decay.log_total, None, prefix), initial_state, want_final)
-    o = (torch.matmul(scores, v_C) + entered) * scale
-    return layout.join(o), final
+    return layout.join(layout.output(scores, v_C, entered, scale)), final
 
 
 def scalar_decay(layout: Layout, log_decay: Tensor | None, device: torch.device, dtype: torch.dtype) -> ScalarDecay:
@@ -58,7 +72,7 @@ def scalar_decay(layout: Layout, log_decay: Tensor | None, device: torch.device,
     mask = causal_mask(C, device) if documents is None else documents.same_MCC
     if log_decay is None:
         zero = torch.zeros(1, 1, layout.M, 1, device=device, dtype=dtype)
-        return ScalarDecay(mask.to(dtype), None, None, zero)
+        return ScalarDecay(mask.to(dtype), None, None, None, zero)
     if log_decay.dim() == 1:
         # With states, the padding and the borders must not decay them: treat the tokens one by one.
         if not layout.with_states or not (layout.padded or layout.documents):
@@ -74,8 +88,9 @@ def scalar_decay(layout: Layout, log_decay: Tensor | None, device: torch.device,
         until = total.gather(-1, documents.final_MC.expand(shape))
     return ScalarDecay(
         matrix=matrix,
-        prefix=_exp(total - since, dtype),
-        suffix=_exp(until - total, dtype),
+        running=total,
+        prefix=decay_factor(total - since, dtype).unsqueeze(-1),
+        suffix=decay_factor(until - total, dtype).unsqueeze(-1),
         log_total=total[..., -1:].to(dtype),
     )
 
@@ -84,17 +99,14 @@ def _constant_decay(layout: Layout, log_decay_H: Tensor, dtype: torch.dtype, mas
     """One matrix for all chunks; documents only mask it."""
     C = layout.C
     steps = torch.arange(1, C + 1, device=log_decay_H.device, dtype=torch.float64)
-    total = log_decay_H.double().clamp(min=-1000.0).view(1, -1, 1, 1) * steps  # [1, H, 1, C]
+    total = log_decay_H.double().clamp(min=FLOOR).view(1, -1, 1, 1) * steps  # [1, H, 1, C]
     matrix = decay_matrix(total, total, causal_mask(C, mask.device), dtype)
     if layout.documents is not None:
         matrix = matrix * mask
     return ScalarDecay(
         matrix=matrix,
-        prefix=_exp(total, dtype),
-        suffix=_exp(total[..., -1:] - total, dtype),
+        running=total,
+        prefix=decay_factor(total, dtype).unsqueeze(-1),
+        suffix=decay_factor(total[..., -1:] - total, dtype).unsqueeze(-1),
         log_total=total[..., -1:].to(dtype).expand(-1, -1, layout.M, -1),
     )
-
-
-def _exp(log: Tensor, dtype: torch.dtype) -> Tensor:
-    return log.to(dtype).exp().unsqueeze(-1)

@@ -6,7 +6,7 @@ Legend: B rows, H heads, M chunks, R radix, K key head dim, P decays per head (1
 import torch
 from torch import Tensor
 
-from torchlinearmoe.kernels.chunked.decay import causal_mask, decay_matrix, running_sum
+from torchlinearmoe.kernels.chunked.decay import causal_mask, decay_factor, decay_matrix, decayed, running_sum
 
 
 def scan_decay(
@@ -21,7 +21,7 @@ def scan_decay(
     Returns the states [B, H, P, M, Y] before every chunk and the state [B, H, P, Y] after the last one.
     """
     M = b.shape[-2]
-    if M <= radix:
+    if radix >= M:
         return _scan_group(log_a, b, s0, want_final)
     groups = -(-M // radix)
     padding = groups * radix - M
@@ -31,31 +31,31 @@ def scan_decay(
     log_a, b = log_a.unflatten(-1, (groups, radix)), b.unflatten(-2, (groups, radix))
     local, total = _scan_group(log_a, b, None, True)
     assert total is not None
-    log_total = running_sum(log_a, -1)[..., -1]
-    entering, final = scan_decay(log_total, total, s0, want_final, radix)
-    decay = _exclusive(log_a).exp().to(b.dtype)
+    since = running_sum(log_a, -1)
+    entering, final = scan_decay(since[..., -1], total, s0, want_final, radix)
+    decay = decay_factor(_exclusive(since), b.dtype)
     states = torch.addcmul(local, decay.unsqueeze(-1), entering.unsqueeze(-2))
     return states.flatten(-3, -2)[..., :M, :], final
 
 
 def _scan_group(log_a: Tensor, b: Tensor, s0: Tensor | None, want_final: bool) -> tuple[Tensor, Tensor | None]:
     since = running_sum(log_a, -1)
-    to = torch.cat([torch.zeros_like(since[..., :1]), since[..., :-1]], -1)
+    to = _exclusive(since)
     mask = causal_mask(log_a.shape[-1], log_a.device, -1)
-    states = torch.matmul(decay_matrix(to, since, mask, b.dtype), b)
+    matrix = decay_matrix(to, since, mask, b.dtype)
+    states = torch.matmul(decayed(torch.ones_like(matrix), matrix, to, since), b)
     if s0 is not None:
-        states = states + to.exp().to(b.dtype).unsqueeze(-1) * s0.unsqueeze(-2)
+        states = states + decay_factor(to, b.dtype).unsqueeze(-1) * s0.unsqueeze(-2)
     if not want_final:
         return states, None
     total = since[..., -1:]
-    final = torch.matmul((total - since).exp().to(b.dtype).unsqueeze(-2), b).squeeze(-2)
+    final = torch.matmul(decay_factor(total - since, b.dtype).unsqueeze(-2), b).squeeze(-2)
     if s0 is not None:
-        final = final + total.exp().to(b.dtype) * s0
+        final = final + decay_factor(total, b.dtype) * s0
     return states, final
 
 
-def _exclusive(log_a: Tensor) -> Tensor:
-    since = running_sum(log_a, -1)
+def _exclusive(since: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(since[..., :1]), since[..., :-1]], -1)
 
 
@@ -68,7 +68,7 @@ def scan_dense(
     the state [B, H, K, V] after the last one.
     """
     M = b.shape[2]
-    if M <= loop_below:
+    if loop_below >= M:
         return _scan_loop(a, b, s0, want_final)
     K, pairs = a.shape[-1], M // 2
     odd_chunk_left = M % 2 == 1
