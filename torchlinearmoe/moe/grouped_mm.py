@@ -94,7 +94,6 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, dy_RN):
     x_RM, w_EMN, offsets_E = ctx.saved_tensors
-    dy_RN = dy_RN.contiguous()
     dx_RM = dw_EMN = None
     if ctx.needs_input_grad[0]:
         dx_RM = grouped_mm(dy_RN, w_EMN.transpose(1, 2), offsets_E, ctx.backend)
