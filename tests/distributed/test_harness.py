@@ -45,13 +45,15 @@ def threads_and_device(rank: int) -> tuple[int, bool, torch.dtype]:
 def column_parallel(rank: int, spare_groups: int) -> torch.Tensor:
     """DTensor work on an equal mesh whose groups get other names each time."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
     for _ in range(spare_groups):
         dist.new_group()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     x = distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])
-    return (x @ x.t().contiguous()).redistribute(placements=[Shard(1)]).full_tensor()
+    product = x @ x.t().contiguous()
+    assert isinstance(product, DTensor)
+    return product.redistribute(placements=[Shard(1)]).full_tensor()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
