@@ -1,19 +1,31 @@
-"""Matrix-product FLOPs of the recurrences' chunk-parallel forms, forward, per token: the figures MFU is made of.
+"""Matmul FLOPs per token of a forward pass, for model FLOPs utilisation.
 
-With chunks of C tokens a token meets, per head, (C + 1) / 2 earlier tokens of its chunk on average (scores K, values V),
-writes one outer product into the state and reads the state once.
+Counted are the matmuls that the chunk-parallel form cannot do without: the state's read and write, and the work inside
+a chunk. A causal half counts as half. Recomputation, masks and the scan over chunks (less than 1 / chunk_size of the
+rest) do not count. A backward pass costs twice its forward. One multiply-add is two FLOPs.
+
+Legend: H heads, K/V key/value head dim, C tokens a chunk, D channels, W kernel width.
 """
 
-CHUNK = 64
+
+def linear_recurrence_flops(heads: int, key_dim: int, value_dim: int, chunk_size: int = 64) -> float:
+    """FLOPs per token of `ops.linear_recurrence`, the same for every kind of decay.
+
+    2KV to write the state, 2KV to read it, and C/2 earlier tokens to score (2K each) and to add up (2V each).
+    """
+    return heads * (4.0 * key_dim * value_dim + chunk_size * (key_dim + value_dim))
 
 
-def linear_recurrence_flops(heads: int, key_dim: int, value_dim: int, chunk: int = CHUNK) -> float:
-    """Linear recurrence: scores and values inside the chunk, one state write, one state read."""
-    inside = (chunk + 1) * (key_dim + value_dim)
-    return heads * (inside + 4.0 * key_dim * value_dim)
+def delta_rule_flops(value_heads: int, key_dim: int, value_dim: int, chunk_size: int = 64) -> float:
+    """FLOPs per token of `ops.delta_rule`.
+
+    Beside the linear recurrence: 2KV to apply the erased part to the entering state; the keys' overlaps (CK), the
+    triangular solve for K + V columns (C(K + V)).
+    """
+    extra = 2.0 * key_dim * value_dim + chunk_size * (2 * key_dim + value_dim)
+    return linear_recurrence_flops(value_heads, key_dim, value_dim, chunk_size) + value_heads * extra
 
 
-def delta_rule_flops(heads: int, key_dim: int, value_dim: int, chunk: int = CHUNK) -> float:
-    """Delta rule in WY form: as above, plus k k^T and the triangular solve for K + V columns, and one more state read."""
-    inside = (chunk + 1) * (2 * key_dim + value_dim + key_dim + value_dim)
-    return heads * (inside + 6.0 * key_dim * value_dim)
+def short_convolution_flops(channels: int, width: int) -> float:
+    """FLOPs per token of `ops.short_convolution`."""
+    return 2.0 * channels * width

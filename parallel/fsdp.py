@@ -1,0 +1,57 @@
+"""Fully sharded data parallelism with sums and nothing but sums.
+
+Losses arrive divided by the whole step's tokens, so gradients are summed over ranks and never averaged: FSDP's own
+division is off everywhere. Master weights are float32. Modules marked `keep_fp32` (decays, routers, lower bounds) are
+units of their own that compute in float32; all others compute in the run's type. Experts are a unit of their own, so
+that a later mesh can spread them differently.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from torchlinearmoe.models.decoder import Decoder
+from torchlinearmoe.moe.layer import MoE
+
+
+def apply_fsdp(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, *, reshard_after_forward: bool = True) -> None:
+    """Shard `model` in place over `mesh` ([fsdp], or [data_replicate, fsdp]), computing in `dtype`."""
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+    def shard(module: nn.Module | list[nn.Module], policy: MixedPrecisionPolicy, reshard: bool) -> None:
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)  # pyright: ignore
+
+    for module in list(model.modules()):
+        if getattr(module, "keep_fp32", False) and any(True for _ in module.parameters()):
+            shard(module, exact, reshard_after_forward)
+    for layer in model.layers.values():
+        if isinstance(layer.ffn, MoE):
+            shard(layer.ffn.experts, policy, reshard_after_forward)
+        shard(layer, policy, reshard_after_forward)
+    if not model.recipe.tie_embeddings:
+        shard(model.embed, policy, reshard_after_forward)
+        # Backward starts with these two: keep them gathered.
+        shard([model.norm, model.head], policy, False)
+    shard(model, policy, False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # Gloo has no pre-multiplied sum, and NCCL is told to sum as well.
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def set_gradient_sync(model: nn.Module, sync: bool) -> None:
+    """Reduce gradients after the next backward, or keep them on this rank (accumulation)."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(sync)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the gathered weights that a forward without a backward leaves behind."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -1,0 +1,67 @@
+"""Models out of checkpoints, without a trainer: the recipe and the tokenizer travel inside every checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from torchlinearmoe.checkpoint.load import load_model_weights
+from torchlinearmoe.checkpoint.storage import CheckpointError
+from torchlinearmoe.data.tokenizer import Tokenizer, load_tokenizer
+from torchlinearmoe.models.decoder import Decoder
+from torchlinearmoe.recipe import Recipe, dump, load_recipe
+
+RECIPE_FILE = "recipe.toml"
+TOKENIZER_FOLDER = "tokenizer"
+
+
+def model_files(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, str | bytes]:
+    """The small files a checkpoint needs to be used by itself, by name."""
+    files: dict[str, str | bytes] = {RECIPE_FILE: dump(recipe)}
+    for path in _tokenizer_files(tokenizer):
+        files[f"{TOKENIZER_FOLDER}/{path.name}"] = path.read_bytes()
+    return files
+
+
+def _tokenizer_files(tokenizer: Tokenizer) -> list[Path]:
+    """The tokenizer's file and the neighbours it is read with."""
+    path = tokenizer.path
+    neighbour = "tokenizer_config.json" if path.name == "tokenizer.json" else f"{path.name}.json"
+    return [file for file in (path, path.with_name(neighbour)) if file.is_file()]
+
+
+def checkpoint_recipe(path: str | Path) -> Recipe:
+    """The recipe a checkpoint was trained with. Raises CheckpointError when `path` is not a checkpoint."""
+    file = Path(path) / RECIPE_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{path}: not a checkpoint (no {RECIPE_FILE}); name a folder checkpoints/step-N of a run")
+    return load_recipe(file)
+
+
+def checkpoint_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer a checkpoint was trained with."""
+    folder = Path(path) / TOKENIZER_FOLDER
+    if (folder / "tokenizer.json").is_file():
+        return load_tokenizer(folder)
+    found = [file for file in folder.glob("*") if file.suffix != ".json"]
+    if len(found) != 1:
+        raise CheckpointError(f"{folder}: must hold one tokenizer file, holds {len(found)}")
+    return load_tokenizer(found[0])
+
+
+def load_model(path: str | Path) -> Decoder:
+    """The model of a training checkpoint, saved under any layout, in float32 on the default device, in eval mode.
+
+    Raises CheckpointError, one line, when `path` is not a complete checkpoint.
+    """
+    recipe = checkpoint_recipe(path)
+    with torch.device("meta"):
+        model = Decoder(recipe.model)
+    model.to_empty(device=torch.get_default_device())
+    for module in model.modules():
+        reset = getattr(module, "reset_buffers", None)
+        if reset is not None:
+            reset()
+    load_model_weights(path, model)
+    return model.eval()

@@ -1,0 +1,30 @@
+"""What all commands share: a user's mistake is one line on stderr and a status, never a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torchlinearmoe.errors import RecipeError
+
+
+class Failure(Exception):
+    """A run that ended badly for a reason that one line tells."""
+
+
+@contextmanager
+def failures_on_one_line() -> Iterator[None]:
+    """Turn a user's mistake into one line on stderr and exit status 1; anything else keeps its traceback."""
+    from torchlinearmoe.checkpoint.storage import CheckpointError
+
+    try:
+        yield
+    except (RecipeError, CheckpointError, Failure) as error:
+        if os.environ.get("RANK", "0") != "0":
+            # Rank 0 most likely says the same, and its end is this rank's end: let it speak first.
+            time.sleep(3)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(1)

@@ -1,0 +1,269 @@
+"""The contract every token mixer keeps.
+
+A mixer turns the hidden states of packed documents into new ones. Over any span of tokens a linear mixer is
+S_out = A S_in + B; its file declares what the trainer, the decoder and the parallel layouts need to know: the kind of
+A (`transition`), the named state and how each part carries over (`state_spec`), parameters shared by all its layers
+(`shared_module`), tensors that travel with the hidden state (`carried`), how its parameters split over tensor-parallel
+ranks (`tensor_parallel`), its FLOPs and its parameter count. A new mixer is one file here and nothing else.
+
+Shapes: T tokens (packed, all documents of a micro-batch in one stream), D model width, H heads, K and V key and value
+width of a head, N documents.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from torchlinearmoe.documents import Documents
+from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.registry import Registry
+
+State = dict[str, Tensor]
+"""Named state of one layer; dim 0 is the document (or the sequence being decoded)."""
+Carried = dict[str, Tensor]
+"""Tensors that travel with the hidden state from layer to layer, [T, ...] each."""
+
+
+class Transition(enum.Enum):
+    """The form of A in S_out = A S_in + B."""
+
+    IDENTITY = "identity"
+    CONSTANT = "constant per head"
+    SCALAR = "scalar per token and head"
+    DIAGONAL = "diagonal per token and head"
+    DENSE = "dense"
+    ATTENTION = "none: the past itself is kept"
+
+
+class Carry(enum.Enum):
+    """How a part of the state passes from one span of tokens to the next."""
+
+    RECURRENT = "S_out = A S_in + B"
+    LAST_TOKENS = "the last n inputs of the document"
+    APPEND = "one entry a token"
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One named part of a layer's state."""
+
+    shape: tuple[int, ...]
+    """Shape of one document's entry; for APPEND the shape of one token's entry."""
+    carry: Carry
+    fp32: bool = True
+    """Kept in float32 (else in the compute type)."""
+
+
+@dataclass(frozen=True)
+class TensorWord:
+    """How a parameter lies over tensor-parallel ranks."""
+
+    kind: str
+    dim: int | None = None
+
+
+def column(dim: int = 0) -> TensorWord:
+    """Split over the outputs; heads stay whole."""
+    return TensorWord("column", dim)
+
+
+def row(dim: int = 1) -> TensorWord:
+    """Split over the inputs; the ranks' outputs are partial sums."""
+    return TensorWord("row", dim)
+
+
+def per_head(dim: int = 0) -> TensorWord:
+    """One slice a head, split with the heads."""
+    return TensorWord("per_head", dim)
+
+
+REPLICATED = TensorWord("replicated")
+"""On every rank, used by replicated activations."""
+REPLICATED_SUMMED = TensorWord("replicated_summed")
+"""On every rank, used by sharded heads: its local gradient is a partial sum."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a forward of packed documents knows besides the hidden states."""
+
+    documents: Documents
+    positions: Tensor
+    """int64 [T], position of each token in its document, counted from the document's very first token."""
+    shared: Mapping[str, Any] = field(default_factory=dict)
+    """Outputs of the shared modules, by mixer name."""
+    totals: Any = None
+    """StepTotals of the optimizer step while training, else None."""
+    stepping: bool = False
+    """Every document is one token: decoding."""
+    history: int = 0
+    """While decoding, the longest context in tokens, the new tokens included."""
+    tables: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Rotary tables computed so far in this forward."""
+
+    def rotary(self, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the rotary angles, [T, dim / 2] each, float32; computed once a forward."""
+        if (dim, theta) not in self.tables:
+            exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=self.positions.device) / dim
+            angles = self.positions.double()[:, None] * theta**-exponents
+            self.tables[dim, theta] = (angles.cos().float(), angles.sin().float())
+        return self.tables[dim, theta]
+
+
+class ModelDims(Protocol):
+    """The fields of `[model]` that a mixer looks at."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def rope_theta(self) -> float: ...
+    @property
+    def norm_eps(self) -> float: ...
+    @property
+    def qkv_bias(self) -> bool: ...
+    @property
+    def init_std(self) -> float: ...
+    @property
+    def attention_backend(self) -> str: ...
+    @property
+    def kernel_backend(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer stands in the model."""
+
+    layer: int
+    """Index among all layers."""
+    ordinal: int
+    """Index among the layers of the same mixer."""
+    count: int
+    """Layers of the same mixer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerOptions:
+    """Options common to mixers with heads; 0 takes the default geometry."""
+
+    heads: int = 0
+    """Query heads."""
+    head_dim: int = 0
+    """Width of a head."""
+
+
+def geometry(options: MixerOptions, model: ModelDims) -> tuple[int, int]:
+    """(heads, head width) of a linear mixer.
+
+    The default is the family's heads when their width is a multiple of 16 up to 256, else D / 128 heads of 128.
+    """
+    width = model.hidden_size
+    if options.heads and options.head_dim:
+        return options.heads, options.head_dim
+    if options.heads:
+        return options.heads, width // options.heads
+    if options.head_dim:
+        return width // options.head_dim, options.head_dim
+    natural = width // model.num_heads
+    if width % model.num_heads == 0 and natural % 16 == 0 and 16 <= natural <= 256:
+        return model.num_heads, natural
+    return width // 128, 128
+
+
+class Mixer(nn.Module):
+    """A token mixer; see the module's docstring for the contract."""
+
+    name: ClassVar[str]
+    transition: ClassVar[Transition]
+    Options: ClassVar[type[MixerOptions]] = MixerOptions
+    carried: ClassVar[tuple[str, ...]] = ()
+    """Names of the carried tensors that this mixer sets in its first layer and reads in later ones."""
+    regions: ClassVar[tuple[str, ...]] = ()
+    """Methods that are compiled; fp32 units and stateful paths stay outside them."""
+
+    @classmethod
+    def check(cls, options: MixerOptions, model: ModelDims) -> None:
+        """Raise RecipeError for a geometry that cannot be built."""
+        for key in ("heads", "head_dim"):
+            if getattr(options, key) < 0:
+                raise RecipeError(f"mixer.{cls.name}.{key} = {getattr(options, key)}: must not be negative")
+        heads, width = geometry(options, model)
+        if heads < 1 or width < 1 or (not (options.heads and options.head_dim) and heads * width != model.hidden_size):
+            raise RecipeError(
+                f"mixer.{cls.name}.heads: {heads} heads of {width} do not make model.hidden_size = "
+                f"{model.hidden_size}; give mixer.{cls.name}.heads and mixer.{cls.name}.head_dim"
+            )
+
+    @classmethod
+    def num_parameters(cls, options: Any, model: ModelDims) -> int:
+        """Parameters of one layer, in closed form, without shared ones."""
+        raise NotImplementedError
+
+    @classmethod
+    def shared_module(cls, options: Any, model: ModelDims, count: int) -> nn.Module | None:
+        """The module whose output all `count` layers of this mixer read; built once a model."""
+        return None
+
+    def state_spec(self) -> dict[str, StateSpec]:
+        """The parts of this layer's state by name."""
+        raise NotImplementedError
+
+    def tensor_parallel(self) -> dict[str, TensorWord]:
+        """A word for each parameter of this layer, by its name in the module."""
+        raise NotImplementedError
+
+    def mixing_flops(self, length: int) -> float:
+        """Forward FLOPs a token outside the projections, at `length` tokens a document."""
+        raise NotImplementedError
+
+    def forward(
+        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
+    ) -> tuple[Tensor, State | None, Carried]:
+        """Mix packed documents, [T, D] -> [T, D].
+
+        With `state` (one entry a document) every document goes on from its entry and the states after its last token
+        come back; without, documents start empty and None comes back.
+        """
+        raise NotImplementedError
+
+    def init_state(self, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> State:
+        """Empty state of `batch` sequences; only APPEND parts depend on `max_length`."""
+        state = {}
+        for name, spec in self.state_spec().items():
+            shape = (batch, max_length, *spec.shape) if spec.carry is Carry.APPEND else (batch, *spec.shape)
+            kind = torch.float32 if spec.fp32 and dtype != torch.float64 else dtype
+            state[name] = torch.zeros(shape, device=device, dtype=kind)
+        return state
+
+    def flops_per_token(self, length: int) -> float:
+        """Forward FLOPs a token: two a weight of every matrix, plus the mixing."""
+        matrices = sum(p.numel() for p in self.parameters() if p.dim() == 2)
+        return 2.0 * matrices + self.mixing_flops(length)
+
+
+MIXERS: Registry[type[Mixer]] = Registry("mixer")
+
+
+def register(name: str, *aliases: str):
+    """Class decorator: put a mixer into MIXERS under `name`."""
+
+    def decorate(cls: type[Mixer]) -> type[Mixer]:
+        cls.name = name
+        return MIXERS.add(name, cls, aliases)
+
+    return decorate

@@ -1,0 +1,181 @@
+"""HGRN2: a gated linear recurrence whose key is one minus its forget gate (Qin et al. 2024, arXiv 2404.07904).
+
+    f_t = gamma_l + (1 - gamma_l) sigmoid(W_f x_t)
+    S_t = diag(f_t) S_{t-1} + (1 - f_t) i_t^T,      i_t = W_i x_t
+    o_t = W_o RMSNorm(S_t^T swish(W_q x_t) / sqrt(K))
+
+gamma_l are learned lower bounds that grow with depth: a table over the HGRN2 layers, softmax over the layers, summed
+up to the layer and less the first row, so that the first layer's bound is zero. The norm spans the full width.
+
+Shapes: T tokens, D width, H heads of K = V, N documents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchlinearmoe.initialize import ZEROS, linear, set_initializers
+from torchlinearmoe.kernels import ops
+from torchlinearmoe.kernels.flops import linear_recurrence_flops
+from torchlinearmoe.mixers.base import (
+    Carried,
+    Carry,
+    Context,
+    Mixer,
+    MixerOptions,
+    ModelDims,
+    Place,
+    State,
+    StateSpec,
+    TensorWord,
+    Transition,
+    column,
+    geometry,
+    per_head,
+    register,
+    row,
+)
+from torchlinearmoe.mixers.recurrence import resume_linear
+from torchlinearmoe.mixers.tail import Convolutions
+from torchlinearmoe.models.norm import RMSNorm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(MixerOptions):
+    """`[mixer.hgrn2]`; the width of a head is the paper's expansion ratio."""
+
+    lower_bounds: bool = True
+    """Learn a lower bound of the forget gate for every layer; false lets every gate reach zero."""
+    conv: int = 0
+    """Taps of a short convolution on q, f and i; 0 for none."""
+
+
+class LowerBounds(nn.Module):
+    """The table of lower bounds over the HGRN2 layers, kept and computed in float32."""
+
+    keep_fp32 = True
+    no_weight_decay = ("table",)
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(layers, width))
+        set_initializers(self, table=ZEROS)
+
+    def forward(self) -> Tensor:
+        """Lower bound of every layer and channel, [layers, H K], in [0, 1)."""
+        shares = self.table.softmax(0)
+        return shares.cumsum(0) - shares[:1]
+
+
+def forget_gate(logits: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
+    """log f and the key 1 - f of f = gamma + (1 - gamma) sigmoid(logits), in float32 (float64 stays).
+
+    logits: [..., C]; bound: gamma [C] or None for zero. Written as f = sigmoid(x) (1 + gamma e^-x), which is exact and
+    has finite gradients for gamma = 0 too; logits below -60, where a zero-bound gate is e^-60, are held there.
+    """
+    x = (logits if logits.dtype == torch.float64 else logits.float()).clamp(min=-60.0)
+    if bound is None:
+        return F.logsigmoid(x), torch.sigmoid(-x)
+    gamma = bound.to(x.dtype)
+    return F.logsigmoid(x) + torch.log1p(gamma * torch.exp(-x)), (1 - gamma) * torch.sigmoid(-x)
+
+
+@register("hgrn2")
+class HGRN2(Mixer):
+    """Diagonal decay, key tied to the gate, learned lower bounds."""
+
+    transition = Transition.DIAGONAL
+    Options = Options
+    regions = ("project", "mix")
+
+    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+        super().__init__()
+        self.heads, self.head_dim = geometry(options, model)
+        self.ordinal = place.ordinal
+        self.bounded = options.lower_bounds
+        self.backend = model.kernel_backend
+        self.scale = self.head_dim**-0.5
+        inner, width, std = self.heads * self.head_dim, model.hidden_size, model.init_std
+        self.q_proj = linear(width, inner, std)
+        self.f_proj = linear(width, inner, std)
+        self.i_proj = linear(width, inner, std)
+        self.convs = Convolutions({"q": inner, "f": inner, "i": inner}, options.conv)
+        self.norm = RMSNorm(inner, model.norm_eps)
+        self.o_proj = linear(inner, width, std / (2 * model.num_layers) ** 0.5)
+
+    @classmethod
+    def num_parameters(cls, options: Any, model: ModelDims) -> int:
+        """4 D H K projections, H K of the norm, 3 H K W of convolutions; the bounds are shared, H K a layer."""
+        heads, head_dim = geometry(options, model)
+        inner = heads * head_dim
+        return 4 * model.hidden_size * inner + inner + 3 * inner * options.conv
+
+    @classmethod
+    def shared_module(cls, options: Any, model: ModelDims, count: int) -> nn.Module | None:
+        heads, head_dim = geometry(options, model)
+        return LowerBounds(count, heads * head_dim) if options.lower_bounds else None
+
+    def state_spec(self) -> dict[str, StateSpec]:
+        recurrent = StateSpec((self.heads, self.head_dim, self.head_dim), Carry.RECURRENT)
+        return {"recurrent": recurrent, **self.convs.state_spec()}
+
+    def tensor_parallel(self) -> dict[str, TensorWord]:
+        words = {f"{name}.weight": column() for name in ("q_proj", "f_proj", "i_proj")}
+        words |= self.convs.tensor_parallel("convs")
+        return words | {"norm.weight": per_head(), "o_proj.weight": row()}
+
+    def mixing_flops(self, length: int) -> float:
+        return linear_recurrence_flops(self.heads, self.head_dim, self.head_dim)
+
+    def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw queries, gate logits and inputs, [T, H K] each."""
+        return self.q_proj(x_TD), self.f_proj(x_TD), self.i_proj(x_TD)
+
+    def gates(self, q: Tensor, f: Tensor, i: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys, values and float32 log decays, [T, H, K] each."""
+        log_decay, k = forget_gate(f, bound)
+        heads = (self.heads_of(part) for part in (F.silu(q), k.to(q.dtype), i, log_decay))
+        q, k, v, log_decay = heads
+        return q, k, v, log_decay
+
+    def mix(self, q: Tensor, f: Tensor, i: Tensor, bound: Tensor | None, ids: Tensor) -> Tensor:
+        """Gates, recurrence, norm and output projection of documents that start empty, -> [T, D]."""
+        parts = self.convs({"q": q, "f": f, "i": i}, ids)
+        q, k, v, log_decay = self.gates(parts["q"], parts["f"], parts["i"], bound)
+        o, _ = ops.linear_recurrence(
+            q[None],
+            k[None],
+            v[None],
+            log_decay[None],
+            scale=self.scale,
+            document_ids=ids,
+            backend=self.backend,
+        )
+        return self.output(o[0])
+
+    def output(self, o: Tensor) -> Tensor:
+        """[T, H, V] -> [T, D]."""
+        return self.o_proj(self.norm(o.flatten(-2)))
+
+    def heads_of(self, x: Tensor) -> Tensor:
+        """[T, H K] -> [T, H, K]; the head count is read from the shape."""
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def forward(
+        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
+    ) -> tuple[Tensor, State | None, Carried]:
+        q, f, i = self.project(x_TD)
+        bound = context.shared[self.name][self.ordinal] if self.bounded else None
+        if state is None:
+            return self.mix(q, f, i, bound, context.documents.ids), None, carried or {}
+        parts, after = self.convs.resume({"q": q, "f": f, "i": i}, context, state)
+        q, k, v, log_decay = self.gates(parts["q"], parts["f"], parts["i"], bound)
+        o, after["recurrent"] = resume_linear(
+            q, k, v, log_decay, context, state["recurrent"], scale=self.scale, backend=self.backend
+        )
+        return self.output(o.to(x_TD.dtype)), after, carried or {}

@@ -1,0 +1,69 @@
+"""One way for every linear mixer to run its recurrence: packed, going on from a state, or one token at a time.
+
+Shapes: T tokens, N documents, H heads, K and V key and value width of a head.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from torchlinearmoe.kernels import ops, step
+from torchlinearmoe.mixers.base import Context
+
+
+def resume_linear(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, context: Context, state: Tensor, *, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Linear recurrence of documents that go on from `state` [N, H, K, V]; q, k: [T, H, K], v: [T, H, V].
+
+    log_decay: None, [H], [T, H] or [T, H, K]. Returns (o [T, H, V], new state).
+    """
+    if context.stepping:
+        return step.linear_step(q, k, v, log_decay, state, scale=scale)
+    o, after = ops.linear_recurrence(
+        q[None],
+        k[None],
+        v[None],
+        log_decay if log_decay is None or log_decay.dim() == 1 else log_decay[None],
+        scale=scale,
+        initial_state=state,
+        output_final_state=True,
+        cu_seqlens=context.documents.cu_seqlens,
+        document_ids=context.documents.ids,
+        backend=backend,
+    )
+    assert after is not None
+    return o[0], after
+
+
+def resume_delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    context: Context,
+    state: Tensor,
+    *,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(Gated) delta rule with L2-normalised q and k going on from `state` [N, HV, K, V]; beta: [T, HV]."""
+    if context.stepping:
+        return step.delta_step(q, k, v, beta, log_decay, state, scale=scale, l2_norm=True)
+    o, after = ops.delta_rule(
+        q[None],
+        k[None],
+        v[None],
+        beta[None],
+        None if log_decay is None else log_decay[None],
+        scale=scale,
+        l2_norm=True,
+        initial_state=state,
+        output_final_state=True,
+        cu_seqlens=context.documents.cu_seqlens,
+        document_ids=context.documents.ids,
+        backend=backend,
+    )
+    assert after is not None
+    return o[0], after

@@ -1,0 +1,144 @@
+"""Softmax attention with grouped key-value heads and rotary positions (Ainslie et al. 2023, arXiv 2305.13245).
+
+The `N` layers of the families that use GQA. Not linear: its state is the past itself, one key and value a token.
+
+Shapes: T tokens, D width, H query heads, G key-value heads, d head width, B sequences, M cache length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.initialize import linear
+from torchlinearmoe.kernels.attention import cached_attention, packed_attention
+from torchlinearmoe.mixers.base import (
+    Carried,
+    Carry,
+    Context,
+    Mixer,
+    MixerOptions,
+    ModelDims,
+    Place,
+    State,
+    StateSpec,
+    TensorWord,
+    Transition,
+    column,
+    register,
+    row,
+)
+from torchlinearmoe.models.rope import rotate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(MixerOptions):
+    """`[mixer.softmax_attention]`; 0 takes the family's value."""
+
+    kv_heads: int = 0
+    """Key and value heads."""
+
+
+def _heads(options: Options, model: ModelDims) -> tuple[int, int, int]:
+    """(query heads, key-value heads, head width)."""
+    heads = options.heads or model.num_heads
+    kv_heads = options.kv_heads or (model.num_kv_heads if not options.heads else heads)
+    return heads, kv_heads, options.head_dim or model.head_dim
+
+
+@register("softmax_attention")
+class SoftmaxAttention(Mixer):
+    """o = softmax(q k^T / sqrt(d), causal inside the document) v."""
+
+    transition = Transition.ATTENTION
+    Options = Options
+    regions = ("project", "output")
+
+    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = _heads(options, model)
+        self.theta = model.rope_theta
+        self.backend = model.attention_backend
+        width, std, bias = model.hidden_size, model.init_std, model.qkv_bias
+        self.q_proj = linear(width, self.heads * self.head_dim, std, bias)
+        self.k_proj = linear(width, self.kv_heads * self.head_dim, std, bias)
+        self.v_proj = linear(width, self.kv_heads * self.head_dim, std, bias)
+        self.o_proj = linear(self.heads * self.head_dim, width, std / (2 * model.num_layers) ** 0.5)
+
+    @classmethod
+    def check(cls, options: Any, model: ModelDims) -> None:
+        heads, kv_heads, width = _heads(options, model)
+        if min(heads, kv_heads, width) < 1 or heads % kv_heads:
+            raise RecipeError(f"mixer.softmax_attention.kv_heads = {kv_heads}: must divide the {heads} query heads")
+        if width % 2:
+            raise RecipeError(f"model.head_dim = {width}: rotary positions need an even head width")
+
+    @classmethod
+    def num_parameters(cls, options: Any, model: ModelDims) -> int:
+        """D (2 H d + 2 G d) and the biases (H + 2 G) d where the family has them."""
+        heads, kv_heads, width = _heads(options, model)
+        weights = model.hidden_size * width * 2 * (heads + kv_heads)
+        return weights + (heads + 2 * kv_heads) * width * model.qkv_bias
+
+    def state_spec(self) -> dict[str, StateSpec]:
+        entry = StateSpec((self.kv_heads, self.head_dim), Carry.APPEND, fp32=False)
+        return {"keys": entry, "values": entry}
+
+    def tensor_parallel(self) -> dict[str, TensorWord]:
+        words = {f"{name}.weight": column() for name in ("q_proj", "k_proj", "v_proj")}
+        if self.q_proj.bias is not None:
+            words |= {f"{name}.bias": column() for name in ("q_proj", "k_proj", "v_proj")}
+        return words | {"o_proj.weight": row()}
+
+    def mixing_flops(self, length: int) -> float:
+        """Scores and values over the causal half of the document: 4 H d (length + 1) / 2."""
+        return 2.0 * self.heads * self.head_dim * (length + 1)
+
+    def project(self, x_TD: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [T, H, d], rotated keys and values [T, G, d]."""
+        q, k, v = (layer(x_TD).unflatten(-1, (-1, self.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        return rotate(q, cosines, sines), rotate(k, cosines, sines), v
+
+    def output(self, o: Tensor) -> Tensor:
+        """[T, H, d] -> [T, D]."""
+        return self.o_proj(o.flatten(-2))
+
+    def forward(
+        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
+    ) -> tuple[Tensor, State | None, Carried]:
+        q, k, v = self.project(x_TD, *context.rotary(self.head_dim, self.theta))
+        if state is None:
+            documents = context.documents
+            o = packed_attention(
+                q,
+                k,
+                v,
+                ids=documents.ids,
+                cu_seqlens=documents.cu_seqlens,
+                longest=max(documents.lengths),
+                row_length=documents.row_length,
+                scale=self.head_dim**-0.5,
+                backend=self.backend,
+            )
+        else:
+            o = self._attend_cache(q, k, v, context, state)
+        return self.output(o), state, carried or {}
+
+    def _attend_cache(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: State) -> Tensor:
+        """Write the new keys and values into the cache (in place) and attend over it."""
+        documents, positions = context.documents, context.positions
+        ids = documents.ids.long()
+        state["keys"][ids, positions] = k.to(state["keys"].dtype)
+        state["values"][ids, positions] = v.to(state["values"].dtype)
+        batch, longest = len(documents.lengths), max(documents.lengths)
+        rows = q.new_zeros(batch, longest, *q.shape[1:])
+        row_positions = torch.zeros(batch, longest, dtype=torch.long, device=q.device)
+        rows[ids, documents.positions] = q
+        row_positions[ids, documents.positions] = positions
+        keys, values = (state[name][:, : context.history].to(q.dtype) for name in ("keys", "values"))
+        out = cached_attention(rows, keys, values, row_positions, self.head_dim**-0.5)
+        return out[ids, documents.positions]

@@ -1,0 +1,107 @@
+"""Parts that linear mixers share: the short convolution of a projection, the gated per-head norm before the output.
+
+Shapes: T tokens, H heads, V value width of a head, W convolution width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchlinearmoe.initialize import ONES, Uniform, set_initializers
+from torchlinearmoe.kernels.ops import short_convolution
+from torchlinearmoe.kernels.step import convolution_step
+from torchlinearmoe.mixers.base import Carry, Context, State, StateSpec, TensorWord, per_head
+
+
+class ShortConvolution(nn.Module):
+    """Causal depthwise convolution over the last W tokens of the document, then SiLU (Fu et al. 2022, arXiv 2212.14052).
+
+    Stops at document borders; its state is the last W - 1 inputs.
+    """
+
+    def __init__(self, width: int, taps: int, bias: bool = False) -> None:
+        super().__init__()
+        self.taps = taps
+        self.weight = nn.Parameter(torch.empty(width, taps))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
+        reach = taps**-0.5
+        set_initializers(self, weight=Uniform(-reach, reach), **({"bias": Uniform(-reach, reach)} if bias else {}))
+
+    def state_spec(self) -> StateSpec:
+        """The last W - 1 inputs."""
+        return StateSpec((self.taps - 1, self.weight.shape[0]), Carry.LAST_TOKENS, fp32=False)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        """[T, C] -> [T, C]; `ids` [T] names each token's document."""
+        return short_convolution(x[None], self.weight, self.bias, activation="silu", document_ids=ids)[0][0]
+
+    def resume(self, x: Tensor, context: Context, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The same going on from `state` [N, W - 1, C]; also returns the new state."""
+        if context.stepping:
+            y, last = convolution_step(x, self.weight, self.bias, state, activation="silu")
+            return y, last.to(state.dtype)
+        documents = context.documents
+        y, last = short_convolution(
+            x[None],
+            self.weight,
+            self.bias,
+            activation="silu",
+            initial_state=state,
+            output_final_state=True,
+            cu_seqlens=documents.cu_seqlens,
+            document_ids=documents.ids,
+        )
+        assert last is not None
+        return y[0], last.to(state.dtype)
+
+    def tensor_parallel(self, prefix: str) -> dict[str, TensorWord]:
+        """Channels split with the heads."""
+        return {f"{prefix}.{name}": per_head() for name, _ in self.named_parameters()}
+
+
+class Convolutions(nn.ModuleDict):
+    """A short convolution for each named projection; empty when switched off (0 taps)."""
+
+    def __init__(self, widths: dict[str, int], taps: int) -> None:
+        super().__init__({name: ShortConvolution(width, taps) for name, width in widths.items()} if taps else {})
+
+    def state_spec(self) -> dict[str, StateSpec]:
+        """`conv_NAME`: the last inputs of each projection."""
+        return {f"conv_{name}": conv.state_spec() for name, conv in self._convolutions()}
+
+    def tensor_parallel(self, prefix: str) -> dict[str, TensorWord]:
+        """Words of every convolution."""
+        return {k: word for name, conv in self._convolutions() for k, word in conv.tensor_parallel(f"{prefix}.{name}").items()}
+
+
+    def forward(self, inputs: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
+        """Convolve each named input [T, C] that has a convolution."""
+        return {name: self[name](x, ids) if name in self else x for name, x in inputs.items()}
+
+    def resume(self, inputs: dict[str, Tensor], context: Context, state: State) -> tuple[dict[str, Tensor], State]:
+        """The same going on from `conv_NAME` of `state`; also returns their new values."""
+        outputs, after = dict(inputs), {}
+        for name, conv in self._convolutions():
+            outputs[name], after[f"conv_{name}"] = conv.resume(inputs[name], context, state[f"conv_{name}"])
+        return outputs, after
+
+    def _convolutions(self) -> list[tuple[str, ShortConvolution]]:
+        return [(name, conv) for name, conv in self.items() if isinstance(conv, ShortConvolution)]
+
+
+class GatedHeadNorm(nn.Module):
+    """RMSNorm(o) * weight * swish(gate) per head; statistics in float32, result in the gate's type."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+        set_initializers(self, weight=ONES)
+
+    def forward(self, o: Tensor, gate: Tensor) -> Tensor:
+        """o, gate: [T, H, V] -> [T, H, V]."""
+        wide = o if o.dtype == torch.float64 else o.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * scale * self.weight.to(wide.dtype) * F.silu(gate.to(wide.dtype))).to(gate.dtype)

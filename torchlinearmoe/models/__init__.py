@@ -1,0 +1,1 @@
+"""Decoders: embedding, blocks of mixer and feed-forward, head; families are data in `families/`."""

@@ -1,0 +1,55 @@
+"""One decoder layer: x += mixer(norm(x)); x += feed_forward(norm(x)).
+
+Shapes: T packed tokens, D width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from torchlinearmoe.mixers.base import Carried, Context, Mixer, State
+from torchlinearmoe.models.mlp import SwiGLU
+from torchlinearmoe.models.norm import RMSNorm
+from torchlinearmoe.moe.layer import MoE
+from torchlinearmoe.recipe.schema import ModelRecipe
+
+
+class Block(nn.Module):
+    """Pre-norm residual layer of a token mixer and a feed-forward, dense or a Mixture-of-Experts."""
+
+    regions = ("norm_mixer", "add_norm")
+
+    def __init__(self, model: ModelRecipe, mixer: Mixer) -> None:
+        super().__init__()
+        self.mixer_norm = RMSNorm(model.hidden_size, model.norm_eps)
+        self.mixer = mixer
+        self.ffn_norm = RMSNorm(model.hidden_size, model.norm_eps)
+        self.ffn = _feed_forward(model)
+
+    def norm_mixer(self, x_TD: Tensor) -> Tensor:
+        """Input of the mixer."""
+        return self.mixer_norm(x_TD)
+
+    def add_norm(self, x_TD: Tensor, y_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream after the mixer, and the input of the feed-forward."""
+        x_TD = x_TD + y_TD
+        return x_TD, self.ffn_norm(x_TD)
+
+    def forward(
+        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
+    ) -> tuple[Tensor, State | None, Carried]:
+        """[T, D] -> [T, D]; `state` and `carried` as in the mixer's contract."""
+        y_TD, state, carried = self.mixer(self.norm_mixer(x_TD), context, state, carried)
+        x_TD, h_TD = self.add_norm(x_TD, y_TD)
+        if isinstance(self.ffn, MoE):
+            h_TD = self.ffn(h_TD, totals=context.totals, row_length=context.documents.row_length)
+        else:
+            h_TD = self.ffn(h_TD)
+        return x_TD + h_TD, state, carried
+
+
+def _feed_forward(model: ModelRecipe) -> nn.Module:
+    std, out_std = model.init_std, model.init_std / (2 * model.num_layers) ** 0.5
+    if not model.moe.num_experts:
+        return SwiGLU(model.hidden_size, model.ffn_hidden_size, std, out_std)
+    return MoE(model.hidden_size, model.moe, std, out_std)

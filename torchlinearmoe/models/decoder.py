@@ -1,0 +1,233 @@
+"""The decoder: embedding, blocks, norm, head; training loss, prefill and decoding.
+
+Everything inside works on one flat stream of packed documents: a batch [B, T] is B documents of T tokens. Decoding
+keeps a `DecodeState`: the named states of every layer and how far each sequence has come.
+
+Shapes: B sequences, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchlinearmoe.documents import Documents
+from torchlinearmoe.initialize import Normal, initialize, set_initializers
+from torchlinearmoe.kernels.cross_entropy import chunk_loss, linear_cross_entropy
+from torchlinearmoe.mixers import MIXERS
+from torchlinearmoe.mixers.base import Carried, Carry, Context, Mixer, Place, State
+from torchlinearmoe.models.block import Block
+from torchlinearmoe.models.norm import RMSNorm
+from torchlinearmoe.recipe.parse import layer_mixers
+from torchlinearmoe.recipe.schema import ModelRecipe
+
+
+@dataclass(frozen=True)
+class DecodeState:
+    """Where B sequences stand."""
+
+    layers: list[State]
+    """Named state of every layer, dim 0 = B."""
+    positions: Tensor
+    """int64 [B], tokens seen so far."""
+    seen: tuple[int, ...]
+    """The same on the host."""
+    max_length: int
+    """Tokens the softmax layers have room for."""
+
+
+class Head(nn.Module):
+    """Projection to the vocabulary, and the loss through it. Without a weight of its own it is given the embedding's."""
+
+    regions = ("kernel",)
+
+    def __init__(self, width: int, vocab_size: int, std: float, tied: bool) -> None:
+        super().__init__()
+        self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, width))
+        self.kernel = chunk_loss
+        set_initializers(self, weight=Normal(std))
+
+    def forward(self, h: Tensor, labels: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+        """Logits [..., V], or with `labels` int64 [T] the summed cross entropy."""
+        weight = self.weight if weight is None else weight
+        assert weight is not None
+        if labels is None:
+            return h @ weight.t()
+        return linear_cross_entropy(h, weight, labels, self.kernel)
+
+
+class Decoder(nn.Module):
+    """A Linear-MoE language model. `model(tokens)` gives logits; see the module's docstring."""
+
+    def __init__(self, recipe: ModelRecipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.embed = nn.Embedding(recipe.vocab_size, recipe.hidden_size)
+        set_initializers(self.embed, weight=Normal(recipe.init_std))
+        names = layer_mixers(recipe)
+        counts = Counter(names)
+        self.shared = nn.ModuleDict()
+        for name, count in counts.items():
+            module = MIXERS[name].shared_module(recipe.mixer_options[name], recipe, count)
+            if module is not None:
+                self.shared[name] = module
+        self.layers = nn.ModuleDict()
+        seen: Counter[str] = Counter()
+        for index, name in enumerate(names):
+            place = Place(index, seen[name], counts[name])
+            seen[name] += 1
+            self.layers[str(index)] = Block(recipe, _build_mixer(name, recipe, place))
+        self.norm = RMSNorm(recipe.hidden_size, recipe.norm_eps)
+        self.head = Head(recipe.hidden_size, recipe.vocab_size, recipe.init_std, recipe.tie_embeddings)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cu_seqlens: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        documents: Documents | None = None,
+        totals: Any = None,
+    ) -> Tensor:
+        """Logits of packed or plain tokens, or the summed loss.
+
+        tokens: int64 [B, T]; cu_seqlens: int32 [N + 1] with B == 1, each document by itself. Returns [B, T, V]. With
+        `documents` the tokens are one flat stream [T] (logits [T, V]); with `labels`, int64 [T] and -100 where there
+        is no target, the summed cross entropy comes back, and `totals` of the step attaches the routers' losses.
+        """
+        shape = tokens.shape
+        if documents is None:
+            documents = _documents_of(tokens, cu_seqlens)
+        context = Context(documents, documents.positions, self._shared(), totals)
+        h, _ = self._run(tokens.reshape(-1), context, None)
+        if labels is not None:
+            return self._head(h, labels.reshape(-1))
+        logits = self._head(h)
+        return logits.unflatten(0, shape) if len(shape) > 1 else logits
+
+    def init_state(self, batch_size: int, max_length: int | None = None) -> DecodeState:
+        """Empty state of `batch_size` sequences; `max_length` bounds the softmax layers (default model.max_length)."""
+        weight = self.embed.weight
+        room = max_length or self.recipe.max_length
+        layers = [layer.mixer.init_state(batch_size, room, weight.device, weight.dtype) for layer in self._blocks()]
+        positions = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+        return DecodeState(layers, positions, (0,) * batch_size, room)
+
+    def prefill(
+        self, tokens: Tensor, state: DecodeState, lengths: Tensor | list[int] | None = None
+    ) -> tuple[Tensor, DecodeState]:
+        """Read prompts of unequal lengths.
+
+        tokens: int64 [B, T], right-padded; lengths: B of them (default T each). Every sequence goes on from `state`.
+        Returns logits [B, T, V], zero on the padding, and the new state. Softmax layers write into the given state's
+        room. Raises ValueError where a sequence outgrows `max_length` of a state with softmax layers.
+        """
+        batch, width = tokens.shape
+        counts = [width] * batch if lengths is None else [int(n) for n in lengths]
+        if len(counts) != batch or min(counts) < 0 or max(counts) > width:
+            raise ValueError(f"lengths = {counts}: must be {batch} numbers between 0 and {width}")
+        rows = [i for i, n in enumerate(counts) if n]
+        logits = tokens.new_zeros(batch, width, self.recipe.vocab_size, dtype=self.embed.weight.dtype)
+        if not rows:
+            return logits, state
+        part = state if len(rows) == batch else _select(state, rows)
+        kept = [counts[i] for i in rows]
+        documents = Documents.packed([0, *accumulate(kept)], device=tokens.device)
+        row_of = torch.tensor(rows, device=tokens.device)[documents.ids.long()]
+        h, part = self._decode(tokens[row_of, documents.positions], documents, part, kept, stepping=False)
+        logits[row_of, documents.positions] = self._head(h)
+        return logits, part if len(rows) == batch else _merge(state, part, rows)
+
+    def step(self, tokens: Tensor, state: DecodeState) -> tuple[Tensor, DecodeState]:
+        """One token for every sequence: int64 [B] -> logits [B, V] and the new state. Errors as in `prefill`."""
+        documents = Documents.batch(tokens.shape[0], 1, tokens.device)
+        h, state = self._decode(tokens, documents, state, [1] * tokens.shape[0], stepping=True)
+        return self._head(h), state
+
+    def _decode(
+        self, tokens: Tensor, documents: Documents, state: DecodeState, counts: list[int], *, stepping: bool
+    ) -> tuple[Tensor, DecodeState]:
+        seen = tuple(a + b for a, b in zip(state.seen, counts, strict=True))
+        if max(seen) > state.max_length and any(_grows(layer.mixer) for layer in self._blocks()):
+            raise ValueError(
+                f"max_length = {state.max_length}: a sequence of {max(seen)} tokens has no room in the softmax layers; "
+                "make the state with a larger max_length"
+            )
+        positions = documents.positions + state.positions[documents.ids.long()]
+        context = Context(documents, positions, self._shared(), None, stepping, max(seen))
+        h, layers = self._run(tokens, context, state.layers)
+        advance = torch.tensor(counts, device=tokens.device)
+        return h, DecodeState(layers, state.positions + advance, seen, state.max_length)
+
+    def _run(self, tokens: Tensor, context: Context, states: list[State] | None) -> tuple[Tensor, list[State]]:
+        """Flat tokens [T] through the blocks and the last norm, [T, D]."""
+        x: Tensor = self.embed(tokens)
+        carried: Carried = {}
+        after: list[State] = []
+        for index, layer in enumerate(self.layers.values()):
+            x, state, carried = layer(x, context, None if states is None else states[index], carried)
+            if state is not None:
+                after.append(state)
+        return self.norm(x), after
+
+    def _head(self, h: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.head(h, labels, self.embed.weight if self.recipe.tie_embeddings else None)
+
+    def _shared(self) -> dict[str, Any]:
+        return {name: module() for name, module in self.shared.items()}
+
+    def _blocks(self) -> list[Block]:
+        return [layer for layer in self.layers.values() if isinstance(layer, Block)]
+
+
+def _build_mixer(name: str, recipe: ModelRecipe, place: Place) -> Mixer:
+    build: Any = MIXERS[name]
+    return build(recipe.mixer_options[name], recipe, place)
+
+
+def _documents_of(tokens: Tensor, cu_seqlens: Tensor | None) -> Documents:
+    if tokens.dim() != 2:
+        raise ValueError(f"tokens of shape {list(tokens.shape)}: must be [B, T]")
+    if cu_seqlens is None:
+        return Documents.batch(tokens.shape[0], tokens.shape[1], tokens.device)
+    if tokens.shape[0] != 1:
+        raise ValueError(f"cu_seqlens with {tokens.shape[0]} rows: packed documents come as one row, [1, T]")
+    return Documents.packed(cu_seqlens.tolist(), device=tokens.device)
+
+
+def _grows(mixer: Mixer) -> bool:
+    return any(spec.carry is Carry.APPEND for spec in mixer.state_spec().values())
+
+
+def _select(state: DecodeState, rows: list[int]) -> DecodeState:
+    """The sequences `rows` of a state (a copy)."""
+    layers = [{name: value[rows] for name, value in layer.items()} for layer in state.layers]
+    return DecodeState(layers, state.positions[rows], tuple(state.seen[i] for i in rows), state.max_length)
+
+
+def _merge(state: DecodeState, part: DecodeState, rows: list[int]) -> DecodeState:
+    """`state` with its sequences `rows` replaced by those of `part`."""
+    layers = []
+    for old, new in zip(state.layers, part.layers, strict=True):
+        index = torch.tensor(rows, device=state.positions.device)
+        layers.append({name: old[name].index_copy(0, index, value) for name, value in new.items()})
+    index = torch.tensor(rows, device=state.positions.device)
+    positions = state.positions.index_copy(0, index, part.positions)
+    seen = list(state.seen)
+    for row, count in zip(rows, part.seen, strict=True):
+        seen[row] = count
+    return replace(state, layers=layers, positions=positions, seen=tuple(seen))
+
+
+def build_model(recipe: ModelRecipe, seed: int = 0) -> Decoder:
+    """A decoder in float32 on the default device, initialised; equal for equal (recipe, seed, device type)."""
+    with torch.device("meta"):
+        model = Decoder(recipe)
+    model.to_empty(device=torch.get_default_device())
+    initialize(model, seed)
+    return model

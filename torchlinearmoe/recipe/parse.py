@@ -1,0 +1,261 @@
+"""TOML and `--section.key=value` into the dataclasses of `schema.py`, and back.
+
+A recipe is resolved by layers of plain dictionaries, later ones winning: the family's size preset, the file, the
+command line. Then every value is checked against its field's annotation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from torchlinearmoe.mixers import MIXERS
+from torchlinearmoe.models.families import FAMILIES
+from torchlinearmoe.recipe import schema
+from torchlinearmoe.errors import RecipeError, nearest
+
+SECTIONS = {
+    "model": schema.ModelRecipe,
+    "moe": schema.MoERecipe,
+    "data": schema.DataRecipe,
+    "training": schema.TrainingRecipe,
+    "optimizer": schema.OptimizerRecipe,
+    "parallel": schema.ParallelRecipe,
+    "checkpoint": schema.CheckpointRecipe,
+    "metrics": schema.MetricsRecipe,
+}
+NESTED = {"moe", "mixer_options"}
+"""Fields of ModelRecipe that are sections of their own in the file."""
+
+EXCLUSIVE = [
+    (("training", "steps"), ("training", "tokens")),
+    (("optimizer", "warmup_steps"), ("optimizer", "warmup_tokens")),
+    (("model", "layout"), ("model", "mixers")),
+]
+"""Two ways to say one thing: the command line's way drops the file's."""
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> schema.Recipe:
+    """Read a TOML recipe and apply `section.key=value` overrides (a leading `--` is allowed).
+
+    Raises RecipeError, one line naming the field and the nearest legal key or value.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path}: not valid TOML: {error}") from None
+    return resolve(data, parse_overrides(overrides))
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """`["--model.num_layers=4"]` to `{"model": {"num_layers": 4}}`; values are TOML, else a bare string."""
+    tree: dict[str, Any] = {}
+    for item in overrides:
+        key, equals, value = item.removeprefix("--").partition("=")
+        parts = key.split(".")
+        if not equals or len(parts) < 2 or not all(parts):
+            raise RecipeError(f"'{item}': an override reads --section.key=value")
+        node = tree
+        for part in parts[:-1]:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise RecipeError(f"'{item}': '{part}' is given a value elsewhere on the command line")
+        node[parts[-1]] = _parse_value(value)
+    return tree
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def resolve(file: Mapping[str, Any], command_line: Mapping[str, Any] | None = None) -> schema.Recipe:
+    """Merge preset, file and command line into a checked Recipe."""
+    command_line = command_line or {}
+    file = {name: dict(section) if isinstance(section, dict) else section for name, section in file.items()}
+    for source in (file, command_line):
+        _check_sections(source)
+    _drop_replaced(file, command_line)
+    merged = {name: {**file.get(name, {}), **command_line.get(name, {})} for name in SECTIONS}
+    for first, second in EXCLUSIVE:
+        if first[1] in merged[first[0]] and second[1] in merged[second[0]] and first[0] != "model":
+            raise RecipeError(f"{'.'.join(first)} and {'.'.join(second)} exclude each other; give one")
+
+    preset = _preset(merged["model"])
+    model = {**preset["model"], **merged["model"]}
+    moe = {**preset["moe"], **merged["moe"]}
+    if "mixers" in merged["model"] and "num_layers" not in merged["model"] and isinstance(model["mixers"], list):
+        model["num_layers"] = len(model["mixers"])
+    if model.get("head_dim") in (None, 0):
+        model["head_dim"] = _default_head_dim(model)
+    mixer_tables = {
+        name: {**file.get("mixer", {}).get(name, {}), **command_line.get("mixer", {}).get(name, {})} for name in MIXERS
+    }
+    options = {name: build(MIXERS[name].Options, table, f"mixer.{name}") for name, table in mixer_tables.items()}
+    sections = {name: build(SECTIONS[name], merged[name], name) for name in SECTIONS if name not in ("model", "moe")}
+    recipe = schema.Recipe(
+        model=build(
+            schema.ModelRecipe,
+            model,
+            "model",
+            moe=build(schema.MoERecipe, moe, "moe"),
+            mixer_options=options,
+        ),
+        **sections,
+    )
+    from torchlinearmoe.recipe.validate import validate
+
+    validate(recipe)
+    return recipe
+
+
+def _check_sections(source: Mapping[str, Any]) -> None:
+    for name, section in source.items():
+        if name not in SECTIONS and name != "mixer":
+            raise RecipeError(f"[{name}]: unknown section; {nearest(name, [*SECTIONS, 'mixer'])}")
+        if not isinstance(section, Mapping):
+            raise RecipeError(f"{name}: must be a section [{name}], not the value {section!r}")
+    for name, table in source.get("mixer", {}).items():
+        if name not in MIXERS or MIXERS.canonical(name) != name:
+            raise RecipeError(f"[mixer.{name}]: unknown mixer; {nearest(name, MIXERS)}")
+        if not isinstance(table, Mapping):
+            raise RecipeError(f"mixer.{name}: must be a section [mixer.{name}], not the value {table!r}")
+
+
+def _drop_replaced(file: dict[str, Any], command_line: Mapping[str, Any]) -> None:
+    """Remove from the file what the command line replaces by another key."""
+    model = command_line.get("model", {})
+    if "family" in model or "size" in model:
+        brought = FAMILIES[next(iter(FAMILIES))].dimensions()
+        for section, keys in brought.items():
+            file[section] = {key: value for key, value in file.get(section, {}).items() if key not in keys}
+    for first, second in EXCLUSIVE:
+        for mine, other in ((first, second), (second, first)):
+            if mine[1] in command_line.get(mine[0], {}) and other[1] not in command_line.get(other[0], {}):
+                file.get(other[0], {}).pop(other[1], None)
+
+
+def _preset(model: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    family = model.get("family", "qwen2")
+    size = model.get("size", "debug")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise RecipeError(f"model.family = {family!r}: unknown family; {nearest(str(family), FAMILIES)}")
+    if not isinstance(size, str) or size not in FAMILIES[family].presets:
+        raise RecipeError(
+            f"model.size = {size!r}: no such size of {family}; {nearest(str(size), FAMILIES[family].presets)}"
+        )
+    return FAMILIES[family].preset(size)
+
+
+def _default_head_dim(model: Mapping[str, Any]) -> Any:
+    width, heads = model.get("hidden_size"), model.get("num_heads")
+    if isinstance(width, int) and isinstance(heads, int) and heads > 0:
+        return max(width // heads, 1)
+    return 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# values by annotation
+
+
+def build(cls: type, table: Mapping[str, Any], where: str, **ready: Any) -> Any:
+    """An instance of the dataclass `cls` from a table, each value checked against its annotation."""
+    hints = typing.get_type_hints(cls)
+    legal = [f.name for f in dataclasses.fields(cls) if f.name not in NESTED]
+    values: dict[str, Any] = dict(ready)
+    for key, value in table.items():
+        if key not in legal:
+            raise RecipeError(f"{where}.{key}: unknown key; {nearest(key, legal)}")
+        values[key] = _coerce(value, hints[key], f"{where}.{key}")
+    return cls(**values)
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (Union, types.UnionType):
+        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        return _coerce(value, inner[0], where)
+    if origin is Literal:
+        legal = typing.get_args(hint)
+        if value not in legal or isinstance(value, bool):
+            raise RecipeError(f"{where} = {value!r}: not a legal value; {nearest(str(value), map(str, legal))}")
+        return value
+    if origin is tuple:
+        args = typing.get_args(hint)
+        if not isinstance(value, (list, tuple)):
+            raise RecipeError(f"{where} = {value!r}: must be a list")
+        if args[-1] is not Ellipsis and len(value) != len(args):
+            raise RecipeError(f"{where} = {list(value)!r}: must have {len(args)} entries")
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        return tuple(_coerce(item, kind, where) for item, kind in zip(value, kinds, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, bool) or not isinstance(value, hint):
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+        raise RecipeError(f"{where} = {value!r}: must be {names.get(hint, hint)}")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# back to TOML
+
+
+def dump(recipe: schema.Recipe) -> str:
+    """The resolved recipe as TOML; `load_recipe` of it gives an equal recipe."""
+    model = recipe.model
+    blocks = [_dump_section("model", model), _dump_section("moe", model.moe)]
+    blocks += [_dump_section(f"mixer.{name}", model.mixer_options[name]) for name in used_mixers(model)]
+    blocks += [_dump_section(name, getattr(recipe, name)) for name in SECTIONS if name not in ("model", "moe")]
+    return "\n".join(block for block in blocks if block)
+
+
+def used_mixers(model: schema.ModelRecipe) -> list[str]:
+    """The mixers in use, in the order of their first layer."""
+    return list(dict.fromkeys(layer_mixers(model)))
+
+
+def layer_mixers(model: schema.ModelRecipe) -> list[str]:
+    """One registered mixer name a layer, from `mixers` or `layout`."""
+    attention = FAMILIES[model.family].attention
+    if model.mixers:
+        names = list(model.mixers)
+    else:
+        letters = {"L": model.mixer, "N": attention}
+        names = [letters[model.layout[i % len(model.layout)]] for i in range(model.num_layers)]
+    names = [MIXERS.canonical(name) for name in names]
+    return [attention if name == "softmax_attention" else name for name in names]
+
+
+def _dump_section(name: str, section: Any) -> str:
+    lines = [f"[{name}]"]
+    for entry in dataclasses.fields(section):
+        value = getattr(section, entry.name)
+        if entry.name in NESTED or value is None or (entry.name == "mixers" and not value):
+            continue
+        if entry.name == "layout" and section.mixers:
+            continue
+        lines.append(f"{entry.name} = {_toml(value)}")
+    return "\n".join(lines) + "\n" if len(lines) > 1 else ""
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return repr(value)

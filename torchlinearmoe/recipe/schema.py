@@ -1,0 +1,244 @@
+"""The recipe as data: one frozen dataclass a section, every field documented under it.
+
+Only declarations live here. `parse.py` reads TOML and `--section.key=value` into these classes by their annotations;
+`validate.py` refuses combinations that cannot run. Fields without a default are brought by `model.family` and
+`model.size`; whatever a file or the command line says beside them wins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoERecipe:
+    """`[moe]`: the sparse feed-forward. Dimensions come with the family and size."""
+
+    num_experts: int
+    """Experts a layer; 0 makes the feed-forward dense."""
+    top_k: int
+    """Experts a token is sent to."""
+    hidden_size: int
+    """Hidden width of one expert."""
+    shared_hidden_size: int
+    """Hidden width of the shared expert every token passes; 0 for none."""
+    shared_gate: bool
+    """Multiply the shared expert's output by a sigmoid gate of the token."""
+    renormalize: bool
+    """Rescale the chosen experts' probabilities to sum to one."""
+    balance: Literal["loss", "bias", "none"] = "loss"
+    """How the load is balanced: an auxiliary loss, a bias on the selection without a loss, or not at all."""
+    balance_coefficient: float = 0.01
+    """Weight of the auxiliary balance loss."""
+    balance_scope: Literal["sequence", "global"] = "sequence"
+    """Whose load the loss looks at: each packed sequence by itself, or all tokens of the optimizer step."""
+    z_loss_coefficient: float = 0.0
+    """Weight of the mean squared log-sum-exp of the router logits."""
+    bias_rate: float = 0.001
+    """Step of the selection bias under `balance = "bias"`."""
+    capacity_factor: float | None = None
+    """Tokens an expert takes in training, as a multiple of an even share; absent: dropless."""
+    eval_capacity_factor: float | None = None
+    """The same in evaluation and decoding; absent: dropless."""
+    drop_policy: Literal["probability", "position"] = "probability"
+    """Over capacity, drop the least probable assignments or the latest tokens."""
+    backend: Literal["auto", "grouped_mm", "loop"] = "auto"
+    """How the experts are multiplied; `loop` is the slow oracle and the only one in float64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe:
+    """`[model]`, resolved: everything that `build_model` needs, `[moe]` and `[mixer.*]` included."""
+
+    family: str = "qwen2"
+    """Model family; brings block choices and presets."""
+    size: str = "debug"
+    """Preset of the family."""
+    mixer: str = "hgrn2"
+    """Token mixer of the `L` layers."""
+    layout: str = "L"
+    """`L` (the mixer) and `N` (the family's softmax attention), repeated and cut to `num_layers`."""
+    mixers: tuple[str, ...] = ()
+    """One mixer name a layer; takes the place of `layout` when given."""
+    hidden_size: int
+    """Model width."""
+    num_layers: int
+    """Decoder layers."""
+    num_heads: int
+    """Query heads of the softmax layers."""
+    num_kv_heads: int
+    """Key and value heads of the softmax layers."""
+    head_dim: int
+    """Width of a head of the softmax layers."""
+    ffn_hidden_size: int
+    """Hidden width of the dense feed-forward (where there are no experts)."""
+    vocab_size: int
+    """Rows of the embedding and the output head; at least the tokenizer's size."""
+    max_length: int
+    """Longest sequence a softmax layer keeps keys and values for when decoding, in tokens."""
+    rope_theta: float
+    """Base of the rotary frequencies."""
+    norm_eps: float
+    """Epsilon of the RMS norms."""
+    qkv_bias: bool
+    """Biases on the query, key and value projections of the softmax layers."""
+    tie_embeddings: bool
+    """Use the embedding as the output head."""
+    init_std: float
+    """Standard deviation of the initial weights; output projections use it over sqrt(2 num_layers)."""
+    attention_backend: Literal["auto", "sdpa", "varlen", "flex"] = "auto"
+    """Kernel of the softmax layers: torch SDPA with masks, FlashAttention over packed documents, or FlexAttention."""
+    kernel_backend: Literal["auto", "torch", "reference"] = "auto"
+    """Kernels of the linear mixers."""
+    moe: MoERecipe
+    """The `[moe]` section."""
+    mixer_options: dict[str, Any] = field(default_factory=dict)
+    """`[mixer.NAME]` sections: the options object of every registered mixer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecipe:
+    """`[data]`: text and tokenizer."""
+
+    paths: tuple[str, ...] = ()
+    """Files or folders of text, JSONL or parquet; empty: the corpus that ships with the project."""
+    tokenizer: str = ""
+    """A tiktoken-format file or a Hugging Face `tokenizer.json`; empty: the BPE that ships with the project."""
+    validation_fraction: float = 0.05
+    """Share of the documents held out from training."""
+    workers: int = 0
+    """Loader processes a rank."""
+    cache: str = ""
+    """Folder of the tokenised text; empty: `cache` in the run's folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecipe:
+    """`[training]`: how long, how much at a time, on what."""
+
+    steps: int | None = None
+    """Optimizer steps; give this or `tokens`."""
+    tokens: int | None = None
+    """Training tokens; give this or `steps`."""
+    sequence_length: int = 2048
+    """Tokens of a packed sequence."""
+    micro_batch_size: int = 1
+    """Sequences a data rank takes through one forward."""
+    tokens_per_step: int | None = None
+    """Tokens of one optimizer step over all ranks; absent: one micro-batch a data rank."""
+    seed: int = 0
+    """Seed of the initial weights and of the data order."""
+    output_dir: str = "runs/default"
+    """Where the run writes its recipe, metrics and checkpoints."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type; masters, states, router and decays stay float32. `auto`: bfloat16 on GPUs, else float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device type; `auto` takes a GPU when there is one."""
+    compile: bool = False
+    """Compile the model's regions with torch.compile."""
+    compile_backend: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    """Backend of torch.compile."""
+    max_skipped_steps: int = 10
+    """Stop after this many steps in a row with a non-finite loss or gradient."""
+    deterministic: bool = False
+    """Ask torch for deterministic algorithms."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerRecipe:
+    """`[optimizer]`: the optimizer and its schedule."""
+
+    name: Literal["adamw"] = "adamw"
+    """Optimizer."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    min_lr: float = 3e-5
+    """Learning rate at the last step."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; give this or `warmup_tokens`."""
+    warmup_tokens: int | None = None
+    """Tokens of linear warm-up, rounded up to whole steps."""
+    decay_fraction: float = 0.2
+    """Share of the steps in which `wsd` decays."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's moment decays."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices and embeddings (not of norms, biases and decay parameters)."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 for never."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelRecipe:
+    """`[parallel]`: degrees. World = pipeline x data_replicate x data_shard x context x tensor."""
+
+    data_replicate: int = 1
+    """Replicas of the sharded model (HSDP)."""
+    data_shard: int = -1
+    """Ranks that share one copy of the weights (FSDP); -1 takes what is left."""
+    tensor: int = 1
+    """Tensor-parallel ranks."""
+    context: int = 1
+    """Ranks that share a sequence."""
+    expert: int = 1
+    """Ranks that share the experts; borrowed from data_shard x context x tensor."""
+    pipeline: int = 1
+    """Pipeline stages."""
+    reshard_after_forward: bool = True
+    """Free gathered weights between forward and backward (ZeRO-3); false keeps them (ZeRO-2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRecipe:
+    """`[checkpoint]`: when to save, how many to keep, from where to go on."""
+
+    interval: int = 1000
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep: int = 3
+    """Newest checkpoints kept."""
+    resume: str = "latest"
+    """`latest`: the newest complete one in `output_dir`, else start fresh; `never`: refuse a used folder; or a path."""
+    asynchronous: bool = True
+    """Write while training goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsRecipe:
+    """`[metrics]`: what is watched."""
+
+    interval: int = 10
+    """Steps between logged lines."""
+    validation_interval: int = 0
+    """Steps between validations; 0 validates only at the end."""
+    validation_batches: int = 0
+    """Micro-batches a rank of one validation; 0 takes the whole held-out split."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    baselines: bool = False
+    """Print the held-out loss of uniform, unigram and bigram models at the start and compare with them at the end."""
+    mixer_ablation: bool = False
+    """At the end, measure the held-out loss with every mixer's output set to zero."""
+    peak_tflops: float | None = None
+    """Peak of one device for MFU, in TFLOP/s; absent: from a table by device name."""
+    profile_steps: tuple[int, ...] = ()
+    """First and last step of a torch.profiler trace."""
+    memory_snapshot_step: int | None = None
+    """Write a CUDA memory snapshot after this step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole recipe. `load_recipe` makes one; `parse.dump` writes it back as TOML."""
+
+    model: ModelRecipe
+    data: DataRecipe
+    training: TrainingRecipe
+    optimizer: OptimizerRecipe
+    parallel: ParallelRecipe
+    checkpoint: CheckpointRecipe
+    metrics: MetricsRecipe

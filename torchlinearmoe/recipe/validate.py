@@ -1,0 +1,128 @@
+"""Combinations that cannot run, refused where the recipe is read, before any process group exists."""
+
+from __future__ import annotations
+
+from torchlinearmoe.mixers import MIXERS
+from torchlinearmoe.errors import RecipeError, nearest
+from torchlinearmoe.recipe.parse import used_mixers
+from torchlinearmoe.recipe.schema import Recipe
+
+
+def validate(recipe: Recipe) -> None:
+    """Raise RecipeError for the first field that cannot be honoured."""
+    _positive(recipe)
+    _layers(recipe)
+    _model(recipe)
+    _moe(recipe)
+    _budget(recipe)
+    _parallel(recipe)
+
+
+def _positive(recipe: Recipe) -> None:
+    model, training = recipe.model, recipe.training
+    for section, owner, names in (
+        ("model", model, "hidden_size num_layers num_heads num_kv_heads head_dim vocab_size max_length"),
+        ("training", training, "sequence_length micro_batch_size max_skipped_steps"),
+        ("metrics", recipe.metrics, "interval"),
+        ("checkpoint", recipe.checkpoint, "keep"),
+    ):
+        for name in names.split():
+            if getattr(owner, name) < 1:
+                raise RecipeError(f"{section}.{name} = {getattr(owner, name)}: must be at least 1")
+    for section, owner, names in (
+        ("checkpoint", recipe.checkpoint, "interval"),
+        ("metrics", recipe.metrics, "validation_interval validation_batches"),
+        ("data", recipe.data, "workers"),
+        ("optimizer", recipe.optimizer, "lr min_lr weight_decay clip_norm"),
+        ("moe", model.moe, "num_experts top_k balance_coefficient z_loss_coefficient bias_rate"),
+    ):
+        for name in names.split():
+            if getattr(owner, name) < 0:
+                raise RecipeError(f"{section}.{name} = {getattr(owner, name)}: must not be negative")
+    if not 0 < recipe.data.validation_fraction < 1:
+        raise RecipeError(f"data.validation_fraction = {recipe.data.validation_fraction}: must lie between 0 and 1")
+    if not 0 < recipe.optimizer.decay_fraction <= 1:
+        raise RecipeError(f"optimizer.decay_fraction = {recipe.optimizer.decay_fraction}: must lie in (0, 1]")
+    for name, beta in zip(("first", "second"), recipe.optimizer.betas):
+        if not 0 <= beta < 1:
+            raise RecipeError(f"optimizer.betas: the {name} is {beta}, must lie in [0, 1)")
+    profile = recipe.metrics.profile_steps
+    if profile and (len(profile) != 2 or not 1 <= profile[0] <= profile[1]):
+        raise RecipeError(f"metrics.profile_steps = {list(profile)}: must be [first, last]")
+
+
+def _layers(recipe: Recipe) -> None:
+    model = recipe.model
+    if not model.mixers:
+        wrong = sorted(set(model.layout) - {"L", "N"})
+        if not model.layout or wrong:
+            raise RecipeError(f"model.layout = '{model.layout}': must be a non-empty string over L and N")
+        if model.mixer not in MIXERS:
+            raise RecipeError(f"model.mixer = '{model.mixer}': unknown mixer; {nearest(model.mixer, MIXERS)}")
+    else:
+        for index, name in enumerate(model.mixers):
+            if name not in MIXERS:
+                raise RecipeError(f"model.mixers[{index}] = '{name}': unknown mixer; {nearest(name, MIXERS)}")
+        if len(model.mixers) != model.num_layers:
+            raise RecipeError(
+                f"model.mixers names {len(model.mixers)} layers but model.num_layers = {model.num_layers}; make them equal"
+            )
+
+
+def _model(recipe: Recipe) -> None:
+    model = recipe.model
+    if model.num_heads % model.num_kv_heads:
+        raise RecipeError(
+            f"model.num_kv_heads = {model.num_kv_heads}: must divide model.num_heads = {model.num_heads}"
+        )
+    if not model.moe.num_experts and model.ffn_hidden_size < 1:
+        raise RecipeError(f"model.ffn_hidden_size = {model.ffn_hidden_size}: must be at least 1 without experts")
+    for name in used_mixers(model):
+        MIXERS[name].check(model.mixer_options[name], model)
+
+
+def _moe(recipe: Recipe) -> None:
+    moe = recipe.model.moe
+    if not moe.num_experts:
+        return
+    if not 1 <= moe.top_k <= moe.num_experts:
+        raise RecipeError(f"moe.top_k = {moe.top_k}: must lie between 1 and moe.num_experts = {moe.num_experts}")
+    if moe.hidden_size < 1:
+        raise RecipeError(f"moe.hidden_size = {moe.hidden_size}: must be at least 1 with experts")
+    if moe.shared_gate and not moe.shared_hidden_size:
+        raise RecipeError("moe.shared_gate = true: needs a shared expert; set moe.shared_hidden_size")
+    for name in ("capacity_factor", "eval_capacity_factor"):
+        value = getattr(moe, name)
+        if value is not None and value <= 0:
+            raise RecipeError(f"moe.{name} = {value}: must be positive; leave it out for dropless")
+
+
+def _budget(recipe: Recipe) -> None:
+    training, optimizer = recipe.training, recipe.optimizer
+    if (training.steps is None) == (training.tokens is None):
+        raise RecipeError("training.steps or training.tokens: give exactly one")
+    for section, name, value in (
+        ("training", "steps", training.steps),
+        ("training", "tokens", training.tokens),
+        ("training", "tokens_per_step", training.tokens_per_step),
+    ):
+        if value is not None and value < 1:
+            raise RecipeError(f"{section}.{name} = {value}: must be at least 1")
+    for name in ("warmup_steps", "warmup_tokens"):
+        value = getattr(optimizer, name)
+        if value is not None and value < 0:
+            raise RecipeError(f"optimizer.{name} = {value}: must not be negative")
+    if optimizer.min_lr > optimizer.lr:
+        raise RecipeError(f"optimizer.min_lr = {optimizer.min_lr}: must not exceed optimizer.lr = {optimizer.lr}")
+
+
+def _parallel(recipe: Recipe) -> None:
+    parallel = recipe.parallel
+    for name in ("tensor", "context", "expert", "pipeline"):
+        degree = getattr(parallel, name)
+        if degree != 1:
+            raise RecipeError(f"parallel.{name} = {degree}: this axis is not available in this version; legal: 1")
+    if parallel.data_replicate < 1:
+        raise RecipeError(f"parallel.data_replicate = {parallel.data_replicate}: must be at least 1")
+    if parallel.data_shard < 1 and parallel.data_shard != -1:
+        raise RecipeError(f"parallel.data_shard = {parallel.data_shard}: must be at least 1, or -1 for what is left")

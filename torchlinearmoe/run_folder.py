@@ -1,0 +1,62 @@
+"""A run's folder: its resolved recipe, and whether another recipe may go on in it.
+
+    recipe.toml   metrics.jsonl   tensorboard/   checkpoints/step-N/   cache/
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.recipe import Recipe, dump
+
+FREE_SECTIONS = ("parallel", "metrics", "checkpoint")
+FREE_KEYS = ("training.steps", "training.tokens")
+"""What may change when a run goes on."""
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A recipe as {"section.key": value}, with `[moe]` and `[mixer.*]` as sections of their own."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    elif isinstance(value, Mapping):
+        items = dict(value)
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in items.items():
+        path = {"model.moe": "moe", "model.mixer_options": "mixer"}.get(f"{prefix}.{key}", f"{prefix}.{key}" if prefix else key)
+        flat |= flatten(item, path)
+    return flat
+
+
+def check_same_run(saved: Recipe, now: Recipe, *, other_folder: bool) -> None:
+    """Raise RecipeError naming the first key that differs and may not.
+
+    `other_folder`: the checkpoint was named by its path, so the run's folder may differ.
+    """
+    before, after = flatten(saved), flatten(now)
+    for key in sorted(before):
+        free = key in FREE_KEYS or key.split(".")[0] in FREE_SECTIONS or (other_folder and key == "training.output_dir")
+        if not free and before[key] != after[key]:
+            raise RecipeError(
+                f"{key} = {after[key]!r}: the checkpoint to resume was made with {before[key]!r}; set it back, or start "
+                "another run in another training.output_dir"
+            )
+
+
+def with_tokens_per_step(recipe: Recipe, tokens: int) -> Recipe:
+    """The recipe with `training.tokens_per_step` written out."""
+    return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, tokens_per_step=tokens))
+
+
+def write_recipe(recipe: Recipe, folder: Path) -> None:
+    """Write `recipe.toml`, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f".recipe.toml.{os.getpid()}"
+    aside.write_text(dump(recipe))
+    aside.replace(folder / "recipe.toml")

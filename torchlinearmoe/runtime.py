@@ -1,0 +1,85 @@
+"""The process a rank runs in: its device, its process group, its signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.recipe.schema import TrainingRecipe
+
+
+def world_size() -> int:
+    """Ranks, from torchrun's environment; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's rank, from torchrun's environment; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def choose_device(training: TrainingRecipe) -> torch.device:
+    """This rank's device."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    wanted = training.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda":
+        if not torch.cuda.is_available():
+            raise RecipeError("training.device = 'cuda': no GPU is visible; use 'cpu' or 'auto'")
+        if local >= torch.cuda.device_count():
+            raise RecipeError(
+                f"training.device = 'cuda': {torch.cuda.device_count()} GPUs for local rank {local}; "
+                "start at most one process a GPU"
+            )
+        torch.cuda.set_device(local)
+        return torch.device("cuda", local)
+    return torch.device("cpu")
+
+
+def choose_dtype(training: TrainingRecipe, device: torch.device) -> torch.dtype:
+    """The run's compute type."""
+    if training.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[training.dtype]
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """A process group over all ranks: NCCL on GPUs, gloo on CPUs; of one process where there is no launcher."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(minutes=30)
+    if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class StopSignal:
+    """Remembers SIGTERM or Ctrl-C until the loop comes round; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received == signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

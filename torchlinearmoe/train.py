@@ -1,0 +1,48 @@
+"""The command: `torchrun --nproc_per_node=N -m torchlinearmoe.train RECIPE [--section.key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from torchlinearmoe.commands import Failure, failures_on_one_line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train a recipe; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m torchlinearmoe.train",
+        description="Train a Linear-MoE language model from a TOML recipe.",
+        epilog="Any recipe key can be given as --section.key=value. Under torchrun, one process a GPU (or CPU rank).",
+    )
+    parser.add_argument("recipe", help="TOML file, e.g. recipes/quickstart.toml")
+    known, overrides = parser.parse_known_args(arguments)
+    with failures_on_one_line():
+        return _train(known.recipe, overrides)
+
+
+def _train(path: str, overrides: Sequence[str]) -> int:
+    from torchlinearmoe.parallel.mesh import resolve_degrees, tokens_per_step
+    from torchlinearmoe.recipe import load_recipe
+    from torchlinearmoe.run_folder import with_tokens_per_step
+    from torchlinearmoe.runtime import choose_device, process_group, world_size
+
+    # Everything that can be refused without other ranks is refused before they are needed.
+    recipe = load_recipe(path, overrides)
+    degrees = resolve_degrees(recipe.parallel, world_size())
+    recipe = with_tokens_per_step(recipe, tokens_per_step(recipe.training, degrees))
+    device = choose_device(recipe.training)
+    with process_group(device):
+        from torchlinearmoe.trainer import Diverged, Trainer
+
+        trainer = Trainer(recipe, degrees, device)
+        try:
+            stopped = trainer.run()
+        except Diverged as error:
+            raise Failure(str(error)) from None
+        return 128 + stopped if stopped else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

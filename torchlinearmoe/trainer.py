@@ -1,0 +1,392 @@
+"""The training loop.
+
+A step: fetch the micro-batches, count their tokens, forward and backward each, clip, step unless something is not
+finite, log. Everything around it (validation, checkpoints, signals, the end) hangs off `run`.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torchlinearmoe.checkpoint.manager import CheckpointManager
+from torchlinearmoe.checkpoint.model import model_files
+from torchlinearmoe.data.baselines import Baselines, baseline_losses
+from torchlinearmoe.data.loader import build_loader, build_validation_loader
+from torchlinearmoe.data.packing import MicroBatch
+from torchlinearmoe.data.splits import open_splits
+from torchlinearmoe.data.tokenizer import check_vocabulary, load_tokenizer
+from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.evaluation import first_bad_layer, held_out_loss, silent_mixers
+from torchlinearmoe.metrics.logger import MetricsLogger
+from torchlinearmoe.metrics.meter import Meter, peak_memory_gib
+from torchlinearmoe.metrics.mfu import mfu, peak_flops
+from torchlinearmoe.metrics.profiling import MemorySnapshot, StepProfiler
+from torchlinearmoe.models.flops import training_flops_per_token
+from torchlinearmoe.moe.balance import counting_pass, needs_counting_pass, update_bias
+from torchlinearmoe.moe.layer import MoE
+from torchlinearmoe.moe.statistics import collect_statistics
+from torchlinearmoe.moe.totals import StepTotals
+from torchlinearmoe.optim.build import build_optimizer
+from torchlinearmoe.optim.schedule import learning_rate, set_learning_rate
+from torchlinearmoe.optim.step import step_if_finite
+from torchlinearmoe.parallel.apply import build_parallel_model
+from torchlinearmoe.parallel.clip import clip_gradients
+from torchlinearmoe.parallel.fsdp import set_gradient_sync
+from torchlinearmoe.parallel.mesh import Degrees, Meshes
+from torchlinearmoe.recipe import Recipe, load_recipe
+from torchlinearmoe.run_folder import check_same_run, write_recipe
+from torchlinearmoe.runtime import StopSignal, choose_dtype
+
+
+class Diverged(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+class Trainer:
+    """One run of a recipe on this rank. Needs a process group; `recipe.training.tokens_per_step` is resolved."""
+
+    def __init__(self, recipe: Recipe, degrees: Degrees, device: torch.device) -> None:
+        training = recipe.training
+        assert training.tokens_per_step is not None
+        # What is run
+        self.recipe, self.device = recipe, device
+        self.dtype = choose_dtype(training, device)
+        self.folder = Path(training.output_dir)
+        self.tokens_per_step = training.tokens_per_step
+        self.total_steps = training.steps or math.ceil((training.tokens or 0) / self.tokens_per_step)
+        self.rank = dist.get_rank()
+        # Parts
+        torch.use_deterministic_algorithms(training.deterministic)
+        self.meshes = Meshes(degrees, device.type)
+        self.tokenizer = load_tokenizer(recipe.data.tokenizer)
+        check_vocabulary(self.tokenizer, recipe.model.vocab_size)
+        self.checkpoints = CheckpointManager(self.folder / "checkpoints", recipe.checkpoint.keep)
+        source = self._choose_checkpoint()
+        self.splits = self._open_data()
+        self.model = build_parallel_model(recipe, self.meshes, device, self.dtype)
+        self.moe_layers = [module for module in self.model.modules() if isinstance(module, MoE)]
+        self.optimizer = build_optimizer(
+            self.model,
+            name=recipe.optimizer.name,
+            lr=recipe.optimizer.lr,
+            betas=recipe.optimizer.betas,
+            eps=recipe.optimizer.eps,
+            weight_decay=recipe.optimizer.weight_decay,
+        )
+        # Saved
+        self.step = 0
+        self.tokens = 0
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
+        if source is not None:
+            extra = self.checkpoints.load(source, self.model, self.optimizer)
+            self.step, self.tokens, self.skipped_steps = extra["step"], extra["tokens"], extra["skipped_steps"]
+        self.loader = build_loader(
+            self.splits.train,
+            sequence_length=training.sequence_length,
+            micro_batch_size=training.micro_batch_size,
+            samples_per_step=self.tokens_per_step // training.sequence_length,
+            seed=training.seed,
+            rank=self.meshes.data_rank,
+            ranks=degrees.data_ranks,
+            start_step=self.step,
+            stop_step=self.total_steps,
+            workers=recipe.data.workers,
+            pin_memory=device.type == "cuda",
+        )
+        self.totals = StepTotals(self.tokens_per_step, self.tokens_per_step // training.sequence_length)
+        # Watched
+        self.flops_per_token = training_flops_per_token(self.model, training.sequence_length)
+        self.peak = peak_flops(device, self.dtype, recipe.metrics.peak_tflops)
+        self.meter = Meter(total_steps=self.total_steps, step=self.step, device=device)
+        if self.rank == 0:
+            write_recipe(recipe, self.folder)
+        self.metrics = MetricsLogger(
+            self.folder,
+            total_steps=self.total_steps,
+            resumed_step=self.step,
+            rank=self.rank,
+            tensorboard=recipe.metrics.tensorboard,
+        )
+        self.resumed_from = source
+        self.stop_signal = 0
+        self._pending: Tensor | None = None
+        self._logged_step = self.step
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # the loop
+
+    def run(self) -> int | None:
+        """Train to the last step. Returns the signal that stopped the run early, else None.
+
+        Raises Diverged when too many steps in a row were not finite; the last good checkpoint stays.
+        """
+        baselines = self._begin()
+        stop = StopSignal()
+        profile_folder = self.folder / "profile"
+        metrics, checkpoint = self.recipe.metrics, self.recipe.checkpoint
+        gc.collect()
+        gc.freeze()
+        try:
+            with (
+                StepProfiler(profile_folder, metrics.profile_steps, rank=self.rank) as profiler,
+                MemorySnapshot(
+                    profile_folder, metrics.memory_snapshot_step, device=self.device, rank=self.rank
+                ) as snapshot,
+            ):
+                for batches in self.loader:
+                    profiler.begin(self.step + 1)
+                    snapshot.begin(self.step + 1)
+                    loss, grad_norm, lr = self.train_step(batches, stop.received)
+                    last = self.step == self.total_steps
+                    logs = last or self.step % metrics.interval == 0
+                    validates = bool(metrics.validation_interval) and self.step % metrics.validation_interval == 0
+                    saves = bool(checkpoint.interval) and self.step % checkpoint.interval == 0
+                    if last or logs or saves or self.device.type == "cpu":
+                        self._settle()
+                    if self.skipped_in_a_row >= self.recipe.training.max_skipped_steps:
+                        self._diverged(batches)
+                    if last or validates:
+                        self._validate()
+                    if logs:
+                        self._log(loss, grad_norm, lr)
+                    self.metrics.advance(self.step)
+                    if self.stop_signal:
+                        self._settle()
+                        self._save(blocking=True)
+                        name = signal.Signals(self.stop_signal).name
+                        self.metrics.message(f"stopped by {name} after step {self.step}; the checkpoint is saved")
+                        return self.stop_signal
+                    if last or (saves and not self.skipped_in_a_row):
+                        self._save(blocking=last or not checkpoint.asynchronous)
+            self._finish(baselines)
+            return None
+        finally:
+            stop.restore()
+            gc.unfreeze()
+            self.metrics.close()
+
+    def train_step(self, batches: list[MicroBatch], received: int | None = None) -> tuple[Tensor, Tensor, float]:
+        """One optimizer step; returns (mean loss, gradient norm before clipping, learning rate), the first two on the device.
+
+        `received`: a signal this rank was sent; all ranks learn of it.
+        """
+        self.model.train()
+        batches = [batch.to(self.device) for batch in batches]
+        group = self.meshes.tokens_group
+        valid = sum(batch.valid_tokens for batch in batches)
+        counts = torch.tensor([valid, received or 0], dtype=torch.float64).to(self.device, non_blocking=True)
+        dist.all_reduce(counts[:1], group=group)
+        dist.all_reduce(counts[1:], op=dist.ReduceOp.MAX)
+        tokens = counts[0].clamp(min=1)
+
+        if len(batches) > 1 and needs_counting_pass(self.model):
+            with counting_pass(self.model, group):
+                for batch in batches:
+                    self._loss(batch)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, batch in enumerate(batches):
+            set_gradient_sync(self.model, index == len(batches) - 1)
+            loss = self._loss(batch)
+            (loss / tokens.to(loss.dtype)).backward()
+            total += loss.detach()
+        dist.all_reduce(total, group=group)
+        mean = total / tokens
+
+        grad_norm = clip_gradients(self.model, self.recipe.optimizer.clip_norm)
+        lr = self._learning_rate(self.step + 1)
+        set_learning_rate(self.optimizer, lr)
+        skipped = step_if_finite(self.optimizer, grad_norm + 0.0 * mean.to(grad_norm.dtype))
+        self.optimizer.zero_grad(set_to_none=True)
+        update_bias(self.moe_layers, group)
+        for layer in self.moe_layers:
+            layer.balance.set_global_counts(None)
+
+        # What happened in a step is read one step later, when it is known without waiting for the device.
+        previous, self._pending = self._pending, torch.stack([skipped.double(), counts[1]])
+        if previous is not None:
+            self._note(previous)
+        self.step += 1
+        self.tokens += self.tokens_per_step
+        self.meter.add(self.tokens_per_step)
+        return mean, grad_norm, lr
+
+    def _loss(self, batch: MicroBatch) -> Tensor:
+        return self.model(
+            batch.tokens, labels=batch.labels, documents=batch.documents(self.device), totals=self.totals
+        )
+
+    def _learning_rate(self, step: int) -> float:
+        optimizer = self.recipe.optimizer
+        warmup = optimizer.warmup_steps or 0
+        if optimizer.warmup_tokens is not None:
+            warmup = math.ceil(optimizer.warmup_tokens / self.tokens_per_step)
+        return learning_rate(
+            step,
+            total_steps=self.total_steps,
+            lr=optimizer.lr,
+            min_lr=optimizer.min_lr,
+            warmup_steps=warmup,
+            schedule=optimizer.schedule,
+            decay_fraction=optimizer.decay_fraction,
+        )
+
+    def _note(self, flags: Tensor) -> None:
+        """Take in what a step reported: [skipped, signal]."""
+        skipped, received = flags.tolist()
+        self.skipped_steps += int(skipped)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        self.stop_signal = int(received) or self.stop_signal
+
+    def _settle(self) -> None:
+        """Wait for the last step's report."""
+        if self._pending is not None:
+            self._note(self._pending)
+            self._pending = None
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # before, around and after
+
+    def _choose_checkpoint(self) -> Path | None:
+        """The checkpoint to go on from, made by the same recipe."""
+        choice = self.recipe.checkpoint.resume
+        if choice == "never" and (self.folder / "metrics.jsonl").exists():
+            raise RecipeError(
+                f"checkpoint.resume = 'never': {self.folder} was used by another run; "
+                "choose another training.output_dir or checkpoint.resume = 'latest'"
+            )
+        source = self.checkpoints.resume_from(choice)
+        if source is not None:
+            saved = load_recipe(source / "recipe.toml")
+            check_same_run(saved, self.recipe, other_folder=choice not in ("latest", "never"))
+        return source
+
+    def _open_data(self):
+        """The corpus, tokenised by rank 0 first."""
+        data = self.recipe.data
+        for turn in (0, 1):
+            if (self.rank == 0) == (turn == 0):
+                splits = open_splits(
+                    data.paths,
+                    tokenizer=self.tokenizer,
+                    validation_fraction=data.validation_fraction,
+                    cache=data.cache or self.folder / "cache",
+                )
+            dist.barrier()
+        return splits
+
+    def _begin(self) -> Baselines | None:
+        parameters = sum(p.numel() for p in self.model.parameters())
+        degrees = self.meshes.degrees
+        self.metrics.message(
+            f"{parameters / 1e6:.1f}M parameters, {self.flops_per_token / 1e9:.3f} GFLOP a token, "
+            f"{self.tokens_per_step} tokens a step, {self.total_steps} steps on {degrees.world_size} x "
+            f"{self.device.type} in {str(self.dtype).removeprefix('torch.')}"
+        )
+        if self.resumed_from is not None:
+            self.metrics.message(f"resumed from {self.resumed_from} after step {self.step}")
+        if not self.recipe.metrics.baselines or not len(self.splits.validation) or self.rank != 0:
+            return None
+        found = baseline_losses(self.splits.train, self.splits.validation, self.tokenizer.vocab_size)
+        self.metrics.message(
+            f"held-out loss of count models: uniform {found.uniform:.4f}, unigram {found.unigram:.4f}, "
+            f"interpolated bigram {found.bigram:.4f} nats a token"
+        )
+        return found
+
+    def _held_out_loss(self, limit: int = 0) -> float:
+        training = self.recipe.training
+        loader = build_validation_loader(
+            self.splits.validation,
+            sequence_length=training.sequence_length,
+            micro_batch_size=training.micro_batch_size,
+            rank=self.meshes.data_rank,
+            ranks=self.meshes.degrees.data_ranks,
+            pin_memory=self.device.type == "cuda",
+        )
+        return held_out_loss(self.model, loader, self.device, group=self.meshes.tokens_group, limit=limit)
+
+    def _validate(self) -> None:
+        if len(self.splits.validation):
+            with self.meter.paused():
+                loss = self._held_out_loss(self.recipe.metrics.validation_batches)
+            self.metrics.validation(self.step, loss)
+
+    def _log(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
+        """One line of metrics; every rank takes part in the sums."""
+        group = self.meshes.tokens_group
+        expert_load = None
+        if self.moe_layers:
+            expert_load = torch.stack([layer.statistics.counts_E for layer in self.moe_layers])
+            dist.all_reduce(expert_load, group=group)
+            expert_load = expert_load.cpu()
+        figures = collect_statistics(self.model, group, steps=max(self.step - self._logged_step, 1))
+        self._logged_step = self.step
+        values = {
+            "loss": loss.item(),
+            "grad_norm": grad_norm.item(),
+            "lr": lr,
+            "tokens": self.tokens,
+            "skipped_steps": self.skipped_steps,
+        }
+        reading = self.meter.read()
+        values |= {
+            "tokens_per_second": reading.tokens_per_second,
+            "mfu": mfu(
+                reading.tokens_per_second, self.flops_per_token, self.peak, devices=self.meshes.degrees.world_size
+            ),
+            "memory_gib": peak_memory_gib(self.device),
+            **{key: value for key, value in figures.items() if key.count("/") == 1},
+        }
+        self.metrics.log(self.step, values, expert_load=expert_load, seconds_left=reading.seconds_left)
+
+    def _save(self, *, blocking: bool) -> None:
+        with self.meter.paused():
+            self.checkpoints.save(
+                self.step,
+                self.model,
+                self.optimizer,
+                {"tokens": self.tokens, "skipped_steps": self.skipped_steps, "data": self.loader.state_dict()},
+                model_files(self.recipe, self.tokenizer),
+                blocking=blocking,
+            )
+
+    def _diverged(self, batches: list[MicroBatch]) -> None:
+        self.checkpoints.wait()
+        place = first_bad_layer(self.model, batches, self.device)
+        kept = self.checkpoints.latest()
+        raise Diverged(
+            f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, first bad: {place}; "
+            f"stopped after step {self.step}, last good checkpoint: {kept or 'none yet'}"
+        )
+
+    def _finish(self, baselines: Baselines | None) -> None:
+        """The last figures, and where everything is."""
+        self.checkpoints.wait()
+        metrics = self.recipe.metrics
+        if len(self.splits.validation) and (metrics.baselines or metrics.mixer_ablation):
+            loss = self._held_out_loss()
+            self.metrics.message(f"held-out loss of the model: {loss:.4f} nats a token")
+            if baselines is not None:
+                self.metrics.message(
+                    f"  below uniform by {baselines.uniform - loss:.4f}, unigram by {baselines.unigram - loss:.4f}, "
+                    f"interpolated bigram by {baselines.bigram - loss:.4f}"
+                )
+            if metrics.mixer_ablation:
+                with silent_mixers(self.model):
+                    silent = self._held_out_loss()
+                self.metrics.message(f"  with every mixer's output set to zero: {silent:.4f} (+{silent - loss:.4f})")
+        last = self.checkpoints.directory / f"step-{self.step}"
+        curves = f"{self.folder / 'metrics.jsonl'}"
+        if metrics.tensorboard:
+            curves += f", tensorboard --logdir {self.folder / 'tensorboard'}"
+        self.metrics.message(f"checkpoint: {last}")
+        self.metrics.message(f"curves: {curves}")
+        self.metrics.message(f'next: python -m torchlinearmoe.generate {last} --prompt "In the beginning"')
