@@ -26,7 +26,6 @@ def linear_step(
     q, k: [B, H, K]; v: [B, H, V]; log_decay: None, [H], [B, H] or [B, H, K]; bonus: [H, K]; state: [B, H, K, V].
     Returns o [B, H, V] in q's dtype and the new state.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     write = k.to(state.dtype).unsqueeze(-1) * v.to(state.dtype).unsqueeze(-2)
     new_state = write + _decayed(state, log_decay)
     read = new_state if bonus is None else state + bonus.to(state.dtype).unsqueeze(-1) * write
@@ -49,7 +48,6 @@ def delta_step(
     q, k: [B, H, K]; v: [B, HV, V]; beta: [B, HV]; log_decay: None, [B, HV] or [B, HV, K]; state: [B, HV, K, V];
     l2_norm divides q and k by their length first. Returns o [B, HV, V] in q's dtype and the new state.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if l2_norm:
         q, k = l2_normalize(q), l2_normalize(k)
     groups = v.shape[1] // q.shape[1]
@@ -87,5 +85,6 @@ def _decayed(state: Tensor, log_decay: Tensor | None) -> Tensor:
     return decay.unsqueeze(-1) * state
 
 
-def _read(q: Tensor, state: Tensor, scale: float) -> Tensor:
-    return (scale * torch.matmul(q.to(state.dtype).unsqueeze(-2), state).squeeze(-2)).to(q.dtype)
+def _read(q: Tensor, state: Tensor, scale: float | None) -> Tensor:
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    return (factor * torch.matmul(q.to(state.dtype).unsqueeze(-2), state).squeeze(-2)).to(q.dtype)

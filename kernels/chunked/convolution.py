@@ -42,7 +42,7 @@ def short_convolution(
     if packed and (initial_state is not None or output_final_state):
         assert cu_seqlens is not None
         starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-        if initial_state is not None:
+        if initial_state is not None and W > 1:
             y = _add_initial(y, initial_state.to(dtype), taps, starts, ends)
         if output_final_state:
             final = _packed_final(x, initial_state, starts, ends, W)

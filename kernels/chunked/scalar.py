@@ -41,7 +41,7 @@ class ScalarDecay:
         """scores [B, H, M, C, C] times the matrix."""
         if self.running is None:
             return scores * self.matrix.to(scores.dtype)
-        return decayed(scores, self.matrix, self.running, self.running)
+        return decayed(scores, self.matrix, self.running)
 
 
 def linear_scalar(

@@ -32,7 +32,7 @@ def delta_rule(
     """
     B, T, H, K = q.shape
     HV, V = v.shape[-2:]
-    scale = K**-0.5 if scale is None else scale
+    factor = K**-0.5 if scale is None else scale
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     q_BTHK, k_BTHK = (x.to(dtype).repeat_interleave(HV // H, 2) for x in (q, k))
     v_BTHV, beta_BTH = v.to(dtype), beta.to(dtype)
@@ -46,7 +46,7 @@ def delta_rule(
             S_HKV = decay[row, t] * S_HKV
             error_HV = v_BTHV[row, t] - (k_HK1 * S_HKV).sum(1)
             S_HKV = S_HKV + k_HK1 * (beta_BTH[row, t, :, None] * error_HV)[:, None, :]
-            outputs.append(scale * (q_BTHK[row, t, :, :, None] * S_HKV).sum(1))
+            outputs.append(factor * (q_BTHK[row, t, :, :, None] * S_HKV).sum(1))
         finals.append(S_HKV)
     o = torch.stack(outputs).view(B, T, HV, V).to(q.dtype) if outputs else torch.zeros_like(v)
     return o, torch.stack(finals) if output_final_state else None

@@ -31,7 +31,7 @@ def linear_recurrence(
     and the final states [N, H, K, V] (fp32, fp64 for fp64 inputs) or None.
     """
     B, T, H, K = q.shape
-    scale = K**-0.5 if scale is None else scale
+    factor = K**-0.5 if scale is None else scale
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     q_BTHK, k_BTHK, v_BTHV = q.to(dtype), k.to(dtype), v.to(dtype)
     decay = _decay_BTHK(log_decay, q_BTHK)
@@ -42,7 +42,7 @@ def linear_recurrence(
             write_HKV = k_BTHK[row, t, :, :, None] * v_BTHV[row, t, :, None, :]
             S_next_HKV = decay[row, t, :, :, None] * S_HKV + write_HKV
             read_HKV = S_next_HKV if bonus is None else S_HKV + bonus.to(dtype)[:, :, None] * write_HKV
-            outputs.append(scale * (q_BTHK[row, t, :, :, None] * read_HKV).sum(1))
+            outputs.append(factor * (q_BTHK[row, t, :, :, None] * read_HKV).sum(1))
             S_HKV = S_next_HKV
         finals.append(S_HKV)
     o = torch.stack(outputs).view(B, T, H, -1).to(q.dtype) if outputs else torch.zeros_like(v)

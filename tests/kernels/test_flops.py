@@ -1,0 +1,34 @@
+"""The FLOP counts are those of the matmuls that the chunk-parallel form issues."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from torchlinearmoe.kernels import flops, ops
+
+
+def counted(function, *inputs) -> float:
+    with FlopCounterMode(display=False) as counter:
+        function(*inputs)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("K, V", [(64, 64), (128, 64)])
+def test_linear_recurrence_counts_the_issued_matmuls(K, V):
+    T, H, C = 2048, 2, ops.CHUNK_SIZE
+    q, k, v = torch.randn(1, T, H, K), torch.randn(1, T, H, K), torch.randn(1, T, H, V)
+    masked_half = H * C * (K + V)  # the mask hides half of the scores, which are computed nevertheless
+    scan = H * 2 * K * V * (T // C) / C
+    expected = flops.linear_recurrence_flops(H, K, V, C) + masked_half + scan
+    assert counted(ops.linear_recurrence, q, k, v) / T == pytest.approx(expected, rel=0.01)
+
+
+def test_delta_rule_costs_more_than_a_linear_recurrence_by_its_formula():
+    K, V, C = 128, 64, 32
+    extra = flops.delta_rule_flops(1, K, V, C) - flops.linear_recurrence_flops(1, K, V, C)
+    assert extra == 2 * K * V + C * K + C * (K + V)
+    assert flops.delta_rule_flops(6, K, V, C) == 6 * flops.delta_rule_flops(1, K, V, C)
+
+
+def test_short_convolution_counts_a_multiply_add_per_tap():
+    assert flops.short_convolution_flops(100, 4) == 800

@@ -1,0 +1,94 @@
+"""The operators pick a backend, say so once, and refuse inputs in one line."""
+
+import logging
+
+import pytest
+import torch
+
+from torchlinearmoe.kernels import ops
+
+
+def inputs(B=1, T=4, H=2, K=3, V=5):
+    return torch.randn(B, T, H, K), torch.randn(B, T, H, K), torch.randn(B, T, H, V)
+
+
+def test_auto_is_said_once_per_operator(caplog, monkeypatch):
+    monkeypatch.setattr(ops, "_announced", set())
+    q, k, v = inputs()
+    with caplog.at_level(logging.INFO, logger="torchlinearmoe.kernels"):
+        ops.linear_recurrence(q, k, v)
+        ops.linear_recurrence(q, k, v)
+        ops.delta_rule(q, k, v, torch.rand(1, 4, 2))
+    assert [record.getMessage() for record in caplog.records] == [
+        "linear_recurrence runs on the torch backend",
+        "delta_rule runs on the torch backend",
+    ]
+
+
+def test_auto_takes_the_first_backend_that_offers_itself(monkeypatch):
+    q, k, v = inputs()
+    marker = torch.zeros(1)
+    fast = ops.Backend(lambda *_: (marker, None), lambda *_: (marker, None), offers=lambda name, q: q.shape[1] > 4)
+    monkeypatch.setattr(ops, "BACKENDS", {"fast": fast, **ops.BACKENDS})
+    assert ops.linear_recurrence(q, k, v)[0].shape == v.shape
+    assert ops.linear_recurrence(*inputs(T=5))[0] is marker
+
+
+def test_scale_defaults_to_one_over_root_of_the_key_dim():
+    q, k, v = inputs()
+    for backend in ("torch", "reference"):
+        default, _ = ops.linear_recurrence(q, k, v, backend=backend)
+        scaled, _ = ops.linear_recurrence(q, k, v, scale=2.0, backend=backend)
+        torch.testing.assert_close(default * 2 * 3**0.5, scaled)
+
+
+def test_l2_norm_makes_queries_and_keys_scale_free():
+    q, k, v = inputs(K=16)
+    beta = torch.rand(1, 4, 2)
+    o, _ = ops.delta_rule(q, k, v, beta, l2_norm=True)
+    longer, _ = ops.delta_rule(3 * q, 7 * k, v, beta, l2_norm=True)
+    torch.testing.assert_close(o, longer, rtol=1e-4, atol=1e-5)
+    unit = torch.nn.functional.normalize
+    plain, _ = ops.delta_rule(unit(q, dim=-1), unit(k, dim=-1), v, beta)
+    torch.testing.assert_close(o, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"backend": "cuda"}, "backend: 'cuda', legal: auto, torch, reference"),
+        ({"log_decay": torch.zeros(3)}, "log_decay: shape (3,)"),
+        ({"bonus": torch.zeros(2, 3)}, "bonus: needs log_decay per channel"),
+        ({"bonus": torch.zeros(3)}, "bonus: shape (3,), legal: (2, 3)"),
+        ({"initial_state": torch.zeros(2, 2, 3, 5)}, "initial_state: shape (2, 2, 3, 5), legal: (1, 2, 3, 5)"),
+        ({"document_ids": torch.zeros(3)}, "document_ids: shape (3,), legal: (4,)"),
+        ({"document_ids": torch.zeros(4), "output_final_state": True}, "states in or out need cu_seqlens"),
+    ],
+)
+def test_linear_recurrence_refuses_in_one_line(options, message):
+    with pytest.raises(ValueError) as error:
+        ops.linear_recurrence(*inputs(), **options)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_packed_documents_need_a_batch_of_one():
+    with pytest.raises(ValueError, match="batch of 1, got 2"):
+        ops.linear_recurrence(*inputs(B=2), cu_seqlens=torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match="batch of 1, got 2"):
+        ops.short_convolution(torch.randn(2, 4, 3), torch.randn(3, 4), cu_seqlens=torch.tensor([0, 4]))
+
+
+def test_delta_rule_refuses_in_one_line():
+    q, k, _ = inputs()
+    with pytest.raises(ValueError, match="v: 3 value heads, legal: a multiple of the 2 query heads"):
+        ops.delta_rule(q, k, torch.randn(1, 4, 3, 5), torch.rand(1, 4, 3))
+    with pytest.raises(ValueError, match="beta: shape"):
+        ops.delta_rule(q, k, torch.randn(1, 4, 2, 5), torch.rand(1, 4))
+
+
+def test_short_convolution_refuses_in_one_line():
+    with pytest.raises(ValueError, match="activation: 'relu', legal: None, 'silu'"):
+        ops.short_convolution(torch.randn(1, 4, 3), torch.randn(3, 4), activation="relu")
+    with pytest.raises(ValueError, match="weight: shape"):
+        ops.short_convolution(torch.randn(1, 4, 3), torch.randn(4, 4))
