@@ -34,11 +34,10 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 class _Report(NamedTuple):
-    """What one rank found: the first problem, or the checkpoint keys it will load and the parameters it optimizes."""
+    """What one rank found: the first problem, or the checkpoint keys that it will load."""
 
     problem: str | None
     keys: set[str]
-    parameters: set[str]
 
 
 def load_model_weights(path: str | Path, model: nn.Module) -> dict[str, Any]:
@@ -88,8 +87,8 @@ def load(
             targets |= moments.tensors
     except CheckpointError as error:
         found = str(error)
-    report = _Report(found, set(targets), moments.names if moments else set())
-    if problem := _first_problem(_exchange(report, group), metadata, with_optimizer=bool(optimizers)):
+    reports = _exchange(_Report(found, set(targets)), group)
+    if problem := _first_problem(reports, metadata, with_optimizer=bool(optimizers)):
         prefix = f"checkpoint {path}: "
         raise CheckpointError(problem if problem.startswith(prefix) else prefix + problem)
     assert metadata is not None

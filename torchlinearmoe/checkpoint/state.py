@@ -100,7 +100,6 @@ class OptimizerTargets:
 
     Attributes:
         tensors: what to load, by checkpoint key.
-        names: the parameters that the optimizers of this rank update.
     """
 
     def __init__(
@@ -113,7 +112,6 @@ class OptimizerTargets:
                 saved.setdefault(name, {})[state_name] = entry
 
         self.tensors: dict[str, Tensor] = {}
-        self.names: set[str] = set()
         self._states: list[tuple[Optimizer, nn.Parameter, dict[str, str]]] = []
         for name, parameter, optimizer, group in optimized_parameters(parts, optimizers):
             entries = saved.get(name, {})
@@ -128,7 +126,6 @@ class OptimizerTargets:
                 else:
                     shapes = f"{list(entry.size)}, not {list(parameter.shape)}"
                     raise CheckpointError(f"optimizer state '{state_name}' of '{name}' has shape {shapes}")
-            self.names.add(name)
             self._states.append((optimizer, parameter, {s: f"{OPTIMIZER}{name}.{s}" for s in entries}))
 
     def hand_over(self) -> None:
