@@ -54,7 +54,7 @@ def baseline_losses(
     ids = train.read(0, min(len(train), max_train_tokens))
     unigram_W = np.bincount(ids[1:], minlength=vocab_size) + 1.0
     unigram_W /= unigram_W.sum()
-    bigram = Bigram.fit(ids[:-1], ids[1:], vocab_size, _choose_discount(ids, vocab_size))
+    bigram = Bigram.fit(ids[:-1], ids[1:], vocab_size, choose_discount(ids, vocab_size))
     unigram_loss = bigram_loss = 0.0
     for previous, label in _pairs(validation):
         unigram_loss -= float(np.log(unigram_W[label]).sum())
@@ -105,7 +105,8 @@ class Bigram:
         return np.maximum(count - self.discount, 0.0) / total + taken / total * self.unigram_W[label]
 
 
-def _choose_discount(ids: np.ndarray, vocab_size: int) -> float:
+def choose_discount(ids: np.ndarray, vocab_size: int) -> float:
+    """The discount with which nine tenths of `ids` (int64 [T], one text) predict the tenth kept aside best."""
     previous, label = ids[:-1], ids[1:]
     aside = np.arange(len(label)) // BLOCK % 10 == 9
     if not aside.any():

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from torchlinearmoe.data.baselines import Bigram, baseline_losses
+from torchlinearmoe.data.baselines import DISCOUNTS, Bigram, baseline_losses, choose_discount
 from torchlinearmoe.data.loader import build_validation_loader
 
 
@@ -68,6 +68,13 @@ def test_a_chain_is_learnt_to_its_entropy(make_stream):
     losses = baseline_losses(make_stream([text(100_000)]), make_stream([text(50_000)]), 27)
     assert losses.bigram == pytest.approx(-0.9 * math.log(0.9) - 0.1 * math.log(0.1), abs=0.01)
     assert losses.unigram == pytest.approx(math.log(2), abs=0.02)
+
+
+def test_the_discount_fits_the_text():
+    """A walk where every pair is seen often wants none; text full of pairs seen once wants much."""
+    generator = np.random.default_rng(0)
+    assert choose_discount(generator.integers(0, 2, 50_000), 2) == DISCOUNTS[0]
+    assert choose_discount(generator.integers(0, 2000, 50_000), 2000) == DISCOUNTS[-1]
 
 
 def test_splits_must_hold_something(corpus, make_stream, tmp_path, letters):
