@@ -54,6 +54,8 @@ class Experts(nn.Module):
     backend: "grouped_mm", "loop", or "auto": grouped_mm wherever it runs.
     """
 
+    regions = ("forward",)
+
     def __init__(
         self,
         width: int,

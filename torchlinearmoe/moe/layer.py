@@ -38,6 +38,7 @@ class MoE(nn.Module):
     std, out_std: of the initial weights and of those that write into the residual stream.
     """
 
+    regions = ("dispatcher.dispatch", "dispatcher.combine", "add_shared")
     step_counts_E: Tensor
 
     def __init__(self, width: int, recipe: MoERecipe, std: float, out_std: float):

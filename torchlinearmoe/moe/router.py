@@ -41,6 +41,7 @@ class Router(nn.Module):
     Another kind of router overrides `score` (sigmoid), `select` (group-limited) or `weigh`.
     """
 
+    keep_fp32 = True
     expert_bias: Tensor | None
 
     def __init__(

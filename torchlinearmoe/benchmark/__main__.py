@@ -1,0 +1,31 @@
+"""`python -m torchlinearmoe.benchmark train [options] [--section.key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from torchlinearmoe.benchmark import train
+from torchlinearmoe.commands import failures_on_one_line
+
+SUBCOMMANDS = {"train": train}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a benchmark; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m torchlinearmoe.benchmark",
+        description="Measure this machine. Recipe keys can be given as --section.key=value.",
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for name, module in SUBCOMMANDS.items():
+        summary = (module.__doc__ or "").strip().splitlines()[0].partition(": ")[2]
+        module.add_arguments(subparsers.add_parser(name, help=summary, description=summary))
+    known, overrides = parser.parse_known_args(arguments)
+    with failures_on_one_line():
+        return SUBCOMMANDS[known.command].run(known, overrides)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""`benchmark train`: training steps of a recipe at several shapes, beside transformers' model of the same shape."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from torchlinearmoe.benchmark.contest import run_contestant, show
+from torchlinearmoe.errors import RecipeError
+
+OURS = "torchlinearmoe.benchmark.train_ours"
+THEIRS = "torchlinearmoe.benchmark.train_transformers"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The subcommand's options."""
+    parser.add_argument("--recipe", default="recipes/qwen2_hgrn2.toml", help="TOML recipe (default: %(default)s)")
+    parser.add_argument(
+        "--shapes", nargs="+", default=["8x2048", "1x16384"], help="SEQUENCESxLENGTH of a step (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="steps a contestant (default: %(default)s)")
+    parser.add_argument(
+        "--contestants",
+        nargs="+",
+        choices=["ours", "ours-eager", "transformers", "transformers-compiled"],
+        default=["ours", "ours-eager", "transformers", "transformers-compiled"],
+        help="who runs (default: all)",
+    )
+    parser.add_argument("--timeout", type=float, default=300, help="seconds a contestant may take (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run the contest and print its table; 1 when nobody finished."""
+    if arguments.steps < 3:
+        raise RecipeError(f"--steps {arguments.steps}: must be at least 3")
+    rows: list[dict[str, Any]] = []
+    for shape in arguments.shapes:
+        sequences, _, length = shape.partition("x")
+        if not (sequences.isdigit() and length.isdigit() and int(sequences) and int(length)):
+            raise RecipeError(f"--shapes {shape}: a shape reads SEQUENCESxLENGTH, e.g. 8x2048")
+        for name in arguments.contestants:
+            options: dict[str, Any] = {
+                "recipe": arguments.recipe,
+                "overrides": list(overrides),
+                "sequences": int(sequences),
+                "length": int(length),
+                "steps": arguments.steps,
+            }
+            if name.startswith("ours"):
+                options["overrides"].append(f"training.compile={'false' if name == 'ours-eager' else 'true'}")
+                figures = run_contestant(OURS, options, arguments.timeout)
+            else:
+                options["compile"] = name == "transformers-compiled"
+                figures = run_contestant(THEIRS, options, arguments.timeout)
+            rows.append({"contestant": name, "shape": shape, **figures})
+            print(rows[-1], flush=True)
+    show(f"training, {arguments.recipe} {' '.join(overrides)}", rows)
+    return 0 if any("error" not in row for row in rows) else 1

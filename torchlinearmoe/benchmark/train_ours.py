@@ -1,0 +1,64 @@
+"""Contestant: this project's own training step, by the same code path as `torchlinearmoe.train`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from typing import Any
+
+import torch
+
+from torchlinearmoe.benchmark.contest import answer
+from torchlinearmoe.benchmark.timing import time_steps
+from torchlinearmoe.data.packing import MicroBatch
+from torchlinearmoe.metrics.mfu import mfu
+from torchlinearmoe.parallel.mesh import resolve_degrees, tokens_per_step
+from torchlinearmoe.recipe import load_recipe
+from torchlinearmoe.run_folder import with_tokens_per_step
+from torchlinearmoe.runtime import choose_device, process_group
+
+
+def measure(options: dict[str, Any]) -> dict[str, Any]:
+    """Figures of `options`: recipe, overrides, sequences, length, steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [
+            *options["overrides"],
+            f"training.steps={options['steps']}",
+            f"training.sequence_length={options['length']}",
+            f"training.micro_batch_size={options['sequences']}",
+            f"training.tokens_per_step={options['length'] * options['sequences']}",
+            f"training.output_dir={json.dumps(folder)}",
+            "checkpoint.resume=never",
+            "metrics.tensorboard=false",
+        ]
+        recipe = load_recipe(options["recipe"], overrides)
+        degrees = resolve_degrees(recipe.parallel, 1)
+        recipe = with_tokens_per_step(recipe, tokens_per_step(recipe.training, degrees))
+        device = choose_device(recipe.training)
+        with process_group(device):
+            from torchlinearmoe.trainer import Trainer
+
+            trainer = Trainer(recipe, degrees, device)
+            batch = synthetic_batch(recipe.model.vocab_size, options["sequences"], options["length"])
+            figures = time_steps(lambda: trainer.train_step([batch]), steps=options["steps"], device=device)
+            tokens = options["length"] * options["sequences"] / figures["step_s"]
+            parameters = sum(p.numel() for p in trainer.model.parameters())
+            return {
+                "tokens_per_second": tokens,
+                "mfu": mfu(tokens, trainer.flops_per_token, trainer.peak),
+                **figures,
+                "parameters": parameters / 1e9,
+            }
+
+
+def synthetic_batch(vocab_size: int, sequences: int, length: int) -> MicroBatch:
+    """Random tokens, one document a sequence."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocab_size, (sequences * length,), generator=generator)
+    borders = list(range(0, sequences * length + 1, length))
+    return MicroBatch(tokens, tokens.roll(-1), borders, length, sequences * length)
+
+
+if __name__ == "__main__":
+    answer(measure(json.loads(sys.argv[1])))
