@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchlinearmoe.kernels.chunked.decay import shrink_negligible
 from torchlinearmoe.kernels.chunked.layout import Edges, Layout
 from torchlinearmoe.kernels.chunked.scan import scan_decay, scan_dense
 
@@ -72,7 +73,7 @@ def _scan(
     if w is not None:
         a = torch.diag_embed(log_total.exp().expand(*log_total.shape[:-1], K))
         a = a - torch.matmul(k_write.to(w.dtype).transpose(-1, -2), w)
-        return scan_dense(a, b, s0, want_final)
+        return scan_dense(shrink_negligible(a), b, s0, want_final)
     P = log_total.shape[-1]
     log_a = log_total.transpose(-1, -2)
     b = b.unflatten(-2, (P, K // P)).transpose(2, 3).flatten(-2)  # [B, H, P, M, Y]

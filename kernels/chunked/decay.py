@@ -6,14 +6,16 @@ four digits in fp32. So G is summed in fp64 (a number per token and head: cheap)
 fp32, and a rest of at most 1/2. Differences of whole parts are exact, and a difference near zero, the only kind whose
 exponential is not negligible, is as exact as fp32 can be.
 
-A product below e^-40 (fp64: e^-300) counts as 0. It is far below one rounding error, and products of such numbers
-would be subnormal, which a CPU computes ten times slower.
+A product below e^-40 (fp64: e^-300) is negligible, far below one rounding error: it becomes 0, or e^-40 inside a chunk.
+Smaller numbers would make subnormal ones, with which a CPU multiplies ten times and exponentiates a hundred times
+slower.
 """
 
 import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 FLOOR = -1000.0
 """Log decays are clamped here: e^-1000 is zero in fp64 too, and sums over a chunk stay finite (-inf would not)."""
@@ -31,23 +33,31 @@ def running_sum(log_decay: Tensor, dim: int) -> Tensor:
 
 def decay_factor(log: Tensor, dtype: torch.dtype) -> Tensor:
     """exp(log) in `dtype`, 0 where negligible."""
-    log = log.to(dtype)
-    return log.masked_fill(log < _negligible(dtype), -torch.inf).exp()
+    return drop_negligible(log.to(dtype).clamp(min=_lowest(dtype)).exp())
+
+
+def drop_negligible(decay: Tensor) -> Tensor:
+    """Products of decays with 0 in place of negligible ones."""
+    return F.threshold(decay, math.exp(0.99 * _lowest(decay.dtype)), 0.0)
+
+
+def shrink_negligible(transition: Tensor) -> Tensor:
+    """A dense transition with 0 in place of negligible entries of either sign."""
+    return F.hardshrink(transition, math.exp(_lowest(transition.dtype)))
 
 
 @torch.no_grad()
 def decay_matrix(to: Tensor, since: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp(to_t - since_s) where `mask` allows it, else 0; `decayed` brings the gradient.
+    """exp(to_t - since_s), or e^-40 where that is less, times `mask`; `decayed` brings the gradient.
 
-    to: [..., t]; since: [..., s], running sums in fp64; mask: bool, broadcasts to [..., t, s], and allows only
+    to: [..., t]; since: [..., s], running sums in fp64; mask: 0 or 1, broadcasts to [..., t, s], and selects only
     differences <= 0. Returns [..., t, s] in `dtype`.
     """
     whole_to, whole_since = to.round(), since.round()
     rest_to, rest_since = (to - whole_to).to(dtype), (since - whole_since).to(dtype)
     matrix = whole_to.to(dtype).unsqueeze(-1) - whole_since.to(dtype).unsqueeze(-2)
-    hidden = (matrix < _negligible(dtype)) | ~mask
     matrix = matrix + (rest_to.unsqueeze(-1) - rest_since.unsqueeze(-2))
-    return matrix.masked_fill_(hidden, -torch.inf).exp_()
+    return matrix.clamp_(_lowest(dtype), 0.0).exp_() * mask.to(dtype)
 
 
 def decayed(scores: Tensor, matrix: Tensor, to: Tensor, since: Tensor | None = None) -> Tensor:
@@ -84,10 +94,5 @@ def causal_mask(size: int, device: torch.device, diagonal: int = 0) -> Tensor:
     return torch.ones(size, size, dtype=torch.bool, device=device).tril(diagonal)
 
 
-def negligible_factor(dtype: torch.dtype) -> float:
-    """Products of decays below this count as 0."""
-    return math.exp(_negligible(dtype))
-
-
-def _negligible(dtype: torch.dtype) -> float:
+def _lowest(dtype: torch.dtype) -> float:
     return -300.0 if dtype == torch.float64 else -40.0

@@ -13,6 +13,7 @@ from torchlinearmoe.kernels.chunked.carry import Chunks, carry
 from torchlinearmoe.kernels.chunked.decay import compute_dtype
 from torchlinearmoe.kernels.chunked.layout import Layout
 from torchlinearmoe.kernels.chunked.scalar import scalar_decay
+from torchlinearmoe.kernels.chunked.solve import solve_unit_lower
 
 
 def delta_rule(
@@ -40,7 +41,7 @@ def delta_rule(
     overlap = decay.apply(torch.matmul(k_C * beta_C1.to(k_C.dtype), k_transposed)).to(dtype)
     k_in = k_C if decay.prefix is None else k_C * decay.prefix
     right_side = torch.cat([v_C, k_in], -1) * beta_C1
-    solved = torch.linalg.solve_triangular(overlap, right_side, upper=False, unitriangular=True)
+    solved = solve_unit_lower(overlap, right_side)
     u, w = solved.split([V, k_C.shape[-1]], -1)
     u_low, w_low = u.to(q.dtype), w.to(q.dtype)
     q_in = q_C if decay.prefix is None else q_C * decay.prefix.to(q_C.dtype)

@@ -13,7 +13,8 @@ block's. Nothing is divided or subtracted: a decay of 0 is exact, in the gradien
 import torch
 from torch import Tensor
 
-from torchlinearmoe.kernels.chunked.decay import negligible_factor
+from torchlinearmoe.kernels.chunked.blocks import blocks_below
+from torchlinearmoe.kernels.chunked.decay import drop_negligible
 
 
 def halved_scores(q: Tensor, k: Tensor, a: Tensor, matmul_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,18 +36,17 @@ class _HalvedScores(torch.autograd.Function):
         scores = torch.zeros(*q.shape[:-1], C, dtype=matmul_dtype, device=q.device)
         total = a.reshape(-1, K)
         saved = []
-        negligible = negligible_factor(q.dtype)
         size = 1
         while size < C:
             right, left = _halves(q_in, size)[1], _halves(k_out, size)[0]
             before, after = total.view(-1, 2, 1, K).unbind(1)
             q_right, k_left = right.clone(), left.clone()
             saved += [q_right, k_left, before, after]
-            _block(scores, size).copy_(_outer(q_right.to(matmul_dtype), k_left.to(matmul_dtype)).view(_split(q, size)))
+            between = _outer(q_right.to(matmul_dtype), k_left.to(matmul_dtype))
+            blocks_below(scores, size).copy_(between.view(*q.shape[:-2], -1, size, size))
             right.mul_(before)
             left.mul_(after)
-            total = before * after
-            total = total.masked_fill(total < negligible, 0.0)
+            total = drop_negligible(before * after)
             size *= 2
         ctx.save_for_backward(*saved)
         return scores, q_in, k_out
@@ -68,7 +68,7 @@ class _HalvedScores(torch.autograd.Function):
                 d_total = d_total.view_as(before)
                 d_before, d_after = d_before + d_total * after, d_after + d_total * before
             d_total = torch.cat([d_before, d_after], 1).view(-1, 1, K)
-            d_block = _block(d_scores, size).reshape(-1, size, size)
+            d_block = blocks_below(d_scores, size).reshape(-1, size, size)
             d_right.mul_(before).add_(_product(d_block, k_left.to(d_block.dtype)))
             d_left.mul_(after).add_(_product(d_block.transpose(1, 2), q_right.to(d_block.dtype)))
             size //= 2
@@ -80,19 +80,6 @@ def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The left and right block of every pair: views [pairs, size, K] of a contiguous [..., C, K]."""
     left, right = x.view(-1, 2, size, x.shape[-1]).unbind(1)
     return left, right
-
-
-def _split(q: Tensor, size: int) -> tuple[int, ...]:
-    C = q.shape[-2]
-    return (*q.shape[:-2], C // (2 * size), size, size)
-
-
-def _block(scores: Tensor, size: int) -> Tensor:
-    """The scores of right against left blocks: a view [..., pairs, size, size] of [..., C, C]."""
-    C = scores.shape[-1]
-    pairs = C // (2 * size)
-    blocks = scores.view(*scores.shape[:-2], pairs, 2, size, pairs, 2, size)[..., 1, :, :, 0, :]
-    return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
 def _outer(q: Tensor, k: Tensor) -> Tensor:

@@ -6,7 +6,15 @@ Legend: B rows, H heads, M chunks, R radix, K key head dim, P decays per head (1
 import torch
 from torch import Tensor
 
-from torchlinearmoe.kernels.chunked.decay import causal_mask, decay_factor, decay_matrix, decayed, running_sum
+from torchlinearmoe.kernels.chunked.decay import (
+    causal_mask,
+    decay_factor,
+    decay_matrix,
+    decayed,
+    drop_negligible,
+    running_sum,
+    shrink_negligible,
+)
 
 
 def scan_decay(
@@ -42,7 +50,7 @@ def _scan_group(log_a: Tensor, b: Tensor, s0: Tensor | None, want_final: bool) -
     since = running_sum(log_a, -1)
     to = _exclusive(since)
     mask = causal_mask(log_a.shape[-1], log_a.device, -1)
-    matrix = decay_matrix(to, since, mask, b.dtype)
+    matrix = drop_negligible(decay_matrix(to, since, mask, b.dtype))  # exactly 0 across documents
     states = torch.matmul(decayed(torch.ones_like(matrix), matrix, to, since), b)
     if s0 is not None:
         states = states + decay_factor(to, b.dtype).unsqueeze(-1) * s0.unsqueeze(-2)
@@ -77,9 +85,8 @@ def scan_dense(
     b_first, b_second = b_pairs.unbind(3)
     # (A2, B2) after (A1, B1) is (A2 A1, A2 B1 + B2)
     folded = torch.matmul(a_second, torch.cat([a_first, b_first], -1))
-    entering, final = scan_dense(
-        folded[..., :K], folded[..., K:] + b_second, s0, want_final or odd_chunk_left, loop_below
-    )
+    a_folded, b_folded = shrink_negligible(folded[..., :K]), folded[..., K:] + b_second
+    entering, final = scan_dense(a_folded, b_folded, s0, want_final or odd_chunk_left, loop_below)
     between = torch.matmul(a_first, entering) + b_first
     states = torch.stack([entering, between], 3).flatten(2, 3)
     if odd_chunk_left:
