@@ -1,6 +1,6 @@
 """The order in which parallelism is applied; the tour of this folder starts here.
 
-    meta model -> compile regions -> FSDP -> allocate this rank's shards -> draw this rank's initial values
+meta model -> compile regions -> FSDP -> allocate this rank's shards -> draw this rank's initial values
 """
 
 from __future__ import annotations

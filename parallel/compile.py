@@ -1,7 +1,8 @@
 """torch.compile by regions.
 
 A block is not compiled as a whole: units that FSDP gathers by themselves (experts, float32 decays, routers) cannot be
-inside a full graph. Each module names the methods between them in `regions` (`name`, or `part.name`); they are compiled here and nowhere else.
+inside a full graph. Each module names the methods between them in `regions` (`name`, or `part.name`);
+they are compiled here and nowhere else.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Who is who among the ranks: the degrees of a run and every mesh over them. No other file builds meshes.
 
-    world   pipeline x data_replicate x data_shard x context x tensor      in this order, tensor ranks side by side
-    fsdp    data_shard x context                                           one copy of the dense weights
-    data    data_replicate x data_shard                                    ranks with batches of their own
+world   pipeline x data_replicate x data_shard x context x tensor      in this order, tensor ranks side by side
+fsdp    data_shard x context                                           one copy of the dense weights
+data    data_replicate x data_shard                                    ranks with batches of their own
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def resolve_degrees(parallel: ParallelRecipe, world_size: int) -> Degrees:
         shard = world_size // fixed
     if fixed * shard != world_size:
         raise RecipeError(
-            f"parallel.data_shard = {shard}: the degrees multiply to {fixed * shard}, but there are {world_size} ranks; "
+            f"parallel.data_shard = {shard}: the degrees multiply to {fixed * shard}, not to {world_size} ranks; "
             "set it to -1 to take what is left"
         )
     return Degrees(
@@ -67,8 +67,8 @@ def tokens_per_step(training: TrainingRecipe, degrees: Degrees) -> int:
     tokens = training.tokens_per_step or unit
     if tokens % unit:
         raise RecipeError(
-            f"training.tokens_per_step = {tokens}: must be a multiple of sequence_length x micro_batch_size x data ranks"
-            f" = {training.sequence_length} x {training.micro_batch_size} x {degrees.data_ranks} = {unit}"
+            f"training.tokens_per_step = {tokens}: must be a multiple of sequence_length x micro_batch_size x data "
+            f"ranks = {training.sequence_length} x {training.micro_batch_size} x {degrees.data_ranks} = {unit}"
         )
     return tokens
 
@@ -89,59 +89,6 @@ class Meshes:
     def fsdp(self) -> DeviceMesh:
         """Where dense weights are sharded: [data_replicate, fsdp] with replicas, else [fsdp]."""
         return self.dense["data_replicate", "fsdp"] if self.degrees.data_replicate > 1 else self.dense["fsdp"]
-
-    @property
-    def data_ranks(self) -> int:
-        """Ranks that take batches of their own."""
-        return self.data_replicate * self.data_shard
-
-
-def resolve_degrees(parallel: ParallelRecipe, world_size: int) -> Degrees:
-    """The degrees of `[parallel]` in a world of `world_size` ranks; RecipeError when they do not multiply to it."""
-    fixed = parallel.pipeline * parallel.data_replicate * parallel.context * parallel.tensor
-    shard = parallel.data_shard
-    if shard == -1:
-        if world_size % fixed:
-            raise RecipeError(
-                f"parallel: pipeline x data_replicate x context x tensor = {fixed} does not divide {world_size} ranks"
-            )
-        shard = world_size // fixed
-    if fixed * shard != world_size:
-        raise RecipeError(
-            f"parallel.data_shard = {shard}: the degrees multiply to {fixed * shard}, but there are {world_size} ranks; "
-            "set it to -1 to take what is left"
-        )
-    return Degrees(
-        parallel.pipeline, parallel.data_replicate, shard, parallel.context, parallel.tensor, parallel.expert
-    )
-
-
-def tokens_per_step(training: TrainingRecipe, degrees: Degrees) -> int:
-    """Tokens of an optimizer step; RecipeError unless it is whole micro-batches on every data rank."""
-    unit = training.sequence_length * training.micro_batch_size * degrees.data_ranks
-    tokens = training.tokens_per_step or unit
-    if tokens % unit:
-        raise RecipeError(
-            f"training.tokens_per_step = {tokens}: must be a multiple of sequence_length x micro_batch_size x data ranks"
-            f" = {training.sequence_length} x {training.micro_batch_size} x {degrees.data_ranks} = {unit}"
-        )
-    return tokens
-
-
-class Meshes:
-    """All meshes of a run. Needs a process group of `degrees.world_size` ranks."""
-
-    def __init__(self, degrees: Degrees, device_type: str) -> None:
-        self.degrees = degrees
-        sizes = tuple(getattr(degrees, axis) for axis in AXES)
-        self.world: DeviceMesh = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
-        self.world["data_shard", "context"]._flatten("fsdp")
-        self.data: DeviceMesh = self.world["data_replicate", "data_shard"]._flatten("data")
-
-    @property
-    def fsdp(self) -> DeviceMesh:
-        """Where dense weights are sharded: [data_replicate, fsdp] with replicas, else [fsdp]."""
-        return self.world["data_replicate", "fsdp"] if self.degrees.data_replicate > 1 else self.world["fsdp"]
 
     @property
     def data_rank(self) -> int:

@@ -1,6 +1,6 @@
 """A pure PyTorch trainer for Linear-MoE language models.
 
-    from torchlinearmoe import load_recipe, build_model, load_model, MIXERS, FAMILIES
+from torchlinearmoe import load_recipe, build_model, load_model, MIXERS, FAMILIES
 """
 
 from __future__ import annotations

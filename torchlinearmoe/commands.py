@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.errors import UserError
 
 
 class Failure(Exception):
@@ -18,11 +18,9 @@ class Failure(Exception):
 @contextmanager
 def failures_on_one_line() -> Iterator[None]:
     """Turn a user's mistake into one line on stderr and exit status 1; anything else keeps its traceback."""
-    from torchlinearmoe.checkpoint.storage import CheckpointError
-
     try:
         yield
-    except (RecipeError, CheckpointError, Failure) as error:
+    except (UserError, Failure) as error:
         if os.environ.get("RANK", "0") != "0":
             # Rank 0 most likely says the same, and its end is this rank's end: let it speak first.
             time.sleep(3)

@@ -1,4 +1,4 @@
-"""What a user sees when a recipe cannot be run: one line that names the field and the way out."""
+"""What a user sees when something cannot be done: one line that names the field or file and the way out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import difflib
 from collections.abc import Iterable
 
 
-class RecipeError(ValueError):
+class UserError(ValueError):
+    """Something a user can mend. The message is one line that names the field or file and the way out; the commands
+    print it without a traceback."""
+
+
+class RecipeError(UserError):
     """A recipe that cannot be run. The message is one line and names the field, the value and the legal ones."""
 
 

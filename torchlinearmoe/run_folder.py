@@ -1,6 +1,6 @@
 """A run's folder: its resolved recipe, and whether another recipe may go on in it.
 
-    recipe.toml   metrics.jsonl   tensorboard/   checkpoints/step-N/   cache/
+recipe.toml   metrics.jsonl   tensorboard/   checkpoints/step-N/   cache/
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torchlinearmoe.recipe import Recipe, dump
 FREE_SECTIONS = ("parallel", "metrics", "checkpoint")
 FREE_KEYS = ("training.steps", "training.tokens")
 """What may change when a run goes on."""
+SECTION_NAMES = {"model.moe": "moe", "model.mixer_options": "mixer"}
+"""Where a recipe object differs from its file."""
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -29,8 +31,8 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: value}
     flat: dict[str, Any] = {}
     for key, item in items.items():
-        path = {"model.moe": "moe", "model.mixer_options": "mixer"}.get(f"{prefix}.{key}", f"{prefix}.{key}" if prefix else key)
-        flat |= flatten(item, path)
+        path = f"{prefix}.{key}" if prefix else key
+        flat |= flatten(item, SECTION_NAMES.get(path, path))
     return flat
 
 
@@ -44,8 +46,8 @@ def check_same_run(saved: Recipe, now: Recipe, *, other_folder: bool) -> None:
         free = key in FREE_KEYS or key.split(".")[0] in FREE_SECTIONS or (other_folder and key == "training.output_dir")
         if not free and before[key] != after[key]:
             raise RecipeError(
-                f"{key} = {after[key]!r}: the checkpoint to resume was made with {before[key]!r}; set it back, or start "
-                "another run in another training.output_dir"
+                f"{key} = {after[key]!r}: the checkpoint to resume was made with {before[key]!r}; set it back, or "
+                "start another run in another training.output_dir"
             )
 
 

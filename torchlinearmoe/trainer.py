@@ -174,7 +174,7 @@ class Trainer:
             self.metrics.close()
 
     def train_step(self, batches: list[MicroBatch], received: int | None = None) -> tuple[Tensor, Tensor, float]:
-        """One optimizer step; returns (mean loss, gradient norm before clipping, learning rate), the first two on the device.
+        """One optimizer step; returns (mean loss, gradient norm before clipping, learning rate), two of them on the device.
 
         `received`: a signal this rank was sent; all ranks learn of it.
         """
@@ -219,9 +219,7 @@ class Trainer:
         return mean, grad_norm, lr
 
     def _loss(self, batch: MicroBatch) -> Tensor:
-        return self.model(
-            batch.tokens, labels=batch.labels, documents=batch.documents(self.device), totals=self.totals
-        )
+        return self.model(batch.tokens, labels=batch.labels, documents=batch.documents(self.device), totals=self.totals)
 
     def _learning_rate(self, step: int) -> float:
         optimizer = self.recipe.optimizer

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["ours", "ours-eager", "transformers", "transformers-compiled"],
         help="who runs (default: all)",
     )
-    parser.add_argument("--timeout", type=float, default=300, help="seconds a contestant may take (default: %(default)s)")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds a contestant (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:

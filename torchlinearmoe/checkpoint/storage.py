@@ -12,6 +12,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, Metadata
 from torch.distributed.checkpoint.metadata import StorageMeta
 
+from torchlinearmoe.errors import UserError
+
 METADATA_FILE = ".metadata"
 
 _INDEX_CLASSES = {
@@ -31,7 +33,7 @@ _INDEX_CLASSES = {
 }
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be written or read. The message is one line and names the checkpoint and the reason."""
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from torchlinearmoe.data.splits import TokenStream
+from torchlinearmoe.errors import UserError
 
 DISCOUNTS = tuple(np.arange(0.05, 1.0, 0.05).round(2).tolist())
 BLOCK = 1024
@@ -47,10 +48,10 @@ def baseline_losses(
 ) -> Baselines:
     """The three losses on `validation`, counted on the first `max_train_tokens` ids of `train`.
 
-    `vocab_size` is the tokenizer's; the unigram model is smoothed by adding one. Raises ValueError on an empty split.
+    `vocab_size` is the tokenizer's; the unigram model is smoothed by adding one. Raises UserError on an empty split.
     """
     if min(len(train), len(validation)) < 2:
-        raise ValueError("baselines need a training and a held-out split; set data.validation_fraction above 0")
+        raise UserError("baselines need a training and a held-out split; set data.validation_fraction above 0")
     ids = train.read(0, min(len(train), max_train_tokens))
     unigram_W = np.bincount(ids[1:], minlength=vocab_size) + 1.0
     unigram_W /= unigram_W.sum()

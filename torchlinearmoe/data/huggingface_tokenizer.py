@@ -15,20 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from torchlinearmoe.data.tokenizer import END_OF_TEXT, Tokenizer
+from torchlinearmoe.errors import UserError
 
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "<|im_end|>")
 """Tried in this order when `tokenizer_config.json` names no `eos_token`."""
 
 
 def import_tokenizers() -> Any:
-    """The `tokenizers` library, or a ValueError that says how to get it."""
+    """The `tokenizers` library, or a UserError that says how to get it."""
     try:
         import tokenizers
         import tokenizers.models
         import tokenizers.pre_tokenizers
         import tokenizers.trainers
     except ImportError:
-        raise ValueError(
+        raise UserError(
             "the `tokenizers` library is not installed, and a Hugging Face tokenizer needs it: "
             "pip install torchlinearmoe[hf]"
         ) from None
@@ -57,7 +58,7 @@ class HuggingFaceTokenizer(Tokenizer):
             self._model = tokenizers.Tokenizer.from_buffer(content)
             described = json.loads(content)
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path}: not a Hugging Face tokenizer: {' '.join(str(error).split())}") from None
+            raise UserError(f"{path}: not a Hugging Face tokenizer: {' '.join(str(error).split())}") from None
         self._model.encode_special_tokens = True  # a special token spelled out in a text is plain text
         self._model.no_truncation()
         self._model.no_padding()
@@ -74,16 +75,16 @@ class HuggingFaceTokenizer(Tokenizer):
             try:
                 token = json.loads(config_path.read_text(encoding="utf-8")).get("eos_token")
             except (ValueError, AttributeError):
-                raise ValueError(f"{config_path}: not a JSON object") from None
+                raise UserError(f"{config_path}: not a JSON object") from None
             token = token.get("content") if isinstance(token, dict) else token
             if token is not None:
                 if token not in vocabulary:
-                    raise ValueError(f"{config_path}: eos_token = {token!r} is not in the vocabulary of {self.path}")
+                    raise UserError(f"{config_path}: eos_token = {token!r} is not in the vocabulary of {self.path}")
                 return token
         for token in END_OF_TEXT_NAMES:
             if token in vocabulary:
                 return token
-        raise ValueError(f"{self.path}: no end-of-text token; set eos_token in {config_path}")
+        raise UserError(f"{self.path}: no end-of-text token; set eos_token in {config_path}")
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
@@ -110,8 +111,8 @@ def _token_bytes(described: dict[str, Any], vocabulary: dict[str, int], path: Pa
             byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
             return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode()
     else:
-        raise ValueError(f"{path}: its decoder is neither byte-level nor SentencePiece, so its ids have no bytes")
+        raise UserError(f"{path}: its decoder is neither byte-level nor SentencePiece, so its ids have no bytes")
     try:
         return {index: spell(token) for token, index in vocabulary.items() if index not in added} | added
     except KeyError as error:
-        raise ValueError(f"{path}: the letter {error} of a token stands for no byte") from None
+        raise UserError(f"{path}: the letter {error} of a token stands for no byte") from None

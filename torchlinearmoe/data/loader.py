@@ -29,6 +29,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchlinearmoe.data.order import SampleOrder
 from torchlinearmoe.data.packing import MicroBatch, Samples, collate
 from torchlinearmoe.data.splits import TokenStream
+from torchlinearmoe.errors import UserError
 
 
 class TrainingLoader:
@@ -106,18 +107,18 @@ def build_loader(
 ) -> TrainingLoader:
     """Training micro-batches of data rank `rank` of `ranks`, from `start_step` up to `stop_step` (None: without end).
 
-    `workers` processes read ahead (0: read when asked). Raises ValueError when the stream is shorter than one sample,
+    `workers` processes read ahead (0: read when asked). Raises UserError when the stream is shorter than one sample,
     and when a step is not whole micro-batches on every rank.
     """
     samples = Samples(stream, sequence_length)
     if not len(samples):
-        raise ValueError(
+        raise UserError(
             f"training.sequence_length = {sequence_length}: the training text has only {len(stream)} tokens; "
             "shorten it or bring more text in data.paths"
         )
     accumulation, rest = divmod(samples_per_step, micro_batch_size * ranks)
     if rest or not accumulation:
-        raise ValueError(
+        raise UserError(
             f"training.tokens_per_step = {samples_per_step * sequence_length}: must be a multiple of "
             f"sequence_length * micro_batch_size * data ranks = {sequence_length} * {micro_batch_size} * {ranks}"
         )

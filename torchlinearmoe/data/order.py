@@ -15,6 +15,8 @@ from __future__ import annotations
 import hashlib
 from math import isqrt
 
+from torchlinearmoe.errors import UserError
+
 ROUNDS = 8
 
 
@@ -23,7 +25,7 @@ class Permutation:
 
     def __init__(self, n: int, key: tuple[int, ...]) -> None:
         if n < 1:
-            raise ValueError(f"a permutation of {n} elements does not exist")
+            raise UserError(f"a permutation of {n} elements does not exist")
         self.n = n
         self._left_size = isqrt(n - 1) + 1
         self._right_size = -(-n // self._left_size)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from torchlinearmoe.data.store import is_store
 from torchlinearmoe.data.tokenizer import END_OF_TEXT
+from torchlinearmoe.errors import UserError
 
 DEFAULT_CORPUS = Path(__file__).parent / "corpus"
 
@@ -33,20 +34,20 @@ class Sources:
 def find_sources(paths: Sequence[str | Path] = ()) -> Sources:
     """The files and token folders under `paths`: in the order given, a folder's entries by name.
 
-    No paths is the corpus that ships. Raises ValueError, one line that names the path, when it does not exist or
+    No paths is the corpus that ships. Raises UserError, one line that names the path, when it does not exist or
     holds nothing to read.
     """
     files: list[Path] = []
     stores: list[Path] = []
     for path in [Path(path).expanduser() for path in paths] or [DEFAULT_CORPUS]:
         if not path.exists():
-            raise ValueError(f"data.paths: '{path}' does not exist")
+            raise UserError(f"data.paths: '{path}' does not exist")
         if path.is_file() and path.suffix not in READERS:
-            raise ValueError(f"data.paths: '{path}' is of no known kind; legal: {', '.join(READERS)}, or a folder")
+            raise UserError(f"data.paths: '{path}' is of no known kind; legal: {', '.join(READERS)}, or a folder")
         before = len(files) + len(stores)
         _collect(path, files, stores)
         if len(files) + len(stores) == before:
-            raise ValueError(f"data.paths: the folder '{path}' holds no {', '.join(READERS)} file")
+            raise UserError(f"data.paths: the folder '{path}' holds no {', '.join(READERS)} file")
     return Sources(tuple(dict.fromkeys(files)), tuple(dict.fromkeys(stores)))
 
 
@@ -81,7 +82,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 yield number, line.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not UTF-8: {error.reason}") from None
+                raise UserError(f"{path}, line {number}: not UTF-8: {error.reason}") from None
 
 
 def _read_text(path: Path) -> Iterator[str]:
@@ -102,9 +103,9 @@ def _read_json_lines(path: Path) -> Iterator[str]:
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
+            raise UserError(f"{path}, line {number}: not JSON: {error}") from None
         if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-            raise ValueError(f'{path}, line {number}: not an object with a string under "text"')
+            raise UserError(f'{path}, line {number}: not an object with a string under "text"')
         yield entry["text"]
 
 
@@ -112,20 +113,20 @@ def _read_parquet(path: Path) -> Iterator[str]:
     try:
         parquet = import_module("pyarrow.parquet")
     except ImportError:
-        raise ValueError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+        raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
     try:
         file = parquet.ParquetFile(path)
     except ValueError as error:  # pyarrow's ArrowInvalid
-        raise ValueError(f"{path}: not a parquet file: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not a parquet file: {' '.join(str(error).split())}") from None
     with file:
         if "text" not in file.schema_arrow.names:
-            raise ValueError(f"{path}: no column 'text'; it has {', '.join(file.schema_arrow.names)}")
+            raise UserError(f"{path}: no column 'text'; it has {', '.join(file.schema_arrow.names)}")
         row = 0
         for batch in file.iter_batches(columns=["text"]):
             for value in batch.column(0):
                 text = value.as_py()
                 if not isinstance(text, str):
-                    raise ValueError(f"{path}, row {row}: the column 'text' holds no string there")
+                    raise UserError(f"{path}, row {row}: the column 'text' holds no string there")
                 row += 1
                 yield text
 

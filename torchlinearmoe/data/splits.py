@@ -21,6 +21,7 @@ import numpy as np
 from torchlinearmoe.data.sources import find_sources, read_documents
 from torchlinearmoe.data.store import Progress, TokenStore, cached_store
 from torchlinearmoe.data.tokenizer import Tokenizer
+from torchlinearmoe.errors import UserError
 
 DEFAULT_CACHE = Path("~/.cache/torchlinearmoe")
 
@@ -88,11 +89,11 @@ def open_splits(
     """The corpus under `paths` (none: the one that ships), tokenised and split.
 
     Text is tokenised once into `cache` (default ~/.cache/torchlinearmoe); `progress` is called with (documents, tokens)
-    meanwhile. Folders of tokens under `paths` are used as they are, after the text. Raises ValueError, one line, on
+    meanwhile. Folders of tokens under `paths` are used as they are, after the text. Raises UserError, one line, on
     unreadable paths, on tokens of another tokenizer, and when a split has no document.
     """
     if not 0 <= validation_fraction < 1:
-        raise ValueError(f"data.validation_fraction = {validation_fraction}: it must be at least 0 and below 1")
+        raise UserError(f"data.validation_fraction = {validation_fraction}: it must be at least 0 and below 1")
     found = find_sources(paths)
     stores: list[TokenStore] = []
     if found.files:
@@ -101,7 +102,7 @@ def open_splits(
     for folder in found.stores:
         store = TokenStore(folder)
         if store.tokenizer_fingerprint != tokenizer.fingerprint:
-            raise ValueError(f"data.paths: '{folder}' was tokenised by another tokenizer than {tokenizer.path}")
+            raise UserError(f"data.paths: '{folder}' was tokenised by another tokenizer than {tokenizer.path}")
         stores.append(store)
     bound = int(validation_fraction * 2**64)
     held_out = [store.keys < bound for store in stores]
@@ -114,6 +115,6 @@ def _check_not_empty(splits: Splits, fraction: float) -> None:
     total = splits.train.num_documents + splits.validation.num_documents
     counted = f"data.validation_fraction = {fraction} leaves no document (of {total})"
     if not splits.train.num_documents:
-        raise ValueError(f"{counted} to train on; lower it or add documents")
+        raise UserError(f"{counted} to train on; lower it or add documents")
     if fraction and not splits.validation.num_documents:
-        raise ValueError(f"{counted} for validation; raise it, add documents, or set 0 to go without validation")
+        raise UserError(f"{counted} for validation; raise it, add documents, or set 0 to go without validation")

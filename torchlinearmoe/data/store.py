@@ -25,6 +25,7 @@ from typing import BinaryIO
 import numpy as np
 
 from torchlinearmoe.data.tokenizer import Tokenizer
+from torchlinearmoe.errors import UserError
 
 FORMAT = 1
 DESCRIPTION = "store.json"
@@ -43,14 +44,14 @@ class TokenStore:
         try:
             described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
             if described["format"] != FORMAT:
-                raise ValueError(f"{folder}: token folder of format {described['format']}, this version reads {FORMAT}")
+                raise UserError(f"{folder}: token folder of format {described['format']}, this version reads {FORMAT}")
             self.num_documents: int = described["documents"]
             self.num_tokens: int = described["tokens"]
             self.end_of_text: int = described["end_of_text"]
             self.vocab_size: int = described["vocab_size"]
             self.tokenizer_fingerprint: str = described["tokenizer_fingerprint"]
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{folder}: not a token folder: {type(error).__name__}: {error}") from None
+            raise UserError(f"{folder}: not a token folder: {type(error).__name__}: {error}") from None
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -79,12 +80,12 @@ def is_store(folder: Path) -> bool:
 def write_store(
     folder: Path, documents: Iterable[str], tokenizer: Tokenizer, progress: Progress | None = None
 ) -> TokenStore:
-    """Tokenises `documents` into `folder`, which appears when all is done. Raises ValueError when there are none."""
+    """Tokenises `documents` into `folder`, which appears when all is done. Raises UserError when there are none."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
-        raise ValueError(f"cannot write tokens to '{folder.parent}': {error.strerror}") from None
+        raise UserError(f"cannot write tokens to '{folder.parent}': {error.strerror}") from None
     try:
         _write(aside, documents, tokenizer, progress)
         os.chmod(aside, 0o755)  # mkdtemp keeps others out
@@ -92,7 +93,7 @@ def write_store(
             aside.rename(folder)
         except OSError:
             if not is_store(folder):
-                raise ValueError(f"{folder}: cannot write there, the folder is in use by something else") from None
+                raise UserError(f"{folder}: cannot write there, the folder is in use by something else") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return TokenStore(folder)
@@ -142,7 +143,7 @@ def _write(folder: Path, documents: Iterable[str], tokenizer: Tokenizer, progres
             if progress is not None:
                 progress(num_documents, num_tokens)
     if num_documents == 0:
-        raise ValueError("data.paths: the files hold no text")
+        raise UserError("data.paths: the files hold no text")
     described = {
         "format": FORMAT,
         "documents": num_documents,

@@ -21,6 +21,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torchlinearmoe.errors import UserError
+
 if TYPE_CHECKING:
     import tiktoken
 
@@ -83,26 +85,26 @@ class TiktokenTokenizer(Tokenizer):
         try:
             ranks = load_tiktoken_bpe(str(path))
         except ValueError as error:
-            raise ValueError(f"{path}: not a tiktoken file: {_one_line(error)}") from None
+            raise UserError(f"{path}: not a tiktoken file: {_one_line(error)}") from None
         if not ranks:
-            raise ValueError(f"{path}: not a tiktoken file: it has no `base64 rank` lines")
+            raise UserError(f"{path}: not a tiktoken file: it has no `base64 rank` lines")
         options, options_path = _read_options(path)
         pattern = options.get("pattern", DEFAULT_PATTERN)
         special = options.get("special_tokens", {END_OF_TEXT: max(ranks.values()) + 1})
         end_of_text = options.get("end_of_text", END_OF_TEXT)
         if end_of_text not in special:
-            raise ValueError(
+            raise UserError(
                 f"{options_path}: end_of_text = {end_of_text!r} is not one of special_tokens {list(special)}"
             )
         if len({*ranks.values(), *special.values()}) != len(ranks) + len(special):
-            raise ValueError(f"{path}: two tokens share an id; special_tokens are {special}")
+            raise UserError(f"{path}: two tokens share an id; special_tokens are {special}")
         self._encoding: tiktoken.Encoding
         try:
             self._encoding = tiktoken.Encoding(
                 path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
             )
         except ValueError as error:
-            raise ValueError(f"{options_path}: pattern = {pattern!r}: {_one_line(error)}") from None
+            raise UserError(f"{options_path}: pattern = {pattern!r}: {_one_line(error)}") from None
         self._known = {*ranks.values(), *special.values()}
         self.vocab_size = self._encoding.max_token_value + 1
         self.end_of_text = special[end_of_text]
@@ -122,16 +124,16 @@ class TiktokenTokenizer(Tokenizer):
 def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     """The tokenizer in `path`: a tiktoken file, a `tokenizer.json`, or a folder that holds a `tokenizer.json`.
 
-    None or an empty string is the tokenizer that ships with the project. Raises ValueError, one line that names the
+    None or an empty string is the tokenizer that ships with the project. Raises UserError, one line that names the
     file: when it is missing, of neither kind, or names no end-of-text token.
     """
     path = Path(path).expanduser() if path else DEFAULT_TOKENIZER
     if path.is_dir():
         folder, path = path, path / "tokenizer.json"
         if not path.is_file():
-            raise ValueError(f"data.tokenizer = '{folder}': the folder holds no tokenizer.json")
+            raise UserError(f"data.tokenizer = '{folder}': the folder holds no tokenizer.json")
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"data.tokenizer = '{path}': no such file; give a tiktoken file or a Hugging Face tokenizer.json"
         )
     if path.suffix == ".json":
@@ -142,9 +144,9 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises ValueError when a model of `vocab_size` ids is too small for the tokenizer."""
+    """Raises UserError when a model of `vocab_size` ids is too small for the tokenizer."""
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
+        raise UserError(
             f"model.vocab_size = {vocab_size} is smaller than the {tokenizer.vocab_size} ids of {tokenizer.path}; "
             f"set model.vocab_size to at least {tokenizer.vocab_size}"
         )
@@ -157,10 +159,10 @@ def _read_options(path: Path) -> tuple[dict, Path]:
     try:
         options = json.loads(neighbour.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{neighbour}: not JSON: {_one_line(error)}") from None
+        raise UserError(f"{neighbour}: not JSON: {_one_line(error)}") from None
     legal = ("pattern", "special_tokens", "end_of_text")
     if not isinstance(options, dict) or not set(options) <= set(legal):
-        raise ValueError(f"{neighbour}: it must be an object with no keys but {', '.join(legal)}")
+        raise UserError(f"{neighbour}: it must be an object with no keys but {', '.join(legal)}")
     return options, neighbour
 
 

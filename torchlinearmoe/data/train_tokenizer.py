@@ -18,12 +18,13 @@ from pathlib import Path
 from torchlinearmoe.data.huggingface_tokenizer import byte_level_alphabet, import_tokenizers
 from torchlinearmoe.data.sources import find_sources, read_documents
 from torchlinearmoe.data.tokenizer import DEFAULT_PATTERN
+from torchlinearmoe.errors import UserError
 
 
 def train(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
     """Ranks of a byte-pair encoding of `texts`: `vocab_size - 1` of them, fewer when the text runs out of pairs."""
     if vocab_size < 257:
-        raise ValueError(f"--vocab-size {vocab_size}: at least 257, the bytes and the end of text")
+        raise UserError(f"--vocab-size {vocab_size}: at least 257, the bytes and the end of text")
     tokenizers = import_tokenizers()
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(

@@ -15,6 +15,8 @@ from types import TracebackType
 
 import torch
 
+from torchlinearmoe.errors import UserError
+
 _SNAPSHOT_ENTRIES = 200_000
 
 
@@ -24,12 +26,12 @@ class StepProfiler:
     Every rank writes `folder/trace-rank{rank}-steps-{first}-{last}.json.gz`, to be opened in Perfetto or Chrome's
     trace viewer. A run resumed inside the window records the rest of it, and one that ends inside it what there was.
 
-    Raises ValueError unless `steps` is empty or None, or two numbers with 1 <= first <= last.
+    Raises UserError unless `steps` is empty or None, or two numbers with 1 <= first <= last.
     """
 
     def __init__(self, folder: str | Path, steps: Sequence[int] | None, *, rank: int = 0) -> None:
         if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
-            raise ValueError(f"metrics.profile_steps = {list(steps)}: must be [first, last] with 1 <= first <= last")
+            raise UserError(f"metrics.profile_steps = {list(steps)}: must be [first, last] with 1 <= first <= last")
         self._folder = Path(folder)
         self._window = (steps[0], steps[1]) if steps else None
         self._rank = rank
@@ -77,15 +79,15 @@ class MemorySnapshot:
     Every rank writes `folder/memory-rank{rank}-step-{step}.pickle`, to be opened at pytorch.org/memory_viz. A run that
     runs out of memory before writes at that moment, which is when one wants it.
 
-    Raises ValueError when asked on a device other than CUDA, or for a step below 1.
+    Raises UserError when asked on a device other than CUDA, or for a step below 1.
     """
 
     def __init__(self, folder: str | Path, step: int | None, *, device: torch.device | str, rank: int = 0) -> None:
         if step is not None and step < 1:
-            raise ValueError(f"metrics.memory_snapshot_step = {step}: must be at least 1")
+            raise UserError(f"metrics.memory_snapshot_step = {step}: must be at least 1")
         if step is not None and torch.device(device).type != "cuda":
             kind = torch.device(device).type
-            raise ValueError(f"metrics.memory_snapshot_step = {step}: needs a CUDA device, this run is on {kind}")
+            raise UserError(f"metrics.memory_snapshot_step = {step}: needs a CUDA device, this run is on {kind}")
         self._folder = Path(folder)
         self._step = step
         self._rank = rank

@@ -12,7 +12,15 @@ from torchlinearmoe.mixers.base import Context
 
 
 def resume_linear(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, context: Context, state: Tensor, *, scale: float, backend: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    context: Context,
+    state: Tensor,
+    *,
+    scale: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Linear recurrence of documents that go on from `state` [N, H, K, V]; q, k: [T, H, K], v: [T, H, V].
 

@@ -16,7 +16,7 @@ from torchlinearmoe.mixers.base import Carry, Context, State, StateSpec, TensorW
 
 
 class ShortConvolution(nn.Module):
-    """Causal depthwise convolution over the last W tokens of the document, then SiLU (Fu et al. 2022, arXiv 2212.14052).
+    """Causal depthwise convolution over a document's last W tokens, then SiLU (Fu et al. 2022, arXiv 2212.14052).
 
     Stops at document borders; its state is the last W - 1 inputs.
     """
@@ -73,8 +73,10 @@ class Convolutions(nn.ModuleDict):
 
     def tensor_parallel(self, prefix: str) -> dict[str, TensorWord]:
         """Words of every convolution."""
-        return {k: word for name, conv in self._convolutions() for k, word in conv.tensor_parallel(f"{prefix}.{name}").items()}
-
+        words: dict[str, TensorWord] = {}
+        for name, conv in self._convolutions():
+            words |= conv.tensor_parallel(f"{prefix}.{name}")
+        return words
 
     def forward(self, inputs: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
         """Convolve each named input [T, C] that has a convolution."""

@@ -42,7 +42,7 @@ class DecodeState:
 
 
 class Head(nn.Module):
-    """Projection to the vocabulary, and the loss through it. Without a weight of its own it is given the embedding's."""
+    """Projection to the vocabulary, and the loss through it. A tied head is given the embedding's weight."""
 
     regions = ("kernel",)
 

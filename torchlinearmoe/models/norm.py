@@ -9,7 +9,10 @@ from torchlinearmoe.initialize import ONES, set_initializers
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim; statistics in float32 (float64 stays), result in x's type."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim.
+
+    Statistics in float32 (float64 stays), result in x's type.
+    """
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()

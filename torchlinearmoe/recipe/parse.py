@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
+from torchlinearmoe.errors import RecipeError, nearest
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.models.families import FAMILIES
 from torchlinearmoe.recipe import schema
-from torchlinearmoe.errors import RecipeError, nearest
 
 SECTIONS = {
     "model": schema.ModelRecipe,

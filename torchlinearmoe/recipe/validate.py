@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.errors import RecipeError, nearest
+from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.recipe.parse import used_mixers
 from torchlinearmoe.recipe.schema import Recipe
 
