@@ -1,0 +1,187 @@
+"""The command: `python -m torchlinearmoe.generate CHECKPOINT --prompt TEXT`."""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torchlinearmoe.commands import Failure, failures_on_one_line
+from torchlinearmoe.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from torchlinearmoe.data.tokenizer import Tokenizer
+    from torchlinearmoe.generation import Generation
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the continuation of one or several prompts; returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    with failures_on_one_line():
+        try:
+            return _generate(options)
+        except UserError as error:
+            raise Failure(str(error)) from None
+        except KeyboardInterrupt:
+            print(flush=True)
+            return 130
+    raise AssertionError("unreachable")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m torchlinearmoe.generate",
+        description="Continue a text with the model of a training checkpoint. Linear layers decode from a state of "
+        "constant size; softmax layers keep the past, up to model.max_length.",
+    )
+    add = parser.add_argument
+    add("checkpoint", help="folder of a checkpoint, e.g. runs/quickstart/checkpoints/step-500")
+    add(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="text to continue, '-' for standard input; several are decoded together; left out: a new document",
+    )
+    add("--max-tokens", type=int, default=200, metavar="N", help="longest continuation, in tokens (default 200)")
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="draw from softmax(logits / X); default 0: greedy",
+    )
+    add("--greedy", action="store_true", help="take the most probable token, whatever --temperature says")
+    add("--top-k", type=int, default=0, metavar="K", help="draw among the K most probable tokens (default 0: all)")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw among the tokens that make up P (default 1)",
+    )
+    add("--seed", type=int, default=0, help="seed of the draws (default 0)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU when there is one")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on a GPU")
+    add("--hide-prompt", action="store_true", help="write the continuation without the prompt before it")
+    return parser
+
+
+def _generate(options: argparse.Namespace) -> int:
+    import torch
+
+    from torchlinearmoe.checkpoint.model import checkpoint_tokenizer, load_model
+    from torchlinearmoe.generation import Sampling, cast_weights, generate
+
+    temperature = 0.0 if options.greedy else options.temperature
+    sampling = Sampling(temperature=temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
+    texts = _prompts(options.prompt)
+    device, dtype = _device_and_dtype(options)
+    with torch.device(device):
+        model = load_model(options.checkpoint)
+    cast_weights(model, dtype)
+    tokenizer = checkpoint_tokenizer(options.checkpoint)
+    # In training, documents begin with the end-of-text token.
+    prompts = [[tokenizer.end_of_text, *tokenizer.encode(text)] for text in texts]
+    generation = generate(
+        model,
+        prompts,
+        options.max_tokens,
+        sampling=sampling,
+        stop=tokenizer.end_of_text,
+        vocab_size=tokenizer.vocab_size,
+    )
+    shown = ["" if options.hide_prompt else text for text in texts]
+    try:
+        _write(generation, tokenizer, shown)
+    except BrokenPipeError:
+        # The reader has gone; nothing can be written any more, not even when Python closes the stream.
+        sys.stdout = None
+    return 0
+
+
+def _prompts(given: list[str] | None) -> list[str]:
+    if given is None:
+        return [""]
+    texts = [sys.stdin.read().removesuffix("\n") if text == "-" else text for text in given]
+    if not all(texts):
+        raise Failure("--prompt: the text is empty; leave --prompt out to begin a new document")
+    return texts
+
+
+def _device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    import torch
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise Failure("--device cuda: no GPU is visible; use cpu or auto")
+    cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    if options.dtype == "auto":
+        dtype = torch.bfloat16 if cuda else torch.float32
+    else:
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[options.dtype]
+    return torch.device("cuda" if cuda else "cpu"), dtype
+
+
+class _Text:
+    """The text of one sequence as its tokens come; a token may end inside a character."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int) -> str:
+        return self._decoder.decode(self._tokenizer.decode_bytes([token]))
+
+    def end(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+def _write(generation: Generation, tokenizer: Tokenizer, shown: list[str]) -> None:
+    """One sequence as it comes, several one after another when all are done; a line of figures to stderr."""
+    from torchlinearmoe.generation import state_bytes
+    from torchlinearmoe.generation.decode import grows
+
+    streaming = len(shown) == 1
+    texts = [_Text(tokenizer) for _ in shown]
+    written = list(shown)
+    tokens, first, begin = 0, None, time.perf_counter()
+    if streaming:
+        print(shown[0], end="", flush=True)
+    for chosen in generation:
+        first = first or time.perf_counter()
+        for row, token in enumerate(chosen):
+            if token is None:
+                continue
+            tokens += 1
+            piece = texts[row].add(token)
+            written[row] += piece
+            if streaming and piece:
+                print(piece, end="", flush=True)
+    end = time.perf_counter()
+    tails = [text.end() for text in texts]
+    if streaming:
+        print(tails[0], flush=True)
+    else:
+        print("\n\n".join(text + tail for text, tail in zip(written, tails)), flush=True)
+
+    prompt_tokens = sum(len(prompt) for prompt in generation.prompts)
+    # The first token of every sequence comes out of reading the prompts.
+    reading = (first or end) - begin
+    rate = max(tokens - len(shown), 0) / max(end - begin - reading, 1e-9)
+    size = state_bytes(generation.state)
+    kind = f"room for {generation.state.max_length} tokens" if grows(generation.model) else "the same at any length"
+    print(
+        f"{prompt_tokens} prompt tokens in {reading:.2f} s, {tokens} tokens at {rate:.1f} tokens/s, "
+        f"state {size} bytes ({kind})",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
