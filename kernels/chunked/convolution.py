@@ -31,13 +31,9 @@ def short_convolution(
         assert cu_seqlens is not None
         positions = torch.arange(T, device=x.device, dtype=cu_seqlens.dtype)
         document_ids = torch.searchsorted(cu_seqlens, positions, right=True)
-    y = wide * taps[W - 1]
     padded = F.pad(wide, (0, 0, W - 1, 0)) if before is None else torch.cat([before, wide], 1)
-    for lag in range(1, W):
-        shifted = padded[:, W - 1 - lag : W - 1 - lag + T]
-        if document_ids is not None:
-            shifted = shifted * _lag_mask(document_ids, lag)
-        y = torch.addcmul(y, shifted, taps[W - 1 - lag])
+    masks = None if document_ids is None else _lag_masks(document_ids, W, dtype)
+    y: Tensor = _ShiftedProducts.apply(padded, taps, masks)  # pyright: ignore[reportAssignmentType]
     final = None
     if packed and (initial_state is not None or output_final_state):
         assert cu_seqlens is not None
@@ -55,11 +51,43 @@ def short_convolution(
     return y.to(x.dtype), final
 
 
-def _lag_mask(ids_T: Tensor, lag: int) -> Tensor:
-    """[T, 1]: the token `lag` places back is of the same document."""
-    same = torch.zeros_like(ids_T, dtype=torch.bool)
-    same[lag:] = ids_T[lag:] == ids_T[:-lag]
-    return same.unsqueeze(-1)
+class _ShiftedProducts(torch.autograd.Function):
+    """y_t = sum over lags of taps[W - 1 - lag] * padded[t + W - 1 - lag] * masks[lag, t].
+
+    padded: [B, W - 1 + T, D]; taps: [W, D]; masks: [W, T, 1] or None. By hand, because autograd would allocate a padded
+    gradient for every lag.
+    """
+
+    @staticmethod
+    def forward(ctx, padded, taps, masks):
+        ctx.save_for_backward(padded, taps, masks)
+        W, T = taps.shape[0], padded.shape[1] - taps.shape[0] + 1
+        y = padded[:, W - 1 :] * taps[W - 1]
+        for lag in range(1, W):
+            shifted = padded[:, W - 1 - lag : W - 1 - lag + T]
+            tap = taps[W - 1 - lag]
+            y.addcmul_(shifted, tap if masks is None else tap * masks[lag])
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
+        padded, taps, masks = ctx.saved_tensors
+        W, T = taps.shape[0], dy.shape[1]
+        d_padded, d_taps = torch.zeros_like(padded), []
+        for lag in range(W - 1, -1, -1):
+            dy_lag = dy if masks is None or lag == 0 else dy * masks[lag]
+            reach = slice(W - 1 - lag, W - 1 - lag + T)
+            d_padded[:, reach].addcmul_(dy_lag, taps[W - 1 - lag])
+            d_taps.append((dy_lag * padded[:, reach]).sum((0, 1)))
+        return d_padded, torch.stack(d_taps), None
+
+
+def _lag_masks(ids_T: Tensor, W: int, dtype: torch.dtype) -> Tensor:
+    """[W, T, 1]: 1 where the token `lag` places back is of the same document."""
+    masks = torch.zeros(W, ids_T.shape[0], 1, dtype=dtype, device=ids_T.device)
+    for lag in range(W):
+        masks[lag, lag:, 0] = ids_T[lag:] == ids_T[: ids_T.shape[0] - lag]
+    return masks
 
 
 def _add_initial(y: Tensor, state: Tensor, taps: Tensor, starts: Tensor, ends: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def decay_matrix(to: Tensor, since: Tensor, mask: Tensor, dtype: torch.dtype) ->
     whole_to, whole_since = to.round(), since.round()
     rest_to, rest_since = (to - whole_to).to(dtype), (since - whole_since).to(dtype)
     matrix = whole_to.to(dtype).unsqueeze(-1) - whole_since.to(dtype).unsqueeze(-2)
-    matrix = matrix + (rest_to.unsqueeze(-1) - rest_since.unsqueeze(-2))
+    matrix = matrix.add_(rest_to.unsqueeze(-1)).sub_(rest_since.unsqueeze(-2))
     return matrix.clamp_(_lowest(dtype), 0.0).exp_() * mask.to(dtype)
 
 

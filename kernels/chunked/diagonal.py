@@ -26,9 +26,9 @@ def linear_diagonal(
     log_C = layout.split(log_decay.to(dtype))
     decay = decay_factor(log_C, dtype)
     reads_before_write = bonus is not None
-    scores, q_in, k_out = halved_scores(q_C if reads_before_write else q_C * decay, k_C, decay, v.dtype)
     own = q_C * k_C if bonus is None else q_C * k_C * bonus.to(dtype)[:, None, None]
-    scores = scores + torch.diag_embed(own.sum(-1)).to(scores.dtype)
+    q_first = q_C if reads_before_write else q_C * decay
+    scores, q_in, k_out = halved_scores(q_first, k_C, decay, own.sum(-1), v.dtype)
     prefix = None
     if layout.documents is not None:
         scores = scores * layout.documents.same_MCC

@@ -17,23 +17,26 @@ from torchlinearmoe.kernels.chunked.blocks import blocks_below
 from torchlinearmoe.kernels.chunked.decay import drop_negligible
 
 
-def halved_scores(q: Tensor, k: Tensor, a: Tensor, matmul_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores of every query against every earlier key of its chunk.
+def halved_scores(
+    q: Tensor, k: Tensor, a: Tensor, own: Tensor, matmul_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of every query against every earlier key of its chunk, and `own` on the diagonal.
 
     q: [..., C, K], decayed by its own token already (or not, where a query reads the state before its token);
-    k: [..., C, K]; a: [..., C, K], decays in [0, 1]; C a power of two; all in fp32 or fp64, contiguous.
-    Returns the scores [..., C, C] (strictly lower triangular, in `matmul_dtype`), the queries decayed since the chunk's
-    start and the keys decayed until its end, both [..., C, K].
+    k: [..., C, K]; a: [..., C, K], decays in [0, 1]; own: [..., C], each query's score against its own token's key;
+    C a power of two; all in fp32 or fp64, contiguous. Returns the scores [..., C, C] (lower triangular, in
+    `matmul_dtype`), the queries decayed since the chunk's start and the keys decayed until its end, both [..., C, K].
     """
-    return _HalvedScores.apply(q, k, a, matmul_dtype)  # pyright: ignore[reportReturnType]
+    return _HalvedScores.apply(q, k, a, own, matmul_dtype)  # pyright: ignore[reportReturnType]
 
 
 class _HalvedScores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, a, matmul_dtype):
+    def forward(ctx, q, k, a, own, matmul_dtype):
         C, K = q.shape[-2:]
         q_in, k_out = (x.clone(memory_format=torch.contiguous_format) for x in (q, k))
         scores = torch.zeros(*q.shape[:-1], C, dtype=matmul_dtype, device=q.device)
+        scores.diagonal(dim1=-2, dim2=-1).copy_(own)
         total = a.reshape(-1, K)
         saved = []
         size = 1
@@ -73,7 +76,8 @@ class _HalvedScores(torch.autograd.Function):
             d_left.mul_(after).add_(_product(d_block.transpose(1, 2), q_right.to(d_block.dtype)))
             size //= 2
         d_a = torch.zeros_like(dq) if d_total is None else d_total.view_as(dq)
-        return dq, dk, d_a, None
+        d_own = d_scores.diagonal(dim1=-2, dim2=-1).to(dq.dtype)
+        return dq, dk, d_a, d_own, None
 
 
 def _halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:

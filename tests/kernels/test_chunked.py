@@ -6,6 +6,7 @@ from oracle import AWKWARD_LENGTHS, FAMILIES, assert_close, random_call
 
 from torchlinearmoe.kernels import ops
 from torchlinearmoe.kernels.chunked.scan import scan_decay, scan_dense
+from torchlinearmoe.kernels.chunked.solve import solve_unit_lower
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -73,23 +74,6 @@ def test_document_ids_alone_give_the_same_outputs(family):
     assert_close(call.run("reference"), expected, 1e-9)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_compiles_without_a_graph_break(family):
-    torch.manual_seed(7)
-    torch._dynamo.reset()
-    call = random_call(family, lengths=(100, 70), dtype=torch.float32)
-    lengths = call.options.pop("cu_seqlens").diff().long()
-    call.options["document_ids"] = torch.repeat_interleave(torch.arange(2), lengths)
-    expected = call.run("torch")
-    function = getattr(ops, call.operator)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    inputs = {name: x.clone().requires_grad_() for name, x in call.inputs.items()}
-    o, _ = compiled(**inputs, **call.options)
-    o.backward(torch.randn(o.shape, generator=torch.Generator().manual_seed(11), dtype=torch.float64).float())
-    actual = {"o": o.detach()} | {f"d_{name}": x.grad for name, x in inputs.items() if x.grad is not None}
-    assert_close(actual, expected, 1e-4)
-
-
 @pytest.mark.parametrize("family", ["scalar", "bonus", "gated_delta"])
 def test_gradients_pass_gradcheck(family):
     torch.manual_seed(8)
@@ -125,3 +109,20 @@ def test_scans_equal_the_plain_loop(chunks, initial):
     states, final = scan_dense(dense_a, dense_b, dense_s0, True, loop_below=2)
     torch.testing.assert_close(states, torch.stack(expected, 2))
     torch.testing.assert_close(final, state)
+
+
+@pytest.mark.parametrize("size", [1, 8, 16, 64])
+def test_merged_blocks_solve_the_triangular_system(size):
+    torch.manual_seed(10)
+    lower = torch.randn(2, 3, size, size).double() / size**0.5
+    right = torch.randn(2, 3, size, 5).double()
+    inputs = [x.requires_grad_() for x in (lower, right)]
+    cotangent = torch.randn_like(right)
+
+    def plain(lower, right):
+        return torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
+
+    solution, expected = solve_unit_lower(lower, right), plain(lower, right)
+    torch.testing.assert_close(solution, expected)
+    actual = torch.autograd.grad(solution, inputs, cotangent)
+    torch.testing.assert_close(actual, torch.autograd.grad(expected, inputs, cotangent))

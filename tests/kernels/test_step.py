@@ -32,13 +32,13 @@ def test_steps_equal_the_definition(family):
 
 def test_normalised_delta_steps_equal_the_operator():
     torch.manual_seed(2)
-    call = random_call("grouped_delta", T=4, initial=True, final=True)
-    inputs = {**call.inputs, "k": 5 * call.inputs["k"]}
-    expected, _ = ops.delta_rule(**inputs, l2_norm=True, backend="reference")
-    state = inputs["initial_state"]
+    inputs = random_call("grouped_delta", T=4, initial=True).inputs
+    q, k, v, beta, log_decay = (inputs[name] for name in ("q", "k", "v", "beta", "log_decay"))
+    k, state = 5 * k, inputs["initial_state"]
+    expected, _ = ops.delta_rule(q, k, v, beta, log_decay, l2_norm=True, initial_state=state, backend="reference")
     for t in range(4):
-        q, k, v, beta, log_decay = (inputs[name][:, t] for name in ("q", "k", "v", "beta", "log_decay"))
-        o, state = step.delta_step(q, k, v, beta, log_decay, state, l2_norm=True)
+        q_t, k_t, v_t, beta_t, log_decay_t = (x[:, t] for x in (q, k, v, beta, log_decay))
+        o, state = step.delta_step(q_t, k_t, v_t, beta_t, log_decay_t, state, l2_norm=True)
         torch.testing.assert_close(o, expected[:, t], rtol=1e-9, atol=1e-9)
 
 
