@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -104,16 +104,20 @@ class Context:
     """Every document is one token: decoding."""
     history: int = 0
     """While decoding, the longest context in tokens, the new tokens included."""
-    tables: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    tables: dict[tuple[int, float, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Rotary tables computed so far in this forward."""
 
-    def rotary(self, dim: int, theta: float) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the rotary angles, [T, dim / 2] each, float32; computed once a forward."""
-        if (dim, theta) not in self.tables:
+    def rotary(self, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the rotary angles for inputs of `dtype`, [T, dim / 2] each; computed once a forward.
+
+        float64 for float64, else float32.
+        """
+        kind = torch.float64 if dtype == torch.float64 else torch.float32
+        if (dim, theta, kind) not in self.tables:
             exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=self.positions.device) / dim
             angles = self.positions.double()[:, None] * theta**-exponents
-            self.tables[dim, theta] = (angles.cos().float(), angles.sin().float())
-        return self.tables[dim, theta]
+            self.tables[dim, theta, kind] = (angles.cos().to(kind), angles.sin().to(kind))
+        return self.tables[dim, theta, kind]
 
 
 class ModelDims(Protocol):
@@ -185,6 +189,11 @@ def geometry(options: MixerOptions, model: ModelDims) -> tuple[int, int]:
     return width // 128, 128
 
 
+def expanded(width: int, factor: float) -> int:
+    """A head's width times an `expand_*` option that passed `Mixer.check_expansion`."""
+    return round(width * factor)
+
+
 class Mixer(nn.Module):
     """A token mixer; see the module's docstring for the contract."""
 
@@ -195,13 +204,32 @@ class Mixer(nn.Module):
     """Names of the carried tensors that this mixer sets in its first layer and reads in later ones."""
     regions: ClassVar[tuple[str, ...]] = ()
     """Methods that are compiled; fp32 units and stateful paths stay outside them."""
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ()
+    """Option overrides, beside the defaults, that change what is computed: every test of the contract runs on each.
+
+    They must be legal for a model of width 64 with two heads; one that changes the head count names `heads` and
+    `head_dim` itself.
+    """
+
+    @classmethod
+    def check_counts(cls, options: MixerOptions) -> None:
+        """Raise RecipeError for a negative whole number: they are all counts, widths or ranks."""
+        for entry in fields(options):
+            value = getattr(options, entry.name)
+            if isinstance(value, int) and value < 0:
+                raise RecipeError(f"mixer.{cls.name}.{entry.name} = {value}: must not be negative")
+
+    @classmethod
+    def check_expansion(cls, key: str, width: int, factor: float) -> None:
+        """Raise RecipeError unless `factor`, the option `key`, times `width` is a whole number of channels."""
+        product = width * factor
+        if not 1 <= product < 2**31 or abs(product - round(product)) > 1e-6:
+            raise RecipeError(f"mixer.{cls.name}.{key} = {factor}: must make whole channels of a head of {width}")
 
     @classmethod
     def check(cls, options: MixerOptions, model: ModelDims) -> None:
         """Raise RecipeError for a geometry that cannot be built."""
-        for key in ("heads", "head_dim"):
-            if getattr(options, key) < 0:
-                raise RecipeError(f"mixer.{cls.name}.{key} = {getattr(options, key)}: must not be negative")
+        cls.check_counts(options)
         heads, width = geometry(options, model)
         if heads < 1 or width < 1 or (not (options.heads and options.head_dim) and heads * width != model.hidden_size):
             raise RecipeError(

@@ -38,6 +38,7 @@ from torchlinearmoe.mixers.base import (
     TensorWord,
     Transition,
     column,
+    expanded,
     geometry,
     per_head,
     register,
@@ -64,7 +65,7 @@ class Options(MixerOptions):
 def _dims(options: Options, model: ModelDims) -> tuple[int, int, int, int]:
     """(key heads, key width, value heads, value width)."""
     heads, head_dim = geometry(options, model)
-    return heads, head_dim, options.value_heads or heads, int(head_dim * options.expand_v)
+    return heads, head_dim, options.value_heads or heads, expanded(head_dim, options.expand_v)
 
 
 class ScalarDecay(nn.Module):
@@ -101,6 +102,11 @@ class GatedDeltaNet(Mixer):
 
     transition = Transition.DENSE
     Options = Options
+    variants = (
+        {"conv": 0, "expand_v": 1.0},
+        {"negative_eigenvalues": True, "expand_v": 1.0},
+        {"heads": 2, "head_dim": 16, "value_heads": 4, "expand_v": 1.5},
+    )
     regions = ("project", "mix")
 
     def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
@@ -125,13 +131,12 @@ class GatedDeltaNet(Mixer):
     @classmethod
     def check(cls, options: Any, model: ModelDims) -> None:
         super().check(options, model)
-        heads, _, value_heads, value_dim = _dims(options, model)
+        cls.check_expansion("expand_v", geometry(options, model)[1], options.expand_v)
+        heads, _, value_heads, _ = _dims(options, model)
         if value_heads % heads:
             raise RecipeError(
                 f"mixer.gated_delta_net.value_heads = {value_heads}: must be a multiple of the {heads} key heads"
             )
-        if value_dim < 1:
-            raise RecipeError(f"mixer.gated_delta_net.expand_v = {options.expand_v}: must be positive")
 
     @classmethod
     def num_parameters(cls, options: Any, model: ModelDims) -> int:

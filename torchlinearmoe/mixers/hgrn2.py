@@ -5,7 +5,7 @@
     o_t = W_o RMSNorm(S_t^T swish(W_q x_t) / sqrt(K))
 
 gamma_l are learned lower bounds that grow with depth: a table over the HGRN2 layers, softmax over the layers, summed
-up to the layer and less the first row, so that the first layer's bound is zero. The norm spans the full width.
+from the second layer up to this one, so that the first layer's bound is zero. The norm spans the full width.
 
 Shapes: T tokens, D width, H heads of K = V, N documents.
 """
@@ -52,7 +52,7 @@ class Options(MixerOptions):
     lower_bounds: bool = True
     """Learn a lower bound of the forget gate for every layer; false lets every gate reach zero."""
     conv: int = 0
-    """Taps of a short convolution on q, f and i; 0 for none."""
+    """Taps of a short convolution on q, f and i, without an activation of its own; 0 for none."""
 
 
 class LowerBounds(nn.Module):
@@ -69,7 +69,8 @@ class LowerBounds(nn.Module):
     def forward(self) -> Tensor:
         """Lower bound of every layer and channel, [layers, H K], in [0, 1)."""
         shares = self.table.softmax(0)
-        return shares.cumsum(0) - shares[:1]
+        # The first row is a plain zero: the gradient by a first layer's bound, up to e^60, never meets the others'.
+        return F.pad(shares[1:].cumsum(0), (0, 0, 1, 0))
 
 
 def forget_gate(logits: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -91,6 +92,7 @@ class HGRN2(Mixer):
 
     transition = Transition.DIAGONAL
     Options = Options
+    variants = ({"conv": 4}, {"lower_bounds": False}, {"heads": 3, "head_dim": 16})
     regions = ("project", "mix")
 
     def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
@@ -104,7 +106,7 @@ class HGRN2(Mixer):
         self.q_proj = linear(width, inner, std)
         self.f_proj = linear(width, inner, std)
         self.i_proj = linear(width, inner, std)
-        self.convs = Convolutions({"q": inner, "f": inner, "i": inner}, options.conv)
+        self.convs = Convolutions({"q": inner, "f": inner, "i": inner}, options.conv, activation=None)
         self.norm = RMSNorm(inner, model.norm_eps)
         self.o_proj = linear(inner, width, std / (2 * model.num_layers) ** 0.5)
 

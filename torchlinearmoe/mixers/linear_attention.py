@@ -37,6 +37,7 @@ from torchlinearmoe.mixers.base import (
     TensorWord,
     Transition,
     column,
+    expanded,
     geometry,
     register,
     row,
@@ -75,12 +76,18 @@ class LinearAttention(Mixer):
 
     transition = Transition.IDENTITY
     Options = Options
+    variants = (
+        {"normalize": True},
+        {"normalize": True, "feature_map": "relu", "expand_v": 2.0},
+        {"feature_map": "silu", "conv": 3},
+        {"feature_map": "identity", "heads": 3, "head_dim": 16, "expand_v": 0.5},
+    )
     regions = ("project", "mix")
 
     def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
         super().__init__()
         self.heads, self.head_dim = geometry(options, model)
-        self.value_dim = int(self.head_dim * options.expand_v)
+        self.value_dim = expanded(self.head_dim, options.expand_v)
         self.phi = FEATURE_MAPS[options.feature_map]
         self.normalize = options.normalize
         self.backend = model.kernel_backend
@@ -98,19 +105,18 @@ class LinearAttention(Mixer):
     @classmethod
     def check(cls, options: Any, model: ModelDims) -> None:
         super().check(options, model)
+        cls.check_expansion("expand_v", geometry(options, model)[1], options.expand_v)
         if options.normalize and options.feature_map not in POSITIVE:
             raise RecipeError(
                 f"mixer.linear_attention.normalize = true: needs a positive feature_map ({', '.join(POSITIVE)}), "
                 f"not '{options.feature_map}'"
             )
-        if options.expand_v <= 0:
-            raise RecipeError(f"mixer.linear_attention.expand_v = {options.expand_v}: must be positive")
 
     @classmethod
     def num_parameters(cls, options: Any, model: ModelDims) -> int:
         """D (2 H K + 3 H V), V of the norm, W (2 H K + H V) of convolutions."""
         heads, head_dim = geometry(options, model)
-        value_dim = int(head_dim * options.expand_v)
+        value_dim = expanded(head_dim, options.expand_v)
         weights = model.hidden_size * heads * (2 * head_dim + 3 * value_dim)
         return weights + value_dim + options.conv * heads * (2 * head_dim + value_dim)
 

@@ -56,6 +56,7 @@ class SoftmaxAttention(Mixer):
 
     transition = Transition.ATTENTION
     Options = Options
+    variants = ({"heads": 4, "head_dim": 16, "kv_heads": 2}, {"heads": 3, "head_dim": 10, "kv_heads": 1})
     regions = ("project", "output")
 
     def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
@@ -71,11 +72,13 @@ class SoftmaxAttention(Mixer):
 
     @classmethod
     def check(cls, options: Any, model: ModelDims) -> None:
+        cls.check_counts(options)
         heads, kv_heads, width = _heads(options, model)
-        if min(heads, kv_heads, width) < 1 or heads % kv_heads:
+        if heads % kv_heads:
             raise RecipeError(f"mixer.softmax_attention.kv_heads = {kv_heads}: must divide the {heads} query heads")
         if width % 2:
-            raise RecipeError(f"model.head_dim = {width}: rotary positions need an even head width")
+            field = "mixer.softmax_attention.head_dim" if options.head_dim else "model.head_dim"
+            raise RecipeError(f"{field} = {width}: rotary positions need an even head width")
 
     @classmethod
     def num_parameters(cls, options: Any, model: ModelDims) -> int:
@@ -110,7 +113,7 @@ class SoftmaxAttention(Mixer):
     def forward(
         self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
     ) -> tuple[Tensor, State | None, Carried]:
-        q, k, v = self.project(x_TD, *context.rotary(self.head_dim, self.theta))
+        q, k, v = self.project(x_TD, *context.rotary(self.head_dim, self.theta, x_TD.dtype))
         if state is None:
             documents = context.documents
             o = packed_attention(

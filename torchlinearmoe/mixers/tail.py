@@ -16,14 +16,15 @@ from torchlinearmoe.mixers.base import Carry, Context, State, StateSpec, TensorW
 
 
 class ShortConvolution(nn.Module):
-    """Causal depthwise convolution over a document's last W tokens, then SiLU (Fu et al. 2022, arXiv 2212.14052).
+    """Causal depthwise convolution over a document's last W tokens (Fu et al. 2022, arXiv 2212.14052).
 
-    Stops at document borders; its state is the last W - 1 inputs.
+    `activation`: None or "silu". Stops at document borders; its state is the last W - 1 inputs.
     """
 
-    def __init__(self, width: int, taps: int, bias: bool = False) -> None:
+    def __init__(self, width: int, taps: int, bias: bool = False, activation: str | None = "silu") -> None:
         super().__init__()
         self.taps = taps
+        self.activation = activation
         self.weight = nn.Parameter(torch.empty(width, taps))
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
         reach = taps**-0.5
@@ -35,19 +36,19 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         """[T, C] -> [T, C]; `ids` [T] names each token's document."""
-        return short_convolution(x[None], self.weight, self.bias, activation="silu", document_ids=ids)[0][0]
+        return short_convolution(x[None], self.weight, self.bias, activation=self.activation, document_ids=ids)[0][0]
 
     def resume(self, x: Tensor, context: Context, state: Tensor) -> tuple[Tensor, Tensor]:
         """The same going on from `state` [N, W - 1, C]; also returns the new state."""
         if context.stepping:
-            y, last = convolution_step(x, self.weight, self.bias, state, activation="silu")
+            y, last = convolution_step(x, self.weight, self.bias, state, activation=self.activation)
             return y, last.to(state.dtype)
         documents = context.documents
         y, last = short_convolution(
             x[None],
             self.weight,
             self.bias,
-            activation="silu",
+            activation=self.activation,
             initial_state=state,
             output_final_state=True,
             cu_seqlens=documents.cu_seqlens,
@@ -64,8 +65,9 @@ class ShortConvolution(nn.Module):
 class Convolutions(nn.ModuleDict):
     """A short convolution for each named projection; empty when switched off (0 taps)."""
 
-    def __init__(self, widths: dict[str, int], taps: int) -> None:
-        super().__init__({name: ShortConvolution(width, taps) for name, width in widths.items()} if taps else {})
+    def __init__(self, widths: dict[str, int], taps: int, activation: str | None = "silu") -> None:
+        parts = widths.items() if taps else ()
+        super().__init__({name: ShortConvolution(width, taps, activation=activation) for name, width in parts})
 
     def state_spec(self) -> dict[str, StateSpec]:
         """`conv_NAME`: the last inputs of each projection."""
