@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IGNORED = -100
 """Label of a position without a target."""
@@ -42,8 +43,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, kernel:
     """Sum over tokens of the cross entropy of `hidden @ weight.T`.
 
     hidden: [T, D]; weight: [V, D]; labels: int64 [T], IGNORED where there is no target. Returns a scalar, float32
-    (float64 for float64 inputs).
+    (float64 for float64 inputs). Differentiable once.
     """
+    if not torch.is_grad_enabled():
+        # An autograd.Function would see the parameters' requires_grad and compute gradients that nobody asked for.
+        hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, labels, kernel)  # pyright: ignore[reportReturnType]
 
 
@@ -71,6 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (grad,) = grads
         d_hidden, d_weight = ctx.saved_tensors
