@@ -10,6 +10,10 @@ class UserError(ValueError):
     """Something a user can mend. The message is one line that names the field or file and the way out; the commands
     print it without a traceback."""
 
+    def __init__(self, message: str) -> None:
+        # What a user wrote may hold line breaks and comes back in the message.
+        super().__init__(" ".join(message.splitlines()))
+
 
 class RecipeError(UserError):
     """A recipe that cannot be run. The message is one line and names the field, the value and the legal ones."""

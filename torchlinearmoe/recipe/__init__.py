@@ -1,10 +1,12 @@
 """Recipes: what a run is, as one TOML file.
 
-`schema.py` declares the sections, `parse.py` reads and writes them, `validate.py` refuses what cannot run.
+`schema.py` declares the sections, `parse.py` reads and writes them, `layers.py` says which mixer each layer runs,
+`validate.py` refuses what cannot run.
 """
 
 from torchlinearmoe.errors import RecipeError
-from torchlinearmoe.recipe.parse import dump, layer_mixers, load_recipe, resolve, used_mixers
+from torchlinearmoe.recipe.layers import layer_mixers, used_mixers
+from torchlinearmoe.recipe.parse import dump, load_recipe, resolve
 from torchlinearmoe.recipe.schema import (
     CheckpointRecipe,
     DataRecipe,

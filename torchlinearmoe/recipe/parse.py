@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 import types
 import typing
@@ -17,8 +18,10 @@ from typing import Any, Literal, Union
 
 from torchlinearmoe.errors import RecipeError, nearest
 from torchlinearmoe.mixers import MIXERS
-from torchlinearmoe.models.families import FAMILIES
+from torchlinearmoe.models.families import FAMILIES, Family
 from torchlinearmoe.recipe import schema
+from torchlinearmoe.recipe.layers import used_mixers
+from torchlinearmoe.recipe.validate import validate
 
 SECTIONS = {
     "model": schema.ModelRecipe,
@@ -33,12 +36,10 @@ SECTIONS = {
 NESTED = {"moe", "mixer_options"}
 """Fields of ModelRecipe that are sections of their own in the file."""
 
-EXCLUSIVE = [
-    (("training", "steps"), ("training", "tokens")),
-    (("optimizer", "warmup_steps"), ("optimizer", "warmup_tokens")),
-    (("model", "layout"), ("model", "mixers")),
-]
-"""Two ways to say one thing: the command line's way drops the file's."""
+EXCLUSIVE = (("training", "steps", "tokens"), ("optimizer", "warmup_steps", "warmup_tokens"))
+"""(section, one key, other key): two ways to say one thing. The command line's way drops the file's."""
+MAX_INTEGER = 2**63 - 1
+"""TOML's whole numbers have 64 bits."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> schema.Recipe:
@@ -48,12 +49,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> schema.Recip
     """
     path = Path(path)
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not a TOML file: byte {error.start} is not UTF-8") from None
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"{path}: not valid TOML: {error}") from None
     return resolve(data, parse_overrides(overrides))
 
@@ -77,9 +80,10 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _parse_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        tables = tomllib.loads(f"value = {text}")
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
+    return tables["value"] if len(tables) == 1 else text
 
 
 def resolve(file: Mapping[str, Any], command_line: Mapping[str, Any] | None = None) -> schema.Recipe:
@@ -90,16 +94,16 @@ def resolve(file: Mapping[str, Any], command_line: Mapping[str, Any] | None = No
         _check_sections(source)
     _drop_replaced(file, command_line)
     merged = {name: {**file.get(name, {}), **command_line.get(name, {})} for name in SECTIONS}
-    for first, second in EXCLUSIVE:
-        if first[1] in merged[first[0]] and second[1] in merged[second[0]] and first[0] != "model":
-            raise RecipeError(f"{'.'.join(first)} and {'.'.join(second)} exclude each other; give one")
+    for section, *keys in EXCLUSIVE:
+        if all(key in merged[section] for key in keys):
+            raise RecipeError(f"{section}.{keys[0]} and {section}.{keys[1]} exclude each other; give one")
 
     preset = _preset(merged["model"])
     model = {**preset["model"], **merged["model"]}
     moe = {**preset["moe"], **merged["moe"]}
-    if "mixers" in merged["model"] and "num_layers" not in merged["model"] and isinstance(model["mixers"], list):
+    if model.get("mixers") and "num_layers" not in merged["model"] and isinstance(model["mixers"], list):
         model["num_layers"] = len(model["mixers"])
-    if model.get("head_dim") in (None, 0):
+    if "head_dim" not in model:
         model["head_dim"] = _default_head_dim(model)
     mixer_tables = {
         name: {**file.get("mixer", {}).get(name, {}), **command_line.get("mixer", {}).get(name, {})} for name in MIXERS
@@ -116,10 +120,20 @@ def resolve(file: Mapping[str, Any], command_line: Mapping[str, Any] | None = No
         ),
         **sections,
     )
-    from torchlinearmoe.recipe.validate import validate
-
     validate(recipe)
-    return recipe
+    return _without_unused(recipe)
+
+
+def _without_unused(recipe: schema.Recipe) -> schema.Recipe:
+    """The recipe with defaults for what was checked and makes no difference, so that equal models are equal recipes.
+
+    These are the options of mixers not in use, and `layout` beside `mixers`.
+    """
+    model = recipe.model
+    used = used_mixers(model)
+    options = {name: value if name in used else type(value)() for name, value in model.mixer_options.items()}
+    layout = schema.ModelRecipe.layout if model.mixers else model.layout
+    return dataclasses.replace(recipe, model=dataclasses.replace(model, mixer_options=options, layout=layout))
 
 
 def _check_sections(source: Mapping[str, Any]) -> None:
@@ -129,8 +143,10 @@ def _check_sections(source: Mapping[str, Any]) -> None:
         if not isinstance(section, Mapping):
             raise RecipeError(f"{name}: must be a section [{name}], not the value {section!r}")
     for name, table in source.get("mixer", {}).items():
-        if name not in MIXERS or MIXERS.canonical(name) != name:
+        if name not in MIXERS:
             raise RecipeError(f"[mixer.{name}]: unknown mixer; {nearest(name, MIXERS)}")
+        if MIXERS.canonical(name) != name:
+            raise RecipeError(f"[mixer.{name}]: its options are those of [mixer.{MIXERS.canonical(name)}]; write that")
         if not isinstance(table, Mapping):
             raise RecipeError(f"mixer.{name}: must be a section [mixer.{name}], not the value {table!r}")
 
@@ -139,13 +155,13 @@ def _drop_replaced(file: dict[str, Any], command_line: Mapping[str, Any]) -> Non
     """Remove from the file what the command line replaces by another key."""
     model = command_line.get("model", {})
     if "family" in model or "size" in model:
-        brought = FAMILIES[next(iter(FAMILIES))].dimensions()
-        for section, keys in brought.items():
+        for section, keys in Family.dimensions().items():
             file[section] = {key: value for key, value in file.get(section, {}).items() if key not in keys}
-    for first, second in EXCLUSIVE:
-        for mine, other in ((first, second), (second, first)):
-            if mine[1] in command_line.get(mine[0], {}) and other[1] not in command_line.get(other[0], {}):
-                file.get(other[0], {}).pop(other[1], None)
+    for section, first, second in (*EXCLUSIVE, ("model", "layout", "mixers")):
+        mine = command_line.get(section, {})
+        for key, other in ((first, second), (second, first)):
+            if key in mine and other not in mine:
+                file.get(section, {}).pop(other, None)
 
 
 def _preset(model: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -201,11 +217,15 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             raise RecipeError(f"{where} = {list(value)!r}: must have {len(args)} entries")
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
         return tuple(_coerce(item, kind, where) for item, kind in zip(value, kinds, strict=True))
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        raise RecipeError(f"{where}: a number of {value.bit_length()} bits; must fit in 64")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is int and isinstance(value, bool) or not isinstance(value, hint):
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-        raise RecipeError(f"{where} = {value!r}: must be {names.get(hint, hint)}")
+        raise RecipeError(f"{where} = {value!r}: must be {names[hint]}")
+    if hint is float and not math.isfinite(value):
+        raise RecipeError(f"{where} = {value}: must be finite")
     return value
 
 
@@ -220,23 +240,6 @@ def dump(recipe: schema.Recipe) -> str:
     blocks += [_dump_section(f"mixer.{name}", model.mixer_options[name]) for name in used_mixers(model)]
     blocks += [_dump_section(name, getattr(recipe, name)) for name in SECTIONS if name not in ("model", "moe")]
     return "\n".join(block for block in blocks if block)
-
-
-def used_mixers(model: schema.ModelRecipe) -> list[str]:
-    """The mixers in use, in the order of their first layer."""
-    return list(dict.fromkeys(layer_mixers(model)))
-
-
-def layer_mixers(model: schema.ModelRecipe) -> list[str]:
-    """One registered mixer name a layer, from `mixers` or `layout`."""
-    attention = FAMILIES[model.family].attention
-    if model.mixers:
-        names = list(model.mixers)
-    else:
-        letters = {"L": model.mixer, "N": attention}
-        names = [letters[model.layout[i % len(model.layout)]] for i in range(model.num_layers)]
-    names = [MIXERS.canonical(name) for name in names]
-    return [attention if name == "softmax_attention" else name for name in names]
 
 
 def _dump_section(name: str, section: Any) -> str:
@@ -255,7 +258,8 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        # JSON's escapes are TOML's, except that TOML wants the delete character escaped too.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     return repr(value)

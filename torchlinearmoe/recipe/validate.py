@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torchlinearmoe.errors import RecipeError, nearest
 from torchlinearmoe.mixers import MIXERS
-from torchlinearmoe.recipe.parse import used_mixers
+from torchlinearmoe.recipe.layers import used_mixers
 from torchlinearmoe.recipe.schema import Recipe
 
 
@@ -23,18 +23,32 @@ def _positive(recipe: Recipe) -> None:
     for section, owner, names in (
         ("model", model, "hidden_size num_layers num_heads num_kv_heads head_dim vocab_size max_length"),
         ("training", training, "sequence_length micro_batch_size max_skipped_steps"),
-        ("metrics", recipe.metrics, "interval"),
+        ("metrics", recipe.metrics, "interval memory_snapshot_step"),
         ("checkpoint", recipe.checkpoint, "keep"),
     ):
         for name in names.split():
-            if getattr(owner, name) < 1:
-                raise RecipeError(f"{section}.{name} = {getattr(owner, name)}: must be at least 1")
+            value = getattr(owner, name)
+            if value is not None and value < 1:
+                raise RecipeError(f"{section}.{name} = {value}: must be at least 1")
     for section, owner, names in (
+        ("model", model, "rope_theta norm_eps init_std"),
+        ("optimizer", recipe.optimizer, "eps"),
+        ("metrics", recipe.metrics, "peak_tflops"),
+        ("moe", model.moe, "capacity_factor eval_capacity_factor"),
+    ):
+        for name in names.split():
+            value = getattr(owner, name)
+            if value is not None and value <= 0:
+                raise RecipeError(f"{section}.{name} = {value}: must be positive")
+    for section, owner, names in (
+        ("model", model, "ffn_hidden_size"),
+        ("training", training, "seed"),
         ("checkpoint", recipe.checkpoint, "interval"),
         ("metrics", recipe.metrics, "validation_interval validation_batches"),
         ("data", recipe.data, "workers"),
         ("optimizer", recipe.optimizer, "lr min_lr weight_decay clip_norm"),
-        ("moe", model.moe, "num_experts top_k balance_coefficient z_loss_coefficient bias_rate"),
+        ("moe", model.moe, "num_experts top_k hidden_size shared_hidden_size"),
+        ("moe", model.moe, "balance_coefficient z_loss_coefficient bias_rate"),
     ):
         for name in names.split():
             if getattr(owner, name) < 0:
@@ -43,9 +57,8 @@ def _positive(recipe: Recipe) -> None:
         raise RecipeError(f"data.validation_fraction = {recipe.data.validation_fraction}: must lie between 0 and 1")
     if not 0 < recipe.optimizer.decay_fraction <= 1:
         raise RecipeError(f"optimizer.decay_fraction = {recipe.optimizer.decay_fraction}: must lie in (0, 1]")
-    for name, beta in zip(("first", "second"), recipe.optimizer.betas):
-        if not 0 <= beta < 1:
-            raise RecipeError(f"optimizer.betas: the {name} is {beta}, must lie in [0, 1)")
+    if not all(0 <= beta < 1 for beta in recipe.optimizer.betas):
+        raise RecipeError(f"optimizer.betas = {list(recipe.optimizer.betas)}: both must lie in [0, 1)")
     profile = recipe.metrics.profile_steps
     if profile and (len(profile) != 2 or not 1 <= profile[0] <= profile[1]):
         raise RecipeError(f"metrics.profile_steps = {list(profile)}: must be [first, last]")
@@ -53,28 +66,23 @@ def _positive(recipe: Recipe) -> None:
 
 def _layers(recipe: Recipe) -> None:
     model = recipe.model
-    if not model.mixers:
-        wrong = sorted(set(model.layout) - {"L", "N"})
-        if not model.layout or wrong:
-            raise RecipeError(f"model.layout = '{model.layout}': must be a non-empty string over L and N")
-        if model.mixer not in MIXERS:
-            raise RecipeError(f"model.mixer = '{model.mixer}': unknown mixer; {nearest(model.mixer, MIXERS)}")
-    else:
-        for index, name in enumerate(model.mixers):
-            if name not in MIXERS:
-                raise RecipeError(f"model.mixers[{index}] = '{name}': unknown mixer; {nearest(name, MIXERS)}")
-        if len(model.mixers) != model.num_layers:
-            raise RecipeError(
-                f"model.mixers names {len(model.mixers)} layers but model.num_layers = {model.num_layers}; make them equal"
-            )
+    if not model.layout or set(model.layout) - {"L", "N"}:
+        raise RecipeError(f"model.layout = '{model.layout}': must be a non-empty string over L and N")
+    if model.mixer not in MIXERS:
+        raise RecipeError(f"model.mixer = '{model.mixer}': unknown mixer; {nearest(model.mixer, MIXERS)}")
+    for index, name in enumerate(model.mixers):
+        if name not in MIXERS:
+            raise RecipeError(f"model.mixers[{index}] = '{name}': unknown mixer; {nearest(name, MIXERS)}")
+    if model.mixers and len(model.mixers) != model.num_layers:
+        raise RecipeError(
+            f"model.num_layers = {model.num_layers}: model.mixers names {len(model.mixers)} layers; make them equal"
+        )
 
 
 def _model(recipe: Recipe) -> None:
     model = recipe.model
     if model.num_heads % model.num_kv_heads:
-        raise RecipeError(
-            f"model.num_kv_heads = {model.num_kv_heads}: must divide model.num_heads = {model.num_heads}"
-        )
+        raise RecipeError(f"model.num_kv_heads = {model.num_kv_heads}: must divide model.num_heads = {model.num_heads}")
     if not model.moe.num_experts and model.ffn_hidden_size < 1:
         raise RecipeError(f"model.ffn_hidden_size = {model.ffn_hidden_size}: must be at least 1 without experts")
     for name in used_mixers(model):
@@ -91,10 +99,6 @@ def _moe(recipe: Recipe) -> None:
         raise RecipeError(f"moe.hidden_size = {moe.hidden_size}: must be at least 1 with experts")
     if moe.shared_gate and not moe.shared_hidden_size:
         raise RecipeError("moe.shared_gate = true: needs a shared expert; set moe.shared_hidden_size")
-    for name in ("capacity_factor", "eval_capacity_factor"):
-        value = getattr(moe, name)
-        if value is not None and value <= 0:
-            raise RecipeError(f"moe.{name} = {value}: must be positive; leave it out for dropless")
 
 
 def _budget(recipe: Recipe) -> None:

@@ -1,0 +1,26 @@
+"""Which mixer each layer runs, from `model.layout` or `model.mixers`."""
+
+from __future__ import annotations
+
+from torchlinearmoe.mixers import MIXERS
+from torchlinearmoe.models.families import FAMILIES
+from torchlinearmoe.recipe.schema import ModelRecipe
+
+
+def layer_mixers(model: ModelRecipe) -> list[str]:
+    """One registered mixer name a layer, from `mixers` or `layout`."""
+    period = _period(model)
+    return [period[i % len(period)] for i in range(model.num_layers)]
+
+
+def used_mixers(model: ModelRecipe) -> list[str]:
+    """The mixers in use, in the order of their first layer."""
+    return list(dict.fromkeys(_period(model)[: model.num_layers]))
+
+
+def _period(model: ModelRecipe) -> list[str]:
+    """The registered names that the layers repeat: aliases resolved, softmax attention in the family's form."""
+    attention = FAMILIES[model.family].attention
+    letters = {"L": model.mixer, "N": attention}
+    names = [MIXERS.canonical(name) for name in model.mixers or (letters[letter] for letter in model.layout)]
+    return [attention if name == "softmax_attention" else name for name in names]
