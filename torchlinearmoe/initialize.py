@@ -30,7 +30,7 @@ class Normal:
 
     def draw(self, shape: tuple[int, ...], start: int, generator: torch.Generator) -> Tensor:
         """Values of the rows from `start` on, [shape]."""
-        return torch.empty(shape, device=generator.device).normal_(0.0, self.std, generator=generator)
+        return _empty(shape, generator).normal_(0.0, self.std, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Uniform:
 
     def draw(self, shape: tuple[int, ...], start: int, generator: torch.Generator) -> Tensor:
         """Values of the rows from `start` on, [shape]."""
-        values = torch.empty(shape, device=generator.device).uniform_(self.low, self.high, generator=generator)
+        values = _empty(shape, generator).uniform_(self.low, self.high, generator=generator)
         return self.transform(values) if self.transform else values
 
 
@@ -55,19 +55,25 @@ class Constant:
 
     def draw(self, shape: tuple[int, ...], start: int, generator: torch.Generator) -> Tensor:
         """Values of the rows from `start` on, [shape]."""
-        return torch.full(shape, self.value, device=generator.device)
+        return _empty(shape, generator).fill_(self.value)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A function of the row indices of dim 0: `fill(rows [n]) -> [n, ...]`."""
+    """A function of the row indices of dim 0: `fill(rows [n]) -> [n]`, the same along the other dims, or [n, ...]."""
 
     fill: Callable[[Tensor], Tensor]
 
     def draw(self, shape: tuple[int, ...], start: int, generator: torch.Generator) -> Tensor:
         """Values of the rows from `start` on, [shape]."""
         rows = torch.arange(start, start + shape[0], device=generator.device)
-        return self.fill(rows).expand(shape)
+        values = self.fill(rows)
+        return values.reshape(*values.shape, *(1,) * (len(shape) - values.dim())).expand(shape)
+
+
+def _empty(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Draws are float32 whatever the parameter's or the default type, so that the type does not change the values."""
+    return torch.empty(shape, dtype=torch.float32, device=generator.device)
 
 
 Initializer = Normal | Uniform | Constant | Rows

@@ -23,7 +23,7 @@ from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.base import Carried, Carry, Context, Mixer, Place, State
 from torchlinearmoe.models.block import Block
 from torchlinearmoe.models.norm import RMSNorm
-from torchlinearmoe.recipe.parse import layer_mixers
+from torchlinearmoe.recipe.layers import layer_mixers
 from torchlinearmoe.recipe.schema import ModelRecipe
 
 
@@ -197,7 +197,10 @@ def _documents_of(tokens: Tensor, cu_seqlens: Tensor | None) -> Documents:
         return Documents.batch(tokens.shape[0], tokens.shape[1], tokens.device)
     if tokens.shape[0] != 1:
         raise ValueError(f"cu_seqlens with {tokens.shape[0]} rows: packed documents come as one row, [1, T]")
-    return Documents.packed(cu_seqlens.tolist(), device=tokens.device)
+    borders = cu_seqlens.tolist()
+    if borders[-1:] != [tokens.shape[1]]:
+        raise ValueError(f"cu_seqlens ends at {borders[-1:]}: it must end at the {tokens.shape[1]} tokens of the row")
+    return Documents.packed(borders, device=tokens.device)
 
 
 def _grows(mixer: Mixer) -> bool:
