@@ -51,11 +51,19 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, kernel:
     return _LinearCrossEntropy.apply(hidden, weight, labels, kernel)  # pyright: ignore[reportReturnType]
 
 
+def chunk_rows(tokens: int, vocab_size: int) -> int:
+    """Tokens of a chunk: the tokens halved until the logits fit CHUNK_ELEMENTS, so that chunks are equal."""
+    rows = tokens
+    while rows > 1 and rows * vocab_size > CHUNK_ELEMENTS:
+        rows = -(-rows // 2)
+    return rows
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, kernel: ChunkKernel) -> Tensor:
         kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        rows = max(1, min(hidden.shape[0], CHUNK_ELEMENTS // weight.shape[0]))
+        rows = chunk_rows(hidden.shape[0], weight.shape[0])
         loss = torch.zeros((), dtype=kind, device=hidden.device)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if wants_hidden else None

@@ -7,6 +7,8 @@ from torchlinearmoe.kernels.chunked.carry import Chunks, carry
 from torchlinearmoe.kernels.chunked.decay import FLOOR, compute_dtype, decay_factor, running_sum
 from torchlinearmoe.kernels.chunked.halving import halved_scores
 from torchlinearmoe.kernels.chunked.layout import Layout
+from torchlinearmoe.kernels.chunked.subblocks import SIZE as SUBBLOCK
+from torchlinearmoe.kernels.chunked.subblocks import subblock_scores
 
 
 def linear_diagonal(
@@ -24,11 +26,15 @@ def linear_diagonal(
     dtype = compute_dtype(q)
     q_C, k_C, v_C = layout.split(q.to(dtype)), layout.split(k.to(dtype)), layout.split(v)
     log_C = layout.split(log_decay.to(dtype))
-    decay = decay_factor(log_C, dtype)
     reads_before_write = bonus is not None
-    own = q_C * k_C if bonus is None else q_C * k_C * bonus.to(dtype)[:, None, None]
-    q_first = q_C if reads_before_write else q_C * decay
-    scores, q_in, k_out = halved_scores(q_first, k_C, decay, own.sum(-1), v.dtype)
+    if torch.compiler.is_compiling() and layout.C % SUBBLOCK == 0:
+        own = None if bonus is None else (q_C * k_C * bonus.to(dtype)[:, None, None]).sum(-1)
+        scores, q_in, k_out = subblock_scores(q_C, k_C, log_C, own, v.dtype)
+    else:
+        decay = decay_factor(log_C, dtype)
+        own = q_C * k_C if bonus is None else q_C * k_C * bonus.to(dtype)[:, None, None]
+        q_first = q_C if reads_before_write else q_C * decay
+        scores, q_in, k_out = halved_scores(q_first, k_C, decay, own.sum(-1), v.dtype)
     prefix = None
     if layout.documents is not None:
         scores = scores * layout.documents.same_MCC
