@@ -1,0 +1,90 @@
+"""One process, FSDP, FSDP with replicas, accumulation and compilation train the same model on the same data."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from harness import RankPool
+from tiny_run import Result, Settings, assert_same_training, run, settings, write_corpus
+
+DEEP: Settings = {"model": {"layout": "LLLN", "num_layers": 4}}
+HYBRID: Settings = {"model": {"layout": "LN", "num_layers": 2}}
+COMPILED: Settings = {"training": {"compile": True, "compile_backend": "aot_eager"}}
+MIXERS: dict[str, Settings] = {
+    "hgrn2": DEEP,
+    "gated_delta_net": HYBRID,
+    "linear_attention": HYBRID,
+    "softmax_attention": HYBRID,
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def with_mixer(name: str) -> Settings:
+    return {"model": {"mixer": name}}
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_shards_and_replicas_train_as_one_process_does(
+    ranks: RankPool, corpus: Path, tmp_path: Path, mixer: str
+) -> None:
+    def train(size: int, *changes: Settings) -> list[Result]:
+        changes = (MIXERS[mixer], with_mixer(mixer), *changes)
+        return ranks(size, run, settings(corpus, tmp_path / f"{size}", *changes))
+
+    (one,) = train(1)
+    two, four = train(2), train(4, {"parallel": {"data_replicate": 2}})
+    assert one.column("loss")[-1] < one.column("loss")[0] - 0.1  # the parameters moved a long way together
+    for results in (two, four):
+        for result in results:
+            assert_same_training(result, one)
+        for step, rows in one.rows.items():
+            assert sorted(row for result in results for row in result.rows[step]) == sorted(rows)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_compiled_regions_under_fsdp_train_as_one_eager_process_does(
+    ranks: RankPool, corpus: Path, tmp_path: Path, mixer: str
+) -> None:
+    # Two linear layers: the bounds of a lone HGRN2 layer have no gradient.
+    layers: Settings = {"model": {"layout": "LLN", "num_layers": 3}}
+    changes = (layers, with_mixer(mixer), {"training": {"steps": 5}})
+    if mixer == "linear_attention":
+        # aot_eager takes elu's gradient for contiguous where eager's is not (torch 2.11 to 2.13)
+        changes = (*changes, {"mixer": {"linear_attention": {"feature_map": "silu"}}})
+    (one,) = ranks(1, run, settings(corpus, tmp_path / "eager", *changes))
+    for result in ranks(2, run, settings(corpus, tmp_path / "compiled", *changes, COMPILED)):
+        assert_same_training(result, one)
+
+
+BALANCES: dict[str, Settings] = {
+    "sequence": {"moe": {"balance": "loss", "balance_scope": "sequence"}},
+    "global": {"moe": {"balance": "loss", "balance_scope": "global"}},
+    "bias": {"moe": {"balance": "bias", "bias_rate": 0.01}},
+}
+
+
+@pytest.mark.parametrize("balance", BALANCES)
+def test_accumulation_and_balance_do_not_depend_on_the_cut(
+    ranks: RankPool, corpus: Path, tmp_path: Path, balance: str
+) -> None:
+    def train(size: int, micro_batch_size: int, *changes: Settings) -> Result:
+        output = tmp_path / f"{size}-{micro_batch_size}"
+        changes = (HYBRID, with_mixer("linear_attention"), BALANCES[balance], *changes)
+        cut: Settings = {"training": {"micro_batch_size": micro_batch_size, "tokens_per_step": 8 * 48, "steps": 6}}
+        return ranks(size, run, settings(corpus, output, cut, *changes))[0]
+
+    whole = train(1, 8)
+    biases = [name for name in whole.state if name.endswith("expert_bias")]
+    assert len(biases) == (2 if balance == "bias" else 0)
+    cuts = [train(1, 4), train(1, 2), train(2, 2), train(4, 1, {"parallel": {"data_replicate": 2}})]
+    for cut in cuts:
+        assert_same_training(cut, whole)
+        for name in biases:
+            assert whole.state[name].abs().max() > 0.01
+            assert torch.equal(cut.state[name], whole.state[name])
+        for key in ("moe/max_load", "moe/balance_loss", "moe/z_loss", "moe/entropy"):
+            assert cut.column(key) == pytest.approx(whole.column(key), rel=1e-5), key
