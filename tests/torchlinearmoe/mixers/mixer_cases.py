@@ -1,0 +1,150 @@
+"""What every test of the mixer contract runs on: each registered mixer, with its defaults and with every variant.
+
+A `Stack` is two layers of one mixer with residuals, so that shared modules, carried tensors and a second layer's
+parameters take part. Nothing here names a mixer: a new one is found through the registry.
+
+Shapes: T tokens, D width, N documents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torchlinearmoe.documents import Documents
+from torchlinearmoe.initialize import initialize
+from torchlinearmoe.mixers import MIXERS
+from torchlinearmoe.mixers.base import Carry, Context, Mixer, Place, State
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The fields of `[model]` that mixers look at."""
+
+    hidden_size: int = 64
+    num_layers: int = 2
+    num_heads: int = 2
+    num_kv_heads: int = 1
+    head_dim: int = 32
+    max_length: int = 256
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    init_std: float = 0.02
+    attention_backend: str = "sdpa"
+    kernel_backend: str = "auto"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mixer and the options that differ from its defaults."""
+
+    name: str
+    overrides: dict[str, Any]
+
+    @property
+    def mixer(self) -> type[Mixer]:
+        return MIXERS[self.name]
+
+    @property
+    def options(self) -> Any:
+        return self.mixer.Options(**self.overrides)
+
+    def __str__(self) -> str:
+        return "-".join([self.name, *(f"{key}={value}" for key, value in self.overrides.items())])
+
+
+CASES = [Case(name, overrides) for name in MIXERS for overrides in ({}, *MIXERS[name].variants)]
+every_mixer = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+class Stack(nn.Module):
+    """x += mixer(x), twice, with what a decoder gives its mixers."""
+
+    def __init__(self, case: Case, dims: Dims, layers: int = 2) -> None:
+        super().__init__()
+        case.mixer.check(case.options, dims)
+        build: Any = case.mixer
+        shared = case.mixer.shared_module(case.options, dims, layers)
+        self.name = case.name
+        self.shared = nn.ModuleDict({} if shared is None else {case.name: shared})
+        self.mixers = nn.ModuleList(build(case.options, dims, Place(i, i, layers)) for i in range(layers))
+
+    @property
+    def layers(self) -> list[Mixer]:
+        return [mixer for mixer in self.mixers if isinstance(mixer, Mixer)]
+
+    def context(self, documents: Documents, positions: Tensor | None = None, **more: Any) -> Context:
+        positions = documents.positions if positions is None else positions
+        return Context(documents, positions, {name: module() for name, module in self.shared.items()}, **more)
+
+    def forward(
+        self, x_TD: Tensor, context: Context, states: list[State] | None = None
+    ) -> tuple[Tensor, list[State] | None]:
+        carried, after = {}, []
+        for index, mixer in enumerate(self.layers):
+            y_TD, state, carried = mixer(x_TD, context, None if states is None else states[index], carried)
+            assert (state is None) == (states is None)
+            x_TD = x_TD + y_TD
+            after.append(state)
+        return x_TD, None if states is None else after
+
+    def packed(self, x_TD: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Documents that start empty."""
+        return self(x_TD, self.context(Documents.packed([0, *accumulate(lengths)])))[0]
+
+    def empty(self, batch: int, max_length: int, dtype: torch.dtype = torch.float64) -> list[State]:
+        return [mixer.init_state(batch, max_length, torch.device("cpu"), dtype) for mixer in self.layers]
+
+    def resumed(
+        self, x_TD: Tensor, lengths: Sequence[int], seen: Sequence[int], states: list[State]
+    ) -> tuple[Tensor, list[State]]:
+        """Document n goes on with `lengths[n]` tokens after `seen[n]`."""
+        documents = Documents.packed([0, *accumulate(lengths)])
+        positions = documents.positions + torch.tensor(seen)[documents.ids.long()]
+        history = max(a + b for a, b in zip(seen, lengths, strict=True))
+        y_TD, after = self(x_TD, self.context(documents, positions, history=history), states)
+        assert after is not None
+        return y_TD, after
+
+    def step(self, x_BD: Tensor, seen: int, states: list[State]) -> tuple[Tensor, list[State]]:
+        """One token for each of B sequences."""
+        documents = Documents.batch(x_BD.shape[0], 1)
+        context = self.context(documents, documents.positions + seen, stepping=True, history=seen + 1)
+        y_BD, after = self(x_BD, context, states)
+        assert after is not None
+        return y_BD, after
+
+
+def make_stack(case: Case, seed: int = 0, dtype: torch.dtype = torch.float64, **dims: Any) -> Stack:
+    """A stack in `dtype` whose parameters are away from their neutral initial values."""
+    stack = Stack(case, dataclasses.replace(Dims(), **dims))
+    initialize(stack, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
+    return stack.to(dtype)
+
+
+def random_inputs(tokens: int, seed: int = 0, dtype: torch.dtype = torch.float64, width: int = 64) -> Tensor:
+    """[tokens, D]"""
+    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed + 2), dtype=torch.float64).to(dtype)
+
+
+def has_appended_state(stack: Stack) -> bool:
+    """Some part of the state grows with the sequence."""
+    return any(spec.carry is Carry.APPEND for mixer in stack.layers for spec in mixer.state_spec().values())
+
+
+def relative(x: Tensor, expected: Tensor) -> float:
+    """|x - expected| / |expected| in the L2 norm; inf where x is not finite."""
+    error = (x.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
+    return float(error) if bool(error.isfinite()) else float("inf")
