@@ -15,8 +15,8 @@ from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.recipe import Recipe, dump
 
 FREE_SECTIONS = ("parallel", "metrics", "checkpoint")
-FREE_KEYS = ("training.steps", "training.tokens")
-"""What may change when a run goes on."""
+FREE_KEYS = ("training.steps", "training.tokens", "training.output_dir")
+"""What may change when a run goes on. The folder was found already: it may have moved, or be written another way."""
 SECTION_NAMES = {"model.moe": "moe", "model.mixer_options": "mixer"}
 """Where a recipe object differs from its file."""
 
@@ -36,14 +36,11 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_same_run(saved: Recipe, now: Recipe, *, other_folder: bool) -> None:
-    """Raise RecipeError naming the first key that differs and may not.
-
-    `other_folder`: the checkpoint was named by its path, so the run's folder may differ.
-    """
+def check_same_run(saved: Recipe, now: Recipe) -> None:
+    """Raise RecipeError naming the first key that differs and may not."""
     before, after = flatten(saved), flatten(now)
     for key in sorted(before):
-        free = key in FREE_KEYS or key.split(".")[0] in FREE_SECTIONS or (other_folder and key == "training.output_dir")
+        free = key in FREE_KEYS or key.split(".")[0] in FREE_SECTIONS
         if not free and before[key] != after[key]:
             raise RecipeError(
                 f"{key} = {after[key]!r}: the checkpoint to resume was made with {before[key]!r}; set it back, or "

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.errors import RecipeError, UserError
 from torchlinearmoe.recipe.schema import TrainingRecipe
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
     """Ranks, from torchrun's environment; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    """This process's rank, from torchrun's environment; 0 without it."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def choose_device(training: TrainingRecipe) -> torch.device:
@@ -65,6 +63,21 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def rank_0_first(action: Callable[[], T]) -> T:
+    """What `action` returns on this rank; rank 0 does it while the others wait, and its UserError is raised on all."""
+    problem: list[str | None] = [None]
+    results: list[T] = []
+    if dist.get_rank() == 0:
+        try:
+            results.append(action())
+        except UserError as error:
+            problem[0] = str(error)
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise UserError(problem[0])
+    return results[0] if results else action()
 
 
 class StopSignal:

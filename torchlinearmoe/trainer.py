@@ -20,7 +20,7 @@ from torchlinearmoe.checkpoint.model import model_files
 from torchlinearmoe.data.baselines import Baselines, baseline_losses
 from torchlinearmoe.data.loader import build_loader, build_validation_loader
 from torchlinearmoe.data.packing import MicroBatch
-from torchlinearmoe.data.splits import open_splits
+from torchlinearmoe.data.splits import Splits, open_splits
 from torchlinearmoe.data.tokenizer import check_vocabulary, load_tokenizer
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.evaluation import first_bad_layer, held_out_loss, silent_mixers
@@ -42,7 +42,7 @@ from torchlinearmoe.parallel.fsdp import set_gradient_sync
 from torchlinearmoe.parallel.mesh import Degrees, Meshes
 from torchlinearmoe.recipe import Recipe, load_recipe
 from torchlinearmoe.run_folder import check_same_run, write_recipe
-from torchlinearmoe.runtime import StopSignal, choose_dtype
+from torchlinearmoe.runtime import StopSignal, choose_dtype, rank_0_first
 
 
 class Diverged(RuntimeError):
@@ -205,9 +205,10 @@ class Trainer:
         set_learning_rate(self.optimizer, lr)
         skipped = step_if_finite(self.optimizer, grad_norm + 0.0 * mean.to(grad_norm.dtype))
         self.optimizer.zero_grad(set_to_none=True)
-        update_bias(self.moe_layers, group)
         for layer in self.moe_layers:
+            layer.step_counts_E *= skipped == 0  # without counts the bias stays
             layer.balance.set_global_counts(None)
+        update_bias(self.moe_layers, group)
 
         # What happened in a step is read one step later, when it is known without waiting for the device.
         previous, self._pending = self._pending, torch.stack([skipped.double(), counts[1]])
@@ -263,22 +264,20 @@ class Trainer:
         source = self.checkpoints.resume_from(choice)
         if source is not None:
             saved = load_recipe(source / "recipe.toml")
-            check_same_run(saved, self.recipe, other_folder=choice not in ("latest", "never"))
+            check_same_run(saved, self.recipe)
         return source
 
-    def _open_data(self):
-        """The corpus, tokenised by rank 0 first."""
+    def _open_data(self) -> Splits:
+        """The corpus, tokenised by rank 0 while the others wait."""
         data = self.recipe.data
-        for turn in (0, 1):
-            if (self.rank == 0) == (turn == 0):
-                splits = open_splits(
-                    data.paths,
-                    tokenizer=self.tokenizer,
-                    validation_fraction=data.validation_fraction,
-                    cache=data.cache or self.folder / "cache",
-                )
-            dist.barrier()
-        return splits
+        return rank_0_first(
+            lambda: open_splits(
+                data.paths,
+                tokenizer=self.tokenizer,
+                validation_fraction=data.validation_fraction,
+                cache=data.cache or self.folder / "cache",
+            )
+        )
 
     def _begin(self) -> Baselines | None:
         parameters = sum(p.numel() for p in self.model.parameters())

@@ -125,10 +125,10 @@ def watched(gradients: dict[str, Tensor], rows: dict[int, list[str]]) -> Iterato
                 gradients[name] = whole(parameter.grad)
         return clip(model, *args, **kwargs)
 
-    def train_step_watched(self: Any, batches: list[Any], *args: Any) -> Any:
+    def train_step_watched(self: Any, batches: list[Any], received: int | None = None) -> Any:
         pairs = torch.cat([torch.stack((b.tokens, b.labels)).view(2, -1, b.row_length) for b in batches], 1)
         rows[self.step + 1] = [hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in pairs.transpose(0, 1)]
-        return train_step(self, batches, *args)
+        return train_step(self, batches, received)
 
     trainer.clip_gradients, trainer.Trainer.train_step = clip_watched, train_step_watched
     try:
