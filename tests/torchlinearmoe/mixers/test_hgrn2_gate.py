@@ -76,7 +76,7 @@ def test_one_layer_has_a_zero_bound():
 
 
 def test_a_saturated_first_layer_does_not_spoil_the_tables_gradient():
-    """The gradient by a zero bound is up to e^60; the first row's bound is constant, so none of it may reach the table."""
+    """The gradient by a zero bound is up to e^60; that bound is constant, so none of it may reach the table."""
     bounds = LowerBounds(3, 4).double()
     with torch.no_grad():
         bounds.table.normal_(generator=torch.Generator().manual_seed(1))

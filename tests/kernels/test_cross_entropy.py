@@ -1,0 +1,108 @@
+"""The fused head and loss against torch's own cross entropy of all logits at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchlinearmoe.kernels import cross_entropy
+from torchlinearmoe.kernels.cross_entropy import IGNORED, chunk_loss, linear_cross_entropy
+
+T, D, V = 37, 16, 53
+
+
+def _inputs(dtype: torch.dtype, ignored: float = 0.3) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    hidden = torch.randn(T, D, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(V, D, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    labels = torch.randint(0, V, (T,), generator=generator)
+    labels[torch.rand(T, generator=generator) < ignored] = IGNORED
+    return hidden, weight, labels
+
+
+def _run(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return (loss.detach(), *torch.autograd.grad(0.37 * loss, inputs))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 36, 37, 1000])
+@pytest.mark.parametrize("ignored", [0.0, 0.3])
+def test_loss_and_both_gradients_equal_torchs_for_any_chunk(monkeypatch, rows: int, ignored: float):
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", rows * V)
+    hidden, weight, labels = _inputs(torch.float64, ignored)
+    chunks: list[int] = []
+
+    def kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        chunks.append(logits.shape[0])
+        return chunk_loss(logits, labels)
+
+    actual = _run(linear_cross_entropy(hidden, weight, labels, kernel), hidden, weight)
+    expected = _run(F.cross_entropy(hidden @ weight.t(), labels, reduction="sum"), hidden, weight)
+    for mine, torchs in zip(actual, expected):
+        torch.testing.assert_close(mine, torchs, rtol=1e-12, atol=1e-12)
+    assert sum(chunks) == T
+    assert max(chunks) <= rows and (len(chunks) == 1 or 2 * max(chunks) >= rows)
+
+
+@pytest.mark.parametrize("rows", [8, 1000])
+def test_bfloat16_is_close_to_float64_with_a_float32_loss(monkeypatch, rows: int):
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", rows * V)
+    hidden, weight, labels = _inputs(torch.bfloat16)
+    loss, *grads = _run(linear_cross_entropy(hidden, weight, labels), hidden, weight)
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    expected, *exact = _run(F.cross_entropy(wide[0] @ wide[1].t(), labels, reduction="sum"), *wide)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-2, atol=0)
+    for grad, truth in zip(grads, exact):
+        assert grad.dtype == torch.bfloat16
+        assert (grad.double() - truth).norm() < 2e-2 * truth.norm()
+
+
+def test_large_logits_neither_overflow_nor_lose_the_loss():
+    hidden, weight = torch.full((2, 1), 300.0), torch.tensor([[1.0], [-1.0], [0.5]])
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([0, 1]))
+    torch.testing.assert_close(loss, torch.tensor(600.0))
+
+
+def test_nothing_but_ignored_labels_gives_zero_and_zero_gradients():
+    hidden, weight, labels = _inputs(torch.float32, ignored=1.1)
+    loss, d_hidden, d_weight = _run(linear_cross_entropy(hidden, weight, labels), hidden, weight)
+    assert loss == 0 and not d_hidden.any() and not d_weight.any()
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_a_frozen_input_gets_no_gradient_and_the_other_its_own(frozen: str):
+    hidden, weight, labels = _inputs(torch.float64)
+    expected = dict(zip(("hidden", "weight"), _run(linear_cross_entropy(hidden, weight, labels), hidden, weight)[1:]))
+    inputs = {"hidden": hidden, "weight": weight}
+    inputs[frozen] = inputs[frozen].detach()
+    (0.37 * linear_cross_entropy(inputs["hidden"], inputs["weight"], labels)).backward()
+    (learned,) = {"hidden", "weight"} - {frozen}
+    torch.testing.assert_close(inputs[learned].grad, expected[learned])
+    assert inputs[frozen].grad is None
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_multiplies_no_gradients(mode):
+    hidden, weight, labels = _inputs(torch.float32)
+    expected = F.cross_entropy(hidden @ weight.t(), labels, reduction="sum").detach()
+    with mode(), torch.profiler.profile() as profile:
+        loss = linear_cross_entropy(hidden, weight, labels)
+    torch.testing.assert_close(loss, expected)
+    assert _matmuls(profile) == 1
+    with torch.profiler.profile() as profile:
+        linear_cross_entropy(hidden, weight, labels)
+    assert _matmuls(profile) == 3
+
+
+def test_a_second_derivative_is_refused():
+    hidden, weight, labels = _inputs(torch.float64)
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(scale * linear_cross_entropy(hidden, weight, labels), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def _matmuls(profile) -> int:
+    return sum(event.count for event in profile.key_averages() if event.key in ("aten::mm", "aten::mm.out"))
