@@ -1,0 +1,189 @@
+"""`python -m torchlinearmoe.train`: what a recipe may change when a run goes on, and mistakes told in one line."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from tiny_run import Settings, read_lines, settings, write_corpus
+
+from torchlinearmoe.recipe import dump, load_recipe, resolve
+from torchlinearmoe.train import main
+
+SMALL: Settings = {
+    "model": {"layout": "L", "num_layers": 2},
+    "training": {"steps": 4, "tokens_per_step": 48},
+    "checkpoint": {"interval": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+class Command:
+    """The command on a recipe file that writes into `folder`."""
+
+    def __init__(self, corpus: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.capsys = folder, capsys
+        self.recipe = folder.with_suffix(".toml")
+        self.recipe.write_text(dump(resolve(settings(corpus, folder, SMALL))))
+
+    def __call__(self, *overrides: str) -> list[dict[str, Any]]:
+        """Train; the lines of metrics.jsonl."""
+        assert main([str(self.recipe), *overrides]) == 0
+        assert not dist.is_initialized()
+        return read_lines(self.folder)
+
+    def refused(self, *overrides: str) -> str:
+        """The one line that a mistake is told in."""
+        self.capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            main([str(self.recipe), *overrides])
+        assert exit.value.code == 1
+        assert not dist.is_initialized()
+        (line,) = self.capsys.readouterr().err.splitlines()
+        return line
+
+
+@pytest.fixture
+def command(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(corpus, tmp_path / "run", capsys)
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of four steps."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    recipe = folder.with_suffix(".toml")
+    recipe.write_text(dump(resolve(settings(corpus, folder, SMALL))))
+    assert main([str(recipe)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    "key, value, was",
+    [
+        ("optimizer.lr", "0.002", "0.001"),
+        ("training.seed", "7", "0"),
+        ("training.tokens_per_step", "96", "48"),
+        ("model.num_layers", "3", "2"),
+        ("moe.top_k", "1", "2"),
+        ("mixer.hgrn2.conv", "4", "0"),
+        ("data.validation_fraction", "0.2", "0.1"),
+    ],
+)
+def test_a_changed_key_is_an_error_that_names_it(
+    trained: Path, capsys: pytest.CaptureFixture[str], key: str, value: str, was: str
+) -> None:
+    before = (trained / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        main([str(trained.with_suffix(".toml")), "--training.steps=6", f"--{key}={value}"])
+    assert exit.value.code == 1 and not dist.is_initialized()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {key} = {value}: the checkpoint to resume was made with {was};")
+    assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_steps_layout_metrics_and_checkpoints_may_change(command: Command) -> None:
+    first = command()
+    assert [line["step"] for line in first] == [1, 2, 3, 4]
+    lines = command(
+        "--training.steps=7",
+        "--parallel.reshard_after_forward=false",
+        "--metrics.interval=2",
+        "--metrics.validation_interval=5",
+        "--checkpoint.keep=1",
+        "--checkpoint.asynchronous=false",
+        "--mixer.gated_delta_net.conv=2",  # of a mixer that is not in use
+    )
+    assert lines[:4] == first
+    assert [(line["step"], "loss" in line) for line in lines[4:]] == [(5, False), (6, True), (7, True)]
+    assert [path.name for path in (command.folder / "checkpoints").iterdir()] == ["step-7"]
+    assert load_recipe(command.folder / "recipe.toml").training.steps == 7
+    # Tokens may take the place of steps, and a finished run has nothing left to do.
+    assert [line["step"] for line in command("--training.tokens=384")] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert len(command("--training.tokens=384")) == 8
+
+
+def test_never_refuses_a_used_folder_and_latest_goes_on_in_it(command: Command) -> None:
+    first = command("--checkpoint.resume=never")
+    assert "checkpoint.resume = 'never'" in command.refused("--checkpoint.resume=never", "--training.steps=5")
+    assert command("--training.steps=5")[:4] == first
+
+
+def test_a_moved_folder_goes_on(command: Command) -> None:
+    first = command()
+    moved = command.folder.rename(command.folder.with_name("moved"))
+    command.folder = moved
+    assert command(f"--training.output_dir={moved.parent}/./moved", "--training.steps=5")[:4] == first
+
+
+def test_a_path_goes_on_from_that_checkpoint_in_a_folder_of_its_own(command: Command) -> None:
+    first = command()
+    other = command.folder.with_name("other")
+    source = command.folder / "checkpoints/step-2"
+    command.folder = other
+    lines = command(f"--checkpoint.resume={source}", f"--training.output_dir={other}")
+    compared = ("step", "loss", "grad_norm", "lr", "tokens")
+    assert [[line[key] for key in compared] for line in lines] == [[line[key] for key in compared] for line in first[2:]]
+    key = "optimizer.weight_decay"
+    fresh = f"--training.output_dir={other}-2"
+    assert command.refused(f"--checkpoint.resume={source}", fresh, f"--{key}=0.5").startswith(f"error: {key} = 0.5")
+    assert "nowhere" in command.refused(f"--checkpoint.resume={other}/nowhere", fresh)
+
+
+def test_a_run_without_a_checkpoint_starts_afresh(command: Command) -> None:
+    first = command("--training.steps=2", "--checkpoint.interval=0", "--optimizer.schedule=constant")
+    for path in (command.folder / "checkpoints").iterdir():
+        path.rename(path.with_suffix(".tmp"))  # as a kill before the end of its save leaves it
+    again = command("--training.steps=2", "--checkpoint.interval=0", "--optimizer.schedule=constant")
+    assert [(line["step"], line["loss"]) for line in again] == [(line["step"], line["loss"]) for line in first]
+
+
+def test_tokens_say_how_long_and_how_long_to_warm_up(command: Command) -> None:
+    lines = command("--training.tokens=200", "--optimizer.warmup_tokens=140", "--optimizer.schedule=constant")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]  # 200 tokens are 4.2 steps of 48
+    assert [line["tokens"] for line in lines] == [48, 96, 144, 192, 240]
+    assert [line["lr"] for line in lines] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3, 1e-3])  # 2.9 steps
+
+
+@pytest.mark.parametrize(
+    "overrides, told",
+    [
+        (["--training.stepz=3"], "training.stepz: unknown key; did you mean 'steps'?"),
+        (["--model.mixer=hgrn3"], "model.mixer = 'hgrn3': unknown mixer"),
+        (["--training.tokens_per_step=50"], "training.tokens_per_step = 50: must be a multiple of"),
+        (["--parallel.data_shard=2"], "parallel.data_shard = 2: the degrees multiply to 2, not to 1 ranks"),
+        (["--parallel.data_replicate=2"], "data_replicate x context x tensor = 2 does not divide 1 ranks"),
+        (["--data.paths=['/nowhere.jsonl']"], "data.paths: '/nowhere.jsonl' does not exist"),
+        (["--data.tokenizer=/nowhere"], "data.tokenizer = '/nowhere'"),
+        (["--model.vocab_size=100"], "model.vocab_size = 100 is smaller than"),
+        (["--training.sequence_length=100000", "--training.tokens_per_step=100000"], "training.sequence_length = 1000"),
+    ],
+)
+def test_a_mistake_is_one_line(command: Command, overrides: list[str], told: str) -> None:
+    line = command.refused(*overrides)
+    assert line.startswith("error: ") and told in line
+    assert not (command.folder / "metrics.jsonl").exists()
+
+
+def test_a_recipe_that_cannot_be_read_is_one_line(command: Command) -> None:
+    command.recipe.write_text("[model\n")
+    assert f"{command.recipe}: not valid TOML" in command.refused()
+    command.recipe.unlink()
+    assert f"{command.recipe}: cannot be read" in command.refused()
+
+
+def test_a_run_that_stays_broken_exits_with_one_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchlinearmoe.trainer import Trainer
+
+    loss = Trainer._loss
+    monkeypatch.setattr(Trainer, "_loss", lambda self, batch: loss(self, batch) * (1 if self.step < 2 else float("nan")))
+    line = command.refused("--training.max_skipped_steps=2")
+    assert line.startswith("error: 2 steps in a row had a loss or gradient that is not finite, first bad:")
+    assert line.endswith(f"last good checkpoint: {command.folder}/checkpoints/step-2")
+    monkeypatch.undo()
+    assert [line["step"] for line in command("--training.max_skipped_steps=2")] == [1, 2, 3, 4]
