@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torchlinearmoe.commands import Failure, failures_on_one_line
-from torchlinearmoe.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -26,12 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with failures_on_one_line():
         try:
             return _generate(options)
-        except UserError as error:
-            raise Failure(str(error)) from None
         except KeyboardInterrupt:
             print(flush=True)
             return 130
-    raise AssertionError("unreachable")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,0 +1,132 @@
+"""A plan's bytes are those of a real sharded model and of the collectives of its real training step."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import RankPool
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchlinearmoe.checkpoint.state import model_tensors, optimizer_tensors
+from torchlinearmoe.documents import Documents
+from torchlinearmoe.moe.balance import counting_pass, needs_counting_pass
+from torchlinearmoe.moe.totals import StepTotals
+from torchlinearmoe.optim.build import build_optimizer
+from torchlinearmoe.parallel.apply import build_parallel_model
+from torchlinearmoe.parallel.fsdp import set_gradient_sync
+from torchlinearmoe.parallel.mesh import Meshes, resolve_degrees
+from torchlinearmoe.planning import plan
+from torchlinearmoe.planning.memory import local_bytes
+from torchlinearmoe.recipe import Recipe, resolve
+
+LENGTH = 32
+ODD = {"mixer": "hgrn2", "layout": "LN", "num_layers": 3, "hidden_size": 80, "num_heads": 5, "num_kv_heads": 1}
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "odd experts": (2, {"model": ODD, "moe": {"num_experts": 5}}),
+    "dense, tied, kept": (
+        2,
+        {
+            "model": {"mixer": "gated_delta_net", "tie_embeddings": True},
+            "moe": {"num_experts": 0, "top_k": 0},
+            "parallel": {"reshard_after_forward": False},
+        },
+    ),
+    "replicas, accumulation, bfloat16": (
+        4,
+        {
+            "model": {"mixer": "linear_attention", "num_layers": 2},
+            "moe": {"balance_scope": "global"},
+            "parallel": {"data_replicate": 2},
+            "training": {"tokens_per_step": 4 * 2 * LENGTH, "dtype": "bfloat16"},
+        },
+    ),
+}
+
+
+def recipe_of(name: str) -> tuple[int, Recipe, torch.dtype]:
+    size, tables = CASES[name]
+    training = {"steps": 1, "sequence_length": LENGTH, "dtype": "float32", "device": "cpu"} | tables.get("training", {})
+    recipe = resolve(tables | {"training": training})
+    return size, recipe, torch.float32 if training["dtype"] == "float32" else torch.bfloat16
+
+
+class Recorded(TorchDispatchMode):
+    """Adds up the buffers of collectives, by operation, while it is entered; only those of more than one rank."""
+
+    # Which argument of torch's collective operators is the whole buffer.
+    BUFFER = {"_allgather_base_": 0, "_reduce_scatter_base_": 1, "allreduce_": 0}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums: dict[str, list[int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("c10d::")
+        if func.namespace == "c10d" and name in self.BUFFER:
+            buffer = args[self.BUFFER[name]]
+            buffers = buffer if isinstance(buffer, list) else [buffer]
+            group = next(dist.ProcessGroup.unbox(x) for x in args if isinstance(x, torch.ScriptObject))
+            if group.size() > 1:
+                entry = self.sums.setdefault(name, [0, 0])
+                entry[0] += 1
+                entry[1] += sum(tensor.numel() * tensor.element_size() for tensor in buffers)
+        return func(*args, **(kwargs or {}))
+
+
+def held_and_sent(rank: int, name: str) -> dict[str, Any]:
+    size, recipe, dtype = recipe_of(name)
+    meshes = Meshes(resolve_degrees(recipe.parallel, size), "cpu")
+    model = build_parallel_model(recipe, meshes, torch.device("cpu"), dtype)
+    optimizer = build_optimizer(model, lr=1e-3)
+    data_ranks = meshes.degrees.data_ranks
+    tokens_per_step = recipe.training.tokens_per_step or LENGTH * data_ranks
+    batches = tokens_per_step // (LENGTH * data_ranks)
+    totals = StepTotals(tokens_per_step, tokens_per_step // LENGTH)
+    documents = Documents.packed([0, 11, LENGTH], LENGTH)
+
+    def loss() -> torch.Tensor:
+        tokens = torch.randint(recipe.model.vocab_size, (LENGTH,))
+        return model(tokens, labels=tokens.roll(-1), documents=documents, totals=totals)
+
+    with Recorded() as recorded:
+        if batches > 1 and needs_counting_pass(model):
+            with counting_pass(model):
+                for _ in range(batches):
+                    loss()
+        for index in range(batches):
+            set_gradient_sync(model, index == batches - 1)
+            loss().backward()
+    gradients = local_bytes(p.grad for p in model.parameters() if p.grad is not None)
+    optimizer.step()
+    states = local_bytes(value for state in optimizer.state.values() for value in state.values())
+    saved = model_tensors(model) | optimizer_tensors([model], [optimizer])[0]
+    return {
+        "checkpoint": sum(tensor.numel() * tensor.element_size() for tensor in saved.values()),
+        "parameters": local_bytes(model.parameters()),
+        "gradients": gradients,
+        "optimizer": states,
+        "sent": recorded.sums,
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_real_step_holds_and_sends_what_was_planned(ranks: RankPool, name: str) -> None:
+    size, recipe, dtype = recipe_of(name)
+    real = ranks(size, held_and_sent, name)
+    planned = [plan(recipe, size, dtype, rank) for rank in range(size)]
+    for rank in range(size):
+        own = planned[rank]["memory"]["rank"]
+        assert own["parameters"] == real[rank]["parameters"] == real[rank]["gradients"]
+        assert own["optimizer"] == real[rank]["optimizer"]
+        assert planned[rank]["checkpoint_bytes"] == real[rank]["checkpoint"]
+        assert planned[rank]["communication"] == planned[0]["communication"]
+    expected: dict[str, list[int]] = {}
+    for entry in planned[0]["communication"]["collectives"]:
+        operation = entry["operation"].partition(",")[0]
+        called = {"all-gather": "_allgather_base_", "reduce-scatter": "_reduce_scatter_base_"}
+        total = expected.setdefault(called.get(operation, "allreduce_"), [0, 0])
+        total[0] += entry["count"]
+        total[1] += entry["bytes"]
+    for rank in range(size):
+        assert real[rank]["sent"] == expected

@@ -1,0 +1,15 @@
+"""What a recipe will cost before it runs: the real model, sharded over a pretended world, and asked.
+
+    world.py           a process group of any size in one process, and the model laid out over it without memory
+    layers.py          parameters and FLOPs, by kind of layer
+    communication.py   the units that FSDP gathers and what they send
+    memory.py          bytes a rank holds
+    overview.py        all of it together, as plain data
+    report.py          as text
+
+Nothing here trains, reads data or needs a GPU.
+"""
+
+from torchlinearmoe.planning.overview import plan
+
+__all__ = ["plan"]

@@ -1,0 +1,148 @@
+"""What fully sharded data parallelism sends in an optimizer step, read off the units that it has made of the model.
+
+A unit's weights are gathered together. Per micro-batch: gathered for the forward, freed, gathered again for the
+backward; a unit that keeps its weights in between is gathered once. After the last micro-batch each unit's gradient is
+reduce-scattered over the shards, then all-reduced over the replicas.
+
+Torch pads each parameter so that every rank sends the same number of elements; the sizes here are the padded ones.
+Not counted: scalars (loss, token counts, gradient norm) and the counts of the routers, some kilobytes a step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from torchlinearmoe.moe.balance import needs_counting_pass
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Weights that are gathered together."""
+
+    name: str
+    """Path of its first module; "" for the root."""
+    shard_axis: str
+    shard_ranks: int
+    replica_axis: str
+    replica_ranks: int
+    local_elements: int
+    """Elements a rank holds, padding included."""
+    elements: int
+    """Elements of the whole weights, without padding."""
+    compute_dtype: torch.dtype
+    reduce_dtype: torch.dtype
+    kept: bool
+    """Stays gathered from forward to backward."""
+
+    @property
+    def gathered_bytes(self) -> int:
+        """The buffer of an all-gather: the whole padded weights in the compute type."""
+        return self.local_elements * self.shard_ranks * self.compute_dtype.itemsize
+
+    @property
+    def scattered_bytes(self) -> int:
+        """The buffer that a reduce-scatter takes: the whole padded gradient in the reduce type."""
+        return self.local_elements * self.shard_ranks * self.reduce_dtype.itemsize
+
+    @property
+    def shard_bytes(self) -> int:
+        """A rank's share of the gradient in the reduce type, which the replicas all-reduce."""
+        return self.local_elements * self.reduce_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Collective:
+    """All collectives of one sort in a step, as one rank sees them."""
+
+    axis: str
+    ranks: int
+    operation: str
+    count: int
+    bytes: int
+    """Summed size of the whole buffers: an all-gather's output, a reduce-scatter's input, what is all-reduced."""
+    sent_bytes: int
+    """What this rank sends in ring algorithms: (n - 1) / n of the buffers, twice that for an all-reduce."""
+
+
+def fsdp_units(model: nn.Module) -> list[Unit]:
+    """The units of a model that FSDP has sharded, in the order of its modules."""
+    names = {id(module): name for name, module in model.named_modules()}
+    seen: set[int] = set()
+    units = []
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        for group in _parameter_groups(module):
+            if id(group) not in seen:
+                seen.add(id(group))
+                units.append(_unit(group, names[id(group.modules[0])]))
+    return units
+
+
+def _parameter_groups(module: FSDPModule) -> list:
+    """FSDP's own record of the module's units; torch 2.12 made a list of the single one."""
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return state._fsdp_param_groups
+    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+
+
+def _unit(group, name: str) -> Unit:
+    info, policy = group.mesh_info, group.mp_policy
+    axes = info.mesh.mesh_dim_names
+    replica_dim = getattr(info, "replicate_mesh_dim", None)
+    original = group.fsdp_params[0].sharded_param.dtype
+    compute = policy.param_dtype or original
+    return Unit(
+        name=name,
+        shard_axis=axes[info.shard_mesh_dim],
+        shard_ranks=info.mesh.size(info.shard_mesh_dim),
+        replica_axis="" if replica_dim is None else axes[replica_dim],
+        replica_ranks=1 if replica_dim is None else info.mesh.size(replica_dim),
+        local_elements=sum(math.prod(p.padded_sharded_param_size) for p in group.fsdp_params),
+        elements=sum(math.prod(p._orig_size) for p in group.fsdp_params),
+        compute_dtype=compute,
+        reduce_dtype=policy.reduce_dtype or compute,
+        kept=not group._reshard_after_forward,
+    )
+
+
+def step_collectives(model: nn.Module, accumulation: int) -> list[Collective]:
+    """What a rank takes part in during one optimizer step of `accumulation` micro-batches."""
+    # A global balance loss needs the whole step's counts first: one more forward of every micro-batch.
+    counting = accumulation if accumulation > 1 and needs_counting_pass(model) else 0
+    totals: dict[tuple[str, int, str], list[int]] = {}
+
+    def add(axis: str, ranks: int, operation: str, count: int, size: int) -> None:
+        if ranks > 1 and count:
+            entry = totals.setdefault((axis, ranks, operation), [0, 0])
+            entry[0] += count
+            entry[1] += count * size
+
+    units = fsdp_units(model)
+    for unit in units:
+        # A kept unit is still gathered when the first micro-batch comes after the counting.
+        forwards = accumulation if unit.kept else accumulation + counting
+        backwards = 0 if unit.kept else accumulation
+        shard = unit.shard_axis, unit.shard_ranks
+        add(*shard, "all-gather, forward", forwards, unit.gathered_bytes)
+        add(*shard, "all-gather, backward", backwards, unit.gathered_bytes)
+        add(*shard, "reduce-scatter, gradients", 1, unit.scattered_bytes)
+        add(unit.replica_axis, unit.replica_ranks, "all-reduce, gradients", 1, unit.shard_bytes)
+    if counting and all(unit.name for unit in units):
+        # FSDP still knows the order of the counting forwards: at the end of the first backward it fetches, in vain, the
+        # unit that came last in them. The root, where it has weights of its own, is that unit and is still there.
+        add(units[-1].shard_axis, units[-1].shard_ranks, "all-gather, backward", 1, units[-1].gathered_bytes)
+    return [
+        Collective(axis, ranks, operation, count, size, _ring(operation, ranks, size))
+        for (axis, ranks, operation), (count, size) in totals.items()
+    ]
+
+
+def _ring(operation: str, ranks: int, size: int) -> int:
+    return (2 if operation.startswith("all-reduce") else 1) * size * (ranks - 1) // ranks

@@ -1,0 +1,172 @@
+"""Bytes a rank holds at the worst moment of a step, where the last backward begins.
+
+Asked of the sharded model: parameters, gradients, optimizer states, gathered weights. Estimated: activations and the
+loss, see `activation_bytes` and `loss_bytes`. Not counted: the CUDA context, NCCL's buffers, kernels' workspaces and
+what the allocator loses.
+
+Letters: T tokens of a micro-batch on this rank, D width, V vocabulary, F hidden width, k experts a token, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from torchlinearmoe.checkpoint.state import model_tensors
+from torchlinearmoe.kernels.cross_entropy import CHUNK_ELEMENTS
+from torchlinearmoe.mixers.base import Mixer
+from torchlinearmoe.models.decoder import Decoder
+from torchlinearmoe.models.mlp import SwiGLU
+from torchlinearmoe.moe.layer import MoE
+from torchlinearmoe.optim.build import build_optimizer
+from torchlinearmoe.parallel.mesh import Degrees
+from torchlinearmoe.planning.communication import Unit, fsdp_units
+from torchlinearmoe.recipe.schema import OptimizerRecipe, TrainingRecipe
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    parameters: int
+    """This rank's shards of the float32 master weights."""
+    padding: int
+    """What torch adds to the shards so that all ranks hold the same; 0 where everything divides."""
+    gradients: int
+    """Float32 shards; of the whole weights while micro-batches accumulate, since only the last one is reduced."""
+    optimizer: int
+    """All tensors of the optimizer's state."""
+    gathered_weights: int
+    """In the compute type: units that stay gathered, and two blocks, the one at work and the next."""
+    gradient_buffers: int
+    """Of the largest block: its gradient in the compute type, and the float32 copy that is reduce-scattered."""
+    activations: int
+    loss: int
+
+    @property
+    def total(self) -> int:
+        """Sum of all of it."""
+        return sum(vars(self).values())
+
+
+def rank_memory(
+    model: Decoder, states: Iterable[Tensor], training: TrainingRecipe, degrees: Degrees, dtype: torch.dtype
+) -> Memory:
+    """The memory of the rank that `model`, laid out on the meta device, belongs to.
+
+    `states` are those of the optimizer (`optimizer_states`); `training.tokens_per_step` is resolved.
+    """
+    units = fsdp_units(model)
+    tokens = training.sequence_length * training.micro_batch_size // degrees.context
+    assert training.tokens_per_step is not None
+    accumulates = training.tokens_per_step > training.sequence_length * training.micro_batch_size * degrees.data_ranks
+    parameters = local_bytes(model.parameters())
+    padded = sum(unit.local_elements for unit in units) * torch.float32.itemsize
+    whole = sum(unit.elements * unit.reduce_dtype.itemsize for unit in units)
+    blocks = _blocks(units)
+    sizes = sorted((sum(unit.gathered_bytes for unit in block) for block in blocks), reverse=True)
+    buffers = (sum(unit.gathered_bytes + unit.scattered_bytes for unit in block) for block in _blocks(units, kept=True))
+    return Memory(
+        parameters=parameters,
+        padding=padded - parameters,
+        gradients=whole if accumulates else padded,
+        optimizer=local_bytes(states),
+        gathered_weights=sum(unit.gathered_bytes for unit in units if unit.kept) + sum(sizes[:2]),
+        gradient_buffers=max(buffers),
+        activations=activation_bytes(model, tokens, dtype, degrees.tensor),
+        loss=loss_bytes(model, tokens, dtype),
+    )
+
+
+def local_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of this rank's parts of `tensors`, padding left out."""
+    locals_ = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return sum(tensor.numel() * tensor.element_size() for tensor in locals_)
+
+
+def optimizer_states(model: nn.Module, recipe: OptimizerRecipe) -> list[Tensor]:
+    """All tensors that the recipe's optimizer will hold for a meta model: it is built, stepped, and asked.
+
+    Parameters of one group that are laid out alike have alike states, so one of them is stepped for all.
+    """
+    optimizer = build_optimizer(model, name=recipe.name, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    examples: dict[object, Tensor] = {}
+    alike: list[Tensor] = []
+    for index, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            layout = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else ()
+            alike.append(examples.setdefault((index, parameter.shape, parameter.dtype, layout), parameter))
+    for parameter in examples.values():
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return [value for example in alike for value in optimizer.state[example].values() if isinstance(value, Tensor)]
+
+
+def checkpoint_bytes(model: nn.Module, states: Iterable[Tensor]) -> int:
+    """The tensors of a checkpoint, of all ranks together: weights, buffers that are saved, optimizer states."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in [*model_tensors(model).values(), *states])
+
+
+def _blocks(units: list[Unit], kept: bool = False) -> list[list[Unit]]:
+    """The units that are gathered at the same time: all of one layer, or one by itself; with `kept` those too."""
+    blocks: dict[str, list[Unit]] = {}
+    for unit in units:
+        if kept or not unit.kept:
+            parts = unit.name.split(".")
+            blocks.setdefault(".".join(parts[:2]) if parts[0] == "layers" else unit.name, []).append(unit)
+    return list(blocks.values())
+
+
+def activation_bytes(model: Decoder, tokens: int, dtype: torch.dtype, tensor_ranks: int = 1) -> int:
+    """An estimate of what the forward of `tokens` tokens keeps for the backward, over all layers.
+
+    A layer counts, per token: its input and the stream after the mixer (2 D) and both norms' outputs (2 D); the output
+    of every projection of the mixer and the input of its output projections; the feed-forward's 3 F, for experts
+    k (3 F + 2 D) with the rows sent and received, and 2 E float32 router scores. Then the embedding's output and the
+    last norm's. Attention is taken not to keep its scores, recurrences not to keep their states between tokens, and no
+    compiler to recompute; what a mixer keeps beyond its projections (gates, feature maps) is not counted.
+    """
+    total = 2 * model.recipe.hidden_size * dtype.itemsize
+    for layer in model.layers.values():
+        mixer, ffn = layer.mixer, layer.ffn
+        assert isinstance(mixer, Mixer) and isinstance(ffn, nn.Module)
+        total += (4 * model.recipe.hidden_size + mixer_elements(mixer) // tensor_ranks) * dtype.itemsize
+        total += feed_forward_bytes(ffn, dtype)
+    return tokens * total
+
+
+def mixer_elements(mixer: Mixer) -> int:
+    """Elements a token leaves at a mixer's matrices: outputs of those split by columns, inputs of those by rows."""
+    words = mixer.tensor_parallel()
+    total = 0
+    for name, parameter in mixer.named_parameters():
+        word = words.get(name)
+        if parameter.dim() == 2 and word is not None and word.kind in ("column", "row"):
+            total += parameter.shape[0] if word.kind == "column" else parameter.shape[1]
+    return total
+
+
+def feed_forward_bytes(ffn: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes a token leaves in a feed-forward."""
+    if isinstance(ffn, MoE):
+        _, hidden, width = ffn.experts.down.shape
+        routed = ffn.router.top_k * (3 * hidden + 2 * width) * dtype.itemsize
+        shared = 0 if ffn.shared is None else feed_forward_bytes(ffn.shared, dtype) + width * dtype.itemsize
+        return routed + shared + 2 * ffn.router.num_experts * torch.float32.itemsize
+    assert isinstance(ffn, SwiGLU)
+    return 3 * ffn.down_proj.weight.shape[1] * dtype.itemsize
+
+
+def loss_bytes(model: Decoder, tokens: int, dtype: torch.dtype) -> int:
+    """An estimate for the head and loss: logits of one chunk in the compute type and once more in float32, their
+    gradient in both, the hidden states' gradient [T, D], the head's gradient [V, D] (float32 with several chunks)."""
+    width, vocab = model.recipe.hidden_size, model.recipe.vocab_size
+    rows = max(1, min(tokens, CHUNK_ELEMENTS // vocab))
+    head = torch.float32.itemsize if rows < tokens else dtype.itemsize
+    chunk = rows * vocab * 2 * (dtype.itemsize + torch.float32.itemsize)
+    return chunk + tokens * width * dtype.itemsize + vocab * width * head

@@ -1,0 +1,42 @@
+"""A world of any size in one process: its process group moves nothing, its model holds nothing.
+
+The meshes, the sharding and the optimizer are those of training, so a layout that cannot be built is refused here in
+the same words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from torchlinearmoe.errors import UserError
+from torchlinearmoe.models.decoder import Decoder
+from torchlinearmoe.parallel.fsdp import apply_fsdp
+from torchlinearmoe.parallel.mesh import Degrees, Meshes
+from torchlinearmoe.recipe import Recipe
+
+
+@contextmanager
+def pretended_world(size: int, rank: int) -> Iterator[None]:
+    """A default process group in which this process is `rank` of `size`; collectives return at once."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if not 0 <= rank < size:
+        raise UserError(f"rank = {rank}: must lie between 0 and {size - 1} in a world of {size} ranks")
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def laid_out_model(recipe: Recipe, degrees: Degrees, dtype: torch.dtype) -> Decoder:
+    """This rank's part of the model in the layout of training, on the meta device: shapes without memory."""
+    meshes = Meshes(degrees, "cpu")
+    with torch.device("meta"):
+        model = Decoder(recipe.model)
+    apply_fsdp(model, meshes.fsdp, dtype, reshard_after_forward=recipe.parallel.reshard_after_forward)
+    return model
