@@ -1,0 +1,247 @@
+"""A recipe that cannot run is refused in one line that names the field, the value and the way out, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torchlinearmoe import MIXERS, load_recipe
+from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.recipe import dump, resolve
+from torchlinearmoe.recipe.parse import NESTED, SECTIONS, parse_overrides
+
+STEPS = {"training": {"steps": 10}}
+
+
+def _refused(file: dict[str, Any], *fragments: str) -> str:
+    merged = {**STEPS, **file} if "training" not in file else {**file, "training": {"steps": 10, **file["training"]}}
+    with pytest.raises(RecipeError) as caught:
+        resolve(merged)
+    message = str(caught.value)
+    assert "\n" not in message
+    for fragment in fragments:
+        assert fragment in message
+    return message
+
+
+def test_unknown_names_are_told_with_the_closest_legal_one():
+    _refused({"modle": {}}, "[modle]", "did you mean 'model'?")
+    _refused({"model": {"num_layer": 3}}, "model.num_layer: ", "did you mean 'num_layers'?")
+    _refused({"model": {"moe": 3}}, "model.moe: unknown key")
+    _refused({"model": {"mixer_options": {}}}, "model.mixer_options: unknown key")
+    _refused({"mixer": {"hgrn": {}}}, "[mixer.hgrn]", "did you mean 'hgrn2'?")
+    _refused({"mixer": {"hgrn2": {"convs": 1}}}, "mixer.hgrn2.convs: ", "did you mean 'conv'?")
+    _refused({"mixer": {"lasp2": {}}}, "[mixer.lasp2]", "[mixer.linear_attention]")
+    _refused({"model": {"family": "qwen"}}, "model.family = 'qwen'", "did you mean 'qwen2'?")
+    _refused({"model": {"size": "A0.3"}}, "model.size = 'A0.3'", "did you mean 'A0.3B'?")
+    _refused({"model": {"mixer": "hgrn3"}}, "model.mixer = 'hgrn3'", "did you mean 'hgrn2'?")
+    _refused({"model": {"mixers": ["hgrn2", "nonsense"]}}, "model.mixers[1] = 'nonsense'", "legal: ")
+    _refused({"optimizer": {"schedule": "cosin"}}, "optimizer.schedule = 'cosin'", "did you mean 'cosine'?")
+    _refused({"optimizer": {"name": "zzz"}}, "optimizer.name = 'zzz'", "legal: adamw")
+    _refused({"model": {"a\nb": 1}}, "model.a b: unknown key")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "wanted"),
+    [
+        ("training", "sequence_length", "many", "a whole number"),
+        ("training", "sequence_length", 2.0, "a whole number"),
+        ("training", "sequence_length", True, "a whole number"),
+        ("training", "sequence_length", 2**63, "must fit in 64"),
+        ("optimizer", "lr", "fast", "a number"),
+        ("optimizer", "lr", False, "a number"),
+        ("optimizer", "lr", math.nan, "finite"),
+        ("optimizer", "lr", math.inf, "finite"),
+        ("optimizer", "lr", 10**400, "must fit in 64"),
+        ("optimizer", "betas", 0.9, "a list"),
+        ("optimizer", "betas", [0.9], "2 entries"),
+        ("optimizer", "betas", [0.9, "b"], "a number"),
+        ("metrics", "tensorboard", 1, "true or false"),
+        ("training", "output_dir", 5, "a string"),
+        ("data", "paths", "a", "a list"),
+        ("data", "paths", [1], "a string"),
+        ("model", "mixer", ["hgrn2"], "a string"),
+        ("moe", "capacity_factor", "big", "a number"),
+        ("training", "tokens_per_step", {}, "a whole number"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(section: str, key: str, value: Any, wanted: str):
+    message = _refused({section: {key: value}}, wanted)
+    assert message.startswith(f"{section}.{key}")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        *[("model", key, 0) for key in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")],
+        *[("model", key, 0) for key in ("vocab_size", "max_length", "rope_theta", "norm_eps", "init_std")],
+        ("model", "num_kv_heads", 3),
+        ("model", "head_dim", -2),
+        ("model", "layout", ""),
+        ("model", "layout", "LLX"),
+        ("moe", "top_k", 0),
+        ("moe", "top_k", 5),
+        ("moe", "num_experts", -1),
+        ("moe", "hidden_size", 0),
+        ("moe", "hidden_size", -1),
+        ("moe", "shared_hidden_size", -1),
+        ("moe", "shared_gate", True),
+        ("moe", "capacity_factor", 0.0),
+        ("moe", "eval_capacity_factor", -1),
+        ("moe", "balance_coefficient", -0.1),
+        ("data", "validation_fraction", 0.0),
+        ("data", "validation_fraction", 1.0),
+        ("data", "workers", -1),
+        ("training", "steps", 0),
+        ("training", "tokens_per_step", 0),
+        ("training", "sequence_length", 0),
+        ("training", "micro_batch_size", 0),
+        ("training", "seed", -1),
+        ("optimizer", "lr", -1.0),
+        ("optimizer", "min_lr", 1.0),
+        ("optimizer", "eps", 0.0),
+        ("optimizer", "betas", [0.9, 1.0]),
+        ("optimizer", "warmup_steps", -1),
+        ("optimizer", "decay_fraction", 0.0),
+        ("parallel", "data_replicate", 0),
+        ("parallel", "data_shard", 0),
+        ("parallel", "data_shard", -2),
+        ("checkpoint", "keep", 0),
+        ("checkpoint", "interval", -1),
+        ("metrics", "interval", 0),
+        ("metrics", "profile_steps", [1]),
+        ("metrics", "profile_steps", [3, 2]),
+        ("metrics", "profile_steps", [0, 2]),
+        ("metrics", "peak_tflops", 0),
+        ("metrics", "memory_snapshot_step", 0),
+    ],
+)
+def test_a_value_out_of_range_is_named(section: str, key: str, value: Any):
+    message = _refused({section: {key: value}})
+    assert message.startswith(f"{section}.{key}") or f"{section}.{key}" in message
+
+
+@pytest.mark.parametrize(
+    ("mixer", "options", "field"),
+    [
+        ("hgrn2", {"conv": -1}, "mixer.hgrn2.conv = -1"),
+        ("hgrn2", {"heads": 3}, "mixer.hgrn2.heads"),
+        ("gated_delta_net", {"value_heads": 3}, "mixer.gated_delta_net.value_heads = 3"),
+        ("gated_delta_net", {"value_heads": -4}, "mixer.gated_delta_net.value_heads = -4"),
+        ("gated_delta_net", {"expand_v": 0.0}, "mixer.gated_delta_net.expand_v = 0.0"),
+        ("gated_delta_net", {"expand_v": 1e308}, "mixer.gated_delta_net.expand_v = 1e+308"),
+        ("linear_attention", {"expand_v": 0.3}, "mixer.linear_attention.expand_v = 0.3"),
+        ("linear_attention", {"normalize": True, "feature_map": "silu"}, "mixer.linear_attention.normalize = true"),
+        ("linear_attention", {"feature_map": "el"}, "mixer.linear_attention.feature_map = 'el'"),
+        ("softmax_attention", {"kv_heads": 3}, "mixer.softmax_attention.kv_heads = 3"),
+        ("softmax_attention", {"heads": -4}, "mixer.softmax_attention.heads = -4"),
+        ("softmax_attention", {"head_dim": 7}, "mixer.softmax_attention.head_dim = 7"),
+    ],
+)
+def test_mixer_options_that_cannot_be_built_are_named(mixer: str, options: dict[str, Any], field: str):
+    message = _refused({"model": {"mixer": mixer}, "mixer": {mixer: options}})
+    assert message.startswith(field)
+
+
+@pytest.mark.parametrize(
+    "override", ["model", "--model", "model=1", "--=1", "model.=1", ".a=1", "model..a=1", "--model.a", "="]
+)
+def test_an_override_that_is_none_is_quoted(override: str):
+    with pytest.raises(RecipeError, match=f"^'{re.escape(override)}'"):
+        parse_overrides([override])
+
+
+def test_an_override_inside_another_is_refused():
+    with pytest.raises(RecipeError, match="is given a value elsewhere"):
+        parse_overrides(["mixer.hgrn2=1", "mixer.hgrn2.conv=4"])
+    with pytest.raises(RecipeError, match=r"^mixer.hgrn2: must be a section"):
+        resolve(STEPS, parse_overrides(["mixer.hgrn2.conv=4", "mixer.hgrn2=1"]))
+
+
+def test_a_value_with_a_second_line_is_one_string():
+    assert parse_overrides(["a.b=1\nc = 2"]) == {"a": {"b": "1\nc = 2"}}
+
+
+def test_files_that_are_no_recipe_are_named(tmp_path: Path):
+    with pytest.raises(RecipeError, match="missing.toml: cannot be read"):
+        load_recipe(tmp_path / "missing.toml")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path)
+    path = tmp_path / "bad.toml"
+    for content, wanted in ((b"[model\n", "not valid TOML"), (b"a = '\xff\xfe'", "not UTF-8"), (b"steps = 1", "steps")):
+        path.write_bytes(content)
+        with pytest.raises(RecipeError, match=wanted):
+            load_recipe(path)
+
+
+def test_text_beyond_ascii_is_read_whatever_the_locale(tmp_path: Path):
+    path = tmp_path / "r.toml"
+    path.write_bytes('[training]\nsteps = 1\noutput_dir = "läufe/日本"\n'.encode())
+    assert load_recipe(path).training.output_dir == "läufe/日本"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_tables_give_a_recipe_or_a_recipe_error(seed: int, tmp_path: Path):
+    """Every section and key, legal and not, with values of every TOML type: nothing else ever comes out."""
+    chance = random.Random(seed)
+    accepted = 0
+    for _ in range(400):
+        file, command_line = _random_tree(chance, chance.choice((1, 2, 6))), _random_tree(chance, chance.choice((0, 1)))
+        file.setdefault("training", {"steps": 3})
+        try:
+            recipe = resolve(file, command_line)
+        except RecipeError as error:
+            assert "\n" not in str(error) and str(error)
+            continue
+        accepted += 1
+        path = tmp_path / "recipe.toml"
+        path.write_text(dump(recipe), encoding="utf-8")
+        assert load_recipe(path) == recipe
+    assert accepted > 20
+
+
+def _keys(section: str) -> list[tuple[str, Any]]:
+    """(key, annotation) of a section."""
+    cls = MIXERS[section.split(".")[1]].Options if section.startswith("mixer.") else SECTIONS[section]
+    hints = typing.get_type_hints(cls)
+    return [(field.name, hints[field.name]) for field in dataclasses.fields(cls) if field.name not in NESTED]
+
+
+def _random_tree(chance: random.Random, entries: int) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for _ in range(entries):
+        section = chance.choice([*SECTIONS, *(f"mixer.{name}" for name in MIXERS)])
+        key, hint = chance.choice(_keys(section))
+        if chance.random() < 0.05:
+            key = chance.choice(["", "x\ny", "steps", "é", "heads", "moe"])
+        node = tree
+        for part in section.split("."):
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                break
+        else:
+            node[key] = _random_value(chance, hint)
+        if chance.random() < 0.02:
+            tree[chance.choice([*SECTIONS, "mixer", "zz"])] = _random_value(chance, int)
+    return tree
+
+
+def _random_value(chance: random.Random, hint: Any) -> Any:
+    if typing.get_origin(hint) is typing.Literal and chance.random() < 0.8:
+        return chance.choice(typing.get_args(hint))
+    whole = [-(2**63), -1, 0, 1, 2, 3, 4, 8, 64, 2**31, 2**63 - 1, 10**30]
+    number = [-1.5, -0.0, 0.5, 1.0, 1e-300, 1e308, math.inf, math.nan]
+    text = ["", "L", "LLN", "hgrn2", "lasp2", "auto", "debug", "qwen2", "a\nb", "\x00\x7f", "é🙂", "x" * 300]
+    if chance.random() < 0.6:
+        pools = {int: whole, float: number + whole, bool: [True, False], str: text}
+        for kind, pool in pools.items():
+            if hint is kind or kind in typing.get_args(hint):
+                return chance.choice(pool)
+    return chance.choice([*whole, *number, *text, True, [], [0.5, 0.5], ["hgrn2"] * 4, [[1]], {}, {"a": 1}])
