@@ -88,3 +88,38 @@ def test_accumulation_and_balance_do_not_depend_on_the_cut(
             assert torch.equal(cut.state[name], whole.state[name])
         for key in ("moe/max_load", "moe/balance_loss", "moe/z_loss", "moe/entropy"):
             assert cut.column(key) == pytest.approx(whole.column(key), rel=1e-5), key
+
+
+VARIANTS: dict[str, Settings] = {
+    "tied embeddings, weights kept gathered": {
+        "model": {"tie_embeddings": True},
+        "parallel": {"reshard_after_forward": False},
+    },
+    "dense feed-forward": {"model": {"ffn_hidden_size": 48}, "moe": {"num_experts": 0}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_way_to_group_weights_trains_as_one_process_does(
+    ranks: RankPool, corpus: Path, tmp_path: Path, variant: str
+) -> None:
+    changes = (HYBRID, with_mixer("gated_delta_net"), {"training": {"steps": 4}}, VARIANTS[variant])
+    (one,) = ranks(1, run, settings(corpus, tmp_path / "one", *changes))
+    for result in ranks(2, run, settings(corpus, tmp_path / "two", *changes)):
+        assert_same_training(result, one)
+
+
+def test_bf16_gradients_are_summed_in_float32(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
+    # A micro-batch is rounded the same way wherever it runs; sums in bf16 would depend on the cut by about 1e-3.
+    def train(size: int, *changes: Settings) -> list[Result]:
+        bf16: Settings = {"training": {"dtype": "bfloat16", "steps": 1, "tokens_per_step": 8 * 48}}
+        changes = ({"model": {"layout": "LLN", "num_layers": 3}}, bf16, *changes)
+        return ranks(size, run, settings(corpus, tmp_path / f"{size}", *changes))
+
+    (one,) = train(1)
+    for results in (train(2), train(4, {"parallel": {"data_replicate": 2}})):
+        for name, gradient in one.gradients.items():
+            distance = (results[0].gradients[name] - gradient).norm() / gradient.norm()
+            assert distance < 1e-5, f"gradient of {name}: {distance:.1e}"
+            assert gradient.dtype == torch.float32
+        assert results[0].column("loss") == pytest.approx(one.column("loss"), rel=1e-6)

@@ -1,0 +1,66 @@
+"""What ranks know of each other: meshes, and one going before the others."""
+
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from harness import RankPool
+
+from torchlinearmoe.errors import UserError
+from torchlinearmoe.parallel.mesh import Meshes, resolve_degrees
+from torchlinearmoe.recipe import ParallelRecipe
+from torchlinearmoe.runtime import rank_0_first
+
+
+def places(rank: int, data_replicate: int) -> tuple[list[int], list[int], list[int], int]:
+    """(replicas, shards, whose tokens make up a step) as global ranks, and which batches this rank takes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        degrees = resolve_degrees(ParallelRecipe(data_replicate=data_replicate), dist.get_world_size())
+        meshes = Meshes(degrees, "cpu")
+        fsdp = meshes.fsdp
+    assert fsdp.mesh_dim_names == (("data_replicate", "fsdp") if data_replicate > 1 else ("fsdp",))
+    groups = [dist.get_process_group_ranks(fsdp.get_group(name)) for name in fsdp.mesh_dim_names]
+    replicas = groups[0] if data_replicate > 1 else [rank]
+    return replicas, groups[-1], dist.get_process_group_ranks(meshes.tokens_group), meshes.data_rank
+
+
+@pytest.mark.parametrize(
+    "data_replicate, expected",
+    [
+        (1, [([r], [0, 1, 2, 3], [0, 1, 2, 3], r) for r in range(4)]),
+        (2, [([r % 2, r % 2 + 2], [r // 2 * 2, r // 2 * 2 + 1], [0, 1, 2, 3], r) for r in range(4)]),
+        (4, [([0, 1, 2, 3], [r], [0, 1, 2, 3], r) for r in range(4)]),
+    ],
+)
+def test_shards_are_neighbours_and_every_rank_brings_tokens(
+    ranks: RankPool, data_replicate: int, expected: list[tuple[list[int], list[int], list[int], int]]
+) -> None:
+    assert ranks(4, places, data_replicate) == expected
+
+
+def take_turns(rank: int, folder: str, fails: bool) -> str:
+    path = Path(folder) / "made"
+
+    def action() -> str:
+        if rank == 0:
+            time.sleep(0.2)
+            if fails:
+                raise UserError("no such corpus")
+            path.touch()
+        assert path.exists(), "came before rank 0"
+        return f"rank {rank}"
+
+    try:
+        return rank_0_first(action)
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("fails, results", [(False, ["rank 0", "rank 1", "rank 2"]), (True, ["no such corpus"] * 3)])
+def test_rank_0_goes_first_and_its_mistake_is_everybodys(
+    ranks: RankPool, tmp_path: Path, fails: bool, results: list[str]
+) -> None:
+    assert ranks(3, take_turns, str(tmp_path), fails) == results
