@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchlinearmoe.data.packing import MicroBatch
 from torchlinearmoe.mixers.base import Mixer
+from torchlinearmoe.models.block import Block
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.parallel.fsdp import reshard
 
@@ -78,9 +79,8 @@ def first_bad_layer(model: Decoder, batches: Iterable[MicroBatch], device: torch
 
     places: list[tuple[str, nn.Module]] = [("embed", model.embed)]
     for index, layer in model.layers.items():
-        mixer = layer.mixer
-        assert isinstance(mixer, Mixer)
-        places.append((f"layers.{index}.mixer ({mixer.name})", mixer))
+        assert isinstance(layer, Block)
+        places.append((f"layers.{index}.mixer ({layer.mixer.name})", layer.mixer))
         places.append((f"layers.{index}.ffn", layer.ffn))
     places.append(("norm", model.norm))
     order = {name: rank for rank, (name, _) in enumerate(places)}

@@ -174,7 +174,7 @@ class Trainer:
             self.metrics.close()
 
     def train_step(self, batches: list[MicroBatch], received: int | None = None) -> tuple[Tensor, Tensor, float]:
-        """One optimizer step; returns (mean loss, gradient norm before clipping, learning rate), two of them on the device.
+        """One optimizer step. Returns the mean loss and the gradient norm before clipping, on the device, and the lr.
 
         `received`: a signal this rank was sent; all ranks learn of it.
         """

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torchlinearmoe.recipe import dump, resolve
@@ -45,10 +45,8 @@ class Job:
         """SIGKILL for the command and the workers it started, which are in sessions of their own."""
         if self.process.poll() is None:
             for pid in [self.process.pid, *self.workers()]:
-                try:
+                with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
         self.process.wait()
 
     def status(self, seconds: float = 60) -> int:

@@ -128,7 +128,9 @@ def test_a_path_goes_on_from_that_checkpoint_in_a_folder_of_its_own(command: Com
     command.folder = other
     lines = command(f"--checkpoint.resume={source}", f"--training.output_dir={other}")
     compared = ("step", "loss", "grad_norm", "lr", "tokens")
-    assert [[line[key] for key in compared] for line in lines] == [[line[key] for key in compared] for line in first[2:]]
+    assert [[line[key] for key in compared] for line in lines] == [
+        [line[key] for key in compared] for line in first[2:]
+    ]
     key = "optimizer.weight_decay"
     fresh = f"--training.output_dir={other}-2"
     assert command.refused(f"--checkpoint.resume={source}", fresh, f"--{key}=0.5").startswith(f"error: {key} = 0.5")
@@ -181,7 +183,9 @@ def test_a_run_that_stays_broken_exits_with_one_line(command: Command, monkeypat
     from torchlinearmoe.trainer import Trainer
 
     loss = Trainer._loss
-    monkeypatch.setattr(Trainer, "_loss", lambda self, batch: loss(self, batch) * (1 if self.step < 2 else float("nan")))
+    monkeypatch.setattr(
+        Trainer, "_loss", lambda self, batch: loss(self, batch) * (1 if self.step < 2 else float("nan"))
+    )
     line = command.refused("--training.max_skipped_steps=2")
     assert line.startswith("error: 2 steps in a row had a loss or gradient that is not finite, first bad:")
     assert line.endswith(f"last good checkpoint: {command.folder}/checkpoints/step-2")

@@ -54,9 +54,7 @@ def saving(folder: Path, after: int) -> bool:
     return any(step_of(path) > after for path in (folder / "checkpoints").glob("step-*.tmp"))
 
 
-def test_a_process_killed_anywhere_goes_on_exactly(
-    ranks: RankPool, corpus: Path, tmp_path: Path
-) -> None:
+def test_a_process_killed_anywhere_goes_on_exactly(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
     never_killed = ranks(1, run, settings(corpus, tmp_path / "whole", LONG), False)
     folder = tmp_path / "run"
     tables = settings(corpus, folder, LONG)

@@ -21,8 +21,9 @@ def places(rank: int, data_replicate: int) -> tuple[list[int], list[int], list[i
         degrees = resolve_degrees(ParallelRecipe(data_replicate=data_replicate), dist.get_world_size())
         meshes = Meshes(degrees, "cpu")
         fsdp = meshes.fsdp
-    assert fsdp.mesh_dim_names == (("data_replicate", "fsdp") if data_replicate > 1 else ("fsdp",))
-    groups = [dist.get_process_group_ranks(fsdp.get_group(name)) for name in fsdp.mesh_dim_names]
+    names = ("data_replicate", "fsdp") if data_replicate > 1 else ("fsdp",)
+    assert fsdp.mesh_dim_names == names
+    groups = [dist.get_process_group_ranks(fsdp.get_group(name)) for name in names]
     replicas = groups[0] if data_replicate > 1 else [rank]
     return replicas, groups[-1], dist.get_process_group_ranks(meshes.tokens_group), meshes.data_rank
 

@@ -67,7 +67,6 @@ def expect_saved(folder: Path, stopped: Job, name: str) -> None:
     assert find_latest(folder / "checkpoints") == folder / f"checkpoints/step-{step}"
     log = stopped.log.read_text()
     assert f"stopped by {name} after step {step}; the checkpoint is saved" in log
-    return None
 
 
 def test_ctrl_c_saves_and_ends_with_the_signal_s_status(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:

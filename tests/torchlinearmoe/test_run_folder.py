@@ -43,7 +43,10 @@ def test_how_long_where_and_what_is_watched_may_change(sections: dict[str, Any])
         ({"model": {"num_layers": 2}}, "model.num_layers = 2: the checkpoint to resume was made with 4;"),
         ({"moe": {"balance": "bias"}}, "moe.balance = 'bias': the checkpoint to resume was made with 'loss';"),
         ({"mixer": {"hgrn2": {"conv": 4}}}, "mixer.hgrn2.conv = 4: the checkpoint to resume was made with 0;"),
-        ({"optimizer": {"warmup_steps": 3}}, "optimizer.warmup_steps = 3: the checkpoint to resume was made with None;"),
+        (
+            {"optimizer": {"warmup_steps": 3}},
+            "optimizer.warmup_steps = 3: the checkpoint to resume was made with None;",
+        ),
         ({"data": {"paths": ["a"]}}, r"data.paths = \('a',\): the checkpoint to resume was made with \(\);"),
     ],
 )

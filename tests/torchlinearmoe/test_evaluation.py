@@ -1,0 +1,112 @@
+"""Held-out loss by hand, mixers switched off, and the place where a value went bad."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from torchlinearmoe import build_model
+from torchlinearmoe.data.packing import IGNORED, MicroBatch
+from torchlinearmoe.evaluation import first_bad_layer, held_out_loss, silent_mixers
+from torchlinearmoe.models.decoder import Decoder
+from torchlinearmoe.recipe import resolve
+
+CPU = torch.device("cpu")
+VOCABULARY = 40
+
+
+@pytest.fixture
+def model() -> Decoder:
+    torch.manual_seed(11)
+    sizes = {"hidden_size": 32, "num_heads": 2, "num_kv_heads": 1, "vocab_size": VOCABULARY}
+    recipe = resolve(
+        {
+            "model": {"mixer": "gated_delta_net", "layout": "LN", "num_layers": 2, "init_std": 0.2, **sizes},
+            "moe": {"num_experts": 4, "top_k": 2, "hidden_size": 16},
+            "training": {"steps": 1},
+        }
+    )
+    return build_model(recipe.model)
+
+
+def batches(count: int = 3) -> Iterator[MicroBatch]:
+    """Micro-batches of two rows of 12 with unequal numbers of labels."""
+    generator = torch.Generator().manual_seed(12)
+    for index in range(count):
+        tokens, labels = torch.randint(VOCABULARY, (2, 24), generator=generator)
+        labels[: 5 * index] = IGNORED
+        yield MicroBatch(tokens, labels, [0, 3, 12, 20, 24], 12, 24 - 5 * index)
+
+
+def loss_by_hand(model: Decoder, count: int) -> float:
+    total, labels = 0.0, 0
+    for batch in batches(count):
+        cu_seqlens = torch.tensor(batch.cu_seqlens, dtype=torch.int32)
+        logits = model(batch.tokens[None], cu_seqlens=cu_seqlens)[0]
+        total += F.cross_entropy(logits, batch.labels, ignore_index=IGNORED, reduction="sum").item()
+        labels += int((batch.labels != IGNORED).sum())
+    return total / labels
+
+
+def test_the_loss_is_a_mean_over_tokens_and_leaves_no_trace(model: Decoder) -> None:
+    model.train()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    assert held_out_loss(model, batches(), CPU) == pytest.approx(loss_by_hand(model.eval(), 3), rel=1e-6)
+    model.train()
+    assert held_out_loss(model, batches(), CPU, limit=2) == pytest.approx(loss_by_hand(model.eval(), 2), rel=1e-6)
+    model.train()
+    held_out_loss(model, batches(), CPU)
+    assert model.training and all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_with_silent_mixers_a_token_knows_of_no_other(model: Decoder) -> None:
+    model.eval()
+    tokens = torch.randint(VOCABULARY, (1, 9), generator=torch.Generator().manual_seed(13))
+    alone = tokens.T.contiguous()  # nine sequences of one token
+    heard = model(tokens)
+    with silent_mixers(model):
+        torch.testing.assert_close(model(tokens)[0], model(alone)[:, 0])
+    torch.testing.assert_close(model(tokens), heard, rtol=0, atol=0)
+    assert not torch.allclose(heard[0], model(alone)[:, 0], atol=1e-3)
+
+
+def bad_place(model: Decoder) -> str:
+    found = first_bad_layer(model, list(batches()), CPU)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+    return found
+
+
+def test_a_bad_parameter_is_named(model: Decoder) -> None:
+    with torch.no_grad():
+        model.get_parameter("layers.1.ffn.experts.down")[2, 1, 0] = float("inf")
+    assert bad_place(model) == "the parameter layers.1.ffn.experts.down"
+
+
+@pytest.mark.parametrize(
+    "spoilt, named",
+    [
+        ("layers.0.mixer.v_proj.weight", "the output of layers.0.mixer (gated_delta_net)"),
+        ("layers.1.mixer.v_proj.weight", "the output of layers.1.mixer (softmax_attention)"),
+        ("layers.0.ffn.experts.gate_up", "the output of layers.0.ffn"),
+    ],
+)
+def test_the_first_layer_whose_output_overflows_is_named(model: Decoder, spoilt: str, named: str) -> None:
+    with torch.no_grad():
+        model.get_parameter(spoilt).fill_(3e38)
+    assert bad_place(model) == named
+
+
+def test_the_last_layer_whose_gradient_is_bad_is_named(model: Decoder) -> None:
+    # A gradient that breaks in layer 1 breaks that of everything before it, too.
+    model.layers["1"].ffn_norm.register_full_backward_hook(  # pyright: ignore[reportAttributeAccessIssue]
+        lambda module, inputs, outputs: (inputs[0] * float("nan"),)
+    )
+    assert bad_place(model) == "the gradient of layers.1.mixer.o_proj.weight"
+
+
+def test_a_sound_model_has_no_bad_place(model: Decoder) -> None:
+    assert bad_place(model) == "no single place (the loss alone is not finite)"
