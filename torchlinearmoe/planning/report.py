@@ -15,7 +15,7 @@ MEMORY = {
     "gradient_buffers": "of the largest block",
     "activations": "estimate: projections, norms, experts; no scores, no recomputation",
     "loss": "estimate: logits of a chunk, gradients of head and hidden states",
-    "total": "an upper bound: not all of it at once",
+    "total": "the sum; not all of it is held at once",
 }
 """Rows of the memory table and what each counts."""
 
