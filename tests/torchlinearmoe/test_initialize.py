@@ -72,6 +72,19 @@ def test_blocks_names_and_seeds_all_draw_different_values():
             assert abs(float((x * y).mean())) < 0.1
 
 
+def test_an_expert_is_a_block_and_so_are_1024_rows_of_anything_else(monkeypatch):
+    keys: list[str] = []
+    original = init._generator
+
+    def recording(key: str, device: torch.device) -> torch.Generator:
+        keys.append(key)
+        return original(key, device)
+
+    monkeypatch.setattr(init, "_generator", recording)
+    _values(4, e=((3, 2, 2), Normal(1.0)), m=((ROWS + 1, 2), Normal(1.0)), v=((ROWS,), Normal(1.0)))
+    assert keys == ["4/e/0", "4/e/1", "4/e/2", "4/m/0", "4/m/1", "4/v/0"]
+
+
 def test_a_longer_parameter_begins_with_the_same_whole_blocks():
     short = _values(a=((ROWS, 3), Normal(1.0)))["a"]
     long = _values(a=((ROWS + 5, 3), Normal(1.0)))["a"]

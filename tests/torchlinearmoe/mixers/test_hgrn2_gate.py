@@ -77,13 +77,14 @@ def test_one_layer_has_a_zero_bound():
 
 def test_a_saturated_first_layer_does_not_spoil_the_tables_gradient():
     """The gradient by a zero bound is up to e^60; that bound is constant, so none of it may reach the table."""
-    bounds = LowerBounds(3, 4).double()
+    layers, width = 7, 16
+    bounds = LowerBounds(layers, width).double()
     with torch.no_grad():
         bounds.table.normal_(generator=torch.Generator().manual_seed(1))
-    logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(2))
+    logits = torch.randn(layers, width, generator=torch.Generator().manual_seed(2))
 
     def gradient(dtype: torch.dtype, first: float) -> torch.Tensor:
-        module = LowerBounds(3, 4).to(dtype)
+        module = LowerBounds(layers, width).to(dtype)
         module.load_state_dict(bounds.state_dict())
         saturated = logits.to(dtype).clone()
         saturated[0] = first
@@ -93,5 +94,5 @@ def test_a_saturated_first_layer_does_not_spoil_the_tables_gradient():
         return module.table.grad
 
     expected = gradient(torch.float64, 0.0)
-    for first in (-1e3, -30.0, 0.0, 1e3):
+    for first in (-1e3, -30.0, -16.0, -14.0, -12.0, 0.0, 1e3):
         torch.testing.assert_close(gradient(torch.float32, first).double(), expected, rtol=1e-4, atol=1e-6)

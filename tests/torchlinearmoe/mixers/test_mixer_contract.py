@@ -124,6 +124,15 @@ def test_half_precision_steps_stay_close_to_one_pass(case: Case):
 
 
 @every_mixer
+def test_parameters_without_weight_decay_by_name_stay_in_float32(case: Case):
+    """Such parameters are decays and bounds: rounding them to half precision before use changes the model."""
+    for path, module in make_stack(case).named_modules():
+        names = getattr(module, "no_weight_decay", ())
+        assert set(names) <= {name for name, _ in module.named_parameters(recurse=False)}, path
+        assert not names or getattr(module, "keep_fp32", False), path
+
+
+@every_mixer
 def test_initial_values_keep_the_residual_stream_alive(case: Case):
     """As initialised, outputs are finite and neither vanish nor drown the input."""
     stack = make_stack(case, dtype=torch.float32)
