@@ -84,7 +84,7 @@ ONES = Constant(1.0)
 
 def set_initializers(module: nn.Module, **initializers: Initializer) -> None:
     """Name the distribution of `module`'s direct parameters."""
-    module.initializers = initializers  # pyright: ignore[reportAttributeAccessIssue]
+    module.initializers = initializers  # pyright: ignore[reportArgumentType]
 
 
 def linear(inputs: int, outputs: int, std: float, bias: bool = False) -> nn.Linear:

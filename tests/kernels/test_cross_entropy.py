@@ -74,8 +74,9 @@ def test_nothing_but_ignored_labels_gives_zero_and_zero_gradients():
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
 def test_a_frozen_input_gets_no_gradient_and_the_other_its_own(frozen: str):
     hidden, weight, labels = _inputs(torch.float64)
-    expected = dict(zip(("hidden", "weight"), _run(linear_cross_entropy(hidden, weight, labels), hidden, weight)[1:]))
-    inputs = {"hidden": hidden, "weight": weight}
+    _, d_hidden, d_weight = _run(linear_cross_entropy(hidden, weight, labels), hidden, weight)
+    expected: dict[str, Tensor] = {"hidden": d_hidden, "weight": d_weight}
+    inputs: dict[str, Tensor] = {"hidden": hidden, "weight": weight}
     inputs[frozen] = inputs[frozen].detach()
     (0.37 * linear_cross_entropy(inputs["hidden"], inputs["weight"], labels)).backward()
     (learned,) = {"hidden", "weight"} - {frozen}

@@ -117,7 +117,8 @@ def test_a_shared_parameter_is_drawn_once_under_its_first_name():
     alone = nn.Module()
     alone.a = Holder(w=((4, 4), Normal(1.0)))
     initialize(alone, 0)
-    assert torch.equal(model.b.w, alone.a.w)
+    assert torch.equal(model.get_parameter("a.w"), alone.get_parameter("a.w"))
+    assert model.b.w is model.a.w
 
 
 def test_a_parameter_without_an_initializer_is_named():

@@ -39,13 +39,13 @@ class Block(nn.Module):
         self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
     ) -> tuple[Tensor, State | None, Carried]:
         """[T, D] -> [T, D]; `state` and `carried` as in the mixer's contract."""
-        y_TD, state, carried = self.mixer(self.norm_mixer(x_TD), context, state, carried)
+        y_TD, after, passed_on = self.mixer(self.norm_mixer(x_TD), context, state, carried)
         x_TD, h_TD = self.add_norm(x_TD, y_TD)
         if isinstance(self.ffn, MoE):
             h_TD = self.ffn(h_TD, totals=context.totals, row_length=context.documents.row_length)
         else:
             h_TD = self.ffn(h_TD)
-        return x_TD + h_TD, state, carried
+        return x_TD + h_TD, after, passed_on
 
 
 def _feed_forward(model: ModelRecipe) -> nn.Module:
