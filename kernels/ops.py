@@ -20,10 +20,12 @@ from torch import Tensor
 from torchlinearmoe.kernels import normalize
 from torchlinearmoe.kernels.chunked import convolution as chunked_convolution
 from torchlinearmoe.kernels.chunked import delta as chunked_delta
+from torchlinearmoe.kernels.chunked import gsa as chunked_gsa
 from torchlinearmoe.kernels.chunked.diagonal import linear_diagonal
 from torchlinearmoe.kernels.chunked.layout import make_layout
 from torchlinearmoe.kernels.chunked.scalar import linear_scalar
 from torchlinearmoe.kernels.reference import delta as reference_delta
+from torchlinearmoe.kernels.reference import gsa as reference_gsa
 from torchlinearmoe.kernels.reference import linear as reference_linear
 
 logger = logging.getLogger("torchlinearmoe.kernels")
@@ -41,6 +43,13 @@ class States:
     document_ids: Tensor | None
 
 
+def _torch_slots(q, k, v, s, log_decay, scale, keys: States, values: States):
+    layout = _layout(q, keys)
+    return chunked_gsa.slot_attention(
+        q, k, v, s, log_decay, scale, keys.initial, values.initial, keys.want_final, layout
+    )
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to compute the operators. Its functions take plain tensors, every default resolved."""
@@ -51,6 +60,9 @@ class Backend:
     """(q, k, v, beta, log_decay, scale, states)"""
     offers: Callable[[str, Tensor], bool]
     """(operator, q): whether "auto" may choose this backend for the call, judged by device, dtype and versions."""
+    slot_attention: Callable[..., tuple[Tensor, tuple[Tensor, Tensor] | None]] = _torch_slots
+    """(q, k, v, s, log_decay, scale, states of the slot keys, states of the slot values); without a form of its own a
+    backend takes the chunk-parallel one."""
 
 
 def linear_recurrence(
@@ -125,6 +137,39 @@ def delta_rule(
     return chosen.delta_rule(q, k, v, beta, log_decay, K**-0.5 if scale is None else scale, states)
 
 
+def slot_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: tuple[Tensor, Tensor] | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Slots K_t = K_{t-1} diag(e^{g_t}) + k_t s_t^T and V_t = diag(e^{g_t}) V_{t-1} + s_t v_t^T, read by softmax:
+    o_t = V_t^T softmax(scale * K_t^T q_t).
+
+    q, k: [B, T, H, K]; v: [B, T, H, V]; s, log_decay: [B, T, H, S] for S slots; scale: default K^-0.5;
+    initial_state: slot keys [N, H, K, S] and slot values [N, H, S, V]. Returns o [B, T, H, V] in q's dtype and the
+    final slot keys and values or None.
+    """
+    B, T, H, K = q.shape
+    _check_shape("k", k, (B, T, H, K))
+    _check_shape("v", v, (B, T, H, v.shape[-1]))
+    _check_shape("s", s, (B, T, H, s.shape[-1]))
+    _check_shape("log_decay", log_decay, tuple(s.shape))
+    first_keys, first_values = (None, None) if initial_state is None else initial_state
+    keys = _states(q, s, first_keys, output_final_state, cu_seqlens, document_ids)
+    values = _states(s, v, first_values, output_final_state, cu_seqlens, document_ids)
+    chosen = _choose("slot_attention", backend, q)
+    return chosen.slot_attention(q, k, v, s, log_decay, K**-0.5 if scale is None else scale, keys, values)
+
+
 def short_convolution(
     x: Tensor,
     weight: Tensor,
@@ -192,6 +237,13 @@ def _reference_delta(q, k, v, beta, log_decay, scale, states: States):
     return reference_delta.delta_rule(q, k, v, beta, log_decay, scale=scale, **_reference_states(states, q))
 
 
+def _reference_slots(q, k, v, s, log_decay, scale, keys: States, values: States):
+    options = _reference_states(keys, q)
+    if keys.initial is not None:
+        options["initial_state"] = (keys.initial, values.initial)
+    return reference_gsa.slot_attention(q, k, v, s, log_decay, scale=scale, **options)
+
+
 def _reference_states(states: States, q: Tensor) -> dict:
     cu_seqlens = states.cu_seqlens
     if cu_seqlens is None and states.document_ids is not None:
@@ -202,7 +254,9 @@ def _reference_states(states: States, q: Tensor) -> dict:
 
 BACKENDS: dict[str, Backend] = {
     "torch": Backend(_torch_linear, _torch_delta, offers=lambda operator, q: True),
-    "reference": Backend(_reference_linear, _reference_delta, offers=lambda operator, q: False),
+    "reference": Backend(
+        _reference_linear, _reference_delta, offers=lambda operator, q: False, slot_attention=_reference_slots
+    ),
 }
 _announced: set[tuple[str, str]] = set()
 

@@ -60,6 +60,31 @@ def delta_step(
     return _read(q, new_state, scale), new_state
 
 
+def slot_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s: Tensor,
+    log_decay: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """One token of `reference.gsa.slot_attention`.
+
+    q, k: [B, H, K]; v: [B, H, V]; s, log_decay: [B, H, S]; keys: [B, H, K, S]; values: [B, H, S, V].
+    Returns o [B, H, V] in q's dtype and the new slot keys and values.
+    """
+    s_BHS = s.to(keys.dtype)
+    decay = log_decay.to(keys.dtype).exp()
+    keys = keys * decay.unsqueeze(-2) + k.to(keys.dtype).unsqueeze(-1) * s_BHS.unsqueeze(-2)
+    values = values * decay.unsqueeze(-1) + s_BHS.unsqueeze(-1) * v.to(values.dtype).unsqueeze(-2)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    weights = (factor * torch.matmul(q.to(keys.dtype).unsqueeze(-2), keys)).softmax(-1)
+    return torch.matmul(weights, values).squeeze(-2).to(q.dtype), (keys, values)
+
+
 def convolution_step(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, *, activation: str | None = None
 ) -> tuple[Tensor, Tensor]:
