@@ -18,14 +18,20 @@ from torchlinearmoe.recipe.schema import Recipe
 
 def build_parallel_model(recipe: Recipe, meshes: Meshes, device: torch.device, dtype: torch.dtype) -> Decoder:
     """The model of `recipe`, spread over `meshes`, initialised as one process would."""
+    model = lay_out_model(recipe, meshes, dtype)
+    model.to_empty(device=device)
+    initialize(model, recipe.training.seed)
+    return model
+
+
+def lay_out_model(recipe: Recipe, meshes: Meshes, dtype: torch.dtype) -> Decoder:
+    """This rank's part of the model, on the meta device: every layout decision taken, no memory."""
     with torch.device("meta"):
         model = Decoder(recipe.model)
     spread_router_counts(model, meshes)
     if recipe.training.compile:
         compile_regions(model, recipe.training.compile_backend)
     apply_fsdp(model, meshes.fsdp, dtype, reshard_after_forward=recipe.parallel.reshard_after_forward)
-    model.to_empty(device=device)
-    initialize(model, recipe.training.seed)
     return model
 
 

@@ -8,10 +8,13 @@ that a later mesh can spread them differently.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.moe.layer import MoE
@@ -30,7 +33,13 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, *, reshard_
             shard(module, exact, reshard_after_forward)
     for layer in model.layers.values():
         if isinstance(layer.ffn, MoE):
-            shard(layer.ffn.experts, policy, reshard_after_forward)
+            fully_shard(
+                layer.ffn.experts,
+                mesh=mesh,
+                mp_policy=policy,
+                reshard_after_forward=reshard_after_forward,
+                shard_placement_fn=partial(expert_placement, ranks=mesh.size(-1)),
+            )
         shard(layer, policy, reshard_after_forward)
     if not model.recipe.tie_embeddings:
         shard(model.embed, policy, reshard_after_forward)
@@ -42,6 +51,18 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, *, reshard_
             module.set_gradient_divide_factor(1.0)
             # Gloo has no pre-multiplied sum, and NCCL is told to sum as well.
             module.set_force_sum_reduction_for_comms(True)
+
+
+def expert_placement(parameter: nn.Parameter, ranks: int) -> Shard:
+    """The dim an expert stack [E, ...] is cut along: whole experts while there are enough of them.
+
+    With fewer experts than ranks, the first other dim that the ranks divide; where none is, dim 0 with padding.
+    """
+    if parameter.dim() == 3 and parameter.shape[0] < ranks:
+        for dim in (1, 2):
+            if parameter.shape[dim] % ranks == 0:
+                return Shard(dim)
+    return Shard(0)
 
 
 def set_gradient_sync(model: nn.Module, sync: bool) -> None:

@@ -1,5 +1,7 @@
 """The chunk-parallel forms on a GPU, eager and compiled, in bfloat16 against the float64 definitions on the CPU."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ CASES = {
 
 def _inputs(case: dict, lengths: list[int], H: int = 2, K: int = 64, V: int = 96) -> dict[str, torch.Tensor]:
     T = sum(lengths)
-    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
+    draw = partial(torch.randn, dtype=torch.float64)
     # The inputs are bfloat16 numbers, so that only the arithmetic differs from the definition.
     x = {name: draw(1, T, H, width).bfloat16().double() for name, width in (("q", K), ("k", K), ("v", V))}
     shape = {"head": (H,), "token": (1, T, H), "channel": (1, T, H, K)}.get(case.get("decay", ""))

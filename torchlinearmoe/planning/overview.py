@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from torchlinearmoe.models.flops import forward_flops_per_token, training_flops_per_token
-from torchlinearmoe.parallel.mesh import resolve_degrees, tokens_per_step
+from torchlinearmoe.parallel.apply import lay_out_model
+from torchlinearmoe.parallel.mesh import Meshes, resolve_degrees, tokens_per_step
 from torchlinearmoe.planning.communication import fsdp_units, step_collectives
 from torchlinearmoe.planning.layers import count_parameters, forward_flop_terms
 from torchlinearmoe.planning.memory import Memory, checkpoint_bytes, optimizer_states, rank_memory
-from torchlinearmoe.planning.world import laid_out_model, pretended_world
+from torchlinearmoe.planning.world import pretended_world
 from torchlinearmoe.recipe import Recipe
 from torchlinearmoe.run_folder import with_tokens_per_step
 
@@ -32,7 +33,7 @@ def plan(recipe: Recipe, world_size: int, dtype: torch.dtype, rank: int = 0) -> 
     accumulation = training.tokens_per_step // (micro_batch * degrees.data_ranks)
     steps = training.steps or math.ceil((training.tokens or 0) / training.tokens_per_step)
     with pretended_world(world_size, rank):
-        model = laid_out_model(recipe, degrees, dtype)
+        model = lay_out_model(recipe, Meshes(degrees, "cpu"), dtype)
         parameters = count_parameters(model)
         length = training.sequence_length
         flops = {
@@ -51,7 +52,7 @@ def plan(recipe: Recipe, world_size: int, dtype: torch.dtype, rank: int = 0) -> 
     # Torch gives the lower ranks of an axis the larger pieces, so rank 0 holds at least as much as any other.
     if rank != 0:
         with pretended_world(world_size, 0):
-            first = laid_out_model(recipe, degrees, dtype)
+            first = lay_out_model(recipe, Meshes(degrees, "cpu"), dtype)
             largest_rank = 0
             largest = rank_memory(first, optimizer_states(first, recipe.optimizer), training, degrees, dtype)
     return {

@@ -9,14 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 import torch.distributed as dist
 
 from torchlinearmoe.errors import UserError
-from torchlinearmoe.models.decoder import Decoder
-from torchlinearmoe.parallel.fsdp import apply_fsdp
-from torchlinearmoe.parallel.mesh import Degrees, Meshes
-from torchlinearmoe.recipe import Recipe
 
 
 @contextmanager
@@ -31,12 +26,3 @@ def pretended_world(size: int, rank: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def laid_out_model(recipe: Recipe, degrees: Degrees, dtype: torch.dtype) -> Decoder:
-    """This rank's part of the model in the layout of training, on the meta device: shapes without memory."""
-    meshes = Meshes(degrees, "cpu")
-    with torch.device("meta"):
-        model = Decoder(recipe.model)
-    apply_fsdp(model, meshes.fsdp, dtype, reshard_after_forward=recipe.parallel.reshard_after_forward)
-    return model
