@@ -3,8 +3,8 @@
 Same result as `halving.halved_scores`, written without writes into slices, so that a compiler can fuse it. A chunk is
 cut into sub-blocks of 16 tokens. Between sub-blocks the decay is split at the border of the query's own: queries
 carry theirs since it, keys theirs until it, and a matmul makes the scores. Inside a sub-block every pair has its own
-exponential, which a compiler sums over channels without ever storing it. All exponents are differences of sums over at most a sub-block,
-plus whole sub-blocks, and never positive.
+exponential, which a compiler sums over channels without ever storing it. All exponents are differences of sums over
+at most a sub-block, plus whole sub-blocks, and never positive beyond rounding.
 
 Legend: C tokens of a chunk, S sub-blocks of c = 16 tokens, K channels.
 """

@@ -18,7 +18,7 @@ from torchlinearmoe.recipe import load_recipe
 
 def measure(options: dict[str, Any]) -> dict[str, Any]:
     """Figures of `options`: recipe, overrides, sequences, length, steps, compile."""
-    import transformers
+    import transformers  # pyright: ignore[reportMissingImports]
 
     model_recipe = load_recipe(options["recipe"], options["overrides"]).model
     moe = model_recipe.moe
