@@ -74,14 +74,14 @@ def test_bfloat16_agrees_with_the_definition(name: str, compiled: bool):
 
 
 def test_nothing_waits_for_the_gpu_without_states():
-    x = {key: value.cuda().bfloat16() for key, value in _inputs({}, [128, 128]).items()}
+    q, k, v = (value.cuda().bfloat16() for value in _inputs({}, [128, 128]).values())
     ids = torch.repeat_interleave(torch.arange(2, device="cuda"), 128, output_size=256).int()
     gate = -torch.rand(1, 256, 2, 64, device="cuda")
     torch.cuda.synchronize()
     previous = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        ops.linear_recurrence(**x, log_decay=gate, document_ids=ids)
-        ops.delta_rule(**x, beta=gate[..., 0].exp(), document_ids=ids)
+        ops.linear_recurrence(q, k, v, gate, document_ids=ids)
+        ops.delta_rule(q, k, v, gate[..., 0].exp(), document_ids=ids)
     finally:
         torch.cuda.set_sync_debug_mode(previous)
