@@ -26,6 +26,16 @@ def delta_rule_flops(value_heads: int, key_dim: int, value_dim: int, chunk_size:
     return linear_recurrence_flops(value_heads, key_dim, value_dim, chunk_size) + value_heads * extra
 
 
+def quadratic_attention_flops(
+    heads: int, key_dim: int, features: int, value_columns: int, chunk_size: int = 128
+) -> float:
+    """FLOPs per token of `ops.quadratic_attention`; value columns count the normaliser's ones.
+
+    Reads and writes of the state go through the features, scores inside a chunk through the keys themselves.
+    """
+    return heads * (4.0 * features * value_columns + chunk_size * (key_dim + value_columns))
+
+
 def short_convolution_flops(channels: int, width: int) -> float:
     """FLOPs per token of `ops.short_convolution`."""
     return 2.0 * channels * width

@@ -21,12 +21,16 @@ from torchlinearmoe.kernels import normalize
 from torchlinearmoe.kernels.chunked import convolution as chunked_convolution
 from torchlinearmoe.kernels.chunked import delta as chunked_delta
 from torchlinearmoe.kernels.chunked import gsa as chunked_gsa
+from torchlinearmoe.kernels.chunked import quadratic as chunked_quadratic
+from torchlinearmoe.kernels.chunked import token_shift as chunked_token_shift
 from torchlinearmoe.kernels.chunked.diagonal import linear_diagonal
 from torchlinearmoe.kernels.chunked.layout import make_layout
 from torchlinearmoe.kernels.chunked.scalar import linear_scalar
+from torchlinearmoe.kernels.quadratic_features import KINDS, feature_width
 from torchlinearmoe.kernels.reference import delta as reference_delta
 from torchlinearmoe.kernels.reference import gsa as reference_gsa
 from torchlinearmoe.kernels.reference import linear as reference_linear
+from torchlinearmoe.kernels.reference import quadratic as reference_quadratic
 
 logger = logging.getLogger("torchlinearmoe.kernels")
 
@@ -41,6 +45,13 @@ class States:
     want_final: bool
     cu_seqlens: Tensor | None
     document_ids: Tensor | None
+
+
+def _torch_quadratic(q, k, v, kind, scale, normalize, eps, states: States):
+    layout = _layout(q, states, chunked_quadratic.CHUNK_SIZE)
+    return chunked_quadratic.quadratic_attention(
+        q, k, v, kind, scale, normalize, eps, states.initial, states.want_final, states.cu_seqlens, layout
+    )
 
 
 def _torch_slots(q, k, v, s, log_decay, scale, keys: States, values: States):
@@ -63,6 +74,8 @@ class Backend:
     slot_attention: Callable[..., tuple[Tensor, tuple[Tensor, Tensor] | None]] = _torch_slots
     """(q, k, v, s, log_decay, scale, states of the slot keys, states of the slot values); without a form of its own a
     backend takes the chunk-parallel one."""
+    quadratic_attention: Callable[..., tuple[Tensor, Tensor | None]] = _torch_quadratic
+    """(q, k, v, kind, scale, normalize, eps, states); the same holds."""
 
 
 def linear_recurrence(
@@ -210,6 +223,69 @@ def short_convolution(
     )
 
 
+def quadratic_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kind: str,
+    scale: float | None = None,
+    normalize: bool = True,
+    eps: float = 1e-6,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """o_t = sum_{j <= t} f(q_t . k_j) v_j / (sum_{j <= t} f(q_t . k_j) + eps), a polynomial in the place of exp.
+
+    q, k: [B, T, H, K]; v: [B, T, H, V]; kind: "taylor", f(s) = 1 + scale s + (scale s)^2 / 2, or "square",
+    f(s) = (scale s)^2; scale: positive, default K^-0.5; without `normalize` nothing is divided. initial_state:
+    [N, H, F, V + 1] (V without `normalize`), F second-order features (`quadratic_features.feature_width`). Returns
+    o [B, T, H, V] in q's dtype and the final states or None.
+    """
+    B, T, H, K = q.shape
+    _check_shape("k", k, (B, T, H, K))
+    _check_shape("v", v, (B, T, H, v.shape[-1]))
+    if kind not in KINDS:
+        raise ValueError(f"kind: {kind!r}, legal: {', '.join(KINDS)}")
+    factor = K**-0.5 if scale is None else scale
+    if factor <= 0:
+        raise ValueError(f"scale: {factor}, legal: positive numbers")
+    entry = (H, feature_width(kind, K), v.shape[-1] + normalize)
+    states = _states(q, v, initial_state, output_final_state, cu_seqlens, document_ids, entry)
+    chosen = _choose("quadratic_attention", backend, q)
+    return chosen.quadratic_attention(q, k, v, kind, factor, normalize, eps, states)
+
+
+def token_shift(
+    x: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """y_t = x_{t-1} inside the document. x: [B, T, D]; initial_state: the input before each document, [N, 1, D].
+
+    Returns y [B, T, D] and the last input of each document [N, 1, D] or None, both in x's dtype.
+    """
+    with_states = initial_state is not None or output_final_state
+    N = _count_documents(x.shape[0], cu_seqlens, document_ids, with_states)
+    if document_ids is not None:
+        _check_shape("document_ids", document_ids, (x.shape[1],))
+    if initial_state is not None:
+        _check_shape("initial_state", initial_state, (N, 1, x.shape[2]))
+    return chunked_token_shift.token_shift(
+        x,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+        document_ids=document_ids,
+    )
+
+
 def _torch_linear(q, k, v, log_decay, bonus, scale, states: States):
     layout = _layout(q, states)
     if log_decay is not None and log_decay.dim() == 4:
@@ -222,9 +298,9 @@ def _torch_delta(q, k, v, beta, log_decay, scale, states: States):
     return chunked_delta.delta_rule(q, k, v, beta, log_decay, scale, states.initial, states.want_final, layout)
 
 
-def _layout(q: Tensor, states: States):
+def _layout(q: Tensor, states: States, chunk_size: int = CHUNK_SIZE):
     with_states = states.initial is not None or states.want_final
-    return make_layout(q.shape[0], q.shape[1], CHUNK_SIZE, states.cu_seqlens, states.document_ids, with_states)
+    return make_layout(q.shape[0], q.shape[1], chunk_size, states.cu_seqlens, states.document_ids, with_states)
 
 
 def _reference_linear(q, k, v, log_decay, bonus, scale, states: States):
@@ -235,6 +311,13 @@ def _reference_linear(q, k, v, log_decay, bonus, scale, states: States):
 
 def _reference_delta(q, k, v, beta, log_decay, scale, states: States):
     return reference_delta.delta_rule(q, k, v, beta, log_decay, scale=scale, **_reference_states(states, q))
+
+
+def _reference_quadratic(q, k, v, kind, scale, normalize, eps, states: States):
+    options = _reference_states(states, q)
+    return reference_quadratic.quadratic_attention(
+        q, k, v, kind=kind, scale=scale, normalize=normalize, eps=eps, **options
+    )
 
 
 def _reference_slots(q, k, v, s, log_decay, scale, keys: States, values: States):
@@ -255,7 +338,11 @@ def _reference_states(states: States, q: Tensor) -> dict:
 BACKENDS: dict[str, Backend] = {
     "torch": Backend(_torch_linear, _torch_delta, offers=lambda operator, q: True),
     "reference": Backend(
-        _reference_linear, _reference_delta, offers=lambda operator, q: False, slot_attention=_reference_slots
+        _reference_linear,
+        _reference_delta,
+        offers=lambda operator, q: False,
+        slot_attention=_reference_slots,
+        quadratic_attention=_reference_quadratic,
     ),
 }
 _announced: set[tuple[str, str]] = set()
@@ -280,13 +367,14 @@ def _states(
     output_final_state: bool,
     cu_seqlens: Tensor | None,
     document_ids: Tensor | None,
+    entry: tuple[int, int, int] | None = None,
 ) -> States:
     B, T, _, K = q.shape
     if document_ids is not None:
         _check_shape("document_ids", document_ids, (T,))
     N = _count_documents(B, cu_seqlens, document_ids, initial_state is not None or output_final_state)
     if initial_state is not None:
-        _check_shape("initial_state", initial_state, (N, v.shape[2], K, v.shape[3]))
+        _check_shape("initial_state", initial_state, (N, *(entry or (v.shape[2], K, v.shape[3]))))
         initial_state = initial_state.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
     return States(initial_state, output_final_state, cu_seqlens, document_ids)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchlinearmoe.kernels.normalize import l2_normalize
+from torchlinearmoe.kernels.quadratic_features import QuadraticFeatures
 
 
 def linear_step(
@@ -99,6 +100,41 @@ def convolution_step(
     y = y if bias is None else y + bias.to(dtype)
     y = F.silu(y) if activation == "silu" else y
     return y.to(x.dtype), window[:, 1:]
+
+
+def quadratic_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    *,
+    kind: str,
+    scale: float | None = None,
+    normalize: bool = True,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """One token of `reference.quadratic.quadratic_attention`.
+
+    q, k: [B, H, K]; v: [B, H, V]; state: [B, H, F, V + 1], or [B, H, F, V] without `normalize`. Returns o [B, H, V] in
+    q's dtype and the new state.
+    """
+    phi = QuadraticFeatures(kind, q.shape[-1], q.shape[-1] ** -0.5 if scale is None else scale, q.device)
+    write = v.to(state.dtype)
+    if normalize:
+        write = torch.cat([write, torch.ones_like(write[..., :1])], -1)
+    new_state = state + phi.features(k.to(state.dtype)).unsqueeze(-1) * write.unsqueeze(-2)
+    read = torch.matmul(phi.features(q.to(state.dtype)).unsqueeze(-2), new_state).squeeze(-2)
+    if normalize:
+        read = read[..., :-1] / (read[..., -1:] + eps)
+    return read.to(q.dtype), new_state
+
+
+def token_shift_step(x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One token of `reference.token_shift.token_shift`.
+
+    x: [B, D]; state: [B, 1, D]. Returns the token before, in x's dtype, and the new state.
+    """
+    return state[:, 0].to(x.dtype), x.unsqueeze(1)
 
 
 def _decayed(state: Tensor, log_decay: Tensor | None) -> Tensor:

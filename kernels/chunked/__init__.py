@@ -12,7 +12,9 @@ with; a chunk's summary keeps only the document that it ends with.
     scalar.py       decays that are absent, constant, or one number per token and head
     diagonal.py     decays per channel
     delta.py        the delta rule
+    quadratic.py    quadratic scores, second-order features for what passes between chunks
     convolution.py  the short convolution
+    token_shift.py  the token before
 
 Legend of the room: B rows, T tokens, H heads, M chunks a row, C tokens a chunk, K/V key/value head dim, N documents.
 Inside the room tensors are heads first, [B, H, M, C, ...].
