@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 Settings = dict[str, dict[str, Any]]
@@ -35,6 +36,10 @@ class Result(NamedTuple):
     """A hash of every packed sequence that this rank saw, by step."""
     stopped: int | None
     """What `Trainer.run` returned."""
+    graphs: int
+    """Graphs that torch.compile made."""
+    graph_breaks: list[str]
+    """Why it made more than one of a region."""
 
     def column(self, key: str) -> list[float]:
         """A figure of every logged step."""
@@ -154,6 +159,7 @@ def run(rank: int, tables: Settings, moved: bool = True) -> Result:
     """Train a recipe to its end, from moved values or from where its folder stands."""
     gradients: dict[str, Tensor] = {}
     rows: dict[int, list[str]] = {}
+    counters.clear()
     trainer = build(tables)
     if moved:
         unsettle(trainer.model)
@@ -161,7 +167,8 @@ def run(rank: int, tables: Settings, moved: bool = True) -> Result:
         stopped = trainer.run()
     state = {name: whole(value) for name, value in trainer.model.state_dict().items()}
     dist.barrier()
-    return Result(read_lines(trainer.folder), gradients, state, rows, stopped)
+    graphs, breaks = counters["stats"]["unique_graphs"], list(counters["graph_break"])
+    return Result(read_lines(trainer.folder), gradients, state, rows, stopped, graphs, breaks)
 
 
 def read_lines(folder: str | Path) -> list[dict[str, Any]]:
