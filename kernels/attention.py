@@ -12,6 +12,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BACKENDS = ("auto", "sdpa", "varlen", "flex")
 
@@ -73,7 +74,10 @@ def cached_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, query_position
     mask = keys <= query_positions[:, None, :, None]
     q, k, v = (x.transpose(1, 2) for x in (q, k_cache, v_cache))
     groups = k.shape[1] != q.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=groups).transpose(1, 2)
+    # cuDNN makes a new plan for every cache length, on the host, which costs more than the attention.
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=groups)
+    return out.transpose(1, 2)
 
 
 def _row_mask(ids: Tensor, rows: int, row_length: int) -> Tensor:
