@@ -1,0 +1,163 @@
+"""What Based and Rebased share: linear attention whose score is a quadratic polynomial of narrow queries and keys.
+
+    o_t = sum_{j <= t} f(q_t . k_j) v_j / sum_{j <= t} f(q_t . k_j),      y_t = W_o o_t      [W_o (o_t * swish(W_g x_t))]
+
+f(q . k) is an inner product of second-order features, so the state has a row for every feature: with 16 channels 153
+or 136 rows for V values and the denominator. This file registers nothing; `based.py` and `rebased.py` say what f is.
+
+Shapes: T tokens, D width, H heads, K query and key width of a head, V value width, F features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.initialize import linear
+from torchlinearmoe.kernels import ops, step
+from torchlinearmoe.kernels.flops import quadratic_attention_flops
+from torchlinearmoe.kernels.quadratic_features import feature_width
+from torchlinearmoe.mixers.base import (
+    Carried,
+    Carry,
+    Context,
+    Mixer,
+    MixerOptions,
+    ModelDims,
+    Place,
+    State,
+    StateSpec,
+    TensorWord,
+    Transition,
+    column,
+    geometry,
+    row,
+)
+from torchlinearmoe.mixers.tail import Convolutions
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuadraticOptions(MixerOptions):
+    """Options common to Based and Rebased; `head_dim` is the width of a value head."""
+
+    feature_dim: int = 16
+    """Width of a query and key head; the state has about half its square rows."""
+    conv: int = 0
+    """Taps of a short convolution on q, k and v; 0 for none."""
+    gate: bool = False
+    """Multiply the output by swish(W_g x)."""
+
+
+class QuadraticAttention(Mixer):
+    """Identity transition on second-order features; normalised scores."""
+
+    transition = Transition.IDENTITY
+    regions = ("project", "mix")
+    kind: ClassVar[str]
+    """The polynomial, as in `kernels.ops.quadratic_attention`."""
+    epsilon: ClassVar[float]
+    """Added to the denominator."""
+
+    def __init__(self, options: Any, model: ModelDims, place: Place) -> None:
+        super().__init__()
+        self.heads, self.value_dim = geometry(options, model)
+        self.feature_dim = options.feature_dim
+        self.backend = model.kernel_backend
+        width, std = model.hidden_size, model.init_std
+        keys, values = self.heads * self.feature_dim, self.heads * self.value_dim
+        self.q_proj = linear(width, keys, std)
+        self.k_proj = linear(width, keys, std)
+        self.v_proj = linear(width, values, std)
+        self.g_proj = linear(width, values, std) if options.gate else None
+        self.convs = Convolutions({"q": keys, "k": keys, "v": values}, options.conv)
+        self.o_proj = linear(values, width, std / (2 * model.num_layers) ** 0.5)
+
+    @classmethod
+    def check(cls, options: Any, model: ModelDims) -> None:
+        super().check(options, model)
+        if not options.feature_dim:
+            raise RecipeError(f"mixer.{cls.name}.feature_dim = 0: must be at least 1")
+
+    @classmethod
+    def num_parameters(cls, options: Any, model: ModelDims) -> int:
+        """D (2 H K + 2 H V), D H V more with a gate, W (2 H K + H V) of convolutions."""
+        heads, value_dim = geometry(options, model)
+        keys, values = heads * options.feature_dim, heads * value_dim
+        weights = model.hidden_size * (2 * keys + (2 + options.gate) * values)
+        return weights + options.conv * (2 * keys + values)
+
+    def state_spec(self) -> dict[str, StateSpec]:
+        rows = feature_width(self.kind, self.feature_dim)
+        recurrent = StateSpec((self.heads, rows, self.value_dim + 1), Carry.RECURRENT)
+        return {"recurrent": recurrent, **self.convs.state_spec()}
+
+    def tensor_parallel(self) -> dict[str, TensorWord]:
+        names = ("q_proj", "k_proj", "v_proj") if self.g_proj is None else ("q_proj", "k_proj", "v_proj", "g_proj")
+        words = {f"{name}.weight": column() for name in names}
+        return words | self.convs.tensor_parallel("convs") | {"o_proj.weight": row()}
+
+    def mixing_flops(self, length: int) -> float:
+        rows = feature_width(self.kind, self.feature_dim)
+        return quadratic_attention_flops(self.heads, self.feature_dim, rows, self.value_dim + 1)
+
+    def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Raw q and k [T, H K], v and, where there is one, the gate [T, H V]."""
+        gate = None if self.g_proj is None else self.g_proj(x_TD)
+        return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD), gate
+
+    def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """What happens to the queries and keys [T, H, K] before the polynomial."""
+        return q, k
+
+    def heads_of(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, H K] x 2, [T, H V] -> prepared [T, H, K] x 2, [T, H, V]."""
+        q, k = self.prepare(*(x.unflatten(-1, (-1, self.feature_dim)) for x in (q, k)))
+        return q, k, v.unflatten(-1, (-1, self.value_dim))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, ids: Tensor) -> Tensor:
+        """Convolutions, attention and output projection of documents that start empty, -> [T, D]."""
+        parts = self.convs({"q": q, "k": k, "v": v}, ids)
+        q, k, v = self.heads_of(parts["q"], parts["k"], parts["v"])
+        o, _ = ops.quadratic_attention(
+            q[None], k[None], v[None], kind=self.kind, eps=self.epsilon, document_ids=ids, backend=self.backend
+        )
+        return self.output(o[0], gate)
+
+    def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
+        """[T, H, V], [T, H V] -> [T, D]."""
+        o = o.flatten(-2)
+        return self.o_proj(o if gate is None else o * F.silu(gate))
+
+    def forward(
+        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
+    ) -> tuple[Tensor, State | None, Carried]:
+        q, k, v, gate = self.project(x_TD)
+        if state is None:
+            return self.mix(q, k, v, gate, context.documents.ids), None, carried or {}
+        parts, after = self.convs.resume({"q": q, "k": k, "v": v}, context, state)
+        q, k, v = self.heads_of(parts["q"], parts["k"], parts["v"])
+        o, after["recurrent"] = self._resume(q, k, v, context, state["recurrent"])
+        return self.output(o, gate), after, carried or {}
+
+    def _resume(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention of documents that go on from `state` [N, H, F, V + 1]."""
+        if context.stepping:
+            return step.quadratic_step(q, k, v, state, kind=self.kind, eps=self.epsilon)
+        o, after = ops.quadratic_attention(
+            q[None],
+            k[None],
+            v[None],
+            kind=self.kind,
+            eps=self.epsilon,
+            initial_state=state,
+            output_final_state=True,
+            cu_seqlens=context.documents.cu_seqlens,
+            document_ids=context.documents.ids,
+            backend=self.backend,
+        )
+        assert after is not None
+        return o[0], after

@@ -1,0 +1,77 @@
+"""Rebased: linear attention with a learned square in the place of Based's series (Aksenov et al. 2024, arXiv 2402.10644).
+
+    o_t = sum_{j <= t} s_tj^2 v_j / sum_{j <= t} s_tj^2,      s_tj = q^_t . k^_j / sqrt(K),      y_t = W_o o_t
+    q^ = gamma_q * LN(q) + beta_q,      k^ = gamma_k * LN(k) + beta_k
+
+LN is layer normalisation over a head's K = 16 channels; gamma and beta, one set for queries and one for keys, are
+shared by the heads. The square makes K (K + 1) / 2 = 136 features: every product x_i x_j once. Unlike a Taylor series,
+a square can be exactly zero, so a token can be left out.
+
+Shapes: T tokens, H heads, K query and key width of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchlinearmoe.initialize import ONES, ZEROS, set_initializers
+from torchlinearmoe.mixers.base import REPLICATED_SUMMED, ModelDims, Place, TensorWord, register
+from torchlinearmoe.mixers.quadratic import QuadraticAttention, QuadraticOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(QuadraticOptions):
+    """`[mixer.rebased]`."""
+
+    tie_norms: bool = False
+    """One gamma and beta for queries and keys together."""
+
+
+class HeadLayerNorm(nn.Module):
+    """gamma * (x - mean) / sqrt(variance + eps) + beta over a head; computed in float32, returned in x's type."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+        set_initializers(self, weight=ONES, bias=ZEROS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, H, K] -> [T, H, K]."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        y = F.layer_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.bias.to(wide.dtype), self.eps)
+        return y.to(x.dtype)
+
+
+@register("rebased")
+class Rebased(QuadraticAttention):
+    """Scores s^2 of normalised queries and keys with an affine map each."""
+
+    Options = Options
+    variants = ({"tie_norms": True, "conv": 3, "feature_dim": 8}, {"gate": True, "heads": 3, "head_dim": 24})
+    kind = "square"
+    epsilon = 1e-5
+
+    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+        super().__init__(options, model, place)
+        self.q_norm = HeadLayerNorm(options.feature_dim, model.norm_eps)
+        self.k_norm = None if options.tie_norms else HeadLayerNorm(options.feature_dim, model.norm_eps)
+
+    @classmethod
+    def num_parameters(cls, options: Any, model: ModelDims) -> int:
+        """The projections' (see QuadraticAttention), and 4 K of the norms (2 K where they are tied)."""
+        return super().num_parameters(options, model) + (2 if options.tie_norms else 4) * options.feature_dim
+
+    def tensor_parallel(self) -> dict[str, TensorWord]:
+        norms = ("q_norm",) if self.k_norm is None else ("q_norm", "k_norm")
+        words = {f"{norm}.{name}": REPLICATED_SUMMED for norm in norms for name in ("weight", "bias")}
+        return super().tensor_parallel() | words
+
+    def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.q_norm(q), (self.q_norm if self.k_norm is None else self.k_norm)(k)
