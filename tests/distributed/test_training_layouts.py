@@ -53,7 +53,7 @@ def test_compiled_regions_under_fsdp_train_as_one_eager_process_does(
     layers: Settings = {"model": {"layout": "LLN", "num_layers": 3}}
     changes = (layers, with_mixer(mixer), {"training": {"steps": 5}})
     if mixer == "linear_attention":
-        # aot_eager takes elu's gradient for contiguous where eager's is not (torch 2.11 to 2.13)
+        # aot_eager takes elu's gradient for contiguous where eager's is not (seen with torch 2.13)
         changes = (*changes, {"mixer": {"linear_attention": {"feature_map": "silu"}}})
     (one,) = ranks(1, run, settings(corpus, tmp_path / "eager", *changes))
     assert one.graphs == 0
