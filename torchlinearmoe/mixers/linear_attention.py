@@ -141,7 +141,7 @@ class LinearAttention(Mixer):
 
     def features(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mapped q and k, and v with its column of ones where the scores are summed, [T, H, ...]."""
-        q, k = (self.phi(x.unflatten(-1, (-1, self.head_dim))) for x in (q, k))
+        q, k = (self.phi(x).unflatten(-1, (-1, self.head_dim)) for x in (q, k))
         v = v.unflatten(-1, (-1, self.value_dim))
         if self.normalize:
             v = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], dim=-1)
