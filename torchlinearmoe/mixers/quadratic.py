@@ -1,6 +1,7 @@
 """What Based and Rebased share: linear attention whose score is a quadratic polynomial of narrow queries and keys.
 
-    o_t = sum_{j <= t} f(q_t . k_j) v_j / sum_{j <= t} f(q_t . k_j),      y_t = W_o o_t      [W_o (o_t * swish(W_g x_t))]
+    o_t = sum_{j <= t} f(q_t . k_j) v_j / sum_{j <= t} f(q_t . k_j)
+    y_t = W_o o_t      [W_o (o_t * swish(W_g x_t))]
 
 f(q . k) is an inner product of second-order features, so the state has a row for every feature: with 16 channels 153
 or 136 rows for V values and the denominator. This file registers nothing; `based.py` and `rebased.py` say what f is.

@@ -1,4 +1,4 @@
-"""Rebased: linear attention with a learned square in the place of Based's series (Aksenov et al. 2024, arXiv 2402.10644).
+"""Rebased: linear attention with a learned square in place of Based's series (Aksenov et al. 2024, arXiv 2402.10644).
 
     o_t = sum_{j <= t} s_tj^2 v_j / sum_{j <= t} s_tj^2,      s_tj = q^_t . k^_j / sqrt(K),      y_t = W_o o_t
     q^ = gamma_q * LN(q) + beta_q,      k^ = gamma_k * LN(k) + beta_k

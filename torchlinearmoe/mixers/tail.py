@@ -1,6 +1,6 @@
-"""Parts that linear mixers share: the short convolution of a projection, the gated per-head norm before the output.
+"""Parts that linear mixers share: the short convolution of a projection, the norms before the output, grouped heads.
 
-Shapes: T tokens, H heads, V value width of a head, W convolution width.
+Shapes: T tokens, H heads, V value width of a head, W convolution width, C channels.
 """
 
 from __future__ import annotations
@@ -63,11 +63,23 @@ class ShortConvolution(nn.Module):
 
 
 class Convolutions(nn.ModuleDict):
-    """A short convolution for each named projection; empty when switched off (0 taps)."""
+    """A short convolution for each named projection; empty when switched off (0 taps).
 
-    def __init__(self, widths: dict[str, int], taps: int, activation: str | None = "silu") -> None:
+    With `always_activate` the projections pass through SiLU then all the same.
+    """
+
+    def __init__(
+        self,
+        widths: dict[str, int],
+        taps: int,
+        activation: str | None = "silu",
+        *,
+        bias: bool = False,
+        always_activate: bool = False,
+    ) -> None:
         parts = widths.items() if taps else ()
-        super().__init__({name: ShortConvolution(width, taps, activation=activation) for name, width in parts})
+        super().__init__({name: ShortConvolution(width, taps, bias, activation) for name, width in parts})
+        self.bare_silu = always_activate and not taps
 
     def state_spec(self) -> dict[str, StateSpec]:
         """`conv_NAME`: the last inputs of each projection."""
@@ -82,14 +94,18 @@ class Convolutions(nn.ModuleDict):
 
     def forward(self, inputs: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
         """Convolve each named input [T, C] that has a convolution."""
-        return {name: self[name](x, ids) if name in self else x for name, x in inputs.items()}
+        return {name: self[name](x, ids) if name in self else self._bare(x) for name, x in inputs.items()}
 
     def resume(self, inputs: dict[str, Tensor], context: Context, state: State) -> tuple[dict[str, Tensor], State]:
         """The same going on from `conv_NAME` of `state`; also returns their new values."""
-        outputs, after = dict(inputs), {}
+        outputs, after = {name: self._bare(x) for name, x in inputs.items() if name not in self}, {}
         for name, conv in self._convolutions():
             outputs[name], after[f"conv_{name}"] = conv.resume(inputs[name], context, state[f"conv_{name}"])
         return outputs, after
+
+    def _bare(self, x: Tensor) -> Tensor:
+        """A projection without a convolution."""
+        return F.silu(x) if self.bare_silu else x
 
     def _convolutions(self) -> list[tuple[str, ShortConvolution]]:
         return [(name, conv) for name, conv in self.items() if isinstance(conv, ShortConvolution)]
@@ -106,6 +122,44 @@ class GatedHeadNorm(nn.Module):
 
     def forward(self, o: Tensor, gate: Tensor) -> Tensor:
         """o, gate: [T, H, V] -> [T, H, V]."""
-        wide = o if o.dtype == torch.float64 else o.float()
+        wide = in_float32(o)
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (wide * scale * self.weight.to(wide.dtype) * F.silu(gate.to(wide.dtype))).to(gate.dtype)
+
+
+class GroupedRMSNorm(nn.Module):
+    """RMSNorm over each of `groups` equal groups of channels, one weight a channel; statistics in float32."""
+
+    def __init__(self, width: int, groups: int, eps: float) -> None:
+        super().__init__()
+        self.group_width = width // groups
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+        set_initializers(self, weight=ONES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]; the number of groups is read from the shape."""
+        wide = in_float32(x).unflatten(-1, (-1, self.group_width))
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return ((wide * scale).flatten(-2) * self.weight.to(wide.dtype)).to(x.dtype)
+
+
+def in_float32(x: Tensor) -> Tensor:
+    """x in float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def repeat_heads(x: Tensor, times: int) -> Tensor:
+    """Each head of dim 1 `times` times in a row, [T, G, ...] -> [T, G times, ...]; one head becomes a view.
+
+    Heads 0 1 twice: 0 0 1 1, so that query head h reads key-value head h // times.
+    """
+    if times == 1:
+        return x
+    return x.unsqueeze(2).expand(-1, -1, times, *x.shape[2:]).flatten(1, 2)
+
+
+def inverse_softplus_of_exp(log_y: Tensor) -> Tensor:
+    """x with softplus(x) = exp(log_y), floored at 1e-4; with a uniform log_y, Mamba's initial step sizes."""
+    y = log_y.exp().clamp(min=1e-4)
+    return y + torch.log(-torch.expm1(-y))

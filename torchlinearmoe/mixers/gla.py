@@ -1,0 +1,194 @@
+"""Gated linear attention (Yang et al. 2023, arXiv 2312.06635).
+
+    S_t = diag(a_t) S_{t-1} + k_t v_t^T,      o_t = S_t^T q_t / sqrt(K)
+    log a_t = log sigmoid(W_2 W_1 x_t + b) / 16,      W_1 of rank 16
+    y_t = W_o (RMSNorm(o_t) * swish(W_g x_t))
+
+Log decays are computed in float32 from the gate's logits. W_1, W_2 and b are ordinary weights nevertheless: rounding a
+logit to bfloat16 changes log a_t by about the rounding of the input itself, and the division by 16 shrinks it once
+more; nothing is exponentiated twice as with A_log.
+
+Shapes: T tokens, D width, H query heads, G key-value heads (each read by H / G neighbouring query heads), K and V key
+and value width of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.initialize import linear
+from torchlinearmoe.kernels import ops
+from torchlinearmoe.kernels.flops import linear_recurrence_flops
+from torchlinearmoe.mixers.base import (
+    REPLICATED_SUMMED,
+    Carried,
+    Carry,
+    Context,
+    Mixer,
+    MixerOptions,
+    ModelDims,
+    Place,
+    State,
+    StateSpec,
+    TensorWord,
+    Transition,
+    column,
+    expanded,
+    geometry,
+    register,
+    row,
+)
+from torchlinearmoe.mixers.linear_attention import FEATURE_MAPS
+from torchlinearmoe.mixers.recurrence import resume_linear
+from torchlinearmoe.mixers.tail import Convolutions, GatedHeadNorm, in_float32, repeat_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(MixerOptions):
+    """`[mixer.gla]`."""
+
+    kv_heads: int = 0
+    """Heads of k, v and the gate, a divisor of the query heads; 0 for as many."""
+    expand_k: float = 0.5
+    """Key width as a multiple of a head's width."""
+    expand_v: float = 1.0
+    """Value width as a multiple of a head's width."""
+    gate_rank: int = 16
+    """Rank of the gate's projection."""
+    gate_normalizer: float = 16.0
+    """Divisor of the log decays; larger ones remember longer."""
+    clamp_min: float | None = None
+    """The lowest log decay, below zero; none by default."""
+    feature_map: Literal["elu", "relu", "silu", "identity"] = "identity"
+    """Map of q and k; `elu` is elu(x) + 1."""
+    conv: int = 0
+    """Taps of a short convolution with SiLU on q, k and v; 0 for none."""
+
+
+def _dims(options: Options, model: ModelDims) -> tuple[int, int, int, int]:
+    """(query heads, key-value heads, key width, value width)."""
+    heads, width = geometry(options, model)
+    return heads, options.kv_heads or heads, expanded(width, options.expand_k), expanded(width, options.expand_v)
+
+
+@register("gla")
+class GLA(Mixer):
+    """Diagonal decay from a low-rank gate; gated per-head norm."""
+
+    transition = Transition.DIAGONAL
+    Options = Options
+    variants = (
+        {"heads": 4, "head_dim": 16, "kv_heads": 2, "conv": 4},
+        {"expand_k": 1.0, "expand_v": 1.5, "clamp_min": -0.05, "gate_rank": 3, "gate_normalizer": 8.0},
+        {"feature_map": "silu", "heads": 3, "head_dim": 16, "kv_heads": 1},
+    )
+    regions = ("project", "mix")
+
+    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.key_dim, self.value_dim = _dims(options, model)
+        self.normalizer = options.gate_normalizer
+        self.clamp_min = options.clamp_min
+        self.phi = FEATURE_MAPS[options.feature_map]
+        self.backend = model.kernel_backend
+        self.scale = self.key_dim**-0.5
+        width, std = model.hidden_size, model.init_std
+        queries, keys = self.heads * self.key_dim, self.kv_heads * self.key_dim
+        values, outputs = self.kv_heads * self.value_dim, self.heads * self.value_dim
+        self.q_proj = linear(width, queries, std)
+        self.k_proj = linear(width, keys, std)
+        self.v_proj = linear(width, values, std)
+        self.g_proj = linear(width, outputs, std)
+        self.decay_down = linear(width, options.gate_rank, std)
+        self.decay_up = linear(options.gate_rank, keys, std, bias=True)
+        self.convs = Convolutions({"q": queries, "k": keys, "v": values}, options.conv)
+        self.norm = GatedHeadNorm(self.value_dim, model.norm_eps)
+        self.o_proj = linear(outputs, width, std / (2 * model.num_layers) ** 0.5)
+
+    @classmethod
+    def check(cls, options: Any, model: ModelDims) -> None:
+        super().check(options, model)
+        heads, width = geometry(options, model)
+        cls.check_expansion("expand_k", width, options.expand_k)
+        cls.check_expansion("expand_v", width, options.expand_v)
+        if options.kv_heads and heads % options.kv_heads:
+            raise RecipeError(f"mixer.gla.kv_heads = {options.kv_heads}: must divide the {heads} query heads")
+        if options.gate_rank < 1:
+            raise RecipeError(f"mixer.gla.gate_rank = {options.gate_rank}: must be at least 1")
+        if options.gate_normalizer <= 0:
+            raise RecipeError(f"mixer.gla.gate_normalizer = {options.gate_normalizer}: must be positive")
+        if options.clamp_min is not None and options.clamp_min >= 0:
+            raise RecipeError(f"mixer.gla.clamp_min = {options.clamp_min}: must be below zero, it bounds a log decay")
+
+    @classmethod
+    def num_parameters(cls, options: Any, model: ModelDims) -> int:
+        """D (H K + G K + G V + 2 H V), (D + G K) rank + G K of the gate, V of the norm, W (H K + G K + G V)."""
+        heads, kv_heads, key_dim, value_dim = _dims(options, model)
+        keys, outputs = kv_heads * key_dim, heads * value_dim
+        inputs = heads * key_dim + keys + kv_heads * value_dim
+        gate = (model.hidden_size + keys) * options.gate_rank + keys
+        return model.hidden_size * (inputs + 2 * outputs) + gate + value_dim + options.conv * inputs
+
+    def state_spec(self) -> dict[str, StateSpec]:
+        recurrent = StateSpec((self.kv_heads, self.key_dim, self.value_dim), Carry.RECURRENT)
+        return {"recurrent": recurrent, **self.convs.state_spec()}
+
+    def tensor_parallel(self) -> dict[str, TensorWord]:
+        words = {f"{name}_proj.weight": column() for name in "qkvg"}
+        words |= {"decay_down.weight": REPLICATED_SUMMED, "decay_up.weight": column(), "decay_up.bias": column()}
+        words |= self.convs.tensor_parallel("convs")
+        return words | {"norm.weight": REPLICATED_SUMMED, "o_proj.weight": row()}
+
+    def mixing_flops(self, length: int) -> float:
+        return linear_recurrence_flops(self.heads, self.key_dim, self.value_dim)
+
+    def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Raw q [T, H K], k [T, G K], v [T, G V], gate [T, H V]; log decays [T, G K] in float32."""
+        logits = self.decay_up(self.decay_down(x_TD))
+        log_decay = F.logsigmoid(in_float32(logits)) / self.normalizer
+        if self.clamp_min is not None:
+            log_decay = log_decay.clamp(min=self.clamp_min)
+        return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD), self.g_proj(x_TD), log_decay
+
+    def features(self, parts: dict[str, Tensor], log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k and log decays [T, H, K], v [T, H, V]; head counts are read from the shapes."""
+        q, k = (self.phi(parts[name].unflatten(-1, (-1, self.key_dim))) for name in "qk")
+        v, log_decay = parts["v"].unflatten(-1, (-1, self.value_dim)), log_decay.unflatten(-1, (-1, self.key_dim))
+        times = q.shape[1] // k.shape[1]
+        return q, repeat_heads(k, times), repeat_heads(v, times), repeat_heads(log_decay, times)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, log_decay: Tensor, ids: Tensor) -> Tensor:
+        """Features, recurrence, norm and output projection of documents that start empty, -> [T, D]."""
+        q, k, v, log_decay = self.features(self.convs({"q": q, "k": k, "v": v}, ids), log_decay)
+        o, _ = ops.linear_recurrence(
+            q[None],
+            k[None],
+            v[None],
+            log_decay[None],
+            scale=self.scale,
+            document_ids=ids,
+            backend=self.backend,
+        )
+        return self.output(o[0], gate)
+
+    def output(self, o: Tensor, gate: Tensor) -> Tensor:
+        """[T, H, V], [T, H V] -> [T, D]."""
+        return self.o_proj(self.norm(o, gate.unflatten(-1, (-1, self.value_dim))).flatten(-2))
+
+    def forward(
+        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
+    ) -> tuple[Tensor, State | None, Carried]:
+        q, k, v, gate, log_decay = self.project(x_TD)
+        if state is None:
+            return self.mix(q, k, v, gate, log_decay, context.documents.ids), None, carried or {}
+        parts, after = self.convs.resume({"q": q, "k": k, "v": v}, context, state)
+        q, k, v, log_decay = self.features(parts, log_decay)
+        o, after["recurrent"] = resume_linear(
+            q, k, v, log_decay, context, state["recurrent"], scale=self.scale, backend=self.backend
+        )
+        return self.output(o, gate), after, carried or {}

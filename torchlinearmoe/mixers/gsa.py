@@ -1,0 +1,190 @@
+"""Gated slot attention (Zhang et al. 2024, arXiv 2409.07146).
+
+    log a_t = log sigmoid(W_f x_t) / 8,      s_t = 1 - a_t                                  one of each for a slot
+    K_t = K_{t-1} diag(a_t) + k_t s_t^T,     V_t = diag(a_t) V_{t-1} + s_t v_t^T            q, k, v = swish(W x)
+    o_t = V_t^T softmax(K_t^T q_t)
+    y_t = W_o RMSNorm(swish(o_t))
+
+Softmax attention over a fixed number of slots instead of over the past: a slot keeps a moving average of keys and of
+values. The norm spans all heads; there is no output gate.
+
+Shapes: T tokens, D width, H query heads, G key-value heads (each read by H / G neighbouring query heads), K and V key
+and value width of a head, S slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.initialize import linear
+from torchlinearmoe.kernels import ops
+from torchlinearmoe.kernels.flops import linear_recurrence_flops
+from torchlinearmoe.mixers.base import (
+    Carried,
+    Carry,
+    Context,
+    Mixer,
+    MixerOptions,
+    ModelDims,
+    Place,
+    State,
+    StateSpec,
+    TensorWord,
+    Transition,
+    column,
+    expanded,
+    geometry,
+    per_head,
+    register,
+    row,
+)
+from torchlinearmoe.mixers.recurrence import resume_slots
+from torchlinearmoe.mixers.tail import Convolutions, in_float32, repeat_heads
+from torchlinearmoe.models.norm import RMSNorm
+
+SCALE = 1.0
+"""Of the scores of the slots; the paper leaves 1 / sqrt(K) out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(MixerOptions):
+    """`[mixer.gsa]`."""
+
+    slots: int = 64
+    """Slots of a head."""
+    kv_heads: int = 0
+    """Heads of k, v and the slots, a divisor of the query heads; 0 for as many."""
+    expand_k: float = 1.0
+    """Key width as a multiple of a head's width."""
+    expand_v: float = 1.0
+    """Value width as a multiple of a head's width."""
+    gate_normalizer: float = 8.0
+    """Divisor of the log decays; larger ones remember longer."""
+    conv: int = 0
+    """Taps of a short convolution on q, k and v, in front of their SiLU; 0 for none."""
+
+
+def _dims(options: Options, model: ModelDims) -> tuple[int, int, int, int]:
+    """(query heads, key-value heads, key width, value width)."""
+    heads, width = geometry(options, model)
+    return heads, options.kv_heads or heads, expanded(width, options.expand_k), expanded(width, options.expand_v)
+
+
+@register("gsa")
+class GSA(Mixer):
+    """Diagonal decay over slots, of keys and of values; read by softmax; full-width norm."""
+
+    transition = Transition.DIAGONAL
+    Options = Options
+    variants = (
+        {"slots": 5, "conv": 3, "expand_v": 1.5},
+        {"heads": 4, "head_dim": 16, "kv_heads": 2, "slots": 16, "expand_k": 0.5, "gate_normalizer": 4.0},
+    )
+    regions = ("project", "mix")
+
+    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.key_dim, self.value_dim = _dims(options, model)
+        self.slots = options.slots
+        self.normalizer = options.gate_normalizer
+        self.backend = model.kernel_backend
+        width, std = model.hidden_size, model.init_std
+        queries, keys, values = self.heads * self.key_dim, self.kv_heads * self.key_dim, self.kv_heads * self.value_dim
+        outputs = self.heads * self.value_dim
+        self.q_proj = linear(width, queries, std)
+        self.k_proj = linear(width, keys, std)
+        self.v_proj = linear(width, values, std)
+        self.f_proj = linear(width, self.kv_heads * self.slots, std)
+        self.convs = Convolutions({"q": queries, "k": keys, "v": values}, options.conv, always_activate=True)
+        self.norm = RMSNorm(outputs, model.norm_eps)
+        self.o_proj = linear(outputs, width, std / (2 * model.num_layers) ** 0.5)
+
+    @classmethod
+    def check(cls, options: Any, model: ModelDims) -> None:
+        super().check(options, model)
+        heads, width = geometry(options, model)
+        cls.check_expansion("expand_k", width, options.expand_k)
+        cls.check_expansion("expand_v", width, options.expand_v)
+        if options.slots < 1:
+            raise RecipeError(f"mixer.gsa.slots = {options.slots}: must be at least 1")
+        if options.kv_heads and heads % options.kv_heads:
+            raise RecipeError(f"mixer.gsa.kv_heads = {options.kv_heads}: must divide the {heads} query heads")
+        if options.gate_normalizer <= 0:
+            raise RecipeError(f"mixer.gsa.gate_normalizer = {options.gate_normalizer}: must be positive")
+
+    @classmethod
+    def num_parameters(cls, options: Any, model: ModelDims) -> int:
+        """D (H K + G K + G V + G S + H V), H V of the norm, W (H K + G K + G V) of convolutions."""
+        heads, kv_heads, key_dim, value_dim = _dims(options, model)
+        inputs, outputs = (heads + kv_heads) * key_dim + kv_heads * value_dim, heads * value_dim
+        weights = model.hidden_size * (inputs + kv_heads * options.slots + outputs)
+        return weights + outputs + options.conv * inputs
+
+    def state_spec(self) -> dict[str, StateSpec]:
+        return {
+            "slot_keys": StateSpec((self.kv_heads, self.key_dim, self.slots), Carry.RECURRENT),
+            "slot_values": StateSpec((self.kv_heads, self.slots, self.value_dim), Carry.RECURRENT),
+            **self.convs.state_spec(),
+        }
+
+    def tensor_parallel(self) -> dict[str, TensorWord]:
+        words = {f"{name}_proj.weight": column() for name in "qkvf"}
+        words |= self.convs.tensor_parallel("convs")
+        return words | {"norm.weight": per_head(), "o_proj.weight": row()}
+
+    def mixing_flops(self, length: int) -> float:
+        """Two passes: slots from keys, values from slots."""
+        into = linear_recurrence_flops(self.heads, self.key_dim, self.slots)
+        return into + linear_recurrence_flops(self.heads, self.slots, self.value_dim)
+
+    def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Raw q [T, H K], k [T, G K], v [T, G V]; log decays [T, G S] in float32."""
+        log_decay = F.logsigmoid(in_float32(self.f_proj(x_TD))) / self.normalizer
+        return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD), log_decay
+
+    def features(self, parts: dict[str, Tensor], log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """q, k [T, H, K], v [T, H, V], writes and log decays [T, H, S]; head counts are read from the shapes."""
+        q, k = (parts[name].unflatten(-1, (-1, self.key_dim)) for name in "qk")
+        v, log_decay = parts["v"].unflatten(-1, (-1, self.value_dim)), log_decay.unflatten(-1, (-1, self.slots))
+        s = -torch.expm1(log_decay)
+        k, v, s, log_decay = (repeat_heads(x, q.shape[1] // x.shape[1]) for x in (k, v, s.to(q.dtype), log_decay))
+        return q, k, v, s, log_decay
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, ids: Tensor) -> Tensor:
+        """Features, slots, norm and output projection of documents that start empty, -> [T, D]."""
+        q, k, v, s, log_decay = self.features(self.convs({"q": q, "k": k, "v": v}, ids), log_decay)
+        o, _ = ops.slot_attention(
+            q[None],
+            k[None],
+            v[None],
+            s[None],
+            log_decay[None],
+            scale=SCALE,
+            document_ids=ids,
+            backend=self.backend,
+        )
+        return self.output(o[0])
+
+    def output(self, o: Tensor) -> Tensor:
+        """[T, H, V] -> [T, D]."""
+        return self.o_proj(self.norm(F.silu(o.flatten(-2))))
+
+    def forward(
+        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
+    ) -> tuple[Tensor, State | None, Carried]:
+        q, k, v, log_decay = self.project(x_TD)
+        if state is None:
+            return self.mix(q, k, v, log_decay, context.documents.ids), None, carried or {}
+        parts, after = self.convs.resume({"q": q, "k": k, "v": v}, context, state)
+        q, k, v, s, log_decay = self.features(parts, log_decay)
+        slots = (state["slot_keys"], state["slot_values"])
+        o, (after["slot_keys"], after["slot_values"]) = resume_slots(
+            q, k, v, s, log_decay, context, slots, scale=SCALE, backend=self.backend
+        )
+        return self.output(o), after, carried or {}

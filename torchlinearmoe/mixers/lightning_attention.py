@@ -1,0 +1,178 @@
+"""Lightning attention: linear attention with one fixed decay a head (Qin et al. 2023, arXiv 2307.14995, TransNormerLLM;
+MiniMax 2025, arXiv 2501.08313).
+
+    S_t = e^{-s_h} S_{t-1} + k_t v_t^T,      o_t = S_t^T q_t / sqrt(K),      q, k, v = swish(W x)
+    s_h = ALiBi slope of head h  *  (1 - l / (L - 1) + 1e-5) in layer l of L
+    y_t = W_o (RMSNorm(o_t) * sigmoid(W_g x_t))
+
+The slopes are computed, not learned: 2^(-8 (h + 1) / H), h counting all heads of the model, so that early layers and
+heads look near and the last layer forgets next to nothing. The papers agree on the slopes and differ after them; norm
+and gate here are MiniMax-01's, one norm over all heads and a sigmoid (TransNormerLLM's gate has no activation). The
+norm absorbs the scale, which the papers leave out. TransNormerLLM's positions in the first layer are left out too.
+
+Shapes: T tokens, D width, H heads, K = V width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchlinearmoe.initialize import linear
+from torchlinearmoe.kernels import ops
+from torchlinearmoe.kernels.flops import linear_recurrence_flops
+from torchlinearmoe.mixers.base import (
+    REPLICATED_SUMMED,
+    Carried,
+    Carry,
+    Context,
+    Mixer,
+    MixerOptions,
+    ModelDims,
+    Place,
+    State,
+    StateSpec,
+    TensorWord,
+    Transition,
+    column,
+    geometry,
+    per_head,
+    register,
+    row,
+)
+from torchlinearmoe.mixers.recurrence import resume_linear
+from torchlinearmoe.mixers.tail import Convolutions
+from torchlinearmoe.models.norm import RMSNorm
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "swish": F.silu}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(MixerOptions):
+    """`[mixer.lightning_attention]`."""
+
+    layer_factor: bool = True
+    """Scale the slopes down with depth; false gives every layer the plain ALiBi slopes."""
+    norm: Literal["full", "head"] = "full"
+    """RMSNorm over all heads together, or over each by itself with one weight for all."""
+    gate: Literal["sigmoid", "swish"] = "sigmoid"
+    """Activation of the output gate."""
+    conv: int = 0
+    """Taps of a short convolution on q, k and v, in front of their SiLU; 0 for none."""
+
+
+def alibi_slopes(heads: Tensor, total: int) -> Tensor:
+    """ALiBi slopes (Press et al. 2021, arXiv 2108.12409) of the heads with these indices among `total`, in float64.
+
+    For P heads, a power of two: 2^(-8 (h + 1) / P). Other totals take those of the next lower P, then every second one
+    of 2 P: 6 heads are 1/4 1/16 1/64 1/256 and 1/2 1/8.
+    """
+    power = 2 ** (total.bit_length() - 1)
+    within = 8 * (heads + 1) / power
+    beyond = 4 * (2 * (heads - power) + 1) / power
+    return torch.exp2(-torch.where(heads < power, within, beyond).double())
+
+
+@register("lightning_attention")
+class LightningAttention(Mixer):
+    """Constant decay; SiLU on q, k and v; full-width norm, then a sigmoid gate."""
+
+    transition = Transition.CONSTANT
+    Options = Options
+    variants = (
+        {"layer_factor": False, "norm": "head", "gate": "swish"},
+        {"conv": 3, "heads": 3, "head_dim": 16},
+    )
+    regions = ("project", "mix")
+    first_head: int = 0
+    """Index, among all heads of the layer, of the first one in this module; above zero on a tensor-parallel rank."""
+
+    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+        super().__init__()
+        self.heads, self.head_dim = geometry(options, model)
+        self.depth_factor = 1.0
+        if options.layer_factor and model.num_layers > 1:
+            self.depth_factor = 1 - place.layer / (model.num_layers - 1) + 1e-5
+        self.norm_per_head = options.norm == "head"
+        self.gate = GATES[options.gate]
+        self.backend = model.kernel_backend
+        self.scale = self.head_dim**-0.5
+        inner, width, std = self.heads * self.head_dim, model.hidden_size, model.init_std
+        self.q_proj = linear(width, inner, std)
+        self.k_proj = linear(width, inner, std)
+        self.v_proj = linear(width, inner, std)
+        self.g_proj = linear(width, inner, std)
+        self.convs = Convolutions(dict.fromkeys("qkv", inner), options.conv, always_activate=True)
+        self.norm = RMSNorm(self.head_dim if self.norm_per_head else inner, model.norm_eps)
+        self.o_proj = linear(inner, width, std / (2 * model.num_layers) ** 0.5)
+
+    @classmethod
+    def num_parameters(cls, options: Any, model: ModelDims) -> int:
+        """5 D H K, H K of the norm (K a head's), 3 W H K of convolutions."""
+        heads, head_dim = geometry(options, model)
+        inner = heads * head_dim
+        return (5 * model.hidden_size + 3 * options.conv) * inner + (head_dim if options.norm == "head" else inner)
+
+    def state_spec(self) -> dict[str, StateSpec]:
+        recurrent = StateSpec((self.heads, self.head_dim, self.head_dim), Carry.RECURRENT)
+        return {"recurrent": recurrent, **self.convs.state_spec()}
+
+    def tensor_parallel(self) -> dict[str, TensorWord]:
+        words = {f"{name}_proj.weight": column() for name in "qkvg"}
+        words |= self.convs.tensor_parallel("convs")
+        norm = REPLICATED_SUMMED if self.norm_per_head else per_head()
+        return words | {"norm.weight": norm, "o_proj.weight": row()}
+
+    def mixing_flops(self, length: int) -> float:
+        return linear_recurrence_flops(self.heads, self.head_dim, self.head_dim)
+
+    def log_decay(self, q: Tensor) -> Tensor:
+        """Log decays of the heads of q [T, H, K] in this module, [H] in float64."""
+        heads = torch.arange(self.first_head, self.first_head + q.shape[1], device=q.device)
+        return -self.depth_factor * alibi_slopes(heads, self.heads)
+
+    def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Raw q, k, v and gate, [T, H K] each."""
+        return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD), self.g_proj(x_TD)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, ids: Tensor) -> Tensor:
+        """Activations, recurrence, norm and output projection of documents that start empty, -> [T, D]."""
+        parts = self.convs({"q": q, "k": k, "v": v}, ids)
+        q, k, v = (self.heads_of(parts[name]) for name in "qkv")
+        o, _ = ops.linear_recurrence(
+            q[None],
+            k[None],
+            v[None],
+            self.log_decay(q),
+            scale=self.scale,
+            document_ids=ids,
+            backend=self.backend,
+        )
+        return self.output(o[0], gate)
+
+    def heads_of(self, x: Tensor) -> Tensor:
+        """[T, H K] -> [T, H, K]; the head count is read from the shape."""
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def output(self, o: Tensor, gate: Tensor) -> Tensor:
+        """[T, H, K], [T, H K] -> [T, D]."""
+        normed = self.norm(o).flatten(-2) if self.norm_per_head else self.norm(o.flatten(-2))
+        return self.o_proj(normed * self.gate(gate))
+
+    def forward(
+        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
+    ) -> tuple[Tensor, State | None, Carried]:
+        q, k, v, gate = self.project(x_TD)
+        if state is None:
+            return self.mix(q, k, v, gate, context.documents.ids), None, carried or {}
+        parts, after = self.convs.resume({"q": q, "k": k, "v": v}, context, state)
+        q, k, v = (self.heads_of(parts[name]) for name in "qkv")
+        o, after["recurrent"] = resume_linear(
+            q, k, v, self.log_decay(q), context, state["recurrent"], scale=self.scale, backend=self.backend
+        )
+        return self.output(o, gate), after, carried or {}

@@ -1,0 +1,233 @@
+"""Mamba2, the state space dual (Dao and Gu 2024, arXiv 2405.21060).
+
+    dt_t = softplus(W_dt x_t + dt_bias),      a_t = exp(-dt_t exp(A_log))
+    S_t = a_t S_{t-1} + B_t (dt_t u_t)^T,     o_t = S_t^T C_t + D u_t
+    y_t = W_o RMSNorm(o_t * swish(W_z x_t))
+
+u = W_x x, B = W_b x and C = W_c x pass a short convolution with bias, then SiLU. It is a linear recurrence with C as
+queries, B as keys and dt u as values. B and C are shared by the heads of a group; the norm, after the gate, spans a
+group's heads (all heads for one group). A_log, dt_bias and D, one of each a head, stay in float32 in a module of
+their own.
+
+Shapes: T tokens, M model width (D is a parameter here), H heads of P channels, H P = `expand` M, G groups, N state
+width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.initialize import ONES, Uniform, linear, set_initializers
+from torchlinearmoe.kernels import ops
+from torchlinearmoe.kernels.flops import linear_recurrence_flops
+from torchlinearmoe.mixers.base import (
+    REPLICATED_SUMMED,
+    Carried,
+    Carry,
+    Context,
+    Mixer,
+    MixerOptions,
+    ModelDims,
+    Place,
+    State,
+    StateSpec,
+    TensorWord,
+    Transition,
+    column,
+    expanded,
+    per_head,
+    register,
+    row,
+)
+from torchlinearmoe.mixers.recurrence import resume_linear
+from torchlinearmoe.mixers.tail import (
+    Convolutions,
+    GroupedRMSNorm,
+    in_float32,
+    inverse_softplus_of_exp,
+    repeat_heads,
+)
+from torchlinearmoe.models.norm import RMSNorm
+
+HEAD_DIM = 64
+"""The paper's width of a head, P."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(MixerOptions):
+    """`[mixer.mamba2]`; `heads` times `head_dim` is the inner width, and `head_dim` 0 takes 64 unless `heads` is set."""
+
+    expand: float = 2.0
+    """Inner width as a multiple of the model's."""
+    state: int = 128
+    """State width, N: entries that each channel remembers."""
+    groups: int = 1
+    """Groups of heads that share B and C, a divisor of the heads."""
+    conv: int = 4
+    """Taps of the short convolutions, with bias, on x, B and C in front of their SiLU; 0 for none."""
+
+
+def _dims(options: Options, model: ModelDims) -> tuple[int, int]:
+    """(heads, head width)."""
+    inner = expanded(model.hidden_size, options.expand)
+    head_dim = options.head_dim or (inner // options.heads if options.heads else HEAD_DIM)
+    return options.heads or inner // head_dim, head_dim
+
+
+class StepDecay(nn.Module):
+    """Step sizes, log decays and skip weights, kept and computed in float32."""
+
+    keep_fp32 = True
+    no_weight_decay = ("A_log", "dt_bias", "D")
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.D = nn.Parameter(torch.empty(heads))
+        set_initializers(
+            self,
+            A_log=Uniform(1.0, 16.0, torch.log),
+            dt_bias=Uniform(math.log(1e-3), math.log(1e-1), inverse_softplus_of_exp),
+            D=ONES,
+        )
+
+    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, H] -> dt [T, H], log decays [T, H], at most zero, and D [H]."""
+        dt = F.softplus(logits.to(self.A_log.dtype) + self.dt_bias)
+        # A copy: parameters gathered for this module are freed when it returns.
+        return dt, -dt * self.A_log.exp(), self.D.clone()
+
+
+@register("mamba2")
+class Mamba2(Mixer):
+    """Scalar decay from a step size; skip connection; norm after the gate."""
+
+    transition = Transition.SCALAR
+    Options = Options
+    variants = (
+        {"head_dim": 16, "groups": 2, "state": 24},
+        {"conv": 0, "expand": 1.5, "heads": 3, "head_dim": 32, "state": 16},
+        {"heads": 4, "groups": 4, "conv": 2, "state": 40},
+    )
+    regions = ("project", "mix")
+
+    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+        super().__init__()
+        self.heads, self.head_dim = _dims(options, model)
+        self.groups, self.state = options.groups, options.state
+        self.backend = model.kernel_backend
+        width, std = model.hidden_size, model.init_std
+        inner, shared = self.heads * self.head_dim, self.groups * self.state
+        self.z_proj = linear(width, inner, std)
+        self.x_proj = linear(width, inner, std)
+        self.b_proj = linear(width, shared, std)
+        self.c_proj = linear(width, shared, std)
+        self.dt_proj = linear(width, self.heads, std)
+        self.convs = Convolutions({"x": inner, "b": shared, "c": shared}, options.conv, bias=True, always_activate=True)
+        self.decay = StepDecay(self.heads)
+        eps = model.norm_eps
+        self.norm = RMSNorm(inner, eps) if self.groups == 1 else GroupedRMSNorm(inner, self.groups, eps)
+        self.o_proj = linear(inner, width, std / (2 * model.num_layers) ** 0.5)
+
+    @classmethod
+    def check(cls, options: Any, model: ModelDims) -> None:
+        cls.check_counts(options)
+        cls.check_expansion("expand", model.hidden_size, options.expand)
+        inner = expanded(model.hidden_size, options.expand)
+        heads, head_dim = _dims(options, model)
+        if heads < 1 or head_dim < 1 or heads * head_dim != inner:
+            raise RecipeError(
+                f"mixer.mamba2.heads: {heads} heads of {head_dim} do not make mixer.mamba2.expand * model.hidden_size "
+                f"= {inner}; give mixer.mamba2.heads or mixer.mamba2.head_dim"
+            )
+        if options.groups < 1 or heads % options.groups:
+            raise RecipeError(f"mixer.mamba2.groups = {options.groups}: must divide the {heads} heads")
+        if options.state < 1:
+            raise RecipeError(f"mixer.mamba2.state = {options.state}: must be at least 1")
+
+    @classmethod
+    def num_parameters(cls, options: Any, model: ModelDims) -> int:
+        """M (3 H P + 2 G N + H), (W + 1) (H P + 2 G N) of convolutions, H P of the norm, 3 H of the decay."""
+        heads, head_dim = _dims(options, model)
+        inner, shared = heads * head_dim, options.groups * options.state
+        convolutions = (options.conv + 1) * (inner + 2 * shared) if options.conv else 0
+        return model.hidden_size * (3 * inner + 2 * shared + heads) + convolutions + inner + 3 * heads
+
+    def state_spec(self) -> dict[str, StateSpec]:
+        recurrent = StateSpec((self.heads, self.state, self.head_dim), Carry.RECURRENT)
+        return {"recurrent": recurrent, **self.convs.state_spec()}
+
+    def tensor_parallel(self) -> dict[str, TensorWord]:
+        """Groups split with their heads; B and C of a single group are on every rank."""
+        words = {f"{name}_proj.weight": column() for name in ("z", "x", "b", "c", "dt")}
+        words |= self.convs.tensor_parallel("convs")
+        words |= {f"decay.{name}": per_head() for name in ("A_log", "dt_bias", "D")}
+        if self.groups == 1:
+            words |= {name: REPLICATED_SUMMED for name in words if name.startswith(("b_", "c_", "convs.b", "convs.c"))}
+        return words | {"norm.weight": per_head(), "o_proj.weight": row()}
+
+    def mixing_flops(self, length: int) -> float:
+        return linear_recurrence_flops(self.heads, self.state, self.head_dim)
+
+    def project(self, x_TM: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Gate z and u [T, H P], B and C [T, G N] before their convolutions, step logits [T, H]."""
+        return self.z_proj(x_TM), self.x_proj(x_TM), self.b_proj(x_TM), self.c_proj(x_TM), self.dt_proj(x_TM)
+
+    def recurrence_inputs(self, parts: dict[str, Tensor], dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries and keys [T, H, N], values and u [T, H, P]; head and group counts are read from the shapes."""
+        u = parts["x"].unflatten(-1, (-1, self.head_dim))
+        b, c = (parts[name].unflatten(-1, (-1, self.state)) for name in "bc")
+        times = u.shape[1] // b.shape[1]
+        return repeat_heads(c, times), repeat_heads(b, times), (in_float32(u) * dt[..., None]).to(u.dtype), u
+
+    def mix(
+        self,
+        z: Tensor,
+        u: Tensor,
+        b: Tensor,
+        c: Tensor,
+        dt: Tensor,
+        log_decay: Tensor,
+        skip: Tensor,
+        ids: Tensor,
+    ) -> Tensor:
+        """Convolutions, recurrence, norm and output projection of documents that start empty, -> [T, M]."""
+        q, k, v, u = self.recurrence_inputs(self.convs({"x": u, "b": b, "c": c}, ids), dt)
+        o, _ = ops.linear_recurrence(
+            q[None],
+            k[None],
+            v[None],
+            log_decay[None],
+            scale=1.0,
+            document_ids=ids,
+            backend=self.backend,
+        )
+        return self.output(o[0], u, skip, z)
+
+    def output(self, o: Tensor, u: Tensor, skip: Tensor, z: Tensor) -> Tensor:
+        """o, u: [T, H, P]; skip: [H]; z: [T, H P] -> [T, M]; up to the norm in float32."""
+        wide = in_float32(o) + skip[:, None] * in_float32(u)
+        gated = wide.flatten(-2) * F.silu(in_float32(z))
+        return self.o_proj(self.norm(gated).to(z.dtype))
+
+    def forward(
+        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
+    ) -> tuple[Tensor, State | None, Carried]:
+        z, u, b, c, logits = self.project(x_TD)
+        dt, log_decay, skip = self.decay(logits)
+        if state is None:
+            return self.mix(z, u, b, c, dt, log_decay, skip, context.documents.ids), None, carried or {}
+        parts, after = self.convs.resume({"x": u, "b": b, "c": c}, context, state)
+        q, k, v, u = self.recurrence_inputs(parts, dt)
+        o, after["recurrent"] = resume_linear(
+            q, k, v, log_decay, context, state["recurrent"], scale=1.0, backend=self.backend
+        )
+        return self.output(o, u, skip, z), after, carried or {}

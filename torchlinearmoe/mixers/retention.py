@@ -1,0 +1,178 @@
+"""Multi-scale retention (Sun et al. 2023, arXiv 2307.08621, RetNet).
+
+    S_t = gamma_h S_{t-1} + k_t v_t^T,      o_t = S_t^T q_t / sqrt(K),      gamma_h = 1 - 2^(-5 - h)
+    y_t = W_o (RMSNorm(o_t) * swish(W_g x_t))
+
+q and k are rotated by their position in the document, before the recurrence and after the map; h counts all heads of
+the layer. The norm is one a head with a weight for all heads; the paper's GroupNorm also takes away a head's mean,
+which its authors' code does not. The paper's score normalisations cancel in the norm.
+
+Shapes: T tokens, D width, H heads, K and V key and value width of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.initialize import linear
+from torchlinearmoe.kernels import ops
+from torchlinearmoe.kernels.flops import linear_recurrence_flops
+from torchlinearmoe.mixers.base import (
+    REPLICATED_SUMMED,
+    Carried,
+    Carry,
+    Context,
+    Mixer,
+    MixerOptions,
+    ModelDims,
+    Place,
+    State,
+    StateSpec,
+    TensorWord,
+    Transition,
+    column,
+    expanded,
+    geometry,
+    register,
+    row,
+)
+from torchlinearmoe.mixers.linear_attention import FEATURE_MAPS
+from torchlinearmoe.mixers.recurrence import resume_linear
+from torchlinearmoe.mixers.tail import Convolutions, GatedHeadNorm
+from torchlinearmoe.models.rope import rotate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(MixerOptions):
+    """`[mixer.retention]`."""
+
+    expand_v: float = 2.0
+    """Value width as a multiple of the key width."""
+    rope_theta: float = 10000.0
+    """Base of the rotary angles of q and k; 0 for no rotation."""
+    feature_map: Literal["elu", "relu", "silu", "identity"] = "identity"
+    """Map of q and k; `elu` is elu(x) + 1."""
+    conv: int = 0
+    """Taps of a short convolution with SiLU on q, k and v; 0 for none."""
+
+
+@register("retention")
+class Retention(Mixer):
+    """Constant decay, rotary positions, gated per-head norm."""
+
+    transition = Transition.CONSTANT
+    Options = Options
+    variants = (
+        {"rope_theta": 0.0, "expand_v": 1.0, "feature_map": "silu"},
+        {"conv": 4, "heads": 3, "head_dim": 16, "rope_theta": 500.0},
+    )
+    regions = ("project", "mix")
+    first_head: int = 0
+    """Index, among all heads of the layer, of the first one in this module; above zero on a tensor-parallel rank."""
+
+    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+        super().__init__()
+        self.heads, self.head_dim = geometry(options, model)
+        self.value_dim = expanded(self.head_dim, options.expand_v)
+        self.theta = options.rope_theta
+        self.phi = FEATURE_MAPS[options.feature_map]
+        self.backend = model.kernel_backend
+        self.scale = self.head_dim**-0.5
+        width, std = model.hidden_size, model.init_std
+        keys, values = self.heads * self.head_dim, self.heads * self.value_dim
+        self.q_proj = linear(width, keys, std)
+        self.k_proj = linear(width, keys, std)
+        self.v_proj = linear(width, values, std)
+        self.g_proj = linear(width, values, std)
+        self.convs = Convolutions({"q": keys, "k": keys, "v": values}, options.conv)
+        self.norm = GatedHeadNorm(self.value_dim, model.norm_eps)
+        self.o_proj = linear(values, width, std / (2 * model.num_layers) ** 0.5)
+
+    @classmethod
+    def check(cls, options: Any, model: ModelDims) -> None:
+        super().check(options, model)
+        width = geometry(options, model)[1]
+        cls.check_expansion("expand_v", width, options.expand_v)
+        if options.rope_theta and options.rope_theta <= 1:
+            raise RecipeError(f"mixer.retention.rope_theta = {options.rope_theta}: must be above 1, or 0 for none")
+        if options.rope_theta and width % 2:
+            raise RecipeError(f"mixer.retention.head_dim = {width}: rotary positions need an even head width")
+
+    @classmethod
+    def num_parameters(cls, options: Any, model: ModelDims) -> int:
+        """D (2 H K + 3 H V), V of the norm, W (2 H K + H V) of convolutions."""
+        heads, head_dim = geometry(options, model)
+        value_dim = expanded(head_dim, options.expand_v)
+        weights = model.hidden_size * heads * (2 * head_dim + 3 * value_dim)
+        return weights + value_dim + options.conv * heads * (2 * head_dim + value_dim)
+
+    def state_spec(self) -> dict[str, StateSpec]:
+        recurrent = StateSpec((self.heads, self.head_dim, self.value_dim), Carry.RECURRENT)
+        return {"recurrent": recurrent, **self.convs.state_spec()}
+
+    def tensor_parallel(self) -> dict[str, TensorWord]:
+        words = {f"{name}_proj.weight": column() for name in "qkvg"}
+        words |= self.convs.tensor_parallel("convs")
+        return words | {"norm.weight": REPLICATED_SUMMED, "o_proj.weight": row()}
+
+    def mixing_flops(self, length: int) -> float:
+        return linear_recurrence_flops(self.heads, self.head_dim, self.value_dim)
+
+    def log_decay(self, q: Tensor) -> Tensor:
+        """log gamma of the heads of q [T, H, K] in this module, [H] in float64."""
+        heads = torch.arange(self.first_head, self.first_head + q.shape[1], device=q.device)
+        return torch.log1p(-torch.exp2(-5.0 - heads.double()))
+
+    def rotary(self, context: Context, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines [T, K / 2], None without rotation."""
+        return context.rotary(self.head_dim, self.theta, dtype) if self.theta else None
+
+    def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Raw q, k [T, H K], v and gate [T, H V]."""
+        return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD), self.g_proj(x_TD)
+
+    def features(self, parts: dict[str, Tensor], angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Mapped and rotated q and k [T, H, K], v [T, H, V]; head counts are read from the shapes."""
+        q, k = (self.phi(parts[name].unflatten(-1, (-1, self.head_dim))) for name in "qk")
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        return q, k, parts["v"].unflatten(-1, (-1, self.value_dim))
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, angles: tuple[Tensor, Tensor] | None, ids: Tensor
+    ) -> Tensor:
+        """Features, recurrence, norm and output projection of documents that start empty, -> [T, D]."""
+        q, k, v = self.features(self.convs({"q": q, "k": k, "v": v}, ids), angles)
+        o, _ = ops.linear_recurrence(
+            q[None],
+            k[None],
+            v[None],
+            self.log_decay(q),
+            scale=self.scale,
+            document_ids=ids,
+            backend=self.backend,
+        )
+        return self.output(o[0], gate)
+
+    def output(self, o: Tensor, gate: Tensor) -> Tensor:
+        """[T, H, V], [T, H V] -> [T, D]."""
+        return self.o_proj(self.norm(o, gate.unflatten(-1, (-1, self.value_dim))).flatten(-2))
+
+    def forward(
+        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
+    ) -> tuple[Tensor, State | None, Carried]:
+        q, k, v, gate = self.project(x_TD)
+        angles = self.rotary(context, x_TD.dtype)
+        if state is None:
+            return self.mix(q, k, v, gate, angles, context.documents.ids), None, carried or {}
+        parts, after = self.convs.resume({"q": q, "k": k, "v": v}, context, state)
+        q, k, v = self.features(parts, angles)
+        o, after["recurrent"] = resume_linear(
+            q, k, v, self.log_decay(q), context, state["recurrent"], scale=self.scale, backend=self.backend
+        )
+        return self.output(o, gate), after, carried or {}

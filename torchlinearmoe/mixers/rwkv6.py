@@ -1,0 +1,303 @@
+"""RWKV6 (Finch), time mixing: a diagonal recurrence with data-dependent decay and token shift (Peng et al. 2024).
+
+arXiv 2404.05892, equations 11 to 20. x'_t is the token before x_t in the same document, d_t = x'_t - x_t:
+
+    z_t = tanh(W_1 (x_t + mu_x * d_t))                               five low-rank vectors, one for each of r w k v g
+    x^i_t = x_t + (mu_i + z^i_t W_2^i) * d_t                         i = w, k, v, r, g
+    r_t, k_t, v_t = W_r x^r_t, W_k x^k_t, W_v x^v_t
+    log a_t = -exp(w_0 + W_d tanh(W_c x^w_t))                        per channel, in float32
+    S_t = diag(a_t) S_{t-1} + k_t v_t^T,       o_t = (S_{t-1} + diag(u) k_t v_t^T)^T r_t
+    y_t = W_o (GroupNorm(o_t) * swish(W_g x^g_t))                    a group is a head, eps 64e-5
+
+The state is S and the last input. w_0 and u stay in float32 in a module of their own. Initial values follow the
+authors' recipe: ramps over channels that depend on the layer's depth (see `_Recipe`).
+
+Shapes: T tokens, D width, H heads of K = V, R rank of a mix, N documents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.initialize import ONES, ZEROS, Rows, Uniform, linear, set_initializers
+from torchlinearmoe.kernels import ops, step
+from torchlinearmoe.kernels.flops import linear_recurrence_flops
+from torchlinearmoe.mixers.base import (
+    REPLICATED_SUMMED,
+    Carried,
+    Carry,
+    Context,
+    Mixer,
+    MixerOptions,
+    ModelDims,
+    Place,
+    State,
+    StateSpec,
+    TensorWord,
+    Transition,
+    column,
+    geometry,
+    per_head,
+    register,
+    row,
+)
+
+MIXES = "wkvrg"
+"""The five inputs that each have a mix of their own, in the order of W_1's and W_2's blocks."""
+HIGHEST_LOGIT = 5.0
+"""A decay logit is held here: e^(-e^5) is 0 in float32 already, and e^logit must not overflow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(MixerOptions):
+    """`[mixer.rwkv6]`."""
+
+    mix_rank: int = 32
+    """Rank of the data-dependent part of a token's mix with the one before."""
+    decay_rank: int = 64
+    """Rank of the data-dependent part of the decay."""
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """The authors' initial values: n counts channels, rho_0 rises over the layers from 0 to 1, rho_1 falls from 1."""
+
+    layer: int
+    layers: int
+
+    @property
+    def rising(self) -> float:
+        return self.layer / max(self.layers - 1, 1)
+
+    @property
+    def falling(self) -> float:
+        return 1.0 - self.layer / self.layers
+
+    def mix(self, name: str, width: int) -> Rows:
+        """mu: 1 - (n / D)^rho_1; v mixes less of the token before in deep layers, r and g in every layer."""
+        power = self.falling / 2 if name in "rg" else self.falling
+        lift = 0.3 * self.rising if name == "v" else 0.0
+        return Rows(lambda rows: 1.0 - ((rows / width) ** power + lift))
+
+    def decay(self, channels: int) -> Rows:
+        """w_0 = -6 + 5 (n / (H K - 1))^(0.7 + 1.3 rho_0): from slow channels to fast ones."""
+        power = 0.7 + 1.3 * self.rising
+        return Rows(lambda rows: -6.0 + 5.0 * (rows / max(channels - 1, 1)) ** power)
+
+    def bonus(self, heads: int, head_dim: int) -> Rows:
+        """u = rho_0 (1 - n / (H K - 1)) + 0.1 ((n + 1) mod 3 - 1), n = h K + channel of head h."""
+
+        def fill(rows: Tensor) -> Tensor:
+            n = rows.unsqueeze(1) * head_dim + torch.arange(head_dim, device=rows.device)
+            return self.rising * (1 - n / max(heads * head_dim - 1, 1)) + 0.1 * ((n + 1) % 3 - 1)
+
+        return Rows(fill)
+
+
+class Decay(nn.Module):
+    """The decay's base w_0 and the bonus u, kept and used in float32."""
+
+    keep_fp32 = True
+    no_weight_decay = ("base", "bonus")
+
+    def __init__(self, heads: int, head_dim: int, recipe: _Recipe) -> None:
+        super().__init__()
+        self.base = nn.Parameter(torch.empty(heads * head_dim))
+        self.bonus = nn.Parameter(torch.empty(heads, head_dim))
+        set_initializers(self, base=recipe.decay(heads * head_dim), bonus=recipe.bonus(heads, head_dim))
+
+    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Data-dependent part [T, H K] -> log decays [T, H, K], at most zero, and the bonus [H, K]."""
+        wide = (self.base + logits.to(self.base.dtype)).clamp(max=HIGHEST_LOGIT)
+        # A copy of the bonus, because under FSDP the parameter itself does not outlive this call.
+        return -wide.exp().unflatten(-1, (-1, self.bonus.shape[1])), self.bonus.clone()
+
+
+class TokenMix(nn.Module):
+    """Five mixes of a token with the one before, each by a learned ramp and a low-rank function of the token."""
+
+    def __init__(self, width: int, rank: int, recipe: _Recipe) -> None:
+        super().__init__()
+        self.rank = rank
+        self.x = nn.Parameter(torch.empty(width))
+        self.ramps = nn.ParameterDict({name: nn.Parameter(torch.empty(width)) for name in MIXES})
+        self.down = nn.Parameter(torch.empty(5 * rank, width))
+        self.up = nn.Parameter(torch.empty(5 * rank, width))
+        set_initializers(self, x=recipe.mix("x", width), down=ZEROS, up=Uniform(-0.01, 0.01))
+        set_initializers(self.ramps, **{name: recipe.mix(name, width) for name in MIXES})
+
+    def forward(self, x_TD: Tensor, before_TD: Tensor) -> list[Tensor]:
+        """The inputs of w, k, v, r and g, [T, D] each; before: each token's predecessor."""
+        low = torch.tanh(F.linear(torch.lerp(x_TD, before_TD, self.x), self.down))
+        inputs = []
+        for index, name in enumerate(MIXES):
+            block = slice(index * self.rank, (index + 1) * self.rank)
+            learned_TD = low[:, block] @ self.up[block]
+            inputs.append(torch.lerp(x_TD, before_TD, self.ramps[name] + learned_TD))
+        return inputs
+
+
+class HeadGroupNorm(nn.Module):
+    """GroupNorm with a head a group, then swish(gate); statistics in float32, result in the gate's type."""
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.eps = 64e-5
+        self.weight = nn.Parameter(torch.empty(heads * head_dim))
+        self.bias = nn.Parameter(torch.empty(heads * head_dim))
+        set_initializers(self, weight=ONES, bias=ZEROS)
+
+    def forward(self, o: Tensor, gate: Tensor) -> Tensor:
+        """o [T, H, V], gate [T, H V] -> [T, H V]."""
+        wide = o if o.dtype == torch.float64 else o.float()
+        unit = F.layer_norm(wide, (self.head_dim,), eps=self.eps).flatten(-2)
+        y = unit * self.weight.to(wide.dtype) + self.bias.to(wide.dtype)
+        return (y * F.silu(gate.to(wide.dtype))).to(gate.dtype)
+
+
+@register("rwkv6")
+class RWKV6(Mixer):
+    """Diagonal decay from the data, bonus for the current token, token shift."""
+
+    transition = Transition.DIAGONAL
+    Options = Options
+    variants = ({"mix_rank": 3, "decay_rank": 5}, {"heads": 3, "head_dim": 16})
+    regions = ("project", "mix")
+
+    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+        super().__init__()
+        self.heads, self.head_dim = geometry(options, model)
+        self.backend = model.kernel_backend
+        inner, width, std = self.heads * self.head_dim, model.hidden_size, model.init_std
+        recipe = _Recipe(place.layer, model.num_layers)
+        self.token_mix = TokenMix(width, options.mix_rank, recipe)
+        self.r_proj = linear(width, inner, std)
+        self.k_proj = linear(width, inner, std)
+        self.v_proj = linear(width, inner, std)
+        self.g_proj = linear(width, inner, std)
+        self.decay_down = linear(width, options.decay_rank, std)
+        set_initializers(self.decay_down, weight=ZEROS)
+        self.decay_up = linear(options.decay_rank, inner, std)
+        set_initializers(self.decay_up, weight=Uniform(-0.01, 0.01))
+        self.decay = Decay(self.heads, self.head_dim, recipe)
+        self.norm = HeadGroupNorm(self.heads, self.head_dim)
+        self.o_proj = linear(inner, width, std / (2 * model.num_layers) ** 0.5)
+
+    @classmethod
+    def check(cls, options: Any, model: ModelDims) -> None:
+        super().check(options, model)
+        for key in ("mix_rank", "decay_rank"):
+            if not getattr(options, key):
+                raise RecipeError(f"mixer.rwkv6.{key} = 0: must be at least 1")
+
+    @classmethod
+    def num_parameters(cls, options: Any, model: ModelDims) -> int:
+        """5 D H K projections, D (6 + 10 R) of the mixes, (D + H K) R' of the decay, 4 H K of w_0, u and the norm."""
+        heads, head_dim = geometry(options, model)
+        width, inner = model.hidden_size, heads * head_dim
+        mixes = width * (6 + 10 * options.mix_rank)
+        return 5 * width * inner + mixes + (width + inner) * options.decay_rank + 4 * inner
+
+    def state_spec(self) -> dict[str, StateSpec]:
+        return {
+            "recurrent": StateSpec((self.heads, self.head_dim, self.head_dim), Carry.RECURRENT),
+            "shift": StateSpec((1, self.token_mix.x.shape[0]), Carry.LAST_TOKENS, fp32=False),
+        }
+
+    def tensor_parallel(self) -> dict[str, TensorWord]:
+        """Mixes are on every rank, but each rank sees only what its own heads make of them."""
+        words = {f"{name}.weight": column() for name in ("r_proj", "k_proj", "v_proj", "g_proj", "decay_up")}
+        words |= {f"token_mix.{name}": REPLICATED_SUMMED for name, _ in self.token_mix.named_parameters()}
+        words |= {f"decay.{name}": per_head() for name in ("base", "bonus")}
+        words |= {f"norm.{name}": per_head() for name in ("weight", "bias")}
+        return words | {"decay_down.weight": REPLICATED_SUMMED, "o_proj.weight": row()}
+
+    def mixing_flops(self, length: int) -> float:
+        """The recurrence; the bonus is counted among the matrices, as if it were one."""
+        return linear_recurrence_flops(self.heads, self.head_dim, self.head_dim)
+
+    def project(self, x_TD: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Token shift in documents that start empty, mixes and projections: see `project_after`."""
+        before, _ = ops.token_shift(x_TD[None], document_ids=ids)
+        return self.project_after(x_TD, before[0])
+
+    def project_after(self, x_TD: Tensor, before_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """r, k, v, gate and the data-dependent part of the decay, [T, H K] each, of tokens and their predecessors."""
+        w, k, v, r, g = self.token_mix(x_TD, before_TD)
+        logits = self.decay_up(torch.tanh(self.decay_down(w)))
+        return self.r_proj(r), self.k_proj(k), self.v_proj(v), self.g_proj(g), logits
+
+    def mix(
+        self, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, log_decay: Tensor, bonus: Tensor, ids: Tensor
+    ) -> Tensor:
+        """Recurrence, norm and output projection of documents that start empty, -> [T, D]."""
+        r, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (r, k, v))
+        o, _ = ops.linear_recurrence(
+            r[None],
+            k[None],
+            v[None],
+            log_decay[None],
+            scale=1.0,
+            bonus=bonus,
+            document_ids=ids,
+            backend=self.backend,
+        )
+        return self.o_proj(self.norm(o[0], gate))
+
+    def forward(
+        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
+    ) -> tuple[Tensor, State | None, Carried]:
+        ids = context.documents.ids
+        if state is None:
+            r, k, v, gate, logits = self.project(x_TD, ids)
+            return self.mix(r, k, v, gate, *self.decay(logits), ids), None, carried or {}
+        before_TD, shift = self._shift(x_TD, context, state["shift"])
+        r, k, v, gate, logits = self.project_after(x_TD, before_TD)
+        log_decay, bonus = self.decay(logits)
+        o, recurrent = self._resume(r, k, v, log_decay, bonus, context, state["recurrent"])
+        return self.o_proj(self.norm(o, gate)), {"recurrent": recurrent, "shift": shift}, carried or {}
+
+    def _shift(self, x_TD: Tensor, context: Context, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Predecessors of the tokens and each document's last input, going on from `state` [N, 1, D]."""
+        if context.stepping:
+            before_TD, last = step.token_shift_step(x_TD, state)
+            return before_TD, last.to(state.dtype)
+        before, last = ops.token_shift(
+            x_TD[None],
+            initial_state=state,
+            output_final_state=True,
+            cu_seqlens=context.documents.cu_seqlens,
+            document_ids=context.documents.ids,
+        )
+        assert last is not None
+        return before[0], last.to(state.dtype)
+
+    def _resume(
+        self, r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, bonus: Tensor, context: Context, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The recurrence of documents that go on from `state` [N, H, K, V]."""
+        r, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (r, k, v))
+        if context.stepping:
+            return step.linear_step(r, k, v, log_decay, state, scale=1.0, bonus=bonus)
+        o, after = ops.linear_recurrence(
+            r[None],
+            k[None],
+            v[None],
+            log_decay[None],
+            scale=1.0,
+            bonus=bonus,
+            initial_state=state,
+            output_final_state=True,
+            cu_seqlens=context.documents.cu_seqlens,
+            document_ids=context.documents.ids,
+            backend=self.backend,
+        )
+        assert after is not None
+        return o[0], after
