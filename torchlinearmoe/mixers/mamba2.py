@@ -62,7 +62,7 @@ HEAD_DIM = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Options(MixerOptions):
-    """`[mixer.mamba2]`; `heads` times `head_dim` is the inner width, and `head_dim` 0 takes 64 unless `heads` is set."""
+    """`[mixer.mamba2]`; `heads` times `head_dim` is the inner width; `head_dim` 0 is 64 unless `heads` is set."""
 
     expand: float = 2.0
     """Inner width as a multiple of the model's."""

@@ -257,7 +257,8 @@ class RWKV6(Mixer):
         ids = context.documents.ids
         if state is None:
             r, k, v, gate, logits = self.project(x_TD, ids)
-            return self.mix(r, k, v, gate, *self.decay(logits), ids), None, carried or {}
+            log_decay, bonus = self.decay(logits)
+            return self.mix(r, k, v, gate, log_decay, bonus, ids), None, carried or {}
         before_TD, shift = self._shift(x_TD, context, state["shift"])
         r, k, v, gate, logits = self.project_after(x_TD, before_TD)
         log_decay, bonus = self.decay(logits)
