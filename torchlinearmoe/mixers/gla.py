@@ -84,7 +84,7 @@ class GLA(Mixer):
     Options = Options
     variants = (
         {"heads": 4, "head_dim": 16, "kv_heads": 2, "conv": 4},
-        {"expand_k": 1.0, "expand_v": 1.5, "clamp_min": -0.05, "gate_rank": 3, "gate_normalizer": 8.0},
+        {"expand_k": 1.0, "expand_v": 1.5, "clamp_min": -0.1, "gate_rank": 3, "gate_normalizer": 8.0},
         {"feature_map": "silu", "heads": 3, "head_dim": 16, "kv_heads": 1},
     )
     regions = ("project", "mix")
@@ -157,7 +157,7 @@ class GLA(Mixer):
 
     def features(self, parts: dict[str, Tensor], log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k and log decays [T, H, K], v [T, H, V]; head counts are read from the shapes."""
-        q, k = (self.phi(parts[name].unflatten(-1, (-1, self.key_dim))) for name in "qk")
+        q, k = (self.phi(parts[name]).unflatten(-1, (-1, self.key_dim)) for name in "qk")
         v, log_decay = parts["v"].unflatten(-1, (-1, self.value_dim)), log_decay.unflatten(-1, (-1, self.key_dim))
         times = q.shape[1] // k.shape[1]
         return q, repeat_heads(k, times), repeat_heads(v, times), repeat_heads(log_decay, times)

@@ -138,7 +138,7 @@ class Retention(Mixer):
 
     def features(self, parts: dict[str, Tensor], angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Mapped and rotated q and k [T, H, K], v [T, H, V]; head counts are read from the shapes."""
-        q, k = (self.phi(parts[name].unflatten(-1, (-1, self.head_dim))) for name in "qk")
+        q, k = (self.phi(parts[name]).unflatten(-1, (-1, self.head_dim)) for name in "qk")
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
         return q, k, parts["v"].unflatten(-1, (-1, self.value_dim))

@@ -1,0 +1,83 @@
+"""Gated slot attention against its paper, slot by slot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from definitions import cases_of, check_definition, heads_slice, project, rms, sigmoid, swish
+from mixer_cases import Case, Dims, make_stack, random_inputs
+from torch import Tensor
+
+from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.mixers.gsa import GSA, Options
+
+
+@cases_of("gsa")
+def test_equals_the_paper(case: Case):
+    options = case.options
+    heads, width, slots = options.heads or 2, options.head_dim or 32, options.slots
+    key_width, value_width = round(width * options.expand_k), round(width * options.expand_v)
+    groups = options.kv_heads or heads
+
+    def formula(weights: dict[str, Tensor], x_TD: Tensor) -> Tensor:
+        q, k, v = (swish(project(weights, name, x_TD)) for name in "qkv")
+        alpha = sigmoid(x_TD @ weights["f_proj.weight"].T) ** (1 / options.gate_normalizer)
+        y = torch.zeros(x_TD.shape[0], heads * value_width, dtype=torch.float64)
+        for h in range(heads):
+            group = h * groups // heads
+            query, key, value = (
+                heads_slice(h, key_width),
+                heads_slice(group, key_width),
+                heads_slice(group, value_width),
+            )
+            own = heads_slice(group, slots)
+            slot_keys = torch.zeros(slots, key_width, dtype=torch.float64)
+            slot_values = torch.zeros(slots, value_width, dtype=torch.float64)
+            for t in range(x_TD.shape[0]):
+                a = alpha[t, own][:, None]
+                slot_keys = a * slot_keys + (1 - a) * k[t, key]
+                slot_values = a * slot_values + (1 - a) * v[t, value]
+                scores = torch.exp(slot_keys @ q[t, query])
+                y[t, heads_slice(h, value_width)] = slot_values.T @ (scores / scores.sum())
+        y = torch.stack([rms(swish(row)) for row in y]) * weights["norm.weight"]
+        return y @ weights["o_proj.weight"].T
+
+    check_definition(case, formula)
+
+
+def test_a_slot_that_hardly_forgets_still_writes_what_it_forgets():
+    """1 - exp(g) of a small g has no digits left in float32; -expm1(g) has all."""
+    mixer = make_stack(Case("gsa", {"slots": 3}), dtype=torch.float32).layers[0]
+    log_decay = torch.full((4, 6), -1e-6)
+    parts = {name: torch.zeros(4, 64) for name in "qkv"}
+    s = mixer.features(parts, log_decay)[3]  # pyright: ignore
+    torch.testing.assert_close(s, torch.full((4, 2, 3), 1e-6), rtol=1e-5, atol=0)
+
+
+def test_gates_are_float32_beside_bfloat16_activations():
+    mixer = make_stack(Case("gsa", {}), dtype=torch.bfloat16).layers[0]
+    *others, log_decay = mixer.project(random_inputs(9, dtype=torch.bfloat16))  # pyright: ignore
+    assert log_decay.dtype == torch.float32 and bool((log_decay < 0).all())
+    assert {x.dtype for x in others} == {torch.bfloat16}
+
+
+def test_grouped_heads_keep_one_set_of_slots_a_group():
+    spec = make_stack(Case("gsa", {"heads": 4, "head_dim": 16, "kv_heads": 2, "slots": 7})).layers[0].state_spec()
+    assert (spec["slot_keys"].shape, spec["slot_values"].shape) == ((2, 16, 7), (2, 7, 16))
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"slots": 0}, "mixer.gsa.slots = 0: must be at least 1"),
+        ({"slots": -4}, "mixer.gsa.slots = -4: must not be negative"),
+        ({"heads": 4, "kv_heads": 3}, "mixer.gsa.kv_heads = 3: must divide the 4 query heads"),
+        ({"gate_normalizer": -1.0}, "mixer.gsa.gate_normalizer = -1.0: must be positive"),
+        ({"expand_k": 0.01}, "mixer.gsa.expand_k = 0.01: must make whole channels"),
+        ({"expand_v": 0.01}, "mixer.gsa.expand_v = 0.01: must make whole channels"),
+    ],
+)
+def test_refuses_in_one_line(wrong, message):
+    with pytest.raises(RecipeError) as error:
+        GSA.check(Options(**wrong), Dims())
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)

@@ -1,0 +1,50 @@
+"""A rank that holds a slice of the heads computes its part of the output: the ranks' outputs add up to the whole.
+
+Slices are cut here by the mixers' own tensor-parallel words, without any process group. Mixers whose norm spans all
+heads need a reduction inside and are left to the tests over ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from mixer_cases import Case, make_stack, random_inputs, relative
+from torch import nn
+
+from torchlinearmoe.documents import Documents
+from torchlinearmoe.mixers.base import Mixer
+
+CASES = [
+    Case("lightning_attention", {"norm": "head", "heads": 4, "head_dim": 16, "conv": 2}),
+    Case("retention", {"heads": 4, "head_dim": 16}),
+    Case("gla", {"heads": 4, "head_dim": 16, "kv_heads": 2, "conv": 3}),
+    Case("mamba2", {"heads": 4, "groups": 2, "state": 16}),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_slices_of_heads_add_up(case: Case, ranks: int):
+    stack = make_stack(case, num_layers=4)
+    whole, x_TD = stack.layers[1], random_inputs(70)
+    context = stack.context(Documents.packed([0, 30, 70]))
+    with torch.no_grad():
+        expected = whole(x_TD, context)[0]
+        parts = [slice_of(whole, rank, ranks)(x_TD, context)[0] for rank in range(ranks)]
+    assert relative(torch.stack(parts).sum(0), expected) < 1e-12
+
+
+def slice_of(whole: Mixer, rank: int, ranks: int) -> Mixer:
+    """The heads of one rank."""
+    part = copy.deepcopy(whole)
+    for name, word in whole.tensor_parallel().items():
+        if word.dim is None:
+            continue
+        path, _, leaf = name.rpartition(".")
+        local = whole.get_parameter(name).detach().chunk(ranks, word.dim)[rank]
+        setattr(part.get_submodule(path), leaf, nn.Parameter(local.clone()))
+    if hasattr(part, "first_head"):
+        part.first_head = rank * 4 // ranks  # pyright: ignore
+    return part
