@@ -1,8 +1,9 @@
 """Causal softmax attention over packed documents, and over a key-value cache.
 
 Backends: `sdpa` (torch scaled_dot_product_attention; block-diagonal masks by rows of the packed stream, any device),
-`varlen` (FlashAttention over cu_seqlens, CUDA in half precision), `flex` (FlexAttention, CUDA). Shapes: T tokens,
-H query heads, G key-value heads (G divides H), d head width, B sequences, M cache length.
+`varlen` (FlashAttention over cu_seqlens, CUDA in half precision), `flex` (FlexAttention, CUDA). A window of w tokens
+lets a query see itself and the w - 1 tokens before it; 0 stands for no window. Shapes: T tokens, H query heads, G
+key-value heads (G divides H), d head width, B sequences, M cache length.
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 BACKENDS = ("auto", "sdpa", "varlen", "flex")
 
 
-def choose_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Resolve `auto`; raise ValueError where a backend cannot run."""
+def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, windowed: bool = False) -> str:
+    """Resolve `auto`; raise ValueError where a backend cannot run, `windowed` where it must know windows."""
     half = dtype in (torch.bfloat16, torch.float16)
     if backend == "auto":
+        if windowed and device.type == "cuda" and half and not _varlen_knows_windows():
+            return "flex"
         return "varlen" if device.type == "cuda" and half else "sdpa"
     if backend not in BACKENDS:
         raise ValueError(f"model.attention_backend = '{backend}': legal: {', '.join(BACKENDS)}")
     if backend == "varlen" and not (device.type == "cuda" and half):
         raise ValueError("model.attention_backend = 'varlen': needs a GPU and bfloat16; use 'sdpa'")
+    if backend == "varlen" and windowed and not _varlen_knows_windows():
+        raise ValueError("model.attention_backend = 'varlen': this torch has it without windows; use 'flex'")
     if backend == "flex" and device.type != "cuda":
         raise ValueError("model.attention_backend = 'flex': its backward needs a GPU; use 'sdpa'")
     return backend
@@ -42,36 +47,55 @@ def packed_attention(
     row_length: int,
     scale: float,
     backend: str = "auto",
+    window: int = 0,
 ) -> Tensor:
-    """Causal attention inside each document.
+    """Causal attention inside each document, over the last `window` tokens where it is not 0.
 
     q: [T, H, d]; k, v: [T, G, d]; ids: [T] document of each token; cu_seqlens: int32 [N + 1]; `longest` document in
     tokens; no document crosses a multiple of `row_length`. Returns [T, H, d].
     """
-    chosen = choose_backend(backend, q.device, q.dtype)
+    window = 0 if window >= longest else window
+    chosen = choose_backend(backend, q.device, q.dtype, window > 0)
     if chosen == "varlen":
-        return _varlen(q, k, v, cu_seqlens, longest, scale)
+        return _varlen(q, k, v, cu_seqlens, longest, scale, window)
     rows = q.shape[0] // row_length
     q, k, v = (x.unflatten(0, (rows, row_length)).transpose(1, 2) for x in (q, k, v))
     groups = k.shape[1] != q.shape[1]
     if chosen == "flex":
-        out = _flex(q, k, v, ids, rows, row_length, scale, groups)
-    elif cu_seqlens.shape[0] - 1 == rows:
+        out = _flex(q, k, v, ids, rows, row_length, scale, groups, window)
+    elif cu_seqlens.shape[0] - 1 == rows and not window:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=groups)
     else:
-        mask = _row_mask(ids, rows, row_length)
+        mask = _row_mask(ids, rows, row_length, window)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=groups)
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def cached_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, query_positions: Tensor, scale: float) -> Tensor:
+def cached_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    query_positions: Tensor,
+    scale: float,
+    *,
+    key_positions: Tensor | None = None,
+    window: int = 0,
+) -> Tensor:
     """Attention of new tokens over a cache that already holds their keys and values.
 
     q: [B, T, H, d]; k_cache, v_cache: [B, M, G, d]; query_positions: [B, T], each query sees the keys up to its own
-    position. Returns [B, T, H, d].
+    position, the last `window` of them where it is not 0; key_positions: [B, M], default 0 .. M - 1, negative for
+    entries that hold nothing. Returns [B, T, H, d].
     """
-    keys = torch.arange(k_cache.shape[1], device=q.device)
-    mask = keys <= query_positions[:, None, :, None]
+    queries = query_positions[:, None, :, None]
+    if key_positions is None:
+        keys = torch.arange(k_cache.shape[1], device=q.device)
+        mask = keys <= queries
+    else:
+        keys = key_positions[:, None, None, :]
+        mask = (keys <= queries) & (keys >= 0)
+    if window:
+        mask = mask & (keys > queries - window)
     q, k, v = (x.transpose(1, 2) for x in (q, k_cache, v_cache))
     groups = k.shape[1] != q.shape[1]
     # cuDNN makes a new plan for every cache length, on the host, which costs more than the attention.
@@ -80,18 +104,20 @@ def cached_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, query_position
     return out.transpose(1, 2)
 
 
-def _row_mask(ids: Tensor, rows: int, row_length: int) -> Tensor:
-    """bool [rows, 1, L, L]: key s is in query t's document and not after it."""
+def _row_mask(ids: Tensor, rows: int, row_length: int, window: int) -> Tensor:
+    """bool [rows, 1, L, L]: key s is in query t's document, not after it and in its window."""
     ids = ids.unflatten(0, (rows, row_length))
     causal = torch.ones(row_length, row_length, dtype=torch.bool, device=ids.device).tril()
+    if window:
+        causal = causal.triu(1 - window)
     return ((ids[:, :, None] == ids[:, None, :]) & causal)[:, None]
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float, window: int) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     knows = _varlen_parameters()
-    options: dict[str, object] = {"window_size": (-1, 0)} if "window_size" in knows else {"is_causal": True}
+    options: dict[str, object] = {"window_size": (window - 1, 0)} if "window_size" in knows else {"is_causal": True}
     if k.shape[1] != q.shape[1]:
         if "enable_gqa" in knows:
             options["enable_gqa"] = True
@@ -114,6 +140,10 @@ def _varlen_parameters() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
+def _varlen_knows_windows() -> bool:
+    return "window_size" in _varlen_parameters()
+
+
 @functools.cache
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
@@ -121,13 +151,24 @@ def _compiled_flex():
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, rows: int, length: int, scale: float, groups: bool) -> Tensor:
+def _flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ids: Tensor,
+    rows: int,
+    length: int,
+    scale: float,
+    groups: bool,
+    window: int,
+) -> Tensor:
     from torch.nn.attention.flex_attention import create_block_mask
 
     ids = ids.unflatten(0, (rows, length))
 
     def same_document(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        return (ids[b, t] == ids[b, s]) & (s <= t)
+        seen = (ids[b, t] == ids[b, s]) & (s <= t)
+        return seen & (t - s < window) if window else seen
 
     mask = create_block_mask(same_document, rows, None, length, length, device=str(q.device))
     out = _compiled_flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=groups)

@@ -1,8 +1,14 @@
 """Softmax attention with grouped key-value heads and rotary positions (Ainslie et al. 2023, arXiv 2305.13245).
 
-The `N` layers of the families that use GQA. Not linear: its state is the past itself, one key and value a token.
+The `N` layers of the families that use GQA. Not linear: its state is the past itself, one key and value a token. With a
+`window` (Beltagy et al. 2020, arXiv 2004.05150) a token sees itself and the window - 1 tokens before it, and the state
+keeps no more than that: position p lies in slot p mod window, and a new token takes the place of the one that leaves.
 
-Shapes: T tokens, D width, H query heads, G key-value heads, d head width, B sequences, M cache length.
+    window 4 after positions 0 .. 5      slot 0 1 2 3
+                                         holds 4 5 2 3
+
+Shapes: T tokens, D width, H query heads, G key-value heads, d head width, B sequences, W window, L tokens of the
+longest.
 """
 
 from __future__ import annotations
@@ -41,6 +47,8 @@ class Options(MixerOptions):
 
     kv_heads: int = 0
     """Key and value heads."""
+    window: int = 0
+    """Tokens that a token sees, itself included; 0 for all of its document."""
 
 
 def _heads(options: Options, model: ModelDims) -> tuple[int, int, int]:
@@ -52,7 +60,7 @@ def _heads(options: Options, model: ModelDims) -> tuple[int, int, int]:
 
 @register("softmax_attention")
 class SoftmaxAttention(Mixer):
-    """o = softmax(q k^T / sqrt(d), causal inside the document) v."""
+    """o = softmax(q k^T / sqrt(d), causal inside the document and the window) v."""
 
     transition = Transition.ATTENTION
     Options = Options
@@ -62,6 +70,7 @@ class SoftmaxAttention(Mixer):
     def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = _heads(options, model)
+        self.window = options.window
         self.theta = model.rope_theta
         self.backend = model.attention_backend
         width, std, bias = model.hidden_size, model.init_std, model.qkv_bias
@@ -88,7 +97,11 @@ class SoftmaxAttention(Mixer):
         return weights + (heads + 2 * kv_heads) * width * model.qkv_bias
 
     def state_spec(self) -> dict[str, StateSpec]:
-        entry = StateSpec((self.kv_heads, self.head_dim), Carry.APPEND, fp32=False)
+        """One entry a token; with a window a ring of its size, which only this mixer knows how to read."""
+        shape = (self.kv_heads, self.head_dim)
+        entry = StateSpec(shape, Carry.APPEND, fp32=False)
+        if self.window:
+            entry = StateSpec((self.window, *shape), Carry.LAST_TOKENS, fp32=False)
         return {"keys": entry, "values": entry}
 
     def tensor_parallel(self) -> dict[str, TensorWord]:
@@ -98,8 +111,10 @@ class SoftmaxAttention(Mixer):
         return words | {"o_proj.weight": row()}
 
     def mixing_flops(self, length: int) -> float:
-        """Scores and values over the causal half of the document: 4 H d (length + 1) / 2."""
-        return 2.0 * self.heads * self.head_dim * (length + 1)
+        """Scores and values, 4 H d a token seen: (length + 1) / 2 of them, fewer with a window."""
+        reach = min(self.window or length, length)
+        seen = reach * (length - (reach - 1) / 2) / length
+        return 4.0 * self.heads * self.head_dim * seen
 
     def project(self, x_TD: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [T, H, d], rotated keys and values [T, G, d]."""
@@ -126,7 +141,10 @@ class SoftmaxAttention(Mixer):
                 row_length=documents.row_length,
                 scale=self.head_dim**-0.5,
                 backend=self.backend,
+                window=self.window,
             )
+        elif self.window:
+            o, state = self._attend_ring(q, k, v, context, state)
         else:
             o = self._attend_cache(q, k, v, context, state)
         return self.output(o), state, carried or {}
@@ -145,3 +163,47 @@ class SoftmaxAttention(Mixer):
         keys, values = (state[name][:, : context.history].to(q.dtype) for name in ("keys", "values"))
         out = cached_attention(rows, keys, values, row_positions, self.head_dim**-0.5)
         return out[ids, documents.positions]
+
+    def _attend_ring(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: State) -> tuple[Tensor, State]:
+        """Attend over the ring and the new tokens; the ring then holds each sequence's last W tokens."""
+        scale = self.head_dim**-0.5
+        documents, slots = context.documents, torch.arange(self.window, device=q.device)
+        if context.stepping:
+            # The token that left the window gives its slot to the new one, in place.
+            last_B = context.positions
+            rows = torch.arange(last_B.shape[0], device=q.device)
+            for name, new in (("keys", k), ("values", v)):
+                state[name][rows, last_B % self.window] = new.to(state[name].dtype)
+            held = min(context.history, self.window)
+            keys, values = (state[name][:, :held].to(q.dtype) for name in ("keys", "values"))
+            held_BW = _positions_in_slots(last_B, slots[:held], self.window)
+            o = cached_attention(q[:, None], keys, values, last_B[:, None], scale, key_positions=held_BW)
+            return o[:, 0], state
+        ids, places = documents.ids.long(), documents.positions
+        batch, longest = len(documents.lengths), max(documents.lengths)
+        seen_B1 = context.positions[documents.cu_seqlens[:-1].long()].unsqueeze(1)
+        last_B1 = seen_B1 + documents.cu_seqlens.diff().unsqueeze(1) - 1
+        new_BL = seen_B1 + torch.arange(longest, device=q.device)
+        held_BW = _positions_in_slots(seen_B1[:, 0] - 1, slots, self.window)
+        key_positions = torch.cat([held_BW, torch.where(new_BL <= last_B1, new_BL, -1)], 1)
+        rows, buffers = q.new_zeros(batch, longest, *q.shape[1:]), {}
+        rows[ids, places] = q
+        for name, new in (("keys", k), ("values", v)):
+            padded = new.new_zeros(batch, longest, *new.shape[1:])
+            padded[ids, places] = new
+            buffers[name] = torch.cat([state[name].to(q.dtype), padded], 1)
+        # A row's padding asks in the place of its last token, so that no query is without a key.
+        queries = torch.minimum(new_BL, last_B1)
+        o = cached_attention(
+            rows, buffers["keys"], buffers["values"], queries, scale, key_positions=key_positions, window=self.window
+        )
+        kept_BW = _positions_in_slots(last_B1[:, 0], slots, self.window)
+        source_BW = torch.where(kept_BW >= seen_B1, self.window + kept_BW - seen_B1, slots)
+        index = source_BW[:, :, None, None].expand(-1, -1, *k.shape[1:])
+        after = {name: buffer.gather(1, index).to(state[name].dtype) for name, buffer in buffers.items()}
+        return o[ids, places], after
+
+
+def _positions_in_slots(last_B: Tensor, slots_W: Tensor, window: int) -> Tensor:
+    """int64 [B, W]: the newest position up to `last_B` that lies in each slot of a ring; negative for an empty slot."""
+    return last_B[:, None] - (last_B[:, None] - slots_W) % window
