@@ -43,7 +43,7 @@ from torchlinearmoe.mixers.base import (
     register,
     row,
 )
-from torchlinearmoe.mixers.linear_attention import FEATURE_MAPS
+from torchlinearmoe.mixers.feature_maps import ELEMENTWISE
 from torchlinearmoe.mixers.recurrence import resume_linear
 from torchlinearmoe.mixers.tail import Convolutions, GatedHeadNorm, in_float32, repeat_heads
 
@@ -94,7 +94,7 @@ class GLA(Mixer):
         self.heads, self.kv_heads, self.key_dim, self.value_dim = _dims(options, model)
         self.normalizer = options.gate_normalizer
         self.clamp_min = options.clamp_min
-        self.phi = FEATURE_MAPS[options.feature_map]
+        self.phi = ELEMENTWISE[options.feature_map]
         self.backend = model.kernel_backend
         self.scale = self.key_dim**-0.5
         width, std = model.hidden_size, model.init_std

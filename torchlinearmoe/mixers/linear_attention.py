@@ -4,19 +4,18 @@
     y_t = W_o (RMSNorm(o_t) * swish(W_g x_t))
 
 The default keeps the norm and gate and leaves the denominator out; `normalize = true` divides, with positive maps only.
-The denominator is one more value column of ones.
+The denominator is one more value column of ones. phi is one of `feature_maps.py`; learned ones are shared by the heads,
+one for queries and one for keys.
 
-Shapes: T tokens, D width, H heads, K and V key and value width of a head.
+Shapes: T tokens, D width, H heads, K and V key and value width of a head, F features of a key head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torchlinearmoe.errors import RecipeError
@@ -42,16 +41,18 @@ from torchlinearmoe.mixers.base import (
     register,
     row,
 )
+from torchlinearmoe.mixers.feature_maps import (
+    FREE_WIDTH,
+    LEARNED,
+    POSITIVE,
+    feature_matrices,
+    feature_width,
+    make_feature_map,
+    num_parameters,
+)
 from torchlinearmoe.mixers.recurrence import resume_linear
 from torchlinearmoe.mixers.tail import Convolutions, GatedHeadNorm
 
-FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
-    "elu": lambda x: F.elu(x) + 1,
-    "relu": F.relu,
-    "silu": F.silu,
-    "identity": lambda x: x,
-}
-POSITIVE = ("elu", "relu")
 EPSILON = 1e-6
 """Added to the denominator."""
 
@@ -62,8 +63,14 @@ class Options(MixerOptions):
 
     expand_v: float = 1.0
     """Value width as a multiple of the key width."""
-    feature_map: Literal["elu", "relu", "silu", "identity"] = "elu"
-    """phi; `elu` is elu(x) + 1."""
+    feature_map: Literal["elu", "relu", "silu", "identity", "t2r", "hedgehog", "dpfp", "hadamard"] = "elu"
+    """phi; `elu` is elu(x) + 1, the others are in `feature_maps.py`."""
+    feature_dim: int = 0
+    """Features of `t2r` and `hadamard`; 0 for the key width."""
+    nu: int = 4
+    """Neighbours that `dpfp` multiplies by; 2 K nu features."""
+    tie_feature_maps: bool = False
+    """One learned map for queries and keys together."""
     normalize: bool = False
     """Divide by the sum of the scores; needs a positive feature map."""
     conv: int = 0
@@ -88,7 +95,13 @@ class LinearAttention(Mixer):
         super().__init__()
         self.heads, self.head_dim = geometry(options, model)
         self.value_dim = expanded(self.head_dim, options.expand_v)
-        self.phi = FEATURE_MAPS[options.feature_map]
+        phi = (options.feature_map, self.head_dim, options.feature_dim, options.nu)
+        self.features_per_head = feature_width(*phi)
+        self.q_map = make_feature_map(*phi)
+        self.k_map = None if options.tie_feature_maps else make_feature_map(*phi)
+        # Every head applies the maps, while the parameters of a map count once.
+        entries = feature_matrices(*phi[:3])
+        self.map_flops = 2.0 * entries * (2 * self.heads - (1 if self.k_map is None else 2))
         self.normalize = options.normalize
         self.backend = model.kernel_backend
         self.scale = self.head_dim**-0.5
@@ -105,7 +118,22 @@ class LinearAttention(Mixer):
     @classmethod
     def check(cls, options: Any, model: ModelDims) -> None:
         super().check(options, model)
-        cls.check_expansion("expand_v", geometry(options, model)[1], options.expand_v)
+        head_dim = geometry(options, model)[1]
+        cls.check_expansion("expand_v", head_dim, options.expand_v)
+        name = options.feature_map
+        if options.feature_dim and name not in FREE_WIDTH:
+            raise RecipeError(
+                f"mixer.linear_attention.feature_dim = {options.feature_dim}: only {' and '.join(FREE_WIDTH)} choose "
+                f"their features, not '{name}'"
+            )
+        if name == "dpfp" and not 1 <= options.nu < 2 * head_dim:
+            raise RecipeError(
+                f"mixer.linear_attention.nu = {options.nu}: must be 1 to {2 * head_dim - 1}, below twice the head width"
+            )
+        if options.tie_feature_maps and name not in LEARNED:
+            raise RecipeError(
+                f"mixer.linear_attention.tie_feature_maps = true: '{name}' has nothing to tie; for {', '.join(LEARNED)}"
+            )
         if options.normalize and options.feature_map not in POSITIVE:
             raise RecipeError(
                 f"mixer.linear_attention.normalize = true: needs a positive feature_map ({', '.join(POSITIVE)}), "
@@ -114,26 +142,30 @@ class LinearAttention(Mixer):
 
     @classmethod
     def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D (2 H K + 3 H V), V of the norm, W (2 H K + H V) of convolutions."""
+        """D (2 H K + 3 H V), V of the norm, W (2 H K + H V) of convolutions, and the learned maps."""
         heads, head_dim = geometry(options, model)
         value_dim = expanded(head_dim, options.expand_v)
         weights = model.hidden_size * heads * (2 * head_dim + 3 * value_dim)
-        return weights + value_dim + options.conv * heads * (2 * head_dim + value_dim)
+        weights += value_dim + options.conv * heads * (2 * head_dim + value_dim)
+        maps = 1 if options.tie_feature_maps else 2
+        return weights + maps * num_parameters(options.feature_map, head_dim, options.feature_dim)
 
     def state_spec(self) -> dict[str, StateSpec]:
         columns = self.value_dim + self.normalize
         return {
-            "recurrent": StateSpec((self.heads, self.head_dim, columns), Carry.RECURRENT),
+            "recurrent": StateSpec((self.heads, self.features_per_head, columns), Carry.RECURRENT),
             **self.convs.state_spec(),
         }
 
     def tensor_parallel(self) -> dict[str, TensorWord]:
         words = {f"{name}.weight": column() for name in ("q_proj", "k_proj", "v_proj", "g_proj")}
         words |= self.convs.tensor_parallel("convs")
+        words |= {name: REPLICATED_SUMMED for name, _ in self.named_parameters() if name.split(".")[0].endswith("_map")}
         return words | {"norm.weight": REPLICATED_SUMMED, "o_proj.weight": row()}
 
     def mixing_flops(self, length: int) -> float:
-        return linear_recurrence_flops(self.heads, self.head_dim, self.value_dim + self.normalize)
+        columns = self.value_dim + self.normalize
+        return linear_recurrence_flops(self.heads, self.features_per_head, columns) + self.map_flops
 
     def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Raw q, k [T, H K], v and gate [T, H V]."""
@@ -141,7 +173,7 @@ class LinearAttention(Mixer):
 
     def features(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mapped q and k, and v with its column of ones where the scores are summed, [T, H, ...]."""
-        q, k = (self.phi(x).unflatten(-1, (-1, self.head_dim)) for x in (q, k))
+        q, k = self.q_map(q), (self.q_map if self.k_map is None else self.k_map)(k)
         v = v.unflatten(-1, (-1, self.value_dim))
         if self.normalize:
             v = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], dim=-1)

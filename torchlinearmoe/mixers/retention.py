@@ -41,7 +41,7 @@ from torchlinearmoe.mixers.base import (
     register,
     row,
 )
-from torchlinearmoe.mixers.linear_attention import FEATURE_MAPS
+from torchlinearmoe.mixers.feature_maps import ELEMENTWISE
 from torchlinearmoe.mixers.recurrence import resume_linear
 from torchlinearmoe.mixers.tail import Convolutions, GatedHeadNorm
 from torchlinearmoe.models.rope import rotate
@@ -80,7 +80,7 @@ class Retention(Mixer):
         self.heads, self.head_dim = geometry(options, model)
         self.value_dim = expanded(self.head_dim, options.expand_v)
         self.theta = options.rope_theta
-        self.phi = FEATURE_MAPS[options.feature_map]
+        self.phi = ELEMENTWISE[options.feature_map]
         self.backend = model.kernel_backend
         self.scale = self.head_dim**-0.5
         width, std = model.hidden_size, model.init_std
