@@ -3,7 +3,8 @@
 A family reduces its chunk to effective queries, keys and writes: a token of a document reads q_in^T E, where E is the
 state with which its document entered the chunk (the scan's, or the initial state of a document that starts here), and
 the document leaves the chunk with A E + k_out^T u, where A = diag(decay) for linear recurrences and
-A = diag(decay) - k_out^T w for the delta rule.
+A = diag(decay) - k_out^T w for the delta rule. Where the state is changed along other vectors than the keys, the
+document leaves with A E + k_out^T u + b_out^T x, and A = diag(decay) - b_out^T w.
 """
 
 from dataclasses import dataclass
@@ -32,6 +33,10 @@ class Chunks:
     """[B, H, M, C, K]: what the delta rule erases under the keys, per entering state."""
     prefix: Tensor | None = None
     """[B, H, M, C, P]: the decay since the document entered the chunk; None stands for 1. Read with packed states."""
+    b_out: Tensor | None = None
+    """[B, H, M, C, K]: the vectors under which `w` erases, decayed until their document leaves; None: the keys."""
+    x: Tensor | None = None
+    """[B, H, M, C, V]: what is written under `b_out`."""
 
 
 def carry(
@@ -40,13 +45,15 @@ def carry(
     """Read the entering states: [B, H, M, C, V], and the final states [N, H, K, V] when wanted."""
     documents, edges = layout.documents, layout.edges
     dtype = chunks.log_total.dtype
-    k_write, q_read, w, log_total = chunks.k_out, chunks.q_in, chunks.w, chunks.log_total
+    k_write, b_write = chunks.k_out, chunks.b_out
+    q_read, w, log_total = chunks.q_in, chunks.w, chunks.log_total
     if documents is not None:
         k_write = k_write * documents.last_MC.unsqueeze(-1)
+        b_write = None if b_write is None else b_write * documents.last_MC.unsqueeze(-1)
         q_read = q_read * documents.carried_MC.unsqueeze(-1)
         log_total = log_total.masked_fill(~documents.keep_M.unsqueeze(-1), -torch.inf)
         w = None if w is None else w * documents.carried_MC.unsqueeze(-1)
-    b = torch.matmul(k_write.transpose(-1, -2), chunks.u).to(dtype)
+    b = _written(k_write, b_write, chunks).to(dtype)
     packed_in = edges is not None and initial_state is not None
     if packed_in:
         assert edges is not None and initial_state is not None
@@ -55,7 +62,9 @@ def carry(
         left = _through(_take(chunks, start, edges.in_start_NC), s0, layout.C - 1)
         b = b.index_add(2, start, left * edges.leaves_start_N.view(-1, 1, 1))
     row_state = None if packed_in else initial_state
-    states, final = _scan(log_total, k_write, w, b, row_state, want_final and edges is None)
+    states, final = _scan(
+        log_total, k_write if b_write is None else b_write, w, b, row_state, want_final and edges is None
+    )
     o = torch.matmul(q_read, states.to(q_read.dtype))
     if packed_in:
         assert edges is not None and initial_state is not None
@@ -66,13 +75,22 @@ def carry(
     return o, final
 
 
+def _written(k_out: Tensor, b_out: Tensor | None, chunks: Chunks) -> Tensor:
+    """What a chunk adds to the state, whatever entered."""
+    written = torch.matmul(k_out.transpose(-1, -2), chunks.u)
+    if b_out is None:
+        return written
+    assert chunks.x is not None
+    return written + torch.matmul(b_out.transpose(-1, -2), chunks.x)
+
+
 def _scan(
-    log_total: Tensor, k_write: Tensor, w: Tensor | None, b: Tensor, s0: Tensor | None, want_final: bool
+    log_total: Tensor, erase: Tensor, w: Tensor | None, b: Tensor, s0: Tensor | None, want_final: bool
 ) -> tuple[Tensor, Tensor | None]:
     K, V = b.shape[-2:]
     if w is not None:
         a = torch.diag_embed(log_total.exp().expand(*log_total.shape[:-1], K))
-        a = a - torch.matmul(k_write.to(w.dtype).transpose(-1, -2), w)
+        a = a - torch.matmul(erase.to(w.dtype).transpose(-1, -2), w)
         return scan_dense(shrink_negligible(a), b, s0, want_final)
     P = log_total.shape[-1]
     log_a = log_total.transpose(-1, -2)
@@ -90,8 +108,9 @@ def _take(chunks: Chunks, chunk_N: Tensor, mask_NC: Tensor) -> Chunks:
         return None if x is None else x.index_select(2, chunk_N)
 
     k_out, u, q_in = (x.index_select(2, chunk_N) for x in (chunks.k_out, chunks.u, chunks.q_in))
-    k_out = k_out * mask_NC.unsqueeze(-1)
-    return Chunks(q_in, k_out, u, chunks.log_total, pick(chunks.w), pick(chunks.prefix))
+    k_out, b_out = k_out * mask_NC.unsqueeze(-1), pick(chunks.b_out)
+    b_out = None if b_out is None else b_out * mask_NC.unsqueeze(-1)
+    return Chunks(q_in, k_out, u, chunks.log_total, pick(chunks.w), pick(chunks.prefix), b_out, pick(chunks.x))
 
 
 def _through(taken: Chunks, state: Tensor, position: int | Tensor) -> Tensor:
@@ -106,7 +125,8 @@ def _through(taken: Chunks, state: Tensor, position: int | Tensor) -> Tensor:
     if taken.w is None:
         return left
     erased = torch.matmul(taken.w, state)
-    return left - torch.matmul(taken.k_out.to(erased.dtype).transpose(-1, -2), erased)
+    erase = taken.k_out if taken.b_out is None else taken.b_out
+    return left - torch.matmul(erase.to(erased.dtype).transpose(-1, -2), erased)
 
 
 def _packed_final(chunks: Chunks, edges: Edges, states: Tensor, initial_state: Tensor | None) -> Tensor:
@@ -114,7 +134,7 @@ def _packed_final(chunks: Chunks, edges: Edges, states: Tensor, initial_state: T
     entering = states.index_select(2, edges.end_chunk_N)
     starts = torch.zeros_like(entering) if initial_state is None else initial_state.transpose(0, 1).unsqueeze(0)
     entering = torch.where(edges.crosses_N.view(-1, 1, 1), entering, starts)
-    written = torch.matmul(taken.k_out.transpose(-1, -2), taken.u).to(states.dtype)
+    written = _written(taken.k_out, taken.b_out, taken).to(states.dtype)
     final = _through(taken, entering, edges.end_position_N) + written
     final = torch.where(edges.empty_N.view(-1, 1, 1), starts, final)
     return final.squeeze(0).transpose(0, 1)
