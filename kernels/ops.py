@@ -6,76 +6,31 @@ states in or out then reads only the ids, whose shape does not change from batch
 <= 0 and apply before the write; outputs read after it. States are fp32 (fp64 for fp64 inputs); gradients flow through
 initial and final states.
 
-A backend is an entry of `BACKENDS`. "auto" takes the first entry that offers itself for the call, and the log says once
-per operator which one that was.
+Which backend computes a call is decided in `backends/choose.py`; `chosen_backends` tells.
 """
-
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from torchlinearmoe.errors import UserError
 from torchlinearmoe.kernels import normalize
+from torchlinearmoe.kernels.backends.call import States, linear_kind
+from torchlinearmoe.kernels.backends.choose import choose, chosen_backends
+from torchlinearmoe.kernels.backends.table import BACKENDS, Backend
 from torchlinearmoe.kernels.chunked import convolution as chunked_convolution
-from torchlinearmoe.kernels.chunked import delta as chunked_delta
-from torchlinearmoe.kernels.chunked import gsa as chunked_gsa
-from torchlinearmoe.kernels.chunked import quadratic as chunked_quadratic
 from torchlinearmoe.kernels.chunked import token_shift as chunked_token_shift
-from torchlinearmoe.kernels.chunked.diagonal import linear_diagonal
-from torchlinearmoe.kernels.chunked.layout import make_layout
-from torchlinearmoe.kernels.chunked.scalar import linear_scalar
 from torchlinearmoe.kernels.quadratic_features import KINDS, feature_width
-from torchlinearmoe.kernels.reference import delta as reference_delta
-from torchlinearmoe.kernels.reference import gsa as reference_gsa
-from torchlinearmoe.kernels.reference import linear as reference_linear
-from torchlinearmoe.kernels.reference import quadratic as reference_quadratic
 
-logger = logging.getLogger("torchlinearmoe.kernels")
-
-CHUNK_SIZE = 64
-
-
-@dataclass(frozen=True)
-class States:
-    """What a call says about states and documents, the same for every operator."""
-
-    initial: Tensor | None
-    want_final: bool
-    cu_seqlens: Tensor | None
-    document_ids: Tensor | None
-
-
-def _torch_quadratic(q, k, v, kind, scale, normalize, eps, states: States):
-    layout = _layout(q, states, chunked_quadratic.CHUNK_SIZE)
-    return chunked_quadratic.quadratic_attention(
-        q, k, v, kind, scale, normalize, eps, states.initial, states.want_final, states.cu_seqlens, layout
-    )
-
-
-def _torch_slots(q, k, v, s, log_decay, scale, keys: States, values: States):
-    layout = _layout(q, keys)
-    return chunked_gsa.slot_attention(
-        q, k, v, s, log_decay, scale, keys.initial, values.initial, keys.want_final, layout
-    )
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One way to compute the operators. Its functions take plain tensors, every default resolved."""
-
-    linear_recurrence: Callable[..., tuple[Tensor, Tensor | None]]
-    """(q, k, v, log_decay, bonus, scale, states)"""
-    delta_rule: Callable[..., tuple[Tensor, Tensor | None]]
-    """(q, k, v, beta, log_decay, scale, states)"""
-    offers: Callable[[str, Tensor], bool]
-    """(operator, q): whether "auto" may choose this backend for the call, judged by device, dtype and versions."""
-    slot_attention: Callable[..., tuple[Tensor, tuple[Tensor, Tensor] | None]] = _torch_slots
-    """(q, k, v, s, log_decay, scale, states of the slot keys, states of the slot values); without a form of its own a
-    backend takes the chunk-parallel one."""
-    quadratic_attention: Callable[..., tuple[Tensor, Tensor | None]] = _torch_quadratic
-    """(q, k, v, kind, scale, normalize, eps, states); the same holds."""
+__all__ = [
+    "chosen_backends",
+    "delta_rule",
+    "linear_recurrence",
+    "quadratic_attention",
+    "short_convolution",
+    "slot_attention",
+    "ssd",
+    "token_shift",
+]
 
 
 def linear_recurrence(
@@ -108,7 +63,8 @@ def linear_recurrence(
         if log_decay is None or log_decay.dim() != 4:
             raise ValueError("bonus: needs log_decay per channel, [B, T, H, K]")
     states = _states(q, v, initial_state, output_final_state, cu_seqlens, document_ids)
-    chosen = _choose("linear_recurrence", backend, q)
+    chosen = _choose(linear_kind(log_decay, bonus, output_final_state), backend, q)
+    assert chosen.linear_recurrence is not None
     return chosen.linear_recurrence(q, k, v, log_decay, bonus, K**-0.5 if scale is None else scale, states)
 
 
@@ -146,8 +102,47 @@ def delta_rule(
     if l2_norm:
         q, k = normalize.l2_normalize(q), normalize.l2_normalize(k)
     states = _states(q, v, initial_state, output_final_state, cu_seqlens, document_ids)
-    chosen = _choose("delta_rule", backend, q)
+    chosen = _choose("delta" if log_decay is None else "gated_delta", backend, q)
+    assert chosen.delta_rule is not None
     return chosen.delta_rule(q, k, v, beta, log_decay, K**-0.5 if scale is None else scale, states)
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """S_t = e^{dt_t A} S_{t-1} + B_t (dt_t x_t)^T and y_t = C_t^T S_t: Mamba2 (Dao and Gu 2024, arXiv:2405.21060).
+
+    The linear recurrence with a decay per token and head, in the arguments in which Mamba2's own kernels want it:
+    x: [R, T, H, V] for R rows; dt: [R, T, H], >= 0, fp32; A: [H], <= 0, fp32; B, C: [R, T, G, K], G groups of heads
+    (head h reads group h // (H // G)); initial_state: [N, H, K, V]. Returns y [R, T, H, V] in x's dtype and the final
+    states [N, H, K, V] or None.
+    """
+    R, T, H, _ = x.shape
+    G, K = B.shape[-2:]
+    _check_shape("dt", dt, (R, T, H))
+    _check_shape("A", A, (H,))
+    _check_shape("B", B, (R, T, G, K))
+    _check_shape("C", C, (R, T, G, K))
+    if H % G:
+        raise ValueError(f"B, C: {G} groups, legal: a divisor of the {H} heads")
+    states = _states(C, x, initial_state, output_final_state, cu_seqlens, document_ids)
+    chosen = _choose("ssd", backend, C)
+    if chosen.ssd is not None:
+        return chosen.ssd(x, dt, A, B, C, states)
+    assert chosen.linear_recurrence is not None
+    q, k = (part.repeat_interleave(H // G, 2) for part in (C, B))
+    v = (x * dt.unsqueeze(-1)).to(x.dtype)
+    return chosen.linear_recurrence(q, k, v, dt * A, None, 1.0, states)
 
 
 def slot_attention(
@@ -180,6 +175,7 @@ def slot_attention(
     keys = _states(q, s, first_keys, output_final_state, cu_seqlens, document_ids)
     values = _states(s, v, first_values, output_final_state, cu_seqlens, document_ids)
     chosen = _choose("slot_attention", backend, q)
+    assert chosen.slot_attention is not None
     return chosen.slot_attention(q, k, v, s, log_decay, K**-0.5 if scale is None else scale, keys, values)
 
 
@@ -256,6 +252,7 @@ def quadratic_attention(
     entry = (H, feature_width(kind, K), v.shape[-1] + normalize)
     states = _states(q, v, initial_state, output_final_state, cu_seqlens, document_ids, entry)
     chosen = _choose("quadratic_attention", backend, q)
+    assert chosen.quadratic_attention is not None
     return chosen.quadratic_attention(q, k, v, kind, factor, normalize, eps, states)
 
 
@@ -286,77 +283,10 @@ def token_shift(
     )
 
 
-def _torch_linear(q, k, v, log_decay, bonus, scale, states: States):
-    layout = _layout(q, states)
-    if log_decay is not None and log_decay.dim() == 4:
-        return linear_diagonal(q, k, v, log_decay, bonus, scale, states.initial, states.want_final, layout)
-    return linear_scalar(q, k, v, log_decay, scale, states.initial, states.want_final, layout)
-
-
-def _torch_delta(q, k, v, beta, log_decay, scale, states: States):
-    layout = _layout(q, states)
-    return chunked_delta.delta_rule(q, k, v, beta, log_decay, scale, states.initial, states.want_final, layout)
-
-
-def _layout(q: Tensor, states: States, chunk_size: int = CHUNK_SIZE):
-    with_states = states.initial is not None or states.want_final
-    return make_layout(q.shape[0], q.shape[1], chunk_size, states.cu_seqlens, states.document_ids, with_states)
-
-
-def _reference_linear(q, k, v, log_decay, bonus, scale, states: States):
-    return reference_linear.linear_recurrence(
-        q, k, v, log_decay, bonus=bonus, scale=scale, **_reference_states(states, q)
-    )
-
-
-def _reference_delta(q, k, v, beta, log_decay, scale, states: States):
-    return reference_delta.delta_rule(q, k, v, beta, log_decay, scale=scale, **_reference_states(states, q))
-
-
-def _reference_quadratic(q, k, v, kind, scale, normalize, eps, states: States):
-    options = _reference_states(states, q)
-    return reference_quadratic.quadratic_attention(
-        q, k, v, kind=kind, scale=scale, normalize=normalize, eps=eps, **options
-    )
-
-
-def _reference_slots(q, k, v, s, log_decay, scale, keys: States, values: States):
-    options = _reference_states(keys, q)
-    if keys.initial is not None:
-        options["initial_state"] = (keys.initial, values.initial)
-    return reference_gsa.slot_attention(q, k, v, s, log_decay, scale=scale, **options)
-
-
-def _reference_states(states: States, q: Tensor) -> dict:
-    cu_seqlens = states.cu_seqlens
-    if cu_seqlens is None and states.document_ids is not None:
-        lengths = torch.unique_consecutive(states.document_ids, return_counts=True)[1]
-        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    return {"initial_state": states.initial, "output_final_state": states.want_final, "cu_seqlens": cu_seqlens}
-
-
-BACKENDS: dict[str, Backend] = {
-    "torch": Backend(_torch_linear, _torch_delta, offers=lambda operator, q: True),
-    "reference": Backend(
-        _reference_linear,
-        _reference_delta,
-        offers=lambda operator, q: False,
-        slot_attention=_reference_slots,
-        quadratic_attention=_reference_quadratic,
-    ),
-}
-_announced: set[tuple[str, str]] = set()
-
-
 def _choose(operator: str, backend: str, q: Tensor) -> Backend:
-    if backend != "auto":
-        if backend not in BACKENDS:
-            raise ValueError(f"backend: {backend!r}, legal: {', '.join(['auto', *BACKENDS])}")
-        return BACKENDS[backend]
-    name = next(name for name, candidate in BACKENDS.items() if candidate.offers(operator, q))
-    if not torch.compiler.is_compiling() and (operator, name) not in _announced:
-        _announced.add((operator, name))
-        logger.info("%s runs on the %s backend", operator, name)
+    name, refusal = choose(operator, backend, q.device.type, q.dtype, bool(q.shape[-1] > 256), torch.is_grad_enabled())
+    if refusal:
+        raise UserError(refusal)
     return BACKENDS[name]
 
 

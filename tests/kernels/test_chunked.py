@@ -5,6 +5,7 @@ import torch
 from oracle import AWKWARD_LENGTHS, FAMILIES, assert_close, random_call
 
 from torchlinearmoe.kernels import ops
+from torchlinearmoe.kernels.backends import ours
 from torchlinearmoe.kernels.chunked.scan import scan_decay, scan_dense
 from torchlinearmoe.kernels.chunked.solve import solve_unit_lower
 
@@ -37,7 +38,7 @@ def test_equals_definition_for_any_length(family, tokens):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_definition_when_many_chunks_are_scanned(family, monkeypatch):
     torch.manual_seed(4)
-    monkeypatch.setattr(ops, "CHUNK_SIZE", 8)
+    monkeypatch.setattr(ours, "CHUNK_SIZE", 8)
     call = random_call(family, B=1, H=1, lengths=(290, 5, 0, 6, 40), initial=True, final=True)
     assert_close(call.run("torch"), call.run("reference"), 1e-9)
 

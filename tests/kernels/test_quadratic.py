@@ -238,7 +238,7 @@ def test_flops_are_those_of_the_issued_matmuls():
         ({"kind": "cubic"}, "kind: 'cubic', legal: taylor, square"),
         ({"scale": 0.0}, "scale: 0.0, legal: positive numbers"),
         ({"initial_state": torch.zeros(1, 2, 10, 3)}, "initial_state: shape (1, 2, 10, 3), legal: (1, 2, 10, 6)"),
-        ({"backend": "cuda"}, "backend: 'cuda', legal: auto, torch, reference"),
+        ({"backend": "cuda"}, "model.kernel_backend = 'cuda': legal: auto, torch, reference, fla, mamba_ssm"),
     ],
 )
 def test_wrong_calls_are_refused_in_one_line(options, message):

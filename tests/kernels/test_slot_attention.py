@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchlinearmoe.kernels import ops, step
+from torchlinearmoe.kernels.backends import ours
 from torchlinearmoe.kernels.chunked.gsa import halved_sums
 
 Tensors = dict[str, Tensor]
@@ -79,7 +80,7 @@ def test_equals_the_definition_for_any_length_and_dims(tokens, K, V, S):
 
 def test_equals_the_definition_when_many_chunks_are_scanned(monkeypatch):
     torch.manual_seed(3)
-    monkeypatch.setattr(ops, "CHUNK_SIZE", 8)
+    monkeypatch.setattr(ours, "CHUNK_SIZE", 8)
     inputs, options = random_inputs(H=1, lengths=(290, 5, 0, 6, 40), initial=True)
     options["output_final_state"] = True
     assert_close(run(inputs, options), run(inputs, options, "reference"), 1e-9)
@@ -190,7 +191,7 @@ def test_compiles_without_a_graph_break():
             {"initial_state": (torch.zeros(2, 2, 8, 12), torch.zeros(2, 2, 8, 20))},
             "initial_state: shape (2, 2, 8, 12), legal: (2, 2, 12, 8)",
         ),
-        ({"backend": "cuda"}, "backend: 'cuda', legal: auto, torch"),
+        ({"backend": "cuda"}, "model.kernel_backend = 'cuda': legal: auto, torch"),
     ],
 )
 def test_refuses_in_one_line(wrong, message):
