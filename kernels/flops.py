@@ -26,6 +26,16 @@ def delta_rule_flops(value_heads: int, key_dim: int, value_dim: int, chunk_size:
     return linear_recurrence_flops(value_heads, key_dim, value_dim, chunk_size) + value_heads * extra
 
 
+def dplr_rule_flops(heads: int, key_dim: int, value_dim: int, chunk_size: int = 64) -> float:
+    """FLOPs per token of `ops.dplr_rule`.
+
+    Beside the linear recurrence: 2KV to read the entering state along a, 2KV to write along b; three more kinds of
+    scores (CK each), a's reads of the values and the writes along b (CV each), the triangular solve for K + V columns.
+    """
+    extra = 4.0 * key_dim * value_dim + chunk_size * (4 * key_dim + 3 * value_dim)
+    return linear_recurrence_flops(heads, key_dim, value_dim, chunk_size) + heads * extra
+
+
 def quadratic_attention_flops(
     heads: int, key_dim: int, features: int, value_columns: int, chunk_size: int = 128
 ) -> float:

@@ -24,6 +24,7 @@ from torchlinearmoe.kernels.quadratic_features import KINDS, feature_width
 __all__ = [
     "chosen_backends",
     "delta_rule",
+    "dplr_rule",
     "linear_recurrence",
     "quadratic_attention",
     "short_convolution",
@@ -105,6 +106,40 @@ def delta_rule(
     chosen = _choose("delta" if log_decay is None else "gated_delta", backend, q)
     assert chosen.delta_rule is not None
     return chosen.delta_rule(q, k, v, beta, log_decay, K**-0.5 if scale is None else scale, states)
+
+
+def dplr_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    lower_bound: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """S_t = diag(e^{g_t}) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T and o_t = scale * q_t^T S_t.
+
+    q, k, a, b, log_decay: [B, T, H, K]; v: [B, T, H, V]; scale: default K^-0.5; initial_state: [N, H, K, V].
+    lower_bound: a number below 0 under which the caller lets no log decay fall; fla's kernel then takes larger chunks.
+    Returns o [B, T, H, V] in q's dtype and the final states [N, H, K, V] or None.
+    """
+    B, T, H, K = q.shape
+    for name, x in (("k", k), ("a", a), ("b", b), ("log_decay", log_decay)):
+        _check_shape(name, x, (B, T, H, K))
+    _check_shape("v", v, (B, T, H, v.shape[-1]))
+    if lower_bound is not None and lower_bound >= 0:
+        raise ValueError(f"lower_bound: {lower_bound}, legal: None, numbers below 0")
+    states = _states(q, v, initial_state, output_final_state, cu_seqlens, document_ids)
+    chosen = _choose("dplr_rule", backend, q)
+    assert chosen.dplr_rule is not None
+    return chosen.dplr_rule(q, k, v, a, b, log_decay, lower_bound, K**-0.5 if scale is None else scale, states)
 
 
 def ssd(

@@ -61,6 +61,28 @@ def delta_step(
     return _read(q, new_state, scale), new_state
 
 
+def dplr_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One token of `reference.dplr.dplr_rule`.
+
+    q, k, a, b, log_decay: [B, H, K]; v: [B, H, V]; state: [B, H, K, V]. Returns o [B, H, V] in q's dtype and the new
+    state.
+    """
+    x = torch.matmul(a.to(state.dtype).unsqueeze(-2), state)
+    write = k.to(state.dtype).unsqueeze(-1) * v.to(state.dtype).unsqueeze(-2)
+    new_state = _decayed(state, log_decay) + b.to(state.dtype).unsqueeze(-1) * x + write
+    return _read(q, new_state, scale), new_state
+
+
 def slot_step(
     q: Tensor,
     k: Tensor,

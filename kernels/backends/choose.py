@@ -11,7 +11,7 @@ logger = logging.getLogger("torchlinearmoe.kernels")
 
 NAMES = ("torch", "reference", "fla", "mamba_ssm")
 PREFERENCE: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys((*LINEAR, *DELTA, "slot_attention"), ("fla",)),
+    **dict.fromkeys((*LINEAR, *DELTA, "dplr_rule", "slot_attention"), ("fla",)),
     "ssd": ("fla", "mamba_ssm"),
 }
 """What "auto" tries before "torch", by operator; an operator that is not here runs on "torch"."""

@@ -7,6 +7,7 @@
     bonus           chunk_rwkv6
     delta           chunk_delta_rule: heads repeated; in float32, which it refuses, chunk_gated_delta_rule
     gated_delta     chunk_gated_delta_rule: value heads may outnumber key heads
+    dplr_rule       chunk_rwkv7: larger chunks where the caller bounds the decays from below
     slot_attention  chunk_gsa
 
 chunk_simple_gla(g_gamma) gives NaN final states where a row or document ends with a short chunk, and ignores the
@@ -87,6 +88,27 @@ def delta_rule(
 
 
 @outside_graphs
+def dplr_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_decay: Tensor,
+    lower_bound: float | None,
+    scale: float,
+    states: States,
+) -> tuple[Tensor, Tensor | None]:
+    """`reference.dplr.dplr_rule`; no log decay is below `lower_bound`; the arguments as there, `states` fp32."""
+    K, V = q.shape[-1], v.shape[-1]
+    tokens = {"r": _even(q), "w": _even(_gate(log_decay))}
+    tokens |= {name: _even(x.to(q.dtype)) for name, x in (("k", k), ("v", v), ("a", a), ("b", b))}
+    fixed = {"lower_bound": lower_bound}
+    o, final = _run("chunk_rwkv7", tokens, fixed, scale, states, _state(states))
+    return o[..., :V], None if final is None else final[0][..., :K, :V]
+
+
+@outside_graphs
 def slot_attention(
     q: Tensor, k: Tensor, v: Tensor, s: Tensor, log_decay: Tensor, scale: float, keys: States, values: States
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
@@ -104,7 +126,7 @@ def slot_attention(
 def _run(
     function: str,
     tokens: dict[str, Tensor],
-    fixed: dict[str, Tensor],
+    fixed: dict[str, Any],
     scale: float,
     states: States,
     initial: tuple[Tensor, ...] | None,

@@ -43,7 +43,9 @@ class Package:
 
 PACKAGES = {
     "fla": Package(
-        ("fla", "triton", "einops"), "pip install fla-core", frozenset((*LINEAR, *DELTA, "slot_attention", "ssd"))
+        ("fla", "triton", "einops"),
+        "pip install fla-core",
+        frozenset((*LINEAR, *DELTA, "dplr_rule", "slot_attention", "ssd")),
     ),
     "mamba_ssm": Package(
         ("mamba_ssm", "triton", "einops"), "pip install --no-build-isolation mamba-ssm", frozenset(("ssd",))
@@ -97,7 +99,7 @@ def refusal(backend: str, call: Call, machine: Machine, *, auto: bool) -> str | 
     if call.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"it does not take {_name(call.dtype)}; use 'auto' or 'torch'"
     operator = _lowered(backend, call)
-    if call.wide and operator in DELTA:
+    if call.wide and operator in (*DELTA, "dplr_rule"):
         return "its delta rule takes keys of at most 256 channels; use 'auto' or 'torch'"
     for defect in DEFECTS:
         if (

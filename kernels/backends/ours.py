@@ -5,12 +5,14 @@ from torch import Tensor
 
 from torchlinearmoe.kernels.backends.call import States
 from torchlinearmoe.kernels.chunked import delta as chunked_delta
+from torchlinearmoe.kernels.chunked import dplr as chunked_dplr
 from torchlinearmoe.kernels.chunked import gsa as chunked_gsa
 from torchlinearmoe.kernels.chunked import quadratic as chunked_quadratic
 from torchlinearmoe.kernels.chunked.diagonal import linear_diagonal
 from torchlinearmoe.kernels.chunked.layout import make_layout
 from torchlinearmoe.kernels.chunked.scalar import linear_scalar
 from torchlinearmoe.kernels.reference import delta as delta_definition
+from torchlinearmoe.kernels.reference import dplr as dplr_definition
 from torchlinearmoe.kernels.reference import gsa as gsa_definition
 from torchlinearmoe.kernels.reference import linear as linear_definition
 from torchlinearmoe.kernels.reference import quadratic as quadratic_definition
@@ -28,6 +30,11 @@ def torch_linear(q, k, v, log_decay, bonus, scale, states: States):
 def torch_delta(q, k, v, beta, log_decay, scale, states: States):
     layout = _layout(q, states)
     return chunked_delta.delta_rule(q, k, v, beta, log_decay, scale, states.initial, states.want_final, layout)
+
+
+def torch_dplr(q, k, v, a, b, log_decay, lower_bound, scale, states: States):
+    layout = _layout(q, states)
+    return chunked_dplr.dplr_rule(q, k, v, a, b, log_decay, scale, states.initial, states.want_final, layout)
 
 
 def torch_quadratic(q, k, v, kind, scale, normalize, eps, states: States):
@@ -58,6 +65,10 @@ def reference_linear(q, k, v, log_decay, bonus, scale, states: States):
 
 def reference_delta(q, k, v, beta, log_decay, scale, states: States):
     return delta_definition.delta_rule(q, k, v, beta, log_decay, scale=scale, **_reference_states(states, q))
+
+
+def reference_dplr(q, k, v, a, b, log_decay, lower_bound, scale, states: States):
+    return dplr_definition.dplr_rule(q, k, v, a, b, log_decay, scale=scale, **_reference_states(states, q))
 
 
 def reference_quadratic(q, k, v, kind, scale, normalize, eps, states: States):

@@ -17,6 +17,8 @@ class Backend:
     """(q, k, v, log_decay, bonus, scale, states)"""
     delta_rule: Callable[..., tuple[Tensor, Tensor | None]] | None = None
     """(q, k, v, beta, log_decay, scale, states)"""
+    dplr_rule: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+    """(q, k, v, a, b, log_decay, lower bound of the log decays or None, scale, states)"""
     slot_attention: Callable[..., tuple[Tensor, tuple[Tensor, Tensor] | None]] | None = None
     """(q, k, v, s, log_decay, scale, states of the slot keys, states of the slot values)"""
     quadratic_attention: Callable[..., tuple[Tensor, Tensor | None]] | None = None
@@ -29,17 +31,22 @@ BACKENDS: dict[str, Backend] = {
     "torch": Backend(
         linear_recurrence=ours.torch_linear,
         delta_rule=ours.torch_delta,
+        dplr_rule=ours.torch_dplr,
         slot_attention=ours.torch_slots,
         quadratic_attention=ours.torch_quadratic,
     ),
     "reference": Backend(
         linear_recurrence=ours.reference_linear,
         delta_rule=ours.reference_delta,
+        dplr_rule=ours.reference_dplr,
         slot_attention=ours.reference_slots,
         quadratic_attention=ours.reference_quadratic,
     ),
     "fla": Backend(
-        linear_recurrence=fla.linear_recurrence, delta_rule=fla.delta_rule, slot_attention=fla.slot_attention
+        linear_recurrence=fla.linear_recurrence,
+        delta_rule=fla.delta_rule,
+        dplr_rule=fla.dplr_rule,
+        slot_attention=fla.slot_attention,
     ),
     "mamba_ssm": Backend(ssd=mamba_ssm.ssd),
 }

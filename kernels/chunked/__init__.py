@@ -12,6 +12,7 @@ with; a chunk's summary keeps only the document that it ends with.
     scalar.py       decays that are absent, constant, or one number per token and head
     diagonal.py     decays per channel
     delta.py        the delta rule
+    dplr.py         diagonal plus low rank transitions
     quadratic.py    quadratic scores, second-order features for what passes between chunks
     convolution.py  the short convolution
     token_shift.py  the token before

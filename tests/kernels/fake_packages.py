@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchlinearmoe.kernels.reference.delta import delta_rule
+from torchlinearmoe.kernels.reference.dplr import dplr_rule
 from torchlinearmoe.kernels.reference.gsa import slot_attention
 from torchlinearmoe.kernels.reference.linear import linear_recurrence
 
@@ -81,6 +82,17 @@ class FakeFla(types.ModuleType):
         tokens = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
         states = self._states("gated_delta", tokens, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu)
         return delta_rule(q, k, v, beta, g, scale=scale, **states)
+
+    def chunk_rwkv7(
+        self, r, w, k, v, a, b, scale=1.0, initial_state=None, output_final_state=False, cu_seqlens=None,
+        cu_seqlens_cpu=None, lower_bound=None,
+    ):  # fmt: skip
+        assert lower_bound is None or bool((w >= lower_bound).all() and (w < 0).all()), "the caller's promise"
+        assert r.shape == w.shape == k.shape == a.shape == b.shape
+        tokens = {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}
+        states = self._states("chunk_rwkv7", tokens, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu)
+        self.last["lower_bound"] = lower_bound
+        return dplr_rule(r, k, v, a, b, w, scale=scale, **states)
 
     def chunk_gsa(
         self, q, k, v, s, g, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from torchlinearmoe.kernels import ops
 
-FAMILIES = ("identity", "constant", "scalar", "diagonal", "bonus", "delta", "gated_delta", "grouped_delta")
+FAMILIES = ("identity", "constant", "scalar", "diagonal", "bonus", "delta", "gated_delta", "grouped_delta", "dplr")
 AWKWARD_LENGTHS = (1, 63, 64, 65, 130, 0, 5, 7, 3, 0)
 """Borders on, before and after a chunk border, several documents in a chunk, documents without tokens."""
 
@@ -43,7 +43,7 @@ class Call:
 
 def _leaf(name: str, x: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is not None:
-        x = x.to(dtype if name in ("q", "k", "v") or dtype == torch.float64 else torch.float32)
+        x = x.to(dtype if name in ("q", "k", "v", "a", "b") or dtype == torch.float64 else torch.float32)
     return x.detach().clone().requires_grad_()
 
 
@@ -87,9 +87,14 @@ def random_call(
         inputs["log_decay"] = F.logsigmoid(normal(B, T, H, K) + 2)
         if family == "bonus":
             inputs["bonus"] = normal(H, K)
+    elif family == "dplr":
+        removal = F.normalize(normal(B, T, H, K), dim=-1)
+        inputs |= {"a": -removal, "b": removal * torch.rand(B, T, H, K, dtype=dtype)}
+        inputs["log_decay"] = F.logsigmoid(normal(B, T, H, K) + 2)
     if initial:
         inputs["initial_state"] = normal(N, HV, K, V)
     operator = "delta_rule" if family.endswith("delta") else "linear_recurrence"
+    operator = "dplr_rule" if family == "dplr" else operator
     return Call(operator, inputs, options)
 
 

@@ -11,6 +11,7 @@ from torchlinearmoe.kernels.backends import choose, guards
 from torchlinearmoe.kernels.backends.call import DELTA, LINEAR, Call, linear_kind
 from torchlinearmoe.kernels.backends.table import BACKENDS
 
+OTHERS = ("dplr_rule", "slot_attention")
 EVERYTHING = frozenset(name for package in guards.PACKAGES.values() for name in package.modules)
 HOPPER = guards.Machine((9, 0), (3, 8, 0), EVERYTHING, False)
 OLD_TRITON = replace(HOPPER, triton=(3, 6, 0))
@@ -53,7 +54,7 @@ def test_the_miscompile_bars_backward_passes_only_but_auto_stays_with_what_train
     assert guards.refusal("fla", facts, OLD_TRITON, auto=True) is not None
 
 
-@pytest.mark.parametrize("operator", [name for name in (*LINEAR, *DELTA, "slot_attention") if name != "scalar"])
+@pytest.mark.parametrize("operator", [*(name for name in LINEAR if name != "scalar"), *DELTA, *OTHERS])
 def test_ungated_kernels_are_not_barred_by_it(operator):
     barred = guards.refusal("fla", call(operator), OLD_TRITON, auto=False) is not None
     assert barred == (operator == "gated_delta")
@@ -72,6 +73,7 @@ def test_the_float32_delta_rule_goes_by_the_gated_kernel_and_is_barred_with_it()
         ("fla", call("identity"), replace(HOPPER, packages=frozenset(["triton", "einops"])), "fla cannot be imported"),
         ("fla", call("identity", dtype=torch.float64), HOPPER, "does not take float64"),
         ("fla", call("delta", wide=True), HOPPER, "at most 256 channels"),
+        ("fla", call("dplr_rule", wide=True), HOPPER, "at most 256 channels"),
         ("fla", call("quadratic_attention"), HOPPER, "it computes"),
         ("mamba_ssm", call("scalar"), HOPPER, "it computes ssd"),
         ("mamba_ssm", call("ssd"), replace(HOPPER, packages=frozenset(["triton"])), "pip install --no-build-isolation"),
@@ -100,7 +102,7 @@ def test_auto_leaves_out_what_only_an_explicit_name_asks_for(monkeypatch, facts,
 @pytest.mark.parametrize(
     "operator, machine, expected",
     [
-        *[(operator, HOPPER, "fla") for operator in (*LINEAR, *DELTA, "slot_attention", "ssd")],
+        *[(operator, HOPPER, "fla") for operator in (*LINEAR, *DELTA, *OTHERS, "ssd")],
         ("quadratic_attention", HOPPER, "torch"),
         ("scalar", OLD_TRITON, "torch"),
         ("gated_delta", OLD_TRITON, "torch"),

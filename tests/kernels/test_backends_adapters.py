@@ -28,6 +28,7 @@ FUNCTIONS = {
     "delta": "chunk_delta_rule",
     "gated_delta": "gated_delta",
     "grouped_delta": "gated_delta",
+    "dplr": "chunk_rwkv7",
 }
 
 
@@ -92,6 +93,17 @@ def test_the_delta_rule_in_float32_goes_by_the_gated_kernel(fla):
     call = random_call("delta", T=9, initial=True, final=True)
     assert_close(call.run("fla", dtype=torch.float32), call.run("reference"), 1e-5)
     assert fla.calls == ["gated_delta"]
+
+
+def test_the_bound_of_the_decays_reaches_the_kernel_and_changes_no_result(fla):
+    torch.manual_seed(9)
+    call = random_call("dplr", T=9, K=6, V=8, initial=True)
+    assert_close(call.run("fla"), call.run("reference"), 2e-6)
+    assert fla.last["lower_bound"] is None
+    call.options["lower_bound"] = float(call.inputs["log_decay"].min()) - 1e-3
+    assert_close(call.run("fla"), call.run("reference"), 2e-6)
+    assert fla.last["lower_bound"] == call.options["lower_bound"]
+    assert_close(call.run("torch"), call.run("reference"), 1e-9)
 
 
 @pytest.mark.parametrize("lengths", [EVEN, RAGGED], ids=["even", "ragged"])

@@ -65,14 +65,30 @@ def assert_small(errors: dict[str, float]) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fla_agrees_with_the_definition(family, states, packing):
     learned = family == "constant"  # the decay is an input with a gradient, so it goes by token
-    need("fla", {"grouped_delta": "gated_delta"}.get(family, "scalar" if learned else family))
+    operators = {"grouped_delta": "gated_delta", "dplr": "dplr_rule"}
+    need("fla", operators.get(family, "scalar" if learned else family))
     torch.manual_seed(1)
     call = random_call(
         family, T=150, K=64, V=96, lengths=LENGTHS[packing], initial="in" in states, final="out" in states
     )
     if "beta" in call.inputs:
         call.inputs["beta"] = call.inputs["beta"] / 2
-    assert_small(compare(getattr(ops, call.operator), call.inputs, call.options, "fla", "q k v"))
+    assert_small(compare(getattr(ops, call.operator), call.inputs, call.options, "fla", "q k v a b"))
+
+
+@pytest.mark.parametrize("packing", LENGTHS)
+@pytest.mark.parametrize("bound", [-0.6065306597126334, -4.0, None], ids=str)
+def test_fla_agrees_for_bounded_and_strong_decays(bound, packing):
+    need("fla", "dplr_rule")
+    torch.manual_seed(8)
+    call = random_call("dplr", T=150, K=64, V=64, lengths=LENGTHS[packing], initial=True, final=True)
+    log_decay = call.inputs["log_decay"]
+    lowest = -20.0 if bound is None else bound
+    call.inputs["log_decay"] = torch.where(torch.rand_like(log_decay) < 0.1, lowest, log_decay.clamp(min=lowest))
+    if bound is not None:
+        call.inputs["log_decay"] *= 1 - 1e-6  # float32 must not round below the bound
+        call.options["lower_bound"] = bound
+    assert_small(compare(ops.dplr_rule, call.inputs, call.options, "fla", "q k v a b"))
 
 
 @pytest.mark.parametrize("packing", LENGTHS)

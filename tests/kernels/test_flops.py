@@ -31,5 +31,20 @@ def test_delta_rule_costs_more_than_a_linear_recurrence_by_its_formula():
     assert flops.delta_rule_flops(6, K, V, C) == 6 * flops.delta_rule_flops(1, K, V, C)
 
 
+def test_dplr_rule_counts_the_matmuls_of_a_chunk():
+    K, V, C = 16, 24, 32
+    q, k, a, b, v, S = *torch.randn(4, C, K), torch.randn(C, V), torch.randn(K, V)
+
+    def inside():
+        scores = {(x, y): part @ other.T for x, part in (("q", q), ("a", a)) for y, other in (("k", k), ("b", b))}
+        solved = scores["a", "b"] @ torch.cat([scores["a", "k"] @ v, a], 1)
+        return scores["q", "k"] @ v + scores["q", "b"] @ solved[:, :V]
+
+    def across():
+        return q @ S, a @ S, k.T @ v, b.T @ v
+
+    assert flops.dplr_rule_flops(3, K, V, C) == 3 * (counted(inside) / 2 + counted(across)) / C
+
+
 def test_short_convolution_counts_a_multiply_add_per_tap():
     assert flops.short_convolution_flops(100, 4) == 800

@@ -84,6 +84,14 @@ def test_delta_rule_refuses_in_one_line():
         ops.delta_rule(q, k, torch.randn(1, 4, 2, 5), torch.rand(1, 4))
 
 
+def test_dplr_rule_refuses_in_one_line():
+    q, k, v = inputs()
+    with pytest.raises(ValueError, match=r"b: shape \(1, 4, 2\), legal: \(1, 4, 2, 3\)"):
+        ops.dplr_rule(q, k, v, k, torch.rand(1, 4, 2), -torch.rand(1, 4, 2, 3))
+    with pytest.raises(ValueError, match="lower_bound: 0.0, legal: None, numbers below 0"):
+        ops.dplr_rule(q, k, v, k, k, -torch.rand(1, 4, 2, 3), lower_bound=0.0)
+
+
 def test_short_convolution_refuses_in_one_line():
     with pytest.raises(ValueError, match="activation: 'relu', legal: None, 'silu'"):
         ops.short_convolution(torch.randn(1, 4, 3), torch.randn(3, 4), activation="relu")

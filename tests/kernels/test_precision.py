@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracle import assert_close, random_call, relative_error
 
-DECAYED = ("scalar", "diagonal", "bonus", "gated_delta")
+DECAYED = ("scalar", "diagonal", "bonus", "gated_delta", "dplr")
 SIZES = torch.tensor([0.0, -1e-6, -1e-3, -0.1, -1.0, -20.0, -1e4, -torch.inf])
 
 
@@ -21,7 +21,7 @@ def harsh_call(family, lengths=(150,)):
 def rounded(call, dtype):
     """The call with inputs that `dtype` holds exactly, so that only the computation's errors are compared."""
     for name, x in call.inputs.items():
-        call.inputs[name] = x.to(dtype if name in "qkv" else torch.float32).double()
+        call.inputs[name] = x.to(dtype if name in "qkvab" else torch.float32).double()
     return call
 
 
@@ -55,7 +55,7 @@ def test_uniform_decays_stay_accurate(family, log_decay):
             assert actual[name].norm() < 1e-5, name
 
 
-@pytest.mark.parametrize("family", ["identity", "constant", "delta", "gated_delta"])
+@pytest.mark.parametrize("family", ["identity", "constant", "delta", "gated_delta", "dplr"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 def test_long_memories_stay_accurate(family, dtype, tolerance):
     torch.manual_seed(6)

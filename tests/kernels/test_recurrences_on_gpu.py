@@ -18,6 +18,7 @@ CASES = {
     "diagonal_bonus": {"decay": "channel", "bonus": True},
     "delta": {"delta": True},
     "gated_delta": {"delta": True, "decay": "token"},
+    "dplr": {"dplr": True, "decay": "channel"},
 }
 
 
@@ -36,6 +37,9 @@ def _inputs(case: dict, lengths: list[int], H: int = 2, K: int = 64, V: int = 96
         x["bonus"] = draw(H, K).float().double()
     if case.get("delta"):
         x["beta"] = torch.rand(1, T, H, dtype=torch.float64).float().double()
+    if case.get("dplr"):
+        removal = torch.nn.functional.normalize(draw(1, T, H, K), dim=-1)
+        x["a"], x["b"] = ((y * removal).bfloat16().double() for y in (-1.0, torch.rand(1, T, H, K).double()))
     return x
 
 
@@ -44,6 +48,8 @@ def _run(case: dict, x: dict, ids: torch.Tensor, cotangent: torch.Tensor, backen
         if case.get("delta"):
             order = [x.pop(name) for name in ("q", "k", "v", "beta")]
             return ops.delta_rule(*order, **x, l2_norm=True, document_ids=ids, backend=backend)[0]
+        if case.get("dplr"):
+            return ops.dplr_rule(**x, scale=0.1, document_ids=ids, backend=backend)[0]
         return ops.linear_recurrence(**x, scale=0.1, document_ids=ids, backend=backend)[0]
 
     if compiled:
@@ -58,7 +64,7 @@ def _run(case: dict, x: dict, ids: torch.Tensor, cotangent: torch.Tensor, backen
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", CASES)
 def test_bfloat16_agrees_with_the_definition(name: str, compiled: bool):
-    if compiled and name not in ("diagonal", "gated_delta", "scalar"):
+    if compiled and name not in ("diagonal", "gated_delta", "scalar", "dplr"):
         pytest.skip("one member of each family is compiled")
     torch.manual_seed(1)
     case, lengths = CASES[name], [3, 64, 130, 187]
@@ -66,7 +72,7 @@ def test_bfloat16_agrees_with_the_definition(name: str, compiled: bool):
     ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).int()
     cotangent = torch.randn(*x["v"].shape, dtype=torch.float64)
     expected = _run(case, x, ids, cotangent, "reference")
-    low = {key: (value.bfloat16() if key in "qkv" else value.float()).cuda() for key, value in x.items()}
+    low = {key: (value.bfloat16() if key in "qkvab" else value.float()).cuda() for key, value in x.items()}
     found = _run(case, low, ids.cuda(), cotangent.cuda(), "torch", compiled)
     for key, value in expected.items():
         if case.get("decay") == "head" and key == "log_decay":
@@ -85,5 +91,6 @@ def test_nothing_waits_for_the_gpu_without_states():
     try:
         ops.linear_recurrence(q, k, v, gate, document_ids=ids)
         ops.delta_rule(q, k, v, gate[..., 0].exp(), document_ids=ids)
+        ops.dplr_rule(q, k, v, -k, k, gate, document_ids=ids)
     finally:
         torch.cuda.set_sync_debug_mode(previous)

@@ -22,6 +22,9 @@ def test_steps_equal_the_definition(family):
         log_decay = log_decay if log_decay is None or log_decay.dim() == 1 else log_decay[:, t]
         if call.operator == "delta_rule":
             o, state = step.delta_step(q, k, v, inputs["beta"][:, t], log_decay, state)
+        elif call.operator == "dplr_rule":
+            a, b, log_decay = (inputs[name][:, t] for name in ("a", "b", "log_decay"))
+            o, state = step.dplr_step(q, k, v, a, b, log_decay, state)
         else:
             o, state = step.linear_step(q, k, v, log_decay, state, bonus=inputs.get("bonus"))
         outputs.append(o)
