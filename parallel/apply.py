@@ -1,6 +1,6 @@
 """The order in which parallelism is applied; the tour of this folder starts here.
 
-meta model -> compile regions -> FSDP -> allocate this rank's shards -> draw this rank's initial values
+meta model -> expert parallelism -> compile regions -> FSDP -> allocate this rank's shards -> draw its initial values
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torchlinearmoe.initialize import initialize
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.moe.balance import Balance, TokenLayout
 from torchlinearmoe.parallel.compile import compile_regions
+from torchlinearmoe.parallel.expert import apply_expert_parallel
 from torchlinearmoe.parallel.fsdp import apply_fsdp
 from torchlinearmoe.parallel.mesh import Meshes
 from torchlinearmoe.recipe.schema import Recipe
@@ -29,9 +30,11 @@ def lay_out_model(recipe: Recipe, meshes: Meshes, dtype: torch.dtype) -> Decoder
     with torch.device("meta"):
         model = Decoder(recipe.model)
     spread_router_counts(model, meshes)
+    if meshes.degrees.expert > 1:
+        apply_expert_parallel(model, meshes.ep)
     if recipe.training.compile:
         compile_regions(model, recipe.training.compile_backend)
-    apply_fsdp(model, meshes.fsdp, dtype, reshard_after_forward=recipe.parallel.reshard_after_forward)
+    apply_fsdp(model, meshes.fsdp, meshes.efsdp, dtype, reshard_after_forward=recipe.parallel.reshard_after_forward)
     return model
 
 

@@ -2,8 +2,8 @@
 
 Losses arrive divided by the whole step's tokens, so gradients are summed over ranks and never averaged: FSDP's own
 division is off everywhere. Master weights are float32. Modules marked `keep_fp32` (decays, routers, lower bounds) are
-units of their own that compute in float32; all others compute in the run's type. Experts are a unit of their own, so
-that a later mesh can spread them differently.
+units of their own that compute in float32; all others compute in the run's type. Experts are a unit of their own,
+because they are sharded over fewer ranks than the rest where other ranks hold other experts.
 """
 
 from __future__ import annotations
@@ -14,14 +14,24 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.moe.layer import MoE
 
 
-def apply_fsdp(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, *, reshard_after_forward: bool = True) -> None:
-    """Shard `model` in place over `mesh` ([fsdp], or [data_replicate, fsdp]), computing in `dtype`."""
+def apply_fsdp(
+    model: Decoder,
+    mesh: DeviceMesh,
+    expert_mesh: DeviceMesh,
+    dtype: torch.dtype,
+    *,
+    reshard_after_forward: bool = True,
+) -> None:
+    """Shard `model` in place over `mesh` ([fsdp], or [data_replicate, fsdp]), computing in `dtype`.
+
+    Experts are sharded over `expert_mesh` ([efsdp], or [data_replicate, efsdp]).
+    """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
@@ -35,10 +45,10 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, *, reshard_
         if isinstance(layer.ffn, MoE):
             fully_shard(
                 layer.ffn.experts,
-                mesh=mesh,
+                mesh=expert_mesh,
                 mp_policy=policy,
                 reshard_after_forward=reshard_after_forward,
-                shard_placement_fn=partial(expert_placement, ranks=mesh.size(-1)),
+                shard_placement_fn=partial(expert_placement, ranks=expert_mesh.size(-1)),
             )
         shard(layer, policy, reshard_after_forward)
     if not model.recipe.tie_embeddings:
@@ -54,13 +64,14 @@ def apply_fsdp(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, *, reshard_
 
 
 def expert_placement(parameter: nn.Parameter, ranks: int) -> Shard:
-    """The dim an expert stack [E, ...] is cut along: whole experts while there are enough of them.
+    """The dim an expert stack [E, ...] is cut along: whole experts while a rank of `ep` has enough of them.
 
     With fewer experts than ranks, the first other dim that the ranks divide; where none is, dim 0 with padding.
     """
-    if parameter.dim() == 3 and parameter.shape[0] < ranks:
+    shape = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).shape
+    if len(shape) == 3 and shape[0] < ranks:
         for dim in (1, 2):
-            if parameter.shape[dim] % ranks == 0:
+            if shape[dim] % ranks == 0:
                 return Shard(dim)
     return Shard(0)
 

@@ -2,7 +2,11 @@
 
 world   pipeline x data_replicate x data_shard x context x tensor      in this order, tensor ranks side by side
 fsdp    data_shard x context                                           one copy of the dense weights
+ep      the last `expert` ranks of data_shard x context x tensor       one copy of a share of the experts; efsdp is what
+                                                                       is left, the copies of that share
 data    data_replicate x data_shard                                    ranks with batches of their own
+loss    data x context                                                 ranks whose losses add up to a step's
+tokens  data x context x tensor                                        ranks that route tokens of their own
 """
 
 from __future__ import annotations
@@ -12,11 +16,12 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.errors import RecipeError, divisors
 from torchlinearmoe.recipe.schema import ParallelRecipe, TrainingRecipe
 
 AXES = ("pipeline", "data_replicate", "data_shard", "context", "tensor")
 DENSE_AXES = ("pipeline", "data_replicate", "fsdp", "tensor")
+SPARSE_AXES = ("pipeline", "data_replicate", "efsdp", "ep")
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,11 @@ class Degrees:
         """Ranks that take batches of their own."""
         return self.data_replicate * self.data_shard
 
+    @property
+    def expert_copies(self) -> int:
+        """Ranks that hold the same experts and share their weights."""
+        return self.data_shard * self.context * self.tensor // self.expert
+
 
 def resolve_degrees(parallel: ParallelRecipe, world_size: int) -> Degrees:
     """The degrees of `[parallel]` in a world of `world_size` ranks; RecipeError when they do not multiply to it."""
@@ -55,6 +65,12 @@ def resolve_degrees(parallel: ParallelRecipe, world_size: int) -> Degrees:
         raise RecipeError(
             f"parallel.data_shard = {shard}: the degrees multiply to {fixed * shard}, not to {world_size} ranks; "
             "set it to -1 to take what is left"
+        )
+    lenders = shard * parallel.context * parallel.tensor
+    if lenders % parallel.expert:
+        raise RecipeError(
+            f"parallel.expert = {parallel.expert}: must divide data_shard x context x tensor = {lenders} ranks; "
+            f"legal: {divisors(lenders)}"
         )
     return Degrees(
         parallel.pipeline, parallel.data_replicate, shard, parallel.context, parallel.tensor, parallel.expert
@@ -83,7 +99,16 @@ class Meshes:
         # The same ranks once more, with data_shard and context as one axis: slices of it may keep the replicas.
         dense = (degrees.pipeline, degrees.data_replicate, degrees.data_shard * degrees.context, degrees.tensor)
         self.dense: DeviceMesh = init_device_mesh(device_type, dense, mesh_dim_names=DENSE_AXES)
+        # And once more for the experts, which borrow all of data_shard, context and tensor.
+        sparse = (degrees.pipeline, degrees.data_replicate, degrees.expert_copies, degrees.expert)
+        self.sparse: DeviceMesh = init_device_mesh(device_type, sparse, mesh_dim_names=SPARSE_AXES)
         self.data: DeviceMesh = self.world["data_replicate", "data_shard"]._flatten("data")
+        loss = self.world["data_replicate", "data_shard", "context"]._flatten("loss")
+        self.loss_group: dist.ProcessGroup = loss.get_group()
+        """The ranks whose losses and valid tokens add up to those of an optimizer step."""
+        tokens = self.world["data_replicate", "data_shard", "context", "tensor"]._flatten("tokens")
+        self.tokens_group: dist.ProcessGroup = tokens.get_group()
+        """The ranks whose routed tokens make up an optimizer step (of one pipeline stage)."""
 
     @property
     def fsdp(self) -> DeviceMesh:
@@ -91,11 +116,21 @@ class Meshes:
         return self.dense["data_replicate", "fsdp"] if self.degrees.data_replicate > 1 else self.dense["fsdp"]
 
     @property
+    def efsdp(self) -> DeviceMesh:
+        """Where experts are sharded further: [data_replicate, efsdp] with replicas, else [efsdp].
+
+        The dense mesh where the experts borrow nothing.
+        """
+        if self.degrees.expert == self.degrees.tensor == 1:
+            return self.fsdp
+        return self.sparse["data_replicate", "efsdp"] if self.degrees.data_replicate > 1 else self.sparse["efsdp"]
+
+    @property
+    def ep(self) -> DeviceMesh:
+        """Where whole experts are spread, [ep]."""
+        return self.sparse["ep"]
+
+    @property
     def data_rank(self) -> int:
         """Which batches this rank takes."""
         return self.data.get_local_rank()
-
-    @property
-    def tokens_group(self) -> dist.ProcessGroup:
-        """The ranks whose tokens make up an optimizer step (of one pipeline stage)."""
-        return self.data.get_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -26,3 +27,9 @@ def nearest(word: str, legal: Iterable[str]) -> str:
     if close:
         return f"did you mean '{close[0]}'?"
     return "legal: " + ", ".join(words)
+
+
+def divisors(*numbers: int) -> str:
+    """What divides all of `numbers`, as a list to read: the legal degrees of an axis."""
+    common = math.gcd(*numbers)
+    return ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)

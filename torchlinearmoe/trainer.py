@@ -180,7 +180,7 @@ class Trainer:
         """
         self.model.train()
         batches = [batch.to(self.device) for batch in batches]
-        group = self.meshes.tokens_group
+        group, tokens_group = self.meshes.loss_group, self.meshes.tokens_group
         valid = sum(batch.valid_tokens for batch in batches)
         counts = torch.tensor([valid, received or 0], dtype=torch.float64).to(self.device, non_blocking=True)
         dist.all_reduce(counts[:1], group=group)
@@ -188,7 +188,7 @@ class Trainer:
         tokens = counts[0].clamp(min=1)
 
         if len(batches) > 1 and needs_counting_pass(self.model):
-            with counting_pass(self.model, group):
+            with counting_pass(self.model, tokens_group):
                 for batch in batches:
                     self._loss(batch)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -208,7 +208,7 @@ class Trainer:
         for layer in self.moe_layers:
             layer.step_counts_E *= skipped == 0  # without counts the bias stays
             layer.balance.set_global_counts(None)
-        update_bias(self.moe_layers, group)
+        update_bias(self.moe_layers, tokens_group)
 
         # What happened in a step is read one step later, when it is known without waiting for the device.
         previous, self._pending = self._pending, torch.stack([skipped.double(), counts[1]])
@@ -308,7 +308,7 @@ class Trainer:
             ranks=self.meshes.degrees.data_ranks,
             pin_memory=self.device.type == "cuda",
         )
-        return held_out_loss(self.model, loader, self.device, group=self.meshes.tokens_group, limit=limit)
+        return held_out_loss(self.model, loader, self.device, group=self.meshes.loss_group, limit=limit)
 
     def _validate(self) -> None:
         if len(self.splits.validation):

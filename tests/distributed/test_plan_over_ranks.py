@@ -41,6 +41,15 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
             "training": {"tokens_per_step": 4 * 2 * LENGTH, "dtype": "bfloat16"},
         },
     ),
+    "experts spread, more ranks than experts each has, counted first": (
+        4,
+        {
+            "model": {"mixer": "linear_attention", "num_layers": 2},
+            "moe": {"balance_scope": "global", "num_experts": 2},
+            "parallel": {"expert": 2},
+            "training": {"tokens_per_step": 4 * 2 * LENGTH, "dtype": "bfloat16"},
+        },
+    ),
 }
 
 
@@ -55,7 +64,7 @@ class Recorded(TorchDispatchMode):
     """Adds up the buffers of collectives, by operation, while it is entered; only those of more than one rank."""
 
     # Which argument of torch's collective operators is the whole buffer.
-    BUFFER = {"_allgather_base_": 0, "_reduce_scatter_base_": 1, "allreduce_": 0}
+    BUFFER = {"_allgather_base_": 0, "_reduce_scatter_base_": 1, "allreduce_": 0, "alltoall_base_": 1}
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +76,7 @@ class Recorded(TorchDispatchMode):
             buffer = args[self.BUFFER[name]]
             buffers = buffer if isinstance(buffer, list) else [buffer]
             group = next(dist.ProcessGroup.unbox(x) for x in args if isinstance(x, torch.ScriptObject))
-            if group.size() > 1:
+            if group.size() > 1 and buffers[0].is_floating_point():
                 entry = self.sums.setdefault(name, [0, 0])
                 entry[0] += 1
                 entry[1] += sum(tensor.numel() * tensor.element_size() for tensor in buffers)
@@ -122,11 +131,20 @@ def test_a_real_step_holds_and_sends_what_was_planned(ranks: RankPool, name: str
         assert planned[rank]["checkpoint_bytes"] == real[rank]["checkpoint"]
         assert planned[rank]["communication"] == planned[0]["communication"]
     expected: dict[str, list[int]] = {}
+    called = {
+        "all-gather": "_allgather_base_",
+        "reduce-scatter": "_reduce_scatter_base_",
+        "all-to-all": "alltoall_base_",
+        "all-reduce": "allreduce_",
+    }
     for entry in planned[0]["communication"]["collectives"]:
-        operation = entry["operation"].partition(",")[0]
-        called = {"all-gather": "_allgather_base_", "reduce-scatter": "_reduce_scatter_base_"}
-        total = expected.setdefault(called.get(operation, "allreduce_"), [0, 0])
+        total = expected.setdefault(called[entry["operation"].partition(",")[0]], [0, 0])
         total[0] += entry["count"]
         total[1] += entry["bytes"]
+    if "alltoall_base_" in expected:  # uneven: only the sum over the ranks is known
+        exchanged = [real[rank]["sent"].pop("alltoall_base_") for rank in range(size)]
+        count, bytes_ = expected.pop("alltoall_base_")
+        assert [entry[0] for entry in exchanged] == [count] * size
+        assert sum(entry[1] for entry in exchanged) == bytes_ * size
     for rank in range(size):
         assert real[rank]["sent"] == expected

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 Settings = dict[str, dict[str, Any]]
 
@@ -111,9 +112,16 @@ def unsettle(model: nn.Module) -> None:
         seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
         scale = 0.3 if parameter.dim() == 1 or "table" in name else 0.05
         noise = scale * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
-        if isinstance(parameter, DTensor):
-            noise = distribute_tensor(noise, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.add_(noise)
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local.add_(part_of(noise, parameter))
+
+
+def part_of(values: Tensor, like: Tensor) -> Tensor:
+    """What this rank holds of `values` when they are laid out like a tensor of their shape."""
+    if not isinstance(like, DTensor):
+        return values
+    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    return values[tuple(slice(start, start + size) for start, size in zip(offset, shape))]
 
 
 @contextmanager

@@ -9,15 +9,15 @@ T = 3 tokens, k = 2, ids [[2, 0], [0, 1], [2, 1]]. The assignments, numbered t *
 Dispatch reads `x[order // k]`, combine reads `y[inverse]`. Since one index undoes the other, both backwards are reads
 as well: no atomic additions anywhere, hence the same bits on every run, and no host synchronisation.
 
-`LocalDispatch` holds all experts. A dispatcher that exchanges rows between ranks subclasses it: it calls `dispatch`,
-sends the rows on by their counts, and undoes its own exchange before calling `combine`.
+`LocalDispatch` holds all experts. A dispatcher that exchanges rows between ranks has one: it sends the rows of
+`dispatch` on by their counts, and undoes its own exchange before calling `combine`.
 
 T tokens, k experts a token, R = T * k rows, D model width, E experts.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +55,11 @@ class _Spread(torch.autograd.Function):
         return total_TD.to(grad_RD.dtype), None, None
 
 
+def permute(x_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+    """x[order], a permutation whose inverse is given, so that its backward is a read as well."""
+    return _Spread.apply(x_RD, order_R, inverse_R.unsqueeze(1))  # type: ignore[return-value]
+
+
 class _WeightedSum(torch.autograd.Function):
     """y_t = sum_j w[t, j] * rows[inverse[t, j]], products and sum in fp32, always in the order of j."""
 
@@ -80,8 +85,27 @@ class _WeightedSum(torch.autograd.Function):
         return grad_RD, grad_Tk.transpose(0, 1).to(weights_Tk.dtype), None, None
 
 
+class Dispatcher(Protocol):
+    """What an MoE layer asks of whatever moves its tokens."""
+
+    @property
+    def regions(self) -> tuple[str, ...]:
+        """Methods that are compiled."""
+        ...
+
+    def dispatch(self, x_TD: Tensor, routing: Routing, keep_Tk: Tensor | None = None) -> tuple[Tensor, Tensor, Any]:
+        """Rows sorted by expert, counts of the experts that this rank computes, and a context for `combine`."""
+        ...
+
+    def combine(self, y_RD: Tensor, context: Any, /) -> Tensor:
+        """Each token's weighted sum, [T, D]."""
+        ...
+
+
 class LocalDispatch:
     """All experts on this rank: a stable sort by expert and its inverse."""
+
+    regions = ("dispatch", "combine")
 
     def __init__(self, num_experts: int):
         self.num_experts = num_experts

@@ -20,7 +20,7 @@ from torchlinearmoe.initialize import linear
 from torchlinearmoe.models.mlp import SwiGLU
 from torchlinearmoe.moe.balance import Balance, attach_loss, count_assignments
 from torchlinearmoe.moe.capacity import DROP_POLICIES, expert_capacity, keep_within_capacity
-from torchlinearmoe.moe.dispatch import LocalDispatch
+from torchlinearmoe.moe.dispatch import Dispatcher, LocalDispatch
 from torchlinearmoe.moe.experts import Experts
 from torchlinearmoe.moe.router import Router, Routing
 from torchlinearmoe.moe.statistics import LoadStatistics, recomputing
@@ -38,7 +38,6 @@ class MoE(nn.Module):
     std, out_std: of the initial weights and of those that write into the residual stream.
     """
 
-    regions = ("dispatcher.dispatch", "dispatcher.combine", "add_shared")
     step_counts_E: Tensor
 
     def __init__(self, width: int, recipe: MoERecipe, std: float, out_std: float):
@@ -69,8 +68,13 @@ class MoE(nn.Module):
             z_loss_coefficient=recipe.z_loss_coefficient,
         )
         self.statistics = LoadStatistics(E)
-        self.dispatcher = LocalDispatch(E)
+        self.dispatcher: Dispatcher = LocalDispatch(E)
         self.register_buffer("step_counts_E", torch.zeros(E, dtype=torch.int64), persistent=False)
+
+    @property
+    def regions(self) -> tuple[str, ...]:
+        """Methods that are compiled: the dispatcher's own and the shared expert."""
+        return (*(f"dispatcher.{name}" for name in self.dispatcher.regions), "add_shared")
 
     def reset_buffers(self) -> None:
         """Forget the counts that `update_bias` reads."""

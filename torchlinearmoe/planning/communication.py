@@ -1,10 +1,15 @@
-"""What fully sharded data parallelism sends in an optimizer step, read off the units that it has made of the model.
+"""What a rank sends in an optimizer step, read off the model as it was spread.
 
-A unit's weights are gathered together. Per micro-batch: gathered for the forward, freed, gathered again for the
-backward; a unit that keeps its weights in between is gathered once. After the last micro-batch each unit's gradient is
-reduce-scattered over the shards, then all-reduced over the replicas.
+Fully sharded data parallelism. A unit is gathered as a whole. Per micro-batch: gathered for the forward, freed,
+gathered again for the backward; a unit that keeps its weights in between is gathered once. After the last micro-batch
+each unit's gradient is reduce-scattered over the shards, then all-reduced over the replicas.
 
 Torch pads each parameter so that every rank sends the same number of elements; the sizes here are the padded ones.
+
+Expert parallelism. A layer exchanges a row for each token and choice, there and back, in the forward and again in the
+backward. How many go to which rank the routers decide; the buffers here are those of an even load, which is what they
+are summed over the ranks. Assignments over a capacity stay at home, but are counted.
+
 Not counted: scalars (loss, token counts, gradient norm) and the counts of the routers, some kilobytes a step.
 """
 
@@ -18,6 +23,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from torchlinearmoe.moe.balance import needs_counting_pass
+from torchlinearmoe.moe.layer import MoE
+from torchlinearmoe.parallel.expert import ExchangeDispatch
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,8 @@ class Collective:
     operation: str
     count: int
     bytes: int
-    """Summed size of the whole buffers: an all-gather's output, a reduce-scatter's input, what is all-reduced."""
+    """Summed size of the whole buffers: an all-gather's output, a reduce-scatter's input, what is all-reduced or
+    exchanged."""
     sent_bytes: int
     """What this rank sends in ring algorithms: (n - 1) / n of the buffers, twice that for an all-reduce."""
 
@@ -112,8 +120,11 @@ def _unit(group, name: str) -> Unit:
     )
 
 
-def step_collectives(model: nn.Module, accumulation: int) -> list[Collective]:
-    """What a rank takes part in during one optimizer step of `accumulation` micro-batches."""
+def step_collectives(model: nn.Module, accumulation: int, tokens: int, dtype: torch.dtype) -> list[Collective]:
+    """What a rank takes part in during one optimizer step of `accumulation` micro-batches.
+
+    tokens: those that this rank routes in a micro-batch; dtype: of the hidden states.
+    """
     # A global balance loss needs the whole step's counts first: one more forward of every micro-batch.
     counting = accumulation if accumulation > 1 and needs_counting_pass(model) else 0
     totals: dict[tuple[str, int, str], list[int]] = {}
@@ -138,6 +149,12 @@ def step_collectives(model: nn.Module, accumulation: int) -> list[Collective]:
         # FSDP still knows the order of the counting forwards: at the end of the first backward it fetches, in vain, the
         # unit that came last in them. The root, where it has weights of its own, is that unit and is still there.
         add(units[-1].shard_axis, units[-1].shard_ranks, "all-gather, backward", 1, units[-1].gathered_bytes)
+    for layer in model.modules():
+        if isinstance(layer, MoE) and isinstance(layer.dispatcher, ExchangeDispatch):
+            rows = tokens * layer.router.top_k * layer.router.weight.shape[1] * dtype.itemsize
+            ranks = layer.dispatcher.group.size()
+            add("ep", ranks, "all-to-all, forward", 2 * (accumulation + counting), rows)
+            add("ep", ranks, "all-to-all, backward", 2 * accumulation, rows)
     return [
         Collective(axis, ranks, operation, count, size, _ring(operation, ranks, size))
         for (axis, ranks, operation), (count, size) in totals.items()

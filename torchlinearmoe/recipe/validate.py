@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchlinearmoe.errors import RecipeError, nearest
+from torchlinearmoe.errors import RecipeError, divisors, nearest
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.recipe.layers import used_mixers
 from torchlinearmoe.recipe.schema import Recipe
@@ -121,12 +121,19 @@ def _budget(recipe: Recipe) -> None:
 
 
 def _parallel(recipe: Recipe) -> None:
-    parallel = recipe.parallel
-    for name in ("tensor", "context", "expert", "pipeline"):
+    parallel, experts = recipe.parallel, recipe.model.moe.num_experts
+    for name in ("data_replicate", "tensor", "context", "expert", "pipeline"):
+        if getattr(parallel, name) < 1:
+            raise RecipeError(f"parallel.{name} = {getattr(parallel, name)}: must be at least 1")
+    for name in ("tensor", "context", "pipeline"):
         degree = getattr(parallel, name)
         if degree != 1:
             raise RecipeError(f"parallel.{name} = {degree}: this axis is not available in this version; legal: 1")
-    if parallel.data_replicate < 1:
-        raise RecipeError(f"parallel.data_replicate = {parallel.data_replicate}: must be at least 1")
     if parallel.data_shard < 1 and parallel.data_shard != -1:
         raise RecipeError(f"parallel.data_shard = {parallel.data_shard}: must be at least 1, or -1 for what is left")
+    if parallel.expert > 1 and not experts:
+        raise RecipeError(f"parallel.expert = {parallel.expert}: there are no experts (moe.num_experts = 0); legal: 1")
+    if experts % parallel.expert:
+        raise RecipeError(
+            f"parallel.expert = {parallel.expert}: must divide moe.num_experts = {experts}; legal: {divisors(experts)}"
+        )
