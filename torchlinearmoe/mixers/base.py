@@ -13,8 +13,9 @@ width of a head, N documents.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from types import MethodType
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -22,10 +23,9 @@ from torch import Tensor, nn
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.mixers.past import Empty, Past, Resumed, State
 from torchlinearmoe.registry import Registry
 
-State = dict[str, Tensor]
-"""Named state of one layer; dim 0 is the document (or the sequence being decoded)."""
 Carried = dict[str, Tensor]
 """Tensors that travel with the hidden state from layer to layer, [T, ...] each."""
 
@@ -106,6 +106,12 @@ class Context:
     """While decoding, the longest context in tokens, the new tokens included."""
     tables: dict[tuple[int, float, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Rotary tables computed so far in this forward."""
+
+    def past(self, state: State | None) -> Past:
+        """What a layer's tokens find before them, `state` being the one that it is called with."""
+        if state is None:
+            return Empty(self.documents.ids)
+        return Resumed(self.documents.ids, self.documents.cu_seqlens, state, self.stepping)
 
     def rotary(self, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the rotary angles for inputs of `dtype`, [T, dim / 2] each; computed once a forward.
@@ -203,7 +209,7 @@ class Mixer(nn.Module):
     carried: ClassVar[tuple[str, ...]] = ()
     """Names of the carried tensors that this mixer sets in its first layer and reads in later ones."""
     regions: ClassVar[tuple[str, ...]] = ()
-    """Methods that are compiled; fp32 units and stateful paths stay outside them."""
+    """Methods that are compiled; fp32 units stay outside them, and `region` keeps states out."""
     variants: ClassVar[tuple[dict[str, Any], ...]] = ()
     """Option overrides, beside the defaults, that change what is computed: every test of the contract runs on each.
 
@@ -268,6 +274,10 @@ class Mixer(nn.Module):
         come back; without, documents start empty and None comes back.
         """
         raise NotImplementedError
+
+    def region(self, name: str, past: Past) -> Callable[..., Any]:
+        """The method `name`, in its compiled form only where documents start empty."""
+        return getattr(self, name) if isinstance(past, Empty) else MethodType(getattr(type(self), name), self)
 
     def init_state(self, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> State:
         """Empty state of `batch` sequences; only APPEND parts depend on `max_length`."""

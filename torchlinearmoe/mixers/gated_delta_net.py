@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import Uniform, linear, set_initializers
-from torchlinearmoe.kernels import ops
 from torchlinearmoe.kernels.flops import delta_rule_flops
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
@@ -44,7 +43,8 @@ from torchlinearmoe.mixers.base import (
     register,
     row,
 )
-from torchlinearmoe.mixers.recurrence import resume_delta
+from torchlinearmoe.mixers.past import Past
+from torchlinearmoe.mixers.recurrence import delta_rule
 from torchlinearmoe.mixers.tail import Convolutions, GatedHeadNorm
 
 
@@ -165,24 +165,12 @@ class GatedDeltaNet(Mixer):
         beta = torch.sigmoid(b if b.dtype == torch.float64 else b.float()) * self.top
         return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD), self.g_proj(x_TD), self.a_proj(x_TD), beta
 
-    def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, log_decay: Tensor, beta: Tensor, ids: Tensor
-    ) -> Tensor:
-        """Convolutions, recurrence, norm and output projection of documents that start empty, -> [T, D]."""
-        parts = self.convs({"q": q, "k": k, "v": v}, ids)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, log_decay: Tensor, beta: Tensor, past: Past) -> Tensor:
+        """Convolutions, recurrence, norm and output projection, -> [T, D]."""
+        parts = self.convs({"q": q, "k": k, "v": v}, past)
         q, k, v = self.heads_of(parts["q"], parts["k"], parts["v"])
-        o, _ = ops.delta_rule(
-            q[None],
-            k[None],
-            v[None],
-            beta[None],
-            log_decay[None],
-            scale=self.scale,
-            l2_norm=True,
-            document_ids=ids,
-            backend=self.backend,
-        )
-        return self.output(o[0], gate)
+        o = delta_rule(q, k, v, beta, log_decay, past, scale=self.scale, backend=self.backend)
+        return self.output(o, gate)
 
     def heads_of(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, H K] x 2, [T, HV V] -> [T, H, K] x 2, [T, HV, V]."""
@@ -196,13 +184,7 @@ class GatedDeltaNet(Mixer):
     def forward(
         self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
     ) -> tuple[Tensor, State | None, Carried]:
+        past = context.past(state)
         q, k, v, gate, a, beta = self.project(x_TD)
         log_decay = self.decay(a)
-        if state is None:
-            return self.mix(q, k, v, gate, log_decay, beta, context.documents.ids), None, carried or {}
-        parts, after = self.convs.resume({"q": q, "k": k, "v": v}, context, state)
-        q, k, v = self.heads_of(parts["q"], parts["k"], parts["v"])
-        o, after["recurrent"] = resume_delta(
-            q, k, v, beta, log_decay, context, state["recurrent"], scale=self.scale, backend=self.backend
-        )
-        return self.output(o, gate), after, carried or {}
+        return self.region("mix", past)(q, k, v, gate, log_decay, beta, past), past.after, carried or {}

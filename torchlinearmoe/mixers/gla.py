@@ -22,7 +22,6 @@ from torch import Tensor
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.kernels import ops
 from torchlinearmoe.kernels.flops import linear_recurrence_flops
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
@@ -44,8 +43,9 @@ from torchlinearmoe.mixers.base import (
     row,
 )
 from torchlinearmoe.mixers.feature_maps import ELEMENTWISE
-from torchlinearmoe.mixers.recurrence import resume_linear
-from torchlinearmoe.mixers.tail import Convolutions, GatedHeadNorm, in_float32, repeat_heads
+from torchlinearmoe.mixers.past import Past
+from torchlinearmoe.mixers.recurrence import linear_recurrence
+from torchlinearmoe.mixers.tail import Convolutions, GatedHeadNorm, in_float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,25 +156,14 @@ class GLA(Mixer):
         return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD), self.g_proj(x_TD), log_decay
 
     def features(self, parts: dict[str, Tensor], log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k and log decays [T, H, K], v [T, H, V]; head counts are read from the shapes."""
+        """q [T, H, K], k and log decays [T, G, K], v [T, G, V]; head counts are read from the shapes."""
         q, k = (self.phi(parts[name]).unflatten(-1, (-1, self.key_dim)) for name in "qk")
-        v, log_decay = parts["v"].unflatten(-1, (-1, self.value_dim)), log_decay.unflatten(-1, (-1, self.key_dim))
-        times = q.shape[1] // k.shape[1]
-        return q, repeat_heads(k, times), repeat_heads(v, times), repeat_heads(log_decay, times)
+        return q, k, parts["v"].unflatten(-1, (-1, self.value_dim)), log_decay.unflatten(-1, (-1, self.key_dim))
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, log_decay: Tensor, ids: Tensor) -> Tensor:
-        """Features, recurrence, norm and output projection of documents that start empty, -> [T, D]."""
-        q, k, v, log_decay = self.features(self.convs({"q": q, "k": k, "v": v}, ids), log_decay)
-        o, _ = ops.linear_recurrence(
-            q[None],
-            k[None],
-            v[None],
-            log_decay[None],
-            scale=self.scale,
-            document_ids=ids,
-            backend=self.backend,
-        )
-        return self.output(o[0], gate)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, log_decay: Tensor, past: Past) -> Tensor:
+        """Features, recurrence, norm and output projection, -> [T, D]."""
+        q, k, v, log_decay = self.features(self.convs({"q": q, "k": k, "v": v}, past), log_decay)
+        return self.output(linear_recurrence(q, k, v, log_decay, past, scale=self.scale, backend=self.backend), gate)
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
         """[T, H, V], [T, H V] -> [T, D]."""
@@ -183,12 +172,6 @@ class GLA(Mixer):
     def forward(
         self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
     ) -> tuple[Tensor, State | None, Carried]:
+        past = context.past(state)
         q, k, v, gate, log_decay = self.project(x_TD)
-        if state is None:
-            return self.mix(q, k, v, gate, log_decay, context.documents.ids), None, carried or {}
-        parts, after = self.convs.resume({"q": q, "k": k, "v": v}, context, state)
-        q, k, v, log_decay = self.features(parts, log_decay)
-        o, after["recurrent"] = resume_linear(
-            q, k, v, log_decay, context, state["recurrent"], scale=self.scale, backend=self.backend
-        )
-        return self.output(o, gate), after, carried or {}
+        return self.region("mix", past)(q, k, v, gate, log_decay, past), past.after, carried or {}

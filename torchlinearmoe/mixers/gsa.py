@@ -23,7 +23,6 @@ from torch import Tensor
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.kernels import ops
 from torchlinearmoe.kernels.flops import linear_recurrence_flops
 from torchlinearmoe.mixers.base import (
     Carried,
@@ -44,8 +43,9 @@ from torchlinearmoe.mixers.base import (
     register,
     row,
 )
-from torchlinearmoe.mixers.recurrence import resume_slots
-from torchlinearmoe.mixers.tail import Convolutions, in_float32, repeat_heads
+from torchlinearmoe.mixers.past import Past
+from torchlinearmoe.mixers.recurrence import slot_attention
+from torchlinearmoe.mixers.tail import Convolutions, in_float32
 from torchlinearmoe.models.norm import RMSNorm
 
 SCALE = 1.0
@@ -149,27 +149,15 @@ class GSA(Mixer):
         return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD), log_decay
 
     def features(self, parts: dict[str, Tensor], log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """q, k [T, H, K], v [T, H, V], writes and log decays [T, H, S]; head counts are read from the shapes."""
+        """q [T, H, K], k [T, G, K], v [T, G, V], writes and log decays [T, G, S]; head counts are the shapes'."""
         q, k = (parts[name].unflatten(-1, (-1, self.key_dim)) for name in "qk")
         v, log_decay = parts["v"].unflatten(-1, (-1, self.value_dim)), log_decay.unflatten(-1, (-1, self.slots))
-        s = -torch.expm1(log_decay)
-        k, v, s, log_decay = (repeat_heads(x, q.shape[1] // x.shape[1]) for x in (k, v, s.to(q.dtype), log_decay))
-        return q, k, v, s, log_decay
+        return q, k, v, -torch.expm1(log_decay).to(q.dtype), log_decay
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, ids: Tensor) -> Tensor:
-        """Features, slots, norm and output projection of documents that start empty, -> [T, D]."""
-        q, k, v, s, log_decay = self.features(self.convs({"q": q, "k": k, "v": v}, ids), log_decay)
-        o, _ = ops.slot_attention(
-            q[None],
-            k[None],
-            v[None],
-            s[None],
-            log_decay[None],
-            scale=SCALE,
-            document_ids=ids,
-            backend=self.backend,
-        )
-        return self.output(o[0])
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, past: Past) -> Tensor:
+        """Features, slots, norm and output projection, -> [T, D]."""
+        q, k, v, s, log_decay = self.features(self.convs({"q": q, "k": k, "v": v}, past), log_decay)
+        return self.output(slot_attention(q, k, v, s, log_decay, past, scale=SCALE, backend=self.backend))
 
     def output(self, o: Tensor) -> Tensor:
         """[T, H, V] -> [T, D]."""
@@ -178,13 +166,6 @@ class GSA(Mixer):
     def forward(
         self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
     ) -> tuple[Tensor, State | None, Carried]:
+        past = context.past(state)
         q, k, v, log_decay = self.project(x_TD)
-        if state is None:
-            return self.mix(q, k, v, log_decay, context.documents.ids), None, carried or {}
-        parts, after = self.convs.resume({"q": q, "k": k, "v": v}, context, state)
-        q, k, v, s, log_decay = self.features(parts, log_decay)
-        slots = (state["slot_keys"], state["slot_values"])
-        o, (after["slot_keys"], after["slot_values"]) = resume_slots(
-            q, k, v, s, log_decay, context, slots, scale=SCALE, backend=self.backend
-        )
-        return self.output(o), after, carried or {}
+        return self.region("mix", past)(q, k, v, log_decay, past), past.after, carried or {}

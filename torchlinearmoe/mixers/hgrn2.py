@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlinearmoe.initialize import ZEROS, linear, set_initializers
-from torchlinearmoe.kernels import ops
 from torchlinearmoe.kernels.flops import linear_recurrence_flops
 from torchlinearmoe.mixers.base import (
     Carried,
@@ -40,7 +39,8 @@ from torchlinearmoe.mixers.base import (
     register,
     row,
 )
-from torchlinearmoe.mixers.recurrence import resume_linear
+from torchlinearmoe.mixers.past import Past
+from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.mixers.tail import Convolutions
 from torchlinearmoe.models.norm import RMSNorm
 
@@ -145,20 +145,11 @@ class HGRN2(Mixer):
         q, k, v, log_decay = heads
         return q, k, v, log_decay
 
-    def mix(self, q: Tensor, f: Tensor, i: Tensor, bound: Tensor | None, ids: Tensor) -> Tensor:
-        """Gates, recurrence, norm and output projection of documents that start empty, -> [T, D]."""
-        parts = self.convs({"q": q, "f": f, "i": i}, ids)
+    def mix(self, q: Tensor, f: Tensor, i: Tensor, bound: Tensor | None, past: Past) -> Tensor:
+        """Gates, recurrence, norm and output projection, -> [T, D]."""
+        parts = self.convs({"q": q, "f": f, "i": i}, past)
         q, k, v, log_decay = self.gates(parts["q"], parts["f"], parts["i"], bound)
-        o, _ = ops.linear_recurrence(
-            q[None],
-            k[None],
-            v[None],
-            log_decay[None],
-            scale=self.scale,
-            document_ids=ids,
-            backend=self.backend,
-        )
-        return self.output(o[0])
+        return self.output(linear_recurrence(q, k, v, log_decay, past, scale=self.scale, backend=self.backend))
 
     def output(self, o: Tensor) -> Tensor:
         """[T, H, V] -> [T, D]."""
@@ -171,13 +162,7 @@ class HGRN2(Mixer):
     def forward(
         self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
     ) -> tuple[Tensor, State | None, Carried]:
+        past = context.past(state)
         q, f, i = self.project(x_TD)
         bound = context.shared[self.name][self.ordinal] if self.bounded else None
-        if state is None:
-            return self.mix(q, f, i, bound, context.documents.ids), None, carried or {}
-        parts, after = self.convs.resume({"q": q, "f": f, "i": i}, context, state)
-        q, k, v, log_decay = self.gates(parts["q"], parts["f"], parts["i"], bound)
-        o, after["recurrent"] = resume_linear(
-            q, k, v, log_decay, context, state["recurrent"], scale=self.scale, backend=self.backend
-        )
-        return self.output(o.to(x_TD.dtype)), after, carried or {}
+        return self.region("mix", past)(q, f, i, bound, past), past.after, carried or {}

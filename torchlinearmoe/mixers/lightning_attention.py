@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.kernels import ops
 from torchlinearmoe.kernels.flops import linear_recurrence_flops
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
@@ -45,7 +44,8 @@ from torchlinearmoe.mixers.base import (
     register,
     row,
 )
-from torchlinearmoe.mixers.recurrence import resume_linear
+from torchlinearmoe.mixers.past import Past
+from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.mixers.tail import Convolutions
 from torchlinearmoe.models.norm import RMSNorm
 
@@ -140,20 +140,12 @@ class LightningAttention(Mixer):
         """Raw q, k, v and gate, [T, H K] each."""
         return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD), self.g_proj(x_TD)
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, ids: Tensor) -> Tensor:
-        """Activations, recurrence, norm and output projection of documents that start empty, -> [T, D]."""
-        parts = self.convs({"q": q, "k": k, "v": v}, ids)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, past: Past) -> Tensor:
+        """Activations, recurrence, norm and output projection, -> [T, D]."""
+        parts = self.convs({"q": q, "k": k, "v": v}, past)
         q, k, v = (self.heads_of(parts[name]) for name in "qkv")
-        o, _ = ops.linear_recurrence(
-            q[None],
-            k[None],
-            v[None],
-            self.log_decay(q),
-            scale=self.scale,
-            document_ids=ids,
-            backend=self.backend,
-        )
-        return self.output(o[0], gate)
+        o = linear_recurrence(q, k, v, self.log_decay(q), past, scale=self.scale, backend=self.backend)
+        return self.output(o, gate)
 
     def heads_of(self, x: Tensor) -> Tensor:
         """[T, H K] -> [T, H, K]; the head count is read from the shape."""
@@ -167,12 +159,6 @@ class LightningAttention(Mixer):
     def forward(
         self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
     ) -> tuple[Tensor, State | None, Carried]:
+        past = context.past(state)
         q, k, v, gate = self.project(x_TD)
-        if state is None:
-            return self.mix(q, k, v, gate, context.documents.ids), None, carried or {}
-        parts, after = self.convs.resume({"q": q, "k": k, "v": v}, context, state)
-        q, k, v = (self.heads_of(parts[name]) for name in "qkv")
-        o, after["recurrent"] = resume_linear(
-            q, k, v, self.log_decay(q), context, state["recurrent"], scale=self.scale, backend=self.backend
-        )
-        return self.output(o, gate), after, carried or {}
+        return self.region("mix", past)(q, k, v, gate, past), past.after, carried or {}

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.kernels import ops
 from torchlinearmoe.kernels.flops import linear_recurrence_flops
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
@@ -50,7 +49,8 @@ from torchlinearmoe.mixers.feature_maps import (
     make_feature_map,
     num_parameters,
 )
-from torchlinearmoe.mixers.recurrence import resume_linear
+from torchlinearmoe.mixers.past import Past
+from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.mixers.tail import Convolutions, GatedHeadNorm
 
 EPSILON = 1e-6
@@ -179,14 +179,11 @@ class LinearAttention(Mixer):
             v = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], dim=-1)
         return q, k, v
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, ids: Tensor) -> Tensor:
-        """Features, recurrence, norm and output projection of documents that start empty, -> [T, D]."""
-        parts = self.convs({"q": q, "k": k, "v": v}, ids)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, past: Past) -> Tensor:
+        """Features, recurrence, norm and output projection, -> [T, D]."""
+        parts = self.convs({"q": q, "k": k, "v": v}, past)
         q, k, v = self.features(parts["q"], parts["k"], parts["v"])
-        o, _ = ops.linear_recurrence(
-            q[None], k[None], v[None], scale=self.scale, document_ids=ids, backend=self.backend
-        )
-        return self.output(o[0], gate)
+        return self.output(linear_recurrence(q, k, v, None, past, scale=self.scale, backend=self.backend), gate)
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
         """[T, H, V (+ 1)], [T, H V] -> [T, D]."""
@@ -199,12 +196,6 @@ class LinearAttention(Mixer):
     def forward(
         self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
     ) -> tuple[Tensor, State | None, Carried]:
+        past = context.past(state)
         q, k, v, gate = self.project(x_TD)
-        if state is None:
-            return self.mix(q, k, v, gate, context.documents.ids), None, carried or {}
-        parts, after = self.convs.resume({"q": q, "k": k, "v": v}, context, state)
-        q, k, v = self.features(parts["q"], parts["k"], parts["v"])
-        o, after["recurrent"] = resume_linear(
-            q, k, v, None, context, state["recurrent"], scale=self.scale, backend=self.backend
-        )
-        return self.output(o, gate), after, carried or {}
+        return self.region("mix", past)(q, k, v, gate, past), past.after, carried or {}

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import ONES, Uniform, linear, set_initializers
-from torchlinearmoe.kernels import ops
 from torchlinearmoe.kernels.flops import linear_recurrence_flops
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
@@ -46,13 +45,13 @@ from torchlinearmoe.mixers.base import (
     register,
     row,
 )
-from torchlinearmoe.mixers.recurrence import resume_linear
+from torchlinearmoe.mixers.past import Past
+from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.mixers.tail import (
     Convolutions,
     GroupedRMSNorm,
     in_float32,
     inverse_softplus_of_exp,
-    repeat_heads,
 )
 from torchlinearmoe.models.norm import RMSNorm
 
@@ -182,11 +181,10 @@ class Mamba2(Mixer):
         return self.z_proj(x_TM), self.x_proj(x_TM), self.b_proj(x_TM), self.c_proj(x_TM), self.dt_proj(x_TM)
 
     def recurrence_inputs(self, parts: dict[str, Tensor], dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries and keys [T, H, N], values and u [T, H, P]; head and group counts are read from the shapes."""
+        """Queries and keys [T, G, N], values and u [T, H, P]; head and group counts are read from the shapes."""
         u = parts["x"].unflatten(-1, (-1, self.head_dim))
         b, c = (parts[name].unflatten(-1, (-1, self.state)) for name in "bc")
-        times = u.shape[1] // b.shape[1]
-        return repeat_heads(c, times), repeat_heads(b, times), (in_float32(u) * dt[..., None]).to(u.dtype), u
+        return c, b, (in_float32(u) * dt[..., None]).to(u.dtype), u
 
     def mix(
         self,
@@ -197,20 +195,11 @@ class Mamba2(Mixer):
         dt: Tensor,
         log_decay: Tensor,
         skip: Tensor,
-        ids: Tensor,
+        past: Past,
     ) -> Tensor:
-        """Convolutions, recurrence, norm and output projection of documents that start empty, -> [T, M]."""
-        q, k, v, u = self.recurrence_inputs(self.convs({"x": u, "b": b, "c": c}, ids), dt)
-        o, _ = ops.linear_recurrence(
-            q[None],
-            k[None],
-            v[None],
-            log_decay[None],
-            scale=1.0,
-            document_ids=ids,
-            backend=self.backend,
-        )
-        return self.output(o[0], u, skip, z)
+        """Convolutions, recurrence, norm and output projection, -> [T, M]."""
+        q, k, v, u = self.recurrence_inputs(self.convs({"x": u, "b": b, "c": c}, past), dt)
+        return self.output(linear_recurrence(q, k, v, log_decay, past, scale=1.0, backend=self.backend), u, skip, z)
 
     def output(self, o: Tensor, u: Tensor, skip: Tensor, z: Tensor) -> Tensor:
         """o, u: [T, H, P]; skip: [H]; z: [T, H P] -> [T, M]; up to the norm in float32."""
@@ -221,13 +210,7 @@ class Mamba2(Mixer):
     def forward(
         self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
     ) -> tuple[Tensor, State | None, Carried]:
+        past = context.past(state)
         z, u, b, c, logits = self.project(x_TD)
         dt, log_decay, skip = self.decay(logits)
-        if state is None:
-            return self.mix(z, u, b, c, dt, log_decay, skip, context.documents.ids), None, carried or {}
-        parts, after = self.convs.resume({"x": u, "b": b, "c": c}, context, state)
-        q, k, v, u = self.recurrence_inputs(parts, dt)
-        o, after["recurrent"] = resume_linear(
-            q, k, v, log_decay, context, state["recurrent"], scale=1.0, backend=self.backend
-        )
-        return self.output(o, u, skip, z), after, carried or {}
+        return self.region("mix", past)(z, u, b, c, dt, log_decay, skip, past), past.after, carried or {}

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.kernels import ops, step
 from torchlinearmoe.kernels.flops import quadratic_attention_flops
 from torchlinearmoe.kernels.quadratic_features import feature_width
 from torchlinearmoe.mixers.base import (
@@ -38,6 +37,8 @@ from torchlinearmoe.mixers.base import (
     geometry,
     row,
 )
+from torchlinearmoe.mixers.past import Past
+from torchlinearmoe.mixers.recurrence import quadratic_attention
 from torchlinearmoe.mixers.tail import Convolutions
 
 
@@ -119,14 +120,12 @@ class QuadraticAttention(Mixer):
         q, k = self.prepare(*(x.unflatten(-1, (-1, self.feature_dim)) for x in (q, k)))
         return q, k, v.unflatten(-1, (-1, self.value_dim))
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, ids: Tensor) -> Tensor:
-        """Convolutions, attention and output projection of documents that start empty, -> [T, D]."""
-        parts = self.convs({"q": q, "k": k, "v": v}, ids)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, past: Past) -> Tensor:
+        """Convolutions, attention and output projection, -> [T, D]."""
+        parts = self.convs({"q": q, "k": k, "v": v}, past)
         q, k, v = self.heads_of(parts["q"], parts["k"], parts["v"])
-        o, _ = ops.quadratic_attention(
-            q[None], k[None], v[None], kind=self.kind, eps=self.epsilon, document_ids=ids, backend=self.backend
-        )
-        return self.output(o[0], gate)
+        o = quadratic_attention(q, k, v, past, kind=self.kind, eps=self.epsilon, backend=self.backend)
+        return self.output(o, gate)
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         """[T, H, V], [T, H V] -> [T, D]."""
@@ -136,29 +135,6 @@ class QuadraticAttention(Mixer):
     def forward(
         self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
     ) -> tuple[Tensor, State | None, Carried]:
+        past = context.past(state)
         q, k, v, gate = self.project(x_TD)
-        if state is None:
-            return self.mix(q, k, v, gate, context.documents.ids), None, carried or {}
-        parts, after = self.convs.resume({"q": q, "k": k, "v": v}, context, state)
-        q, k, v = self.heads_of(parts["q"], parts["k"], parts["v"])
-        o, after["recurrent"] = self._resume(q, k, v, context, state["recurrent"])
-        return self.output(o, gate), after, carried or {}
-
-    def _resume(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention of documents that go on from `state` [N, H, F, V + 1]."""
-        if context.stepping:
-            return step.quadratic_step(q, k, v, state, kind=self.kind, eps=self.epsilon)
-        o, after = ops.quadratic_attention(
-            q[None],
-            k[None],
-            v[None],
-            kind=self.kind,
-            eps=self.epsilon,
-            initial_state=state,
-            output_final_state=True,
-            cu_seqlens=context.documents.cu_seqlens,
-            document_ids=context.documents.ids,
-            backend=self.backend,
-        )
-        assert after is not None
-        return o[0], after
+        return self.region("mix", past)(q, k, v, gate, past), past.after, carried or {}

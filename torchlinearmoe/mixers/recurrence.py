@@ -1,120 +1,140 @@
-"""One way for every linear mixer to run its recurrence: packed, going on from a state, or one token at a time.
+"""The one entry of every recurrence: what is before the tokens (`past`) decides how it is computed.
 
-Shapes: T tokens, N documents, H heads, K and V key and value width of a head, S slots.
+Documents that start empty, documents that go on from a state, and single tokens give the same numbers. States are read
+from `past.state` and left in `past.after` under the name of the part.
+
+Shapes: T tokens, N documents, H heads, G heads of the state (each read by H / G neighbouring query heads), K and V key
+and value width of a head, S slots.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 from torch import Tensor
 
 from torchlinearmoe.kernels import ops, step
-from torchlinearmoe.mixers.base import Context
+from torchlinearmoe.mixers.past import Empty, Past
 from torchlinearmoe.mixers.tail import repeat_heads
 
 
-def resume_linear(
+def linear_recurrence(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
-    context: Context,
-    state: Tensor,
+    past: Past,
     *,
     scale: float,
+    bonus: Tensor | None = None,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Linear recurrence of documents that go on from `state` [N, H, K, V]; q, k: [T, H, K], v: [T, H, V].
+    name: str = "recurrent",
+) -> Tensor:
+    """`ops.linear_recurrence` of packed documents, [T, H, V] in q's type.
 
-    log_decay: None, [H], [T, H] or [T, H, K]. Returns (o [T, H, V], new state). A state of fewer heads, [N, G, K, V],
-    stands for groups of H / G heads that write the same; it comes back as small.
+    q: [T, H, K]; k: [T, G, K]; v: [T, G, V]; log_decay: None, [H], [T, G] or [T, G, K]; any of them may have fewer
+    heads, each then stands for neighbouring ones. State `name`: [N, G, K, V].
     """
-    times = q.shape[1] // state.shape[1]
-    state = repeat_heads(state, times)
-    if context.stepping:
-        o, after = step.linear_step(q, k, v, log_decay, state, scale=scale)
-        return o, after[:, ::times]
-    o, after = ops.linear_recurrence(
-        q[None],
-        k[None],
-        v[None],
-        log_decay if log_decay is None or log_decay.dim() == 1 else log_decay[None],
-        scale=scale,
-        initial_state=state,
-        output_final_state=True,
-        cu_seqlens=context.documents.cu_seqlens,
-        document_ids=context.documents.ids,
-        backend=backend,
-    )
-    assert after is not None
-    return o[0], after[:, ::times]
+    q, k, v, log_decay = _same_heads(q, k, v, log_decay)
+    options = {"scale": scale, "bonus": bonus}
+    return _run(ops.linear_recurrence, step.linear_step, (q, k, v, log_decay), past, (name,), backend, options)
 
 
-def resume_slots(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    s: Tensor,
-    log_decay: Tensor,
-    context: Context,
-    state: tuple[Tensor, Tensor],
-    *,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Slot attention going on from `state`, slot keys [N, H, K, S] and values [N, H, S, V]; s, log_decay: [T, H, S].
-
-    Returns (o [T, H, V], new state); a state of fewer heads is shared by groups of heads, as in `resume_linear`.
-    """
-    times = q.shape[1] // state[0].shape[1]
-    keys, values = (repeat_heads(part, times) for part in state)
-    if context.stepping:
-        o, after = step.slot_step(q, k, v, s, log_decay, keys, values, scale=scale)
-        return o, (after[0][:, ::times], after[1][:, ::times])
-    o, after = ops.slot_attention(
-        q[None],
-        k[None],
-        v[None],
-        s[None],
-        log_decay[None],
-        scale=scale,
-        initial_state=(keys, values),
-        output_final_state=True,
-        cu_seqlens=context.documents.cu_seqlens,
-        document_ids=context.documents.ids,
-        backend=backend,
-    )
-    assert after is not None
-    return o[0], (after[0][:, ::times], after[1][:, ::times])
-
-
-def resume_delta(
+def delta_rule(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     beta: Tensor,
     log_decay: Tensor | None,
-    context: Context,
-    state: Tensor,
+    past: Past,
     *,
     scale: float,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(Gated) delta rule with L2-normalised q and k going on from `state` [N, HV, K, V]; beta: [T, HV]."""
-    if context.stepping:
-        return step.delta_step(q, k, v, beta, log_decay, state, scale=scale, l2_norm=True)
-    o, after = ops.delta_rule(
-        q[None],
-        k[None],
-        v[None],
-        beta[None],
-        None if log_decay is None else log_decay[None],
-        scale=scale,
-        l2_norm=True,
-        initial_state=state,
-        output_final_state=True,
-        cu_seqlens=context.documents.cu_seqlens,
-        document_ids=context.documents.ids,
-        backend=backend,
-    )
-    assert after is not None
-    return o[0], after
+    name: str = "recurrent",
+) -> Tensor:
+    """`ops.delta_rule` with L2-normalised q and k of packed documents, [T, H, V] in q's type.
+
+    q, k: [T, H or fewer, K]; v: [T, H, V]; beta: [T, H]; log_decay: None or [T, H]. State `name`: [N, H, K, V].
+    """
+    options = {"scale": scale, "l2_norm": True}
+    return _run(ops.delta_rule, step.delta_step, (q, k, v, beta, log_decay), past, (name,), backend, options)
+
+
+def slot_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s: Tensor,
+    log_decay: Tensor,
+    past: Past,
+    *,
+    scale: float,
+    backend: str,
+    names: tuple[str, str] = ("slot_keys", "slot_values"),
+) -> Tensor:
+    """`ops.slot_attention` of packed documents, [T, H, V] in q's type.
+
+    q: [T, H, K]; k: [T, G, K]; v: [T, G, V]; s, log_decay: [T, G, S]. States `names`: [N, G, K, S] and [N, G, S, V].
+    """
+    inputs = _same_heads(q, k, v, s, log_decay)
+    return _run(ops.slot_attention, step.slot_step, inputs, past, names, backend, {"scale": scale})
+
+
+def quadratic_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: Past,
+    *,
+    kind: str,
+    eps: float,
+    backend: str,
+    name: str = "recurrent",
+) -> Tensor:
+    """`ops.quadratic_attention` of packed documents, normalised, [T, H, V] in q's type.
+
+    q, k: [T, H, K]; v: [T, H, V]. State `name`: [N, H, F, V + 1] for F second-order features.
+    """
+    options = {"kind": kind, "eps": eps}
+    return _run(ops.quadratic_attention, step.quadratic_step, (q, k, v), past, (name,), backend, options)
+
+
+def _same_heads(*inputs: Any) -> Any:
+    """Inputs [T, any divisor of H, ...] with their heads repeated to H, the most that any has; [H] and None pass."""
+    heads = max(x.shape[1] for x in inputs if x is not None and x.dim() > 1)
+    return tuple(x if x is None or x.dim() == 1 else repeat_heads(x, heads // x.shape[1]) for x in inputs)
+
+
+def _run(
+    op: Callable[..., Any],
+    one_step: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    past: Past,
+    names: tuple[str, ...],
+    backend: str,
+    options: dict[str, Any],
+) -> Tensor:
+    """`op` over `inputs` [T, ...] as one packed row, or `one_step`; `names` are its states."""
+    row = [x if x is None or x.dim() == 1 else x[None] for x in inputs]
+    if isinstance(past, Empty):
+        return op(*row, document_ids=past.ids, backend=backend, **options)[0][0]
+    heads = max(x.shape[1] for x in inputs if x is not None and x.dim() > 1)
+    times = heads // past.state[names[0]].shape[1]
+    states = tuple(repeat_heads(past.state[name], times) for name in names)
+    if past.stepping:
+        o, after = one_step(*inputs, *states, **options)
+    else:
+        o, after = op(
+            *row,
+            initial_state=states if len(names) > 1 else states[0],
+            output_final_state=True,
+            cu_seqlens=past.cu_seqlens,
+            document_ids=past.ids,
+            backend=backend,
+            **options,
+        )
+        o = o[0]
+    for name, part in zip(names, after if len(names) > 1 else (after,), strict=True):
+        past.after[name] = part[:, ::times]
+    return o

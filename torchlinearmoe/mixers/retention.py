@@ -20,7 +20,6 @@ from torch import Tensor
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.kernels import ops
 from torchlinearmoe.kernels.flops import linear_recurrence_flops
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
@@ -42,7 +41,8 @@ from torchlinearmoe.mixers.base import (
     row,
 )
 from torchlinearmoe.mixers.feature_maps import ELEMENTWISE
-from torchlinearmoe.mixers.recurrence import resume_linear
+from torchlinearmoe.mixers.past import Past
+from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.mixers.tail import Convolutions, GatedHeadNorm
 from torchlinearmoe.models.rope import rotate
 
@@ -144,20 +144,12 @@ class Retention(Mixer):
         return q, k, parts["v"].unflatten(-1, (-1, self.value_dim))
 
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, angles: tuple[Tensor, Tensor] | None, ids: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, angles: tuple[Tensor, Tensor] | None, past: Past
     ) -> Tensor:
-        """Features, recurrence, norm and output projection of documents that start empty, -> [T, D]."""
-        q, k, v = self.features(self.convs({"q": q, "k": k, "v": v}, ids), angles)
-        o, _ = ops.linear_recurrence(
-            q[None],
-            k[None],
-            v[None],
-            self.log_decay(q),
-            scale=self.scale,
-            document_ids=ids,
-            backend=self.backend,
-        )
-        return self.output(o[0], gate)
+        """Features, recurrence, norm and output projection, -> [T, D]."""
+        q, k, v = self.features(self.convs({"q": q, "k": k, "v": v}, past), angles)
+        o = linear_recurrence(q, k, v, self.log_decay(q), past, scale=self.scale, backend=self.backend)
+        return self.output(o, gate)
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
         """[T, H, V], [T, H V] -> [T, D]."""
@@ -166,13 +158,7 @@ class Retention(Mixer):
     def forward(
         self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
     ) -> tuple[Tensor, State | None, Carried]:
+        past = context.past(state)
         q, k, v, gate = self.project(x_TD)
         angles = self.rotary(context, x_TD.dtype)
-        if state is None:
-            return self.mix(q, k, v, gate, angles, context.documents.ids), None, carried or {}
-        parts, after = self.convs.resume({"q": q, "k": k, "v": v}, context, state)
-        q, k, v = self.features(parts, angles)
-        o, after["recurrent"] = resume_linear(
-            q, k, v, self.log_decay(q), context, state["recurrent"], scale=self.scale, backend=self.backend
-        )
-        return self.output(o, gate), after, carried or {}
+        return self.region("mix", past)(q, k, v, gate, angles, past), past.after, carried or {}

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import ONES, ZEROS, Rows, Uniform, linear, set_initializers
-from torchlinearmoe.kernels import ops, step
 from torchlinearmoe.kernels.flops import linear_recurrence_flops
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
@@ -47,6 +46,9 @@ from torchlinearmoe.mixers.base import (
     register,
     row,
 )
+from torchlinearmoe.mixers.past import Past
+from torchlinearmoe.mixers.recurrence import linear_recurrence
+from torchlinearmoe.mixers.tail import token_shift
 
 MIXES = "wkvrg"
 """The five inputs that each have a mix of their own, in the order of W_1's and W_2's blocks."""
@@ -223,10 +225,9 @@ class RWKV6(Mixer):
         """The recurrence; the bonus is counted among the matrices, as if it were one."""
         return linear_recurrence_flops(self.heads, self.head_dim, self.head_dim)
 
-    def project(self, x_TD: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Token shift in documents that start empty, mixes and projections: see `project_after`."""
-        before, _ = ops.token_shift(x_TD[None], document_ids=ids)
-        return self.project_after(x_TD, before[0])
+    def project(self, x_TD: Tensor, past: Past) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Token shift, mixes and projections: see `project_after`."""
+        return self.project_after(x_TD, token_shift(x_TD, past))
 
     def project_after(self, x_TD: Tensor, before_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """r, k, v, gate and the data-dependent part of the decay, [T, H K] each, of tokens and their predecessors."""
@@ -235,70 +236,21 @@ class RWKV6(Mixer):
         return self.r_proj(r), self.k_proj(k), self.v_proj(v), self.g_proj(g), logits
 
     def mix(
-        self, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, log_decay: Tensor, bonus: Tensor, ids: Tensor
+        self, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, log_decay: Tensor, bonus: Tensor, past: Past
     ) -> Tensor:
-        """Recurrence, norm and output projection of documents that start empty, -> [T, D]."""
+        """Recurrence, norm and output projection, -> [T, D]."""
         r, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (r, k, v))
-        o, _ = ops.linear_recurrence(
-            r[None],
-            k[None],
-            v[None],
-            log_decay[None],
-            scale=1.0,
-            bonus=bonus,
-            document_ids=ids,
-            backend=self.backend,
-        )
-        return self.o_proj(self.norm(o[0], gate))
+        o = linear_recurrence(r, k, v, log_decay, past, scale=1.0, bonus=bonus, backend=self.backend)
+        return self.output(o, gate)
+
+    def output(self, o: Tensor, gate: Tensor) -> Tensor:
+        """[T, H, V], [T, H V] -> [T, D]."""
+        return self.o_proj(self.norm(o, gate))
 
     def forward(
         self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
     ) -> tuple[Tensor, State | None, Carried]:
-        ids = context.documents.ids
-        if state is None:
-            r, k, v, gate, logits = self.project(x_TD, ids)
-            log_decay, bonus = self.decay(logits)
-            return self.mix(r, k, v, gate, log_decay, bonus, ids), None, carried or {}
-        before_TD, shift = self._shift(x_TD, context, state["shift"])
-        r, k, v, gate, logits = self.project_after(x_TD, before_TD)
+        past = context.past(state)
+        r, k, v, gate, logits = self.region("project", past)(x_TD, past)
         log_decay, bonus = self.decay(logits)
-        o, recurrent = self._resume(r, k, v, log_decay, bonus, context, state["recurrent"])
-        return self.o_proj(self.norm(o, gate)), {"recurrent": recurrent, "shift": shift}, carried or {}
-
-    def _shift(self, x_TD: Tensor, context: Context, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Predecessors of the tokens and each document's last input, going on from `state` [N, 1, D]."""
-        if context.stepping:
-            before_TD, last = step.token_shift_step(x_TD, state)
-            return before_TD, last.to(state.dtype)
-        before, last = ops.token_shift(
-            x_TD[None],
-            initial_state=state,
-            output_final_state=True,
-            cu_seqlens=context.documents.cu_seqlens,
-            document_ids=context.documents.ids,
-        )
-        assert last is not None
-        return before[0], last.to(state.dtype)
-
-    def _resume(
-        self, r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, bonus: Tensor, context: Context, state: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The recurrence of documents that go on from `state` [N, H, K, V]."""
-        r, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (r, k, v))
-        if context.stepping:
-            return step.linear_step(r, k, v, log_decay, state, scale=1.0, bonus=bonus)
-        o, after = ops.linear_recurrence(
-            r[None],
-            k[None],
-            v[None],
-            log_decay[None],
-            scale=1.0,
-            bonus=bonus,
-            initial_state=state,
-            output_final_state=True,
-            cu_seqlens=context.documents.cu_seqlens,
-            document_ids=context.documents.ids,
-            backend=self.backend,
-        )
-        assert after is not None
-        return o[0], after
+        return self.region("mix", past)(r, k, v, gate, log_decay, bonus, past), past.after, carried or {}

@@ -1,4 +1,4 @@
-"""Parts that linear mixers share: the short convolution of a projection, the norms before the output, grouped heads.
+"""Parts that linear mixers share: short convolutions, the token shift, the norms before the output, grouped heads.
 
 Shapes: T tokens, H heads, V value width of a head, W convolution width, C channels.
 """
@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlinearmoe.initialize import ONES, Uniform, set_initializers
-from torchlinearmoe.kernels.ops import short_convolution
-from torchlinearmoe.kernels.step import convolution_step
-from torchlinearmoe.mixers.base import Carry, Context, State, StateSpec, TensorWord, per_head
+from torchlinearmoe.kernels import ops, step
+from torchlinearmoe.mixers.base import Carry, StateSpec, TensorWord, per_head
+from torchlinearmoe.mixers.past import Empty, Past
 
 
 class ShortConvolution(nn.Module):
@@ -34,28 +34,30 @@ class ShortConvolution(nn.Module):
         """The last W - 1 inputs."""
         return StateSpec((self.taps - 1, self.weight.shape[0]), Carry.LAST_TOKENS, fp32=False)
 
-    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        """[T, C] -> [T, C]; `ids` [T] names each token's document."""
-        return short_convolution(x[None], self.weight, self.bias, activation=self.activation, document_ids=ids)[0][0]
-
-    def resume(self, x: Tensor, context: Context, state: Tensor) -> tuple[Tensor, Tensor]:
-        """The same going on from `state` [N, W - 1, C]; also returns the new state."""
-        if context.stepping:
-            y, last = convolution_step(x, self.weight, self.bias, state, activation=self.activation)
-            return y, last.to(state.dtype)
-        documents = context.documents
-        y, last = short_convolution(
-            x[None],
-            self.weight,
-            self.bias,
-            activation=self.activation,
-            initial_state=state,
-            output_final_state=True,
-            cu_seqlens=documents.cu_seqlens,
-            document_ids=documents.ids,
-        )
+    def forward(self, x: Tensor, past: Past, name: str) -> Tensor:
+        """[T, C] -> [T, C]; the state's name in `past` is `name`."""
+        if isinstance(past, Empty):
+            return ops.short_convolution(
+                x[None], self.weight, self.bias, activation=self.activation, document_ids=past.ids
+            )[0][0]
+        state = past.state[name]
+        if past.stepping:
+            y, last = step.convolution_step(x, self.weight, self.bias, state, activation=self.activation)
+        else:
+            y, last = ops.short_convolution(
+                x[None],
+                self.weight,
+                self.bias,
+                activation=self.activation,
+                initial_state=state,
+                output_final_state=True,
+                cu_seqlens=past.cu_seqlens,
+                document_ids=past.ids,
+            )
+            y = y[0]
         assert last is not None
-        return y[0], last.to(state.dtype)
+        past.after[name] = last.to(state.dtype)
+        return y
 
     def tensor_parallel(self, prefix: str) -> dict[str, TensorWord]:
         """Channels split with the heads."""
@@ -92,16 +94,11 @@ class Convolutions(nn.ModuleDict):
             words |= conv.tensor_parallel(f"{prefix}.{name}")
         return words
 
-    def forward(self, inputs: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
-        """Convolve each named input [T, C] that has a convolution."""
-        return {name: self[name](x, ids) if name in self else self._bare(x) for name, x in inputs.items()}
-
-    def resume(self, inputs: dict[str, Tensor], context: Context, state: State) -> tuple[dict[str, Tensor], State]:
-        """The same going on from `conv_NAME` of `state`; also returns their new values."""
-        outputs, after = {name: self._bare(x) for name, x in inputs.items() if name not in self}, {}
-        for name, conv in self._convolutions():
-            outputs[name], after[f"conv_{name}"] = conv.resume(inputs[name], context, state[f"conv_{name}"])
-        return outputs, after
+    def forward(self, inputs: dict[str, Tensor], past: Past) -> dict[str, Tensor]:
+        """Convolve each named input [T, C] that has a convolution; `conv_NAME` is the name of its state."""
+        return {
+            name: self[name](x, past, f"conv_{name}") if name in self else self._bare(x) for name, x in inputs.items()
+        }
 
     def _bare(self, x: Tensor) -> Tensor:
         """A projection without a convolution."""
@@ -109,6 +106,27 @@ class Convolutions(nn.ModuleDict):
 
     def _convolutions(self) -> list[tuple[str, ShortConvolution]]:
         return [(name, conv) for name, conv in self.items() if isinstance(conv, ShortConvolution)]
+
+
+def token_shift(x: Tensor, past: Past, name: str = "shift") -> Tensor:
+    """The token before each in its document, [T, D] -> [T, D]; state `name`: the last input, [N, 1, D]."""
+    if isinstance(past, Empty):
+        return ops.token_shift(x[None], document_ids=past.ids)[0][0]
+    state = past.state[name]
+    if past.stepping:
+        before, last = step.token_shift_step(x, state)
+    else:
+        before, last = ops.token_shift(
+            x[None],
+            initial_state=state,
+            output_final_state=True,
+            cu_seqlens=past.cu_seqlens,
+            document_ids=past.ids,
+        )
+        before = before[0]
+    assert last is not None
+    past.after[name] = last.to(state.dtype)
+    return before
 
 
 class GatedHeadNorm(nn.Module):

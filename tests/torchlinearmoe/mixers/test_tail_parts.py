@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from torchlinearmoe.documents import Documents
 from torchlinearmoe.initialize import initialize
-from torchlinearmoe.mixers.base import Context
+from torchlinearmoe.mixers.past import Empty, Resumed, State
 from torchlinearmoe.mixers.tail import Convolutions, GroupedRMSNorm, inverse_softplus_of_exp, repeat_heads
 
 
-def _context(tokens: int) -> Context:
-    documents = Documents.packed([0, tokens])
-    return Context(documents, documents.positions)
+def _resumed(tokens: int, state: State) -> Resumed:
+    return Resumed(torch.zeros(tokens, dtype=torch.int32), torch.tensor([0, tokens], dtype=torch.int32), state)
 
 
 def test_projections_without_convolution_are_activated_only_when_asked():
@@ -21,9 +19,10 @@ def test_projections_without_convolution_are_activated_only_when_asked():
     ids = torch.zeros(6, dtype=torch.int32)
     for always, expected in ((False, x), (True, F.silu(x))):
         convs = Convolutions({"q": 4}, 0, always_activate=always)
-        assert torch.equal(convs({"q": x}, ids)["q"], expected)
-        outputs, after = convs.resume({"q": x}, _context(6), {})
-        assert torch.equal(outputs["q"], expected) and after == {}
+        resumed = _resumed(6, {})
+        for past in (Empty(ids), resumed):
+            assert torch.equal(convs({"q": x}, past)["q"], expected)
+        assert resumed.after == {}
 
 
 def test_convolutions_activate_once():
@@ -32,9 +31,10 @@ def test_convolutions_activate_once():
     for always in (False, True):
         convs = Convolutions({"q": 4}, 3, bias=True, always_activate=always)
         initialize(convs, 0)
-        results.append(convs({"q": x}, ids)["q"])
-        resumed, _ = convs.resume({"q": x}, _context(6), {"conv_q": torch.zeros(1, 2, 4)})
-        torch.testing.assert_close(resumed["q"], results[-1])
+        results.append(convs({"q": x}, Empty(ids))["q"])
+        resumed = _resumed(6, {"conv_q": torch.zeros(1, 2, 4)})
+        torch.testing.assert_close(convs({"q": x}, resumed)["q"], results[-1])
+        assert torch.equal(resumed.after["conv_q"][0], x[-2:])
     assert torch.equal(*results)
     assert sorted(name for name, _ in convs.named_parameters()) == ["q.bias", "q.weight"]
 
