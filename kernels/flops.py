@@ -17,7 +17,7 @@ def linear_recurrence_flops(heads: int, key_dim: int, value_dim: int, chunk_size
 
 
 def delta_rule_flops(value_heads: int, key_dim: int, value_dim: int, chunk_size: int = 64) -> float:
-    """FLOPs per token of `ops.delta_rule`.
+    """FLOPs per token of `ops.delta_rule`, the same for every kind of decay.
 
     Beside the linear recurrence: 2KV to apply the erased part to the entering state; the keys' overlaps (CK), the
     triangular solve for K + V columns (C(K + V)).

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchlinearmoe.errors import UserError
 from torchlinearmoe.kernels import normalize
-from torchlinearmoe.kernels.backends.call import States, linear_kind
+from torchlinearmoe.kernels.backends.call import States, delta_kind, linear_kind
 from torchlinearmoe.kernels.backends.choose import choose, chosen_backends
 from torchlinearmoe.kernels.backends.table import BACKENDS, Backend
 from torchlinearmoe.kernels.chunked import convolution as chunked_convolution
@@ -84,12 +84,12 @@ def delta_rule(
     document_ids: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """S' = e^{g_t} S_{t-1}; S_t = S' + beta_t k_t (v_t - S'^T k_t)^T; o_t = scale * q_t^T S_t.
+    """S' = diag(e^{g_t}) S_{t-1}; S_t = S' + beta_t k_t (v_t - S'^T k_t)^T; o_t = scale * q_t^T S_t.
 
     q, k: [B, T, H, K], divided by their length first with `l2_norm`; v: [B, T, HV, V], HV a multiple of H (value head
-    h reads query and key head h // (HV // H)); beta: [B, T, HV], in [0, 2]; log_decay: None or [B, T, HV];
-    scale: default K^-0.5; initial_state: [N, HV, K, V]. Returns o [B, T, HV, V] in q's dtype and the final states
-    [N, HV, K, V] or None.
+    h reads query and key head h // (HV // H)); beta: [B, T, HV], in [0, 2]; log_decay: None, [B, T, HV] or
+    [B, T, HV, K]; scale: default K^-0.5; initial_state: [N, HV, K, V]. Returns o [B, T, HV, V] in q's dtype and the
+    final states [N, HV, K, V] or None.
     """
     B, T, H, K = q.shape
     HV = v.shape[2]
@@ -98,12 +98,12 @@ def delta_rule(
     _check_shape("beta", beta, (B, T, HV))
     if HV % H:
         raise ValueError(f"v: {HV} value heads, legal: a multiple of the {H} query heads")
-    if log_decay is not None:
-        _check_shape("log_decay", log_decay, (B, T, HV))
+    if log_decay is not None and tuple(log_decay.shape) not in ((B, T, HV), (B, T, HV, K)):
+        raise ValueError(f"log_decay: shape {tuple(log_decay.shape)}, legal: {(B, T, HV)}, {(B, T, HV, K)}")
     if l2_norm:
         q, k = normalize.l2_normalize(q), normalize.l2_normalize(k)
     states = _states(q, v, initial_state, output_final_state, cu_seqlens, document_ids)
-    chosen = _choose("delta" if log_decay is None else "gated_delta", backend, q)
+    chosen = _choose(delta_kind(log_decay), backend, q)
     assert chosen.delta_rule is not None
     return chosen.delta_rule(q, k, v, beta, log_decay, K**-0.5 if scale is None else scale, states)
 

@@ -12,7 +12,8 @@ Function = TypeVar("Function", bound=Callable)
 LINEAR = ("identity", "constant", "scalar", "diagonal", "bonus")
 """Linear recurrences by their decay: none, a fixed number per head, one per token and head, one per channel, the same
 with RWKV6's bonus. A constant decay that is learned, or whose final state is wanted, counts as a scalar one."""
-DELTA = ("delta", "gated_delta")
+DELTA = ("delta", "gated_delta", "kda")
+"""Delta rules by their gate: none, one per token and head, one per channel."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,13 @@ def linear_kind(log_decay: Tensor | None, bonus: Tensor | None, want_final: bool
     if log_decay.dim() == 1:
         return "scalar" if want_final or log_decay.requires_grad else "constant"
     return "scalar" if log_decay.dim() == 3 else "diagonal"
+
+
+def delta_kind(log_decay: Tensor | None) -> str:
+    """The name in `DELTA` of a delta rule; log_decay: None, [B, T, HV] or [B, T, HV, K]."""
+    if log_decay is None:
+        return "delta"
+    return "gated_delta" if log_decay.dim() == 3 else "kda"
 
 
 def outside_graphs(function: Function) -> Function:

@@ -7,6 +7,7 @@
     bonus           chunk_rwkv6
     delta           chunk_delta_rule: heads repeated; in float32, which it refuses, chunk_gated_delta_rule
     gated_delta     chunk_gated_delta_rule: value heads may outnumber key heads
+    kda             chunk_kda: the same
     dplr_rule       chunk_rwkv7: larger chunks where the caller bounds the decays from below
     slot_attention  chunk_gsa
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchlinearmoe.kernels.backends.borders import find_borders
-from torchlinearmoe.kernels.backends.call import States, linear_kind, outside_graphs
+from torchlinearmoe.kernels.backends.call import States, delta_kind, linear_kind, outside_graphs
 
 
 @outside_graphs
@@ -72,11 +73,14 @@ def delta_rule(
     scale: float,
     states: States,
 ) -> tuple[Tensor, Tensor | None]:
-    """`reference.delta.delta_rule` for log_decay None or [B, T, HV]; the other arguments as there, `states` fp32."""
+    """`reference.delta.delta_rule`; the arguments as there, `states` fp32."""
     K, V = q.shape[-1], v.shape[-1]
     q, k, v = _even(q), _even(k.to(q.dtype)), _even(v.to(q.dtype))
     tokens = {"q": q, "k": k, "v": v, "beta": beta.float()}
-    if log_decay is None and q.dtype != torch.float32:
+    kind = delta_kind(log_decay)
+    if kind == "kda":
+        function, tokens["g"] = "chunk_kda", _even(_gate(log_decay))
+    elif kind == "delta" and q.dtype != torch.float32:
         function, groups = "chunk_delta_rule", v.shape[2] // q.shape[2]
         if groups > 1:
             tokens["q"], tokens["k"] = q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2)

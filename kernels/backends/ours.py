@@ -5,6 +5,7 @@ from torch import Tensor
 
 from torchlinearmoe.kernels.backends.call import States
 from torchlinearmoe.kernels.chunked import delta as chunked_delta
+from torchlinearmoe.kernels.chunked import delta_channels
 from torchlinearmoe.kernels.chunked import dplr as chunked_dplr
 from torchlinearmoe.kernels.chunked import gsa as chunked_gsa
 from torchlinearmoe.kernels.chunked import quadratic as chunked_quadratic
@@ -29,6 +30,8 @@ def torch_linear(q, k, v, log_decay, bonus, scale, states: States):
 
 def torch_delta(q, k, v, beta, log_decay, scale, states: States):
     layout = _layout(q, states)
+    if log_decay is not None and log_decay.dim() == 4:
+        return delta_channels.delta_rule(q, k, v, beta, log_decay, scale, states.initial, states.want_final, layout)
     return chunked_delta.delta_rule(q, k, v, beta, log_decay, scale, states.initial, states.want_final, layout)
 
 

@@ -11,7 +11,7 @@ with; a chunk's summary keeps only the document that it ends with.
     carry.py        reading those states and writing the summaries, the same for every family
     scalar.py       decays that are absent, constant, or one number per token and head
     diagonal.py     decays per channel
-    delta.py        the delta rule
+    delta.py        the delta rule, plain or with a decay per head; per channel: delta_channels.py
     dplr.py         diagonal plus low rank transitions
     quadratic.py    quadratic scores, second-order features for what passes between chunks
     convolution.py  the short convolution

@@ -2,7 +2,7 @@
 
 As in `delta.py`, with the decays inside the scores: what token t writes is
 u_t = beta_t (v_t - (e^{G_t} k_t)^T E - sum_{s<t} (k_t^T diag(D_ts) k_s) u_s). Queries and keys both read the state that
-their own token's gate has decayed, and keys alone write to it.
+their own token's gate has decayed, and keys alone write to it. Overlaps are fp32, as there.
 """
 
 import torch
@@ -34,9 +34,10 @@ def delta_rule(
     if groups > 1:
         q_C, k_C = q_C.repeat_interleave(groups, 1), k_C.repeat_interleave(groups, 1)
     beta_C1 = layout.split(beta.to(dtype)).unsqueeze(-1)
-    parts = score_channels(layout, [Reader(q_C), Reader(k_C)], [k_C], layout.split(log_decay.to(dtype)), low)
+    parts = score_channels(layout, [Reader(q_C), Reader(k_C)], [k_C], layout.split(log_decay.to(dtype)), dtype)
     ((scores,), (overlap,)), (q_in, k_in), (k_out,) = parts.scores, parts.entered, parts.leaving
-    solved = solve_unit_lower(overlap.to(dtype) * beta_C1, torch.cat([v_C, k_in], -1) * beta_C1)
+    scores = scores.to(low)
+    solved = solve_unit_lower(overlap * beta_C1, torch.cat([v_C, k_in], -1) * beta_C1)
     u, w = solved.split([V, K], -1)
     u_low = u.to(low)
     chunks = Chunks(

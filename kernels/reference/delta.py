@@ -1,4 +1,4 @@
-"""The delta rule, plain or gated: each token first erases what the state holds under its key, then writes.
+"""The delta rule, plain or gated per head or channel: a token erases what its key finds in the state, then writes.
 
 Legend: B batch, T tokens, H query/key heads, HV value heads (a multiple of H), K/V key/value head dim, N documents.
 """
@@ -21,7 +21,7 @@ def delta_rule(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """S' = e^{g_t} S_{t-1}; S_t = S' + beta_t k_t (v_t - S'^T k_t)^T; o_t = scale * q_t^T S_t.
+    """S' = diag(e^{g_t}) S_{t-1}; S_t = S' + beta_t k_t (v_t - S'^T k_t)^T; o_t = scale * q_t^T S_t.
 
     Sources: DeltaNet (Yang et al. 2024, arXiv:2406.06484), Gated DeltaNet (arXiv:2412.06464), and with a gate per
     channel Kimi Delta Attention (arXiv:2510.26692).

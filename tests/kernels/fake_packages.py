@@ -83,6 +83,16 @@ class FakeFla(types.ModuleType):
         states = self._states("gated_delta", tokens, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu)
         return delta_rule(q, k, v, beta, g, scale=scale, **states)
 
+    def chunk_kda(
+        self, q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None,
+        cu_seqlens_cpu=None,
+    ):  # fmt: skip
+        assert g.shape == (*v.shape[:3], k.shape[-1]) and beta.shape == v.shape[:3]
+        assert q.dtype == torch.float64 or initial_state is None or initial_state.dtype == torch.float32, "asserted"
+        tokens = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
+        states = self._states("chunk_kda", tokens, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu)
+        return delta_rule(q, k, v, beta, g, scale=scale, **states)
+
     def chunk_rwkv7(
         self, r, w, k, v, a, b, scale=1.0, initial_state=None, output_final_state=False, cu_seqlens=None,
         cu_seqlens_cpu=None, lower_bound=None,

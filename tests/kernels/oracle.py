@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from torchlinearmoe.kernels import ops
 
-FAMILIES = ("identity", "constant", "scalar", "diagonal", "bonus", "delta", "gated_delta", "grouped_delta", "dplr")
+LINEAR = ("identity", "constant", "scalar", "diagonal", "bonus")
+FAMILIES = (*LINEAR, "delta", "gated_delta", "grouped_delta", "kda", "grouped_kda", "dplr")
 AWKWARD_LENGTHS = (1, 63, 64, 65, 130, 0, 5, 7, 3, 0)
 """Borders on, before and after a chunk border, several documents in a chunk, documents without tokens."""
 
@@ -72,13 +73,14 @@ def random_call(
 
     inputs = {"q": normal(B, T, H, K), "k": normal(B, T, H, K), "v": normal(B, T, H, V)}
     HV = H
-    if family.endswith("delta"):
-        HV = 2 * H if family == "grouped_delta" else H
+    if family.endswith(("delta", "kda")):
+        HV = 2 * H if family.startswith("grouped") else H
         inputs["v"] = normal(B, T, HV, V)
         inputs["k"] = F.normalize(inputs["k"], dim=-1)
         inputs["beta"] = 2 * torch.rand(B, T, HV, dtype=dtype)
         if family != "delta":
-            inputs["log_decay"] = F.logsigmoid(normal(B, T, HV) + 2)
+            width = (K,) if family.endswith("kda") else ()
+            inputs["log_decay"] = F.logsigmoid(normal(B, T, HV, *width) + 2)
     elif family == "constant":
         inputs["log_decay"] = -torch.rand(H, dtype=dtype) / 4
     elif family == "scalar":
@@ -93,8 +95,7 @@ def random_call(
         inputs["log_decay"] = F.logsigmoid(normal(B, T, H, K) + 2)
     if initial:
         inputs["initial_state"] = normal(N, HV, K, V)
-    operator = "delta_rule" if family.endswith("delta") else "linear_recurrence"
-    operator = "dplr_rule" if family == "dplr" else operator
+    operator = "delta_rule" if "beta" in inputs else "dplr_rule" if "a" in inputs else "linear_recurrence"
     return Call(operator, inputs, options)
 
 

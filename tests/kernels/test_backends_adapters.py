@@ -28,6 +28,8 @@ FUNCTIONS = {
     "delta": "chunk_delta_rule",
     "gated_delta": "gated_delta",
     "grouped_delta": "gated_delta",
+    "kda": "chunk_kda",
+    "grouped_kda": "chunk_kda",
     "dplr": "chunk_rwkv7",
 }
 
@@ -67,9 +69,10 @@ def test_fla_takes_documents_by_their_ids(fla, family):
     assert_close(call.run("fla"), expected, 2e-6)
 
 
-def test_fla_gets_float32_gates_and_16_bit_values(fla):
+@pytest.mark.parametrize("family", ["gated_delta", "kda"])
+def test_fla_gets_float32_gates_and_16_bit_values(fla, family):
     torch.manual_seed(3)
-    call = random_call("gated_delta", T=9, dtype=torch.float32)
+    call = random_call(family, T=9, dtype=torch.float32)
     call.run("fla", dtype=torch.bfloat16)
     kinds = {name: x.dtype for name, x in fla.last.items() if x is not None}
     wide, narrow = torch.float32, torch.bfloat16

@@ -63,10 +63,10 @@ def assert_small(errors: dict[str, float]) -> None:
 @pytest.mark.parametrize("packing", LENGTHS)
 @pytest.mark.parametrize("states", ["", "in out"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fla_agrees_with_the_definition(family, states, packing):
-    learned = family == "constant"  # the decay is an input with a gradient, so it goes by token
-    operators = {"grouped_delta": "gated_delta", "dplr": "dplr_rule"}
-    need("fla", operators.get(family, "scalar" if learned else family))
+def test_fla_agrees_with_the_definition(family: str, states, packing):
+    # A constant decay is an input with a gradient here, so it goes by token.
+    operators = {"constant": "scalar", "grouped_delta": "gated_delta", "grouped_kda": "kda", "dplr": "dplr_rule"}
+    need("fla", operators.get(family, family))
     torch.manual_seed(1)
     call = random_call(
         family, T=150, K=64, V=96, lengths=LENGTHS[packing], initial="in" in states, final="out" in states
@@ -178,7 +178,7 @@ def cancellation(inputs: dict[str, torch.Tensor], options: dict) -> float:
     return float(total.norm() / terms.square().sum((0, 1)).sqrt().norm())
 
 
-@pytest.mark.parametrize("family", ["diagonal", "delta"])
+@pytest.mark.parametrize("family", ["diagonal", "delta", "kda"])
 def test_a_compiled_caller_breaks_at_the_kernel_and_agrees(family):
     need("fla", family)
     torch.manual_seed(7)

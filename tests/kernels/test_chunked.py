@@ -75,7 +75,7 @@ def test_document_ids_alone_give_the_same_outputs(family):
     assert_close(call.run("reference"), expected, 1e-9)
 
 
-@pytest.mark.parametrize("family", ["scalar", "bonus", "gated_delta", "dplr"])
+@pytest.mark.parametrize("family", ["scalar", "bonus", "gated_delta", "grouped_kda", "dplr"])
 def test_gradients_pass_gradcheck(family):
     torch.manual_seed(8)
     call = random_call(family, H=1, K=3, V=2, lengths=(3, 0, 6), initial=True, final=True)

@@ -24,7 +24,7 @@ def test_compiles_without_a_graph_break(family):
     assert_close(actual, expected, 1e-4)
 
 
-@pytest.mark.parametrize("family", ["constant", "diagonal", "gated_delta"])
+@pytest.mark.parametrize("family", ["constant", "diagonal", "gated_delta", "kda"])
 def test_compiles_with_states_of_plain_rows(family):
     torch.manual_seed(8)
     torch._dynamo.reset()

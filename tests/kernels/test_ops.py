@@ -50,6 +50,18 @@ def test_l2_norm_makes_queries_and_keys_scale_free():
     torch.testing.assert_close(o, plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_of_length_zero_write_nothing_and_have_finite_gradients(dtype):
+    torch.manual_seed(1)
+    q, k, v = (x.to(dtype).requires_grad_() for x in inputs(T=9, K=16))
+    present = (torch.arange(9) % 3 > 0).to(dtype).view(1, 9, 1, 1)
+    beta, initial = 2 * torch.rand(1, 9, 2), torch.randn(1, 2, 16, 5)
+    o, _ = ops.delta_rule(q * present, k * present, v, beta, l2_norm=True, initial_state=initial)
+    gradients = torch.autograd.grad(o.float().square().sum(), (q, k, v))
+    assert all(bool(x.isfinite().all()) for x in (o, *gradients))
+    assert not o[:, ::3].any() and not gradients[2][:, ::3].any() and bool(gradients[2][:, 1::3].any())
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -82,6 +94,8 @@ def test_delta_rule_refuses_in_one_line():
         ops.delta_rule(q, k, torch.randn(1, 4, 3, 5), torch.rand(1, 4, 3))
     with pytest.raises(ValueError, match="beta: shape"):
         ops.delta_rule(q, k, torch.randn(1, 4, 2, 5), torch.rand(1, 4))
+    with pytest.raises(ValueError, match=r"log_decay: shape \(1, 4, 2, 5\), legal: \(1, 4, 2\), \(1, 4, 2, 3\)$"):
+        ops.delta_rule(q, k, torch.randn(1, 4, 2, 5), torch.rand(1, 4, 2), torch.zeros(1, 4, 2, 5))
 
 
 def test_dplr_rule_refuses_in_one_line():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracle import assert_close, random_call, relative_error
 
-DECAYED = ("scalar", "diagonal", "bonus", "gated_delta", "dplr")
+DECAYED = ("scalar", "diagonal", "bonus", "gated_delta", "kda", "dplr")
 SIZES = torch.tensor([0.0, -1e-6, -1e-3, -0.1, -1.0, -20.0, -1e4, -torch.inf])
 
 
@@ -55,11 +55,26 @@ def test_uniform_decays_stay_accurate(family, log_decay):
             assert actual[name].norm() < 1e-5, name
 
 
-@pytest.mark.parametrize("family", ["identity", "constant", "delta", "gated_delta", "dplr"])
+@pytest.mark.parametrize("family", ["identity", "constant", "delta", "gated_delta", "kda", "dplr"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 def test_long_memories_stay_accurate(family, dtype, tolerance):
     torch.manual_seed(6)
     call = rounded(random_call(family, B=1, T=700, H=1, K=32, V=32, initial=True, final=True), dtype)
+    assert_close(call.run("torch", dtype), call.run("reference"), tolerance)
+
+
+@pytest.mark.parametrize("family", ["delta", "gated_delta", "kda"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 8e-2)])
+def test_flipping_one_key_over_and_over_stays_accurate(family, dtype, tolerance):
+    """At beta = 2 a transition has the eigenvalue -1; the overlaps of equal keys are the largest there are."""
+    torch.manual_seed(7)
+    call = random_call(family, B=1, T=200, H=1, K=32, V=32, initial=True, final=True)
+    call.inputs["beta"] = torch.full_like(call.inputs["beta"], 2.0)
+    call.inputs["k"] = call.inputs["k"][:, :1].expand_as(call.inputs["k"]) + 0.05 * call.inputs["k"]
+    call.inputs["k"] = torch.nn.functional.normalize(call.inputs["k"], dim=-1)
+    if "log_decay" in call.inputs:
+        call.inputs["log_decay"] = call.inputs["log_decay"] / 100
+    call = rounded(call, dtype)
     assert_close(call.run("torch", dtype), call.run("reference"), tolerance)
 
 

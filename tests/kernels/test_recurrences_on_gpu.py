@@ -18,6 +18,7 @@ CASES = {
     "diagonal_bonus": {"decay": "channel", "bonus": True},
     "delta": {"delta": True},
     "gated_delta": {"delta": True, "decay": "token"},
+    "kda": {"delta": True, "decay": "channel"},
     "dplr": {"dplr": True, "decay": "channel"},
 }
 
@@ -64,7 +65,7 @@ def _run(case: dict, x: dict, ids: torch.Tensor, cotangent: torch.Tensor, backen
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", CASES)
 def test_bfloat16_agrees_with_the_definition(name: str, compiled: bool):
-    if compiled and name not in ("diagonal", "gated_delta", "scalar", "dplr"):
+    if compiled and name not in ("diagonal", "gated_delta", "kda", "scalar", "dplr"):
         pytest.skip("one member of each family is compiled")
     torch.manual_seed(1)
     case, lengths = CASES[name], [3, 64, 130, 187]
@@ -91,6 +92,7 @@ def test_nothing_waits_for_the_gpu_without_states():
     try:
         ops.linear_recurrence(q, k, v, gate, document_ids=ids)
         ops.delta_rule(q, k, v, gate[..., 0].exp(), document_ids=ids)
+        ops.delta_rule(q, k, v, gate[..., 0].exp(), gate, document_ids=ids)
         ops.dplr_rule(q, k, v, -k, k, gate, document_ids=ids)
     finally:
         torch.cuda.set_sync_debug_mode(previous)
