@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlinearmoe.errors import RecipeError
-from torchlinearmoe.initialize import ONES, ZEROS, Rows, Uniform, linear, set_initializers
+from torchlinearmoe.initialize import ZEROS, Rows, Uniform, linear, set_initializers
 from torchlinearmoe.kernels.flops import linear_recurrence_flops
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
@@ -48,6 +48,7 @@ from torchlinearmoe.mixers.base import (
 )
 from torchlinearmoe.mixers.past import Past
 from torchlinearmoe.mixers.recurrence import linear_recurrence
+from torchlinearmoe.mixers.rwkv import Depth, HeadGroupNorm
 from torchlinearmoe.mixers.tail import token_shift
 
 MIXES = "wkvrg"
@@ -66,34 +67,20 @@ class Options(MixerOptions):
     """Rank of the data-dependent part of the decay."""
 
 
-@dataclass(frozen=True)
-class _Recipe:
-    """The authors' initial values: n counts channels, rho_0 rises over the layers from 0 to 1, rho_1 falls from 1."""
-
-    layer: int
-    layers: int
-
-    @property
-    def rising(self) -> float:
-        return self.layer / max(self.layers - 1, 1)
-
-    @property
-    def falling(self) -> float:
-        return 1.0 - self.layer / self.layers
+class _Recipe(Depth):
+    """The authors' initial values; n counts channels."""
 
     def mix(self, name: str, width: int) -> Rows:
-        """mu: 1 - (n / D)^rho_1; v mixes less of the token before in deep layers, r and g in every layer."""
-        power = self.falling / 2 if name in "rg" else self.falling
-        lift = 0.3 * self.rising if name == "v" else 0.0
-        return Rows(lambda rows: 1.0 - ((rows / width) ** power + lift))
+        """mu: 1 - (n / D)^falling; v mixes less of the token before in deep layers, r and g in every layer."""
+        return self.ramp(width, 0.5 if name in "rg" else 1.0, 0.3 * self.rising if name == "v" else 0.0)
 
     def decay(self, channels: int) -> Rows:
-        """w_0 = -6 + 5 (n / (H K - 1))^(0.7 + 1.3 rho_0): from slow channels to fast ones."""
+        """w_0 = -6 + 5 (n / (H K - 1))^(0.7 + 1.3 rising): from slow channels to fast ones."""
         power = 0.7 + 1.3 * self.rising
         return Rows(lambda rows: -6.0 + 5.0 * (rows / max(channels - 1, 1)) ** power)
 
     def bonus(self, heads: int, head_dim: int) -> Rows:
-        """u = rho_0 (1 - n / (H K - 1)) + 0.1 ((n + 1) mod 3 - 1), n = h K + channel of head h."""
+        """u = rising (1 - n / (H K - 1)) + 0.1 ((n + 1) mod 3 - 1), n = h K + channel of head h."""
 
         def fill(rows: Tensor) -> Tensor:
             n = rows.unsqueeze(1) * head_dim + torch.arange(head_dim, device=rows.device)
@@ -145,25 +132,6 @@ class TokenMix(nn.Module):
         return inputs
 
 
-class HeadGroupNorm(nn.Module):
-    """GroupNorm with a head a group, then swish(gate); statistics in float32, result in the gate's type."""
-
-    def __init__(self, heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-        self.eps = 64e-5
-        self.weight = nn.Parameter(torch.empty(heads * head_dim))
-        self.bias = nn.Parameter(torch.empty(heads * head_dim))
-        set_initializers(self, weight=ONES, bias=ZEROS)
-
-    def forward(self, o: Tensor, gate: Tensor) -> Tensor:
-        """o [T, H, V], gate [T, H V] -> [T, H V]."""
-        wide = o if o.dtype == torch.float64 else o.float()
-        unit = F.layer_norm(wide, (self.head_dim,), eps=self.eps).flatten(-2)
-        y = unit * self.weight.to(wide.dtype) + self.bias.to(wide.dtype)
-        return (y * F.silu(gate.to(wide.dtype))).to(gate.dtype)
-
-
 @register("rwkv6")
 class RWKV6(Mixer):
     """Diagonal decay from the data, bonus for the current token, token shift."""
@@ -189,7 +157,7 @@ class RWKV6(Mixer):
         self.decay_up = linear(options.decay_rank, inner, std)
         set_initializers(self.decay_up, weight=Uniform(-0.01, 0.01))
         self.decay = Decay(self.heads, self.head_dim, recipe)
-        self.norm = HeadGroupNorm(self.heads, self.head_dim)
+        self.norm = HeadGroupNorm(self.heads, self.head_dim, 64e-5)
         self.o_proj = linear(inner, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
@@ -245,7 +213,8 @@ class RWKV6(Mixer):
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
         """[T, H, V], [T, H V] -> [T, D]."""
-        return self.o_proj(self.norm(o, gate))
+        y = self.norm(o)
+        return self.o_proj((y * F.silu(gate.to(y.dtype))).to(gate.dtype))
 
     def forward(
         self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
