@@ -249,6 +249,11 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def parameters_not_in_first(cls, options: Any, model: ModelDims) -> int:
+        """Of these, what the first layer, which sets the carried tensors, does without."""
+        return 0
+
+    @classmethod
     def shared_module(cls, options: Any, model: ModelDims, count: int) -> nn.Module | None:
         """The module whose output all `count` layers of this mixer read; built once a model."""
         return None

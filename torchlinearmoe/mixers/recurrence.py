@@ -10,6 +10,7 @@ and value width of a head, S slots.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -59,6 +60,28 @@ def delta_rule(
     """
     options = {"scale": scale, "l2_norm": True}
     return _run(ops.delta_rule, step.delta_step, (q, k, v, beta, log_decay), past, (name,), backend, options)
+
+
+def dplr_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    log_decay: Tensor,
+    past: Past,
+    *,
+    scale: float,
+    lower_bound: float,
+    backend: str,
+    name: str = "recurrent",
+) -> Tensor:
+    """`ops.dplr_rule` of packed documents, [T, H, V] in q's type; no log decay is below `lower_bound`.
+
+    q, k, a, b, log_decay: [T, H, K]; v: [T, H, V]. State `name`: [N, H, K, V].
+    """
+    op = partial(ops.dplr_rule, lower_bound=lower_bound)
+    return _run(op, step.dplr_step, (q, k, v, a, b, log_decay), past, (name,), backend, {"scale": scale})
 
 
 def slot_attention(

@@ -21,6 +21,7 @@ CASES = [
     Case("retention", {"heads": 4, "head_dim": 16}),
     Case("gla", {"heads": 4, "head_dim": 16, "kv_heads": 2, "conv": 3}),
     Case("mamba2", {"heads": 4, "groups": 2, "state": 16}),
+    Case("rwkv7", {"heads": 4, "head_dim": 16}),
 ]
 
 
@@ -28,11 +29,15 @@ CASES = [
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_slices_of_heads_add_up(case: Case, ranks: int):
     stack = make_stack(case, num_layers=4)
-    whole, x_TD = stack.layers[1], random_inputs(70)
+    (first, whole), x_TD = stack.layers, random_inputs(70)
     context = stack.context(Documents.packed([0, 30, 70]))
     with torch.no_grad():
-        expected = whole(x_TD, context)[0]
-        parts = [slice_of(whole, rank, ranks)(x_TD, context)[0] for rank in range(ranks)]
+        carried = first(x_TD, context)[2]
+        expected = whole(x_TD, context, None, carried)[0]
+        parts = []
+        for rank in range(ranks):
+            own = slice_of(first, rank, ranks)(x_TD, context)[2]
+            parts.append(slice_of(whole, rank, ranks)(x_TD, context, None, own)[0])
     assert relative(torch.stack(parts).sum(0), expected) < 1e-12
 
 
