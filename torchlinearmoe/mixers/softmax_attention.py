@@ -38,6 +38,7 @@ from torchlinearmoe.mixers.base import (
     register,
     row,
 )
+from torchlinearmoe.mixers.tail import Convolutions
 from torchlinearmoe.models.rope import rotate
 
 
@@ -49,6 +50,8 @@ class Options(MixerOptions):
     """Key and value heads."""
     window: int = 0
     """Tokens that a token sees, itself included; 0 for all of its document."""
+    conv: int = 0
+    """Taps of a short convolution on queries, keys and values, before the rotation; 0 for none."""
 
 
 def _heads(options: Options, model: ModelDims) -> tuple[int, int, int]:
@@ -64,8 +67,12 @@ class SoftmaxAttention(Mixer):
 
     transition = Transition.ATTENTION
     Options = Options
-    variants = ({"heads": 4, "head_dim": 16, "kv_heads": 2}, {"heads": 3, "head_dim": 10, "kv_heads": 1})
-    regions = ("project", "output")
+    variants = (
+        {"heads": 4, "head_dim": 16, "kv_heads": 2},
+        {"heads": 3, "head_dim": 10, "kv_heads": 1},
+        {"conv": 4},
+    )
+    regions = ("project", "place", "output")
 
     def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
         super().__init__()
@@ -77,6 +84,8 @@ class SoftmaxAttention(Mixer):
         self.q_proj = linear(width, self.heads * self.head_dim, std, bias)
         self.k_proj = linear(width, self.kv_heads * self.head_dim, std, bias)
         self.v_proj = linear(width, self.kv_heads * self.head_dim, std, bias)
+        kv_width = self.kv_heads * self.head_dim
+        self.convs = Convolutions({"q": self.heads * self.head_dim, "k": kv_width, "v": kv_width}, options.conv)
         self.o_proj = linear(self.heads * self.head_dim, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
@@ -91,10 +100,10 @@ class SoftmaxAttention(Mixer):
 
     @classmethod
     def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D (2 H d + 2 G d) and the biases (H + 2 G) d where the family has them."""
+        """D (2 H d + 2 G d), the biases (H + 2 G) d where the family has them, W (H + 2 G) d of convolutions."""
         heads, kv_heads, width = _heads(options, model)
         weights = model.hidden_size * width * 2 * (heads + kv_heads)
-        return weights + (heads + 2 * kv_heads) * width * model.qkv_bias
+        return weights + (heads + 2 * kv_heads) * width * (model.qkv_bias + options.conv)
 
     def state_spec(self) -> dict[str, StateSpec]:
         """One entry a token; with a window a ring of its size, which only this mixer knows how to read."""
@@ -102,12 +111,13 @@ class SoftmaxAttention(Mixer):
         entry = StateSpec(shape, Carry.APPEND, fp32=False)
         if self.window:
             entry = StateSpec((self.window, *shape), Carry.LAST_TOKENS, fp32=False)
-        return {"keys": entry, "values": entry}
+        return {"keys": entry, "values": entry, **self.convs.state_spec()}
 
     def tensor_parallel(self) -> dict[str, TensorWord]:
         words = {f"{name}.weight": column() for name in ("q_proj", "k_proj", "v_proj")}
         if self.q_proj.bias is not None:
             words |= {f"{name}.bias": column() for name in ("q_proj", "k_proj", "v_proj")}
+        words |= self.convs.tensor_parallel("convs")
         return words | {"o_proj.weight": row()}
 
     def mixing_flops(self, length: int) -> float:
@@ -116,9 +126,13 @@ class SoftmaxAttention(Mixer):
         seen = reach * (length - (reach - 1) / 2) / length
         return 4.0 * self.heads * self.head_dim * seen
 
-    def project(self, x_TD: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x_TD: Tensor) -> dict[str, Tensor]:
+        """Raw queries q [T, H d], keys k and values v [T, G d]."""
+        return {"q": self.q_proj(x_TD), "k": self.k_proj(x_TD), "v": self.v_proj(x_TD)}
+
+    def place(self, q: Tensor, k: Tensor, v: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [T, H, d], rotated keys and values [T, G, d]."""
-        q, k, v = (layer(x_TD).unflatten(-1, (-1, self.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
         return rotate(q, cosines, sines), rotate(k, cosines, sines), v
 
     def output(self, o: Tensor) -> Tensor:
@@ -128,9 +142,13 @@ class SoftmaxAttention(Mixer):
     def forward(
         self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
     ) -> tuple[Tensor, State | None, Carried]:
-        q, k, v = self.project(x_TD, *context.rotary(self.head_dim, self.theta, x_TD.dtype))
+        documents, parts, after = context.documents, self.project(x_TD), {}
         if state is None:
-            documents = context.documents
+            parts = self.convs(parts, documents.ids)
+        else:
+            parts, after = self.convs.resume(parts, context, state)
+        q, k, v = self.place(parts["q"], parts["k"], parts["v"], *context.rotary(self.head_dim, self.theta, x_TD.dtype))
+        if state is None:
             o = packed_attention(
                 q,
                 k,
@@ -143,13 +161,12 @@ class SoftmaxAttention(Mixer):
                 backend=self.backend,
                 window=self.window,
             )
-        elif self.window:
-            o, state = self._attend_ring(q, k, v, context, state)
-        else:
-            o = self._attend_cache(q, k, v, context, state)
-        return self.output(o), state, carried or {}
+            return self.output(o), None, carried or {}
+        attend = self._attend_ring if self.window else self._attend_cache
+        o, kept = attend(q, k, v, context, state)
+        return self.output(o), {**kept, **after}, carried or {}
 
-    def _attend_cache(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: State) -> Tensor:
+    def _attend_cache(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: State) -> tuple[Tensor, State]:
         """Write the new keys and values into the cache (in place) and attend over it."""
         documents, positions = context.documents, context.positions
         ids = documents.ids.long()
@@ -162,7 +179,7 @@ class SoftmaxAttention(Mixer):
         row_positions[ids, documents.positions] = positions
         keys, values = (state[name][:, : context.history].to(q.dtype) for name in ("keys", "values"))
         out = cached_attention(rows, keys, values, row_positions, self.head_dim**-0.5)
-        return out[ids, documents.positions]
+        return out[ids, documents.positions], {name: state[name] for name in ("keys", "values")}
 
     def _attend_ring(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: State) -> tuple[Tensor, State]:
         """Attend over the ring and the new tokens; the ring then holds each sequence's last W tokens."""
@@ -178,7 +195,7 @@ class SoftmaxAttention(Mixer):
             keys, values = (state[name][:, :held].to(q.dtype) for name in ("keys", "values"))
             held_BW = _positions_in_slots(last_B, slots[:held], self.window)
             o = cached_attention(q[:, None], keys, values, last_B[:, None], scale, key_positions=held_BW)
-            return o[:, 0], state
+            return o[:, 0], {name: state[name] for name in ("keys", "values")}
         ids, places = documents.ids.long(), documents.positions
         batch, longest = len(documents.lengths), max(documents.lengths)
         seen_B1 = context.positions[documents.cu_seqlens[:-1].long()].unsqueeze(1)

@@ -50,6 +50,7 @@ def train_recall(
                 "mixer": mixer,
                 "layout": "L",
                 "num_layers": 2,
+                "init_std": 0.64 * width**-0.5,  # at width 1024 the customary 0.02
                 "hidden_size": width,
                 "num_heads": 2,
                 "num_kv_heads": 2,
