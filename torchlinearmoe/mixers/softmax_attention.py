@@ -142,11 +142,8 @@ class SoftmaxAttention(Mixer):
     def forward(
         self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
     ) -> tuple[Tensor, State | None, Carried]:
-        documents, parts, after = context.documents, self.project(x_TD), {}
-        if state is None:
-            parts = self.convs(parts, documents.ids)
-        else:
-            parts, after = self.convs.resume(parts, context, state)
+        documents, past = context.documents, context.past(state)
+        parts = self.convs(self.project(x_TD), past)
         q, k, v = self.place(parts["q"], parts["k"], parts["v"], *context.rotary(self.head_dim, self.theta, x_TD.dtype))
         if state is None:
             o = packed_attention(
@@ -164,7 +161,7 @@ class SoftmaxAttention(Mixer):
             return self.output(o), None, carried or {}
         attend = self._attend_ring if self.window else self._attend_cache
         o, kept = attend(q, k, v, context, state)
-        return self.output(o), {**kept, **after}, carried or {}
+        return self.output(o), {**kept, **(past.after or {})}, carried or {}
 
     def _attend_cache(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: State) -> tuple[Tensor, State]:
         """Write the new keys and values into the cache (in place) and attend over it."""
