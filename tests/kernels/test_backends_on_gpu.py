@@ -4,6 +4,8 @@ A backend is skipped, with its reason, where its package is missing or the guard
 The inputs are bfloat16 numbers, so that only the arithmetic differs from the definition.
 """
 
+import importlib
+
 import pytest
 import torch
 from oracle import FAMILIES, random_call, relative_error
@@ -17,6 +19,14 @@ pytestmark = pytest.mark.gpu
 TOLERANCE = 2e-2
 """Two to three roundings to bfloat16 (2^-9 each) of values that add up without order."""
 LENGTHS = {"rows": None, "even": (64, 64, 64), "ragged": (1, 63, 0, 64, 130, 7)}
+
+
+@pytest.fixture(autouse=True)
+def little_tuning(monkeypatch):
+    """Two tuning configurations a kernel: what is computed does not depend on them, and all of them cost minutes."""
+    tuner = importlib.import_module("triton.runtime.autotuner").Autotuner
+    prune = tuner.prune_configs
+    monkeypatch.setattr(tuner, "prune_configs", lambda self, *args, **kwargs: prune(self, *args, **kwargs)[:2])
 
 
 def need(backend: str, operator: str) -> None:
@@ -57,6 +67,7 @@ def compare(function, inputs: dict[str, torch.Tensor], options: dict, backend: s
 
 
 def assert_small(errors: dict[str, float]) -> None:
+    print(" ".join(f"{name} {error:.1e}" for name, error in errors.items()))
     assert max(errors.values()) < TOLERANCE, errors
 
 
