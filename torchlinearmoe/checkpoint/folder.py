@@ -15,13 +15,13 @@ it left behind. Only one process writes a folder (rank 0); nothing here communic
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from torchlinearmoe.checkpoint.aside import sync
 from torchlinearmoe.checkpoint.storage import METADATA_FILE, CheckpointError, missing_data, read_metadata
 
 logger = logging.getLogger(__name__)
@@ -185,18 +185,18 @@ def publish(temporary: Path, files: Mapping[str, str | bytes], state: State) -> 
         raise CheckpointError(f"{why}; do all nodes share the folder {temporary.parent}?")
     for path in [*temporary.rglob("*"), temporary]:
         if path.suffix != ".distcp":  # those are synced by the rank that wrote them
-            _sync(path)
+            sync(path)
 
     final = temporary.with_suffix("")
     if final.exists():
         old = final.with_suffix(".old")
         final.rename(old)
         temporary.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
         _delete(old)
     else:
         temporary.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
     return final
 
 
@@ -215,11 +215,3 @@ def _delete(path: Path) -> None:
         shutil.rmtree(trash)
     path.rename(trash)
     shutil.rmtree(trash)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torchlinearmoe.models.families.huggingface import Architecture
 from torchlinearmoe.registry import Registry
 
 MODEL_DIMENSIONS = (
@@ -54,6 +55,8 @@ class Family:
     """`[model]` values of every size."""
     presets: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]
     """Size to (`[model]` values, `[moe]` values)."""
+    published: tuple[Architecture, ...] = ()
+    """The Hugging Face architectures whose weights the family reads and writes."""
 
     def preset(self, size: str) -> dict[str, dict[str, Any]]:
         """The `[model]` and `[moe]` values that `size` brings."""

@@ -9,7 +9,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchlinearmoe.models.families.base import FAMILIES, Family
+from torchlinearmoe.models.families.base import DENSE, FAMILIES, Family
+from torchlinearmoe.models.families.huggingface import (
+    ATTENTION,
+    MODEL_DEFAULTS,
+    MODEL_FIXED,
+    MODEL_KEYS,
+    OUTER,
+    Architecture,
+    Name,
+    experts,
+    swiglu,
+)
 
 
 def _moe(experts: int, top_k: int, hidden: int, shared: int = 0) -> dict[str, Any]:
@@ -45,6 +56,48 @@ PRESETS = {
     "A14B": (_size(3584, 28, 28, 4, 18944, 151936), _moe(64, 8, 2560, shared=20480)),
 }
 
+FIXED = {**MODEL_FIXED, "use_sliding_window": False}
+DENSE_MODEL = Architecture(
+    name="Qwen2ForCausalLM",
+    model_type="qwen2",
+    keys={**MODEL_KEYS, "intermediate_size": "model.ffn_hidden_size"},
+    names=(*OUTER, *ATTENTION, *swiglu("ffn", "mlp")),
+    defaults=MODEL_DEFAULTS,
+    fixed=FIXED,
+    implied={"model.qkv_bias": True, **{f"moe.{key}": value for key, value in DENSE.items()}},
+)
+MOE_MODEL = Architecture(
+    name="Qwen2MoeForCausalLM",
+    model_type="qwen2_moe",
+    keys={
+        **MODEL_KEYS,
+        "intermediate_size": "model.ffn_hidden_size",
+        "qkv_bias": "model.qkv_bias",
+        "num_experts": "moe.num_experts",
+        "num_experts_per_tok": "moe.top_k",
+        "moe_intermediate_size": "moe.hidden_size",
+        "shared_expert_intermediate_size": "moe.shared_hidden_size",
+        "norm_topk_prob": "moe.renormalize",
+        "router_aux_loss_coef": "moe.balance_coefficient",
+    },
+    names=(
+        *OUTER,
+        *ATTENTION,
+        Name("layers.{layer}.ffn.router.weight", "model.layers.{layer}.mlp.gate.weight"),
+        *experts("mlp.experts", "gate_proj", "up_proj", "down_proj"),
+        *swiglu("ffn.shared", "mlp.shared_expert"),
+        Name("layers.{layer}.ffn.shared_gate.weight", "model.layers.{layer}.mlp.shared_expert_gate.weight"),
+    ),
+    defaults={
+        **MODEL_DEFAULTS,
+        "qkv_bias": True,
+        "norm_topk_prob": False,
+        "router_aux_loss_coef": 0.001,
+    },
+    fixed={**FIXED, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    implied={"moe.shared_gate": True},
+)
+
 FAMILIES.add(
     "qwen2",
     Family(
@@ -59,5 +112,6 @@ FAMILIES.add(
             "init_std": 0.02,
         },
         presets=PRESETS,
+        published=(DENSE_MODEL, MOE_MODEL),
     ),
 )

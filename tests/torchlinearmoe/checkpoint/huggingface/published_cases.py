@@ -1,0 +1,68 @@
+"""Small random models of the published architectures, as transformers writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+VOCAB = 96
+DIMENSIONS: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+    "attn_implementation": "eager",
+}
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+}
+
+WIDE: dict[str, Any] = {"head_dim": 12}
+
+
+def rope(**parameters: Any) -> dict[str, Any]:
+    """`rope_parameters`, of the plain kind unless said otherwise."""
+    return {"rope_type": "default", "rope_theta": 5e5, **parameters}
+
+
+PUBLISHED: dict[str, Callable[[], Any]] = {
+    "qwen2": lambda: transformers.Qwen2Config(**DIMENSIONS, rope_parameters=rope()),
+    "qwen2 tied": lambda: transformers.Qwen2Config(**DIMENSIONS, rope_parameters=rope(), tie_word_embeddings=True),
+    "qwen2 wide heads": lambda: transformers.Qwen2Config(**DIMENSIONS, **WIDE, rope_parameters=rope()),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(**DIMENSIONS, **EXPERTS, rope_parameters=rope()),
+    "qwen2_moe renormalised": lambda: transformers.Qwen2MoeConfig(
+        **DIMENSIONS, **EXPERTS, rope_parameters=rope(), norm_topk_prob=True, qkv_bias=False
+    ),
+}
+"""`config.json` of each case."""
+
+
+def make(case: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The random model of a case; biases, scales and gates are moved away from where they hide errors."""
+    model: Any = transformers.AutoModelForCausalLM.from_config(PUBLISHED[case]())
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.to(dtype).eval()
+
+
+def save(model: Any, folder: Path, **options: Any) -> Path:
+    """Write the directory; returns it."""
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def random_tokens(*shape: int) -> torch.Tensor:
+    """Fresh ids, int64."""
+    return torch.randint(VOCAB, shape)

@@ -1,0 +1,149 @@
+"""Hybrid and linear models leave as a directory that transformers loads, and come back."""
+
+from __future__ import annotations
+
+import builtins
+import runpy
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers.dynamic_module_utils import check_imports
+
+from torchlinearmoe import build_model, load_model
+from torchlinearmoe.checkpoint import CheckpointManager
+from torchlinearmoe.checkpoint.huggingface.exporting import export_checkpoint
+from torchlinearmoe.checkpoint.huggingface.importing import import_directory
+from torchlinearmoe.checkpoint.huggingface.own import MODELING
+from torchlinearmoe.checkpoint.model import checkpoint_tokenizer, model_files
+from torchlinearmoe.data.tokenizer import load_tokenizer
+from torchlinearmoe.generation import generate
+from torchlinearmoe.models.decoder import Decoder
+from torchlinearmoe.recipe import resolve
+
+MODELS = {
+    "linear": {"model": {"mixer": "gated_delta_net", "layout": "L"}},
+    "hybrid": {"model": {"mixer": "hgrn2", "layout": "LN"}},
+    "biased selection": {"model": {"layout": "N"}, "moe": {"balance": "bias"}},
+    "dropping in evaluation": {"model": {"layout": "N"}, "moe": {"eval_capacity_factor": 1.5}},
+}
+
+
+def checkpoint(folder: Path, kind: str) -> tuple[Path, Decoder]:
+    """A complete checkpoint of random weights, and its model."""
+    tables: dict[str, Any] = {**MODELS[kind], "training": {"steps": 1}}
+    tables["model"] = {"num_layers": 2, "init_std": 0.2, **tables["model"]}
+    recipe = resolve(tables)
+    model = build_model(recipe.model, seed=3).eval()
+    with torch.no_grad():
+        for buffer in (value for name, value in model.state_dict().items() if name.endswith("expert_bias")):
+            buffer += torch.randn_like(buffer)
+    manager = CheckpointManager(folder, keep=1)
+    extra = {"tokens": 0, "skipped_steps": 0}
+    manager.save(1, model, None, extra, model_files(recipe, load_tokenizer()), blocking=True)
+    return folder / "step-1", model
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_exported_model_has_the_same_logits_and_generates_the_same(kind: str, tmp_path: Path) -> None:
+    source, ours = checkpoint(tmp_path / "run", kind)
+    export_checkpoint(source, tmp_path / "exported", shard_bytes=200_000)
+    theirs = load(tmp_path / "exported")
+    tokens = torch.randint(1000, (2, 18))
+    torch.testing.assert_close(theirs(tokens).logits, ours(tokens), atol=1e-6, rtol=0)
+    found = theirs.generate(tokens, max_new_tokens=10, do_sample=False, eos_token_id=None)
+    expected = list(generate(ours, tokens.tolist(), 10))
+    assert found[:, 18:].t().tolist() == expected and len({row[0] for row in expected}) > 3
+
+
+def test_generation_keeps_a_state_of_constant_size(tmp_path: Path) -> None:
+    source, _ = checkpoint(tmp_path / "run", "linear")
+    export_checkpoint(source, tmp_path / "exported")
+    theirs = load(tmp_path / "exported")
+    seen: list[tuple[int, int]] = []
+    forward = theirs.forward
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        output = forward(*arguments, **options)
+        size = sum(value.numel() for layer in output.state.layers for value in layer.values())
+        seen.append((options["input_ids"].shape[1], size))
+        return output
+
+    theirs.forward = watched
+    theirs.generate(torch.randint(1000, (1, 30)), max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert [length for length, _ in seen] == [30, 1, 1, 1, 1, 1]
+    assert len({size for _, size in seen}) == 1
+
+
+def test_padded_batches_are_each_sequence_by_itself(tmp_path: Path) -> None:
+    source, ours = checkpoint(tmp_path / "run", "hybrid")
+    export_checkpoint(source, tmp_path / "exported")
+    theirs = load(tmp_path / "exported")
+    tokens = torch.randint(1000, (2, 12))
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    logits = theirs(tokens, attention_mask=mask, labels=tokens.masked_fill(mask == 0, -100))
+    torch.testing.assert_close(logits.logits[0, 5:], ours(tokens[:1, 5:])[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits.logits[1], ours(tokens[1:])[0], atol=1e-5, rtol=0)
+    assert logits.loss.isfinite()
+    found = theirs.generate(tokens, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    expected = list(generate(ours, [tokens[0, 5:].tolist(), tokens[1].tolist()], 8))
+    assert found[:, 12:].t().tolist() == expected
+    with pytest.raises(ValueError, match="num_beams = 2"):
+        theirs.generate(tokens, num_beams=2, max_new_tokens=2)
+
+
+def test_what_computes_in_float32_stays_float32(tmp_path: Path) -> None:
+    source, ours = checkpoint(tmp_path / "run", "hybrid")
+    export_checkpoint(source, tmp_path / "exported", dtype=torch.bfloat16)
+    theirs = load(tmp_path / "exported")
+    exact = {name for name, value in theirs.named_parameters() if value.dtype == torch.float32}
+    assert exact == {f"model.{n}" for n, _ in ours.named_parameters() if "router" in n or "shared.hgrn2" in n}
+    for name, value in ours.named_parameters():
+        assert torch.equal(theirs.get_parameter(f"model.{name}").float(), value) == (f"model.{name}" in exact) or (
+            torch.equal(value.bfloat16(), theirs.get_parameter(f"model.{name}"))
+        )
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_exported_model_comes_back_as_the_same_checkpoint(kind: str, tmp_path: Path) -> None:
+    source, ours = checkpoint(tmp_path / "run", kind)
+    export_checkpoint(source, tmp_path / "exported")
+    import_directory(tmp_path / "exported", tmp_path / "again")
+    again = load_model(tmp_path / "again")
+    assert again.recipe == ours.recipe
+    for name, value in ours.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    assert checkpoint_tokenizer(tmp_path / "again").fingerprint == checkpoint_tokenizer(source).fingerprint
+
+
+def test_without_the_package_the_modeling_file_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    imports = builtins.__import__
+
+    def without(name: str, *arguments: Any, **options: Any) -> Any:
+        if name.startswith("torchlinearmoe"):
+            raise ImportError(f"No module named '{name}'")
+        return imports(name, *arguments, **options)
+
+    file = Path(str(files("torchlinearmoe.checkpoint.huggingface"))) / MODELING
+    assert "torchlinearmoe" not in check_imports(file)  # else transformers would speak first
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match="^this model needs the torchlinearmoe package: pip install torchlinearmoe"):
+        runpy.run_path(str(file))
+
+
+def test_a_fresh_model_of_the_architecture_is_initialised(tmp_path: Path) -> None:
+    source, ours = checkpoint(tmp_path / "run", "hybrid")
+    export_checkpoint(source, tmp_path / "exported")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "exported", trust_remote_code=True)
+    fresh = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    for name, value in ours.named_parameters():
+        drawn = fresh.get_parameter(f"model.{name}")
+        assert drawn.isfinite().all() and drawn.std(correction=0) <= 1.5 * value.std(correction=0) + 1e-3, name

@@ -1,0 +1,156 @@
+"""`config.json` to `[model]` and `[moe]` and back, along the lines that a family's `Architecture` draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torchlinearmoe.checkpoint.huggingface.directory import CONFIG
+from torchlinearmoe.errors import UserError, nearest
+from torchlinearmoe.models.families import FAMILIES, Family
+from torchlinearmoe.models.families.huggingface import Architecture, Config, Tables
+from torchlinearmoe.recipe import ModelRecipe, Recipe, RecipeError, layer_mixers, resolve
+from torchlinearmoe.run_folder import flatten
+
+UNCHANGED = ("size", "mixer", "layout", "mixers", "init_std", "max_length", "attention_backend", "kernel_backend")
+"""`[model]` keys that say nothing about what a trained model of softmax layers computes."""
+UNCHANGED_MOE = (
+    *("balance", "balance_coefficient", "balance_scope", "z_loss_coefficient", "bias_rate"),
+    *("capacity_factor", "drop_policy", "backend"),
+)
+"""The same of `[moe]`; a selection bias shows in the tensors."""
+
+
+def architecture_of(path: Path, config: Config) -> tuple[Family, Architecture]:
+    """The family and architecture of a `config.json`. Raises UserError that names the known ones."""
+    known = {a.name: (family, a) for family in FAMILIES.values() for a in family.published}
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    if name not in known:
+        raise UserError(f"{path / CONFIG}: architectures = {names!r}: not known here; {nearest(str(name), known)}")
+    return known[name]
+
+
+def read_recipe(path: Path, config: Config) -> Recipe:
+    """The recipe that builds the model of a `config.json`, softmax attention in every layer.
+
+    Raises UserError that names the key: one that is missing, or whose value means a model that is not built here.
+    """
+    family, architecture = architecture_of(path, config)
+    where = path / CONFIG
+    for key, value in architecture.fixed.items():
+        if config.get(key, value) not in (value, None):
+            raise UserError(f"{where}: {key} = {config[key]!r}: not supported; legal: {value!r}")
+    if set(config.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+        raise UserError(f"{where}: layer_types = {config['layer_types']!r}: not supported; legal: 'full_attention'")
+    tables: Tables = {"model": {"family": family.name, "layout": "N"}, "moe": {}}
+    for key, target in architecture.keys.items():
+        value = config.get(key)
+        if value is None:
+            value = architecture.defaults.get(key)
+        if value is None:
+            value = _derived(key, config)
+        if value is None and key == "head_dim":
+            continue  # no head counts to divide by: the recipe says which of them is wrong
+        if value is None:
+            raise UserError(f"{where}: '{key}' is missing")
+        _put(tables, target, value)
+    for target, value in architecture.implied.items():
+        _put(tables, target, value)
+    _read_rope(where, config, tables)
+    if architecture.read is not None:
+        architecture.read(config, tables)
+    tables["model"]["size"] = _size(family, tables)
+    try:
+        return resolve({**tables, "training": {"steps": 1}})
+    except RecipeError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def write_config(model: ModelRecipe) -> Config | None:
+    """The `config.json` of the published architecture that is this model, or None where there is none.
+
+    What is written is read again and must give the same model: nothing that has no key is lost.
+    """
+    tables = _tables(model)
+    for architecture in FAMILIES[model.family].published:
+        config: Config = {"architectures": [architecture.name], "model_type": architecture.model_type}
+        config |= {key: _get(tables, target) for key, target in architecture.keys.items()}
+        config |= architecture.fixed
+        _write_rope(tables, config)
+        if architecture.write is not None:
+            architecture.write(tables, config)
+        try:
+            again = read_recipe(Path(), config).model
+        except UserError:
+            continue
+        if _essence(again) == _essence(model):
+            return config
+    return None
+
+
+def _essence(model: ModelRecipe) -> dict[str, Any]:
+    """What a trained model computes, as flat keys."""
+    flat = flatten(model)
+    for key in (*UNCHANGED, *(f"moe.{key}" for key in UNCHANGED_MOE)):
+        flat.pop(key)
+    if not model.moe.num_experts:
+        flat = {key: value for key, value in flat.items() if not key.startswith("moe.")}
+    return flat | {"layers": layer_mixers(model), "selection bias": model.moe.balance == "bias"}
+
+
+def _tables(model: ModelRecipe) -> Tables:
+    flat = flatten(model)
+    tables: Tables = {"model": {}, "moe": {}}
+    for key, value in flat.items():
+        section, _, name = key.rpartition(".")
+        if section in ("", "moe"):
+            tables[section or "model"][name] = value
+    return tables
+
+
+def _derived(key: str, config: Config) -> Any:
+    """What a key means that is left out or null, told by others."""
+    heads = config.get("num_attention_heads")
+    if key == "num_key_value_heads":
+        return heads
+    width = config.get("hidden_size")
+    if key == "head_dim" and isinstance(width, int) and isinstance(heads, int) and heads > 0:
+        return width // heads
+    return None
+
+
+def _read_rope(where: Path, config: Config, tables: Tables) -> None:
+    """`rope_parameters`, or the older `rope_theta` beside `rope_scaling`."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    tables["model"]["rope_theta"] = float(theta)
+    if kind != "default":
+        raise UserError(f"{where}: rope type {kind!r}: not supported; legal: 'default'")
+
+
+def _write_rope(tables: Tables, config: Config) -> None:
+    config["rope_theta"] = tables["model"]["rope_theta"]
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": tables["model"]["rope_theta"]}
+
+
+def _size(family: Family, tables: Tables) -> str:
+    """The preset with these dimensions; without one, any: every dimension is given beside it."""
+    for size in family.presets:
+        preset = family.preset(size)
+        if all(
+            tables[section].get(key, value) == value for section in preset for key, value in preset[section].items()
+        ):
+            return size
+    return "debug"
+
+
+def _put(tables: Tables, target: str, value: Any) -> None:
+    section, key = target.split(".")
+    tables[section][key] = value
+
+
+def _get(tables: Tables, target: str) -> Any:
+    section, key = target.split(".")
+    return tables[section][key]

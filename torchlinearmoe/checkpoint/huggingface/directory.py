@@ -1,0 +1,129 @@
+"""A Hugging Face directory as it lies on disk: `config.json` and safetensors files, whole before anything is read.
+
+config.json
+model.safetensors            one file, or
+model.safetensors.index.json and the files it names
+tokenizer.json and more      see `TOKENIZER_FILES`
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from torchlinearmoe.checkpoint.boxes import Place, slices
+from torchlinearmoe.errors import UserError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "*.tiktoken",
+    "*.tiktoken.json",
+)
+"""What travels with the weights, where it is there: patterns."""
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class Directory:
+    """An open directory; every file is there and its header is sound.
+
+    Raises UserError, one line that names the file: a file that is missing, cut short, not what its name says, or
+    holds something else than plain floating-point weights.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = read_config(self.path)
+        self.shapes: dict[str, Place] = {}
+        """Of every tensor."""
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._files: dict[str, Any] = {}
+        listed = self._listed()
+        for file in dict.fromkeys(listed.values()) if listed else [WEIGHTS]:
+            self._open(file)
+        for name, file in listed.items():
+            if name not in self.shapes:
+                raise UserError(f"{self.path / file}: holds no '{name}', which {INDEX} says is there")
+
+    def read(self, name: str, start: Place, shape: Place) -> Tensor:
+        """A box of a tensor, in the type it is stored in; nothing else is read."""
+        tensor = self._files[name]
+        if not shape:
+            return tensor.get_tensor(name)
+        return tensor.get_slice(name)[slices(start, shape)]
+
+    def _listed(self) -> dict[str, str]:
+        """Tensor to file, from the index; empty without one."""
+        index = self.path / INDEX
+        if not index.is_file():
+            if not (self.path / WEIGHTS).is_file():
+                pickles = sorted(self.path.glob("pytorch_model*.bin"))
+                why = f" ({pickles[0].name} is pickled and not read; save it as safetensors)" if pickles else ""
+                raise UserError(f"{self.path}: holds neither {WEIGHTS} nor {INDEX}{why}")
+            return {}
+        found = _read_json(index).get("weight_map")
+        if not isinstance(found, dict) or not found or not all(_is_plain(file) for file in found.values()):
+            raise UserError(f"{index}: 'weight_map' must name the file of every tensor")
+        return found
+
+    def _open(self, file: str) -> None:
+        path = self.path / file
+        if not path.is_file():
+            raise UserError(f"{path}: the file is missing, but {INDEX} names it")
+        try:
+            opened: Any = safe_open(path, framework="pt")
+            names = list(opened.keys())
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path}: not a safetensors file, or cut short: {error}") from None
+        for name in names:
+            described = opened.get_slice(name)
+            dtype = DTYPES.get(described.get_dtype())
+            if dtype is None:
+                raise UserError(f"{path}: '{name}' is {described.get_dtype()}; legal: {', '.join(DTYPES)}")
+            self.shapes[name], self.dtypes[name] = tuple(described.get_shape()), dtype
+            self._files[name] = opened
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """`config.json` of the directory `path`. Raises UserError."""
+    if not (path / CONFIG).is_file():
+        raise UserError(f"{path}: holds no {CONFIG}; name a directory that `save_pretrained` wrote")
+    config = _read_json(path / CONFIG)
+    if config.get("quantization_config"):
+        raise UserError(f"{path / CONFIG}: 'quantization_config': quantised weights are not read; dequantise them")
+    return config
+
+
+def is_directory(path: Path) -> bool:
+    """Whether `path` looks like a Hugging Face directory."""
+    return (path / CONFIG).is_file()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return value
+
+
+def _is_plain(file: object) -> bool:
+    return isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")

@@ -1,0 +1,129 @@
+"""A checkpoint into a Hugging Face directory.
+
+A model that a published architecture describes is written as that architecture, and transformers loads it by itself.
+Any other (linear and hybrid layers, a selection bias, a capacity in evaluation) keeps its own tensor names and comes
+with `modeling_torchlinearmoe.py`, which hands the work to the installed torchlinearmoe.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from torchlinearmoe.checkpoint.aside import written_aside
+from torchlinearmoe.checkpoint.boxes import Copy
+from torchlinearmoe.checkpoint.huggingface.config import architecture_of, write_config
+from torchlinearmoe.checkpoint.huggingface.directory import CONFIG, INDEX, WEIGHTS
+from torchlinearmoe.checkpoint.huggingface.own import MODELING, float32_names, own_config, own_copies
+from torchlinearmoe.checkpoint.huggingface.weights import name_copies
+from torchlinearmoe.checkpoint.model import TOKENIZER_FOLDER, checkpoint_tokenizer
+from torchlinearmoe.checkpoint.stream import Progress, SavedWeights
+from torchlinearmoe.models.families.huggingface import Config
+
+SHARD_BYTES = 5 * 10**9
+"""Largest weight file, and about what is held in memory."""
+
+
+class Part(NamedTuple):
+    """A tensor of the directory, a box of one of ours."""
+
+    ours: str
+    copy: Copy
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.copy.shape) * self.dtype.itemsize
+
+
+def export_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> Config:
+    """Write the directory `destination` from the checkpoint `source`; returns its `config.json`.
+
+    dtype: of the weights; None keeps the checkpoint's. In this project's own architecture, what computes in float32
+    stays float32. Memory is bounded by a file of `shard_bytes` and one stack of experts. Raises UserError, one line,
+    and leaves nothing behind, when `source` is not a complete checkpoint or `destination` exists.
+    """
+    weights = SavedWeights(source)
+    model = weights.recipe.model
+    config, kept = write_config(model), set[str]()
+    if config is not None:
+        copies = name_copies(architecture_of(weights.path, config)[1], weights.shapes)
+    else:
+        config, kept = own_config(weights.recipe), float32_names(model)
+        copies = own_copies(weights.shapes)
+    types = {name: found if dtype is None or name in kept else dtype for name, found in weights.dtypes.items()}
+    parts = [Part(name, copy, types[name]) for name, found in copies.items() for copy in found]
+    common = max(set(types.values()), key=lambda kind: sum(part.size for part in parts if part.dtype == kind))
+    config |= {"dtype": str(common).removeprefix("torch."), "use_cache": True}
+    with written_aside(Path(destination)) as folder:
+        _write_tensors(folder, weights, _shards(parts, shard_bytes), progress)
+        _write_small_files(folder, weights, config)
+    return config
+
+
+def _shards(parts: Sequence[Part], limit: int) -> list[list[Part]]:
+    """The parts in order, cut into files of at most `limit` bytes (one part may be larger)."""
+    shards: list[list[Part]] = [[]]
+    size = 0
+    for part in parts:
+        if shards[-1] and size + part.size > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(part)
+        size += part.size
+    return shards
+
+
+def _write_tensors(folder: Path, weights: SavedWeights, shards: list[list[Part]], progress: Progress | None) -> None:
+    total, done = sum(map(len, shards)), 0
+    listed: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in _read(weights, shard):
+            tensors[name] = tensor
+            listed[name] = file
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        size = sum(part.size for shard in shards for part in shard)
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(listed.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _read(weights: SavedWeights, parts: Sequence[Part]) -> Iterator[tuple[str, Tensor]]:
+    for ours, copy, dtype in parts:
+        tensor = weights.read(ours, copy.start, copy.shape)
+        if copy.expert:
+            tensor = tensor[0].t()
+        yield copy.source, tensor.to(dtype).contiguous()
+
+
+def _write_small_files(folder: Path, weights: SavedWeights, config: Config) -> None:
+    tokenizer = weights.path / TOKENIZER_FOLDER
+    generation: Config = {}
+    if tokenizer.is_dir():
+        for file in tokenizer.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        generation["eos_token_id"] = checkpoint_tokenizer(weights.path).end_of_text
+    if "auto_map" in config:
+        (folder / MODELING).write_bytes((Path(__file__).parent / MODELING).read_bytes())
+    for name, content in ((CONFIG, config | generation), ("generation_config.json", generation)):
+        (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

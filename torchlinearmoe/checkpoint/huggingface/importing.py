@@ -1,0 +1,38 @@
+"""A Hugging Face directory into a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from torchlinearmoe.checkpoint.huggingface.directory import TOKENIZER_FILES
+from torchlinearmoe.checkpoint.huggingface.weights import PublishedWeights
+from torchlinearmoe.checkpoint.model import RECIPE_FILE, TOKENIZER_FOLDER
+from torchlinearmoe.checkpoint.stream import Progress, write_weights
+from torchlinearmoe.recipe import Recipe, dump
+
+
+def import_directory(source: str | Path, destination: str | Path, progress: Progress | None = None) -> Recipe:
+    """Write the checkpoint `destination` from the directory `source`; returns its recipe.
+
+    Weights keep the directory's type, the tokenizer's files come along. Tensors are read one at a time. Raises
+    UserError, one line, and leaves nothing behind, when `source` is not sound or `destination` exists.
+    """
+    destination = Path(destination)
+    weights = PublishedWeights(source)
+    boxes = {name: [(copy.start, copy.shape) for copy in copies] for name, copies in weights.copies.items()}
+    found = [file for pattern in TOKENIZER_FILES for file in sorted(weights.path.glob(pattern))]
+    recipe = _recipe_of(weights.recipe, destination, [file.name for file in found])
+    files: dict[str, str | bytes] = {RECIPE_FILE: dump(recipe)}
+    files |= {f"{TOKENIZER_FOLDER}/{file.name}": file.read_bytes() for file in found}
+    write_weights(destination, weights, boxes, files, progress)
+    return recipe
+
+
+def _recipe_of(recipe: Recipe, destination: Path, files: list[str]) -> Recipe:
+    """The model's recipe with the tokenizer that lies in the checkpoint."""
+    known = [name for name in files if name == "tokenizer.json" or name.endswith(".tiktoken")]
+    tokenizer = str(destination / TOKENIZER_FOLDER / known[0]) if known else ""
+    data = dataclasses.replace(recipe.data, tokenizer=tokenizer)
+    training = dataclasses.replace(recipe.training, output_dir=f"runs/{destination.name}")
+    return dataclasses.replace(recipe, data=data, training=training)

@@ -1,0 +1,73 @@
+"""This project's own Hugging Face architecture: any model, under its own tensor names.
+
+`config.json` carries the recipe's model; its `auto_map` points to `modeling_torchlinearmoe.py` beside it.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from torchlinearmoe.checkpoint.boxes import Copy, Place, whole
+from torchlinearmoe.errors import UserError
+from torchlinearmoe.models.decoder import Decoder
+from torchlinearmoe.models.families.huggingface import Config
+from torchlinearmoe.recipe import ModelRecipe, Recipe, RecipeError, dump, resolve
+
+MODELING = "modeling_torchlinearmoe.py"
+ARCHITECTURE, CONFIG_CLASS = "TorchLinearMoEForCausalLM", "TorchLinearMoEConfig"
+MODEL_TYPE = "torchlinearmoe"
+PREFIX = "model."
+"""What transformers' module puts before the decoder's names."""
+
+
+def own_config(recipe: Recipe) -> Config:
+    """`config.json` of any model."""
+    model = recipe.model
+    tables = tomllib.loads(dump(recipe))
+    module = MODELING.removesuffix(".py")
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        "auto_map": {
+            "AutoConfig": f"{module}.{CONFIG_CLASS}",
+            "AutoModelForCausalLM": f"{module}.{ARCHITECTURE}",
+        },
+        "recipe": {name: tables[name] for name in ("model", "moe", "mixer") if name in tables},
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "max_position_embeddings": model.max_length,
+        "tie_word_embeddings": False,  # the decoder ties by itself
+    }
+
+
+def own_recipe(where: Path, config: Config) -> Recipe:
+    """The recipe that `own_config` put into a `config.json`. Raises UserError."""
+    tables = config.get("recipe")
+    if not isinstance(tables, dict):
+        raise UserError(f"{where}: 'recipe' is missing")
+    try:
+        return resolve({**tables, "training": {"steps": 1}})
+    except RecipeError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def own_copies(shapes: Mapping[str, Place]) -> dict[str, list[Copy]]:
+    """Every tensor is one of the directory's."""
+    return {name: [whole(PREFIX + name, shape)] for name, shape in shapes.items()}
+
+
+def float32_names(model: ModelRecipe) -> set[str]:
+    """Tensors that stay float32 in every type of the model: decays, routers, buffers."""
+    with torch.device("meta"):
+        decoder = Decoder(model)
+    names = {name for name, _ in decoder.named_buffers()}
+    for path, module in decoder.named_modules():
+        if getattr(module, "keep_fp32", False):
+            names |= {f"{path}.{name}" for name, _ in module.named_parameters()}
+    return names

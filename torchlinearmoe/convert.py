@@ -1,0 +1,81 @@
+"""The command: `python -m torchlinearmoe.convert from-hf|to-hf SOURCE DESTINATION`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torchlinearmoe.commands import failures_on_one_line
+
+if TYPE_CHECKING:
+    from torchlinearmoe.checkpoint.stream import Progress
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Convert weights; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    with failures_on_one_line():
+        return _from_hf(options) if options.direction == "from-hf" else _to_hf(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m torchlinearmoe.convert",
+        description="Weights of a Hugging Face directory into a checkpoint, or of a checkpoint into a directory.",
+    )
+    ways = parser.add_subparsers(dest="direction", required=True, metavar="from-hf|to-hf")
+    into = ways.add_parser("from-hf", help="directory (config.json, safetensors) to checkpoint")
+    into.add_argument("source", metavar="DIRECTORY", help="what `save_pretrained` wrote")
+    into.add_argument("destination", metavar="CHECKPOINT", help="folder to make; usable by generate and init_from")
+    out = ways.add_parser("to-hf", help="checkpoint to directory, for `AutoModelForCausalLM.from_pretrained`")
+    out.add_argument("source", metavar="CHECKPOINT", help="e.g. runs/quickstart/checkpoints/step-500")
+    out.add_argument("destination", metavar="DIRECTORY", help="folder to make")
+    out.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="type of the weights (default: the checkpoint's, float32 after training)",
+    )
+    return parser
+
+
+def _from_hf(options: argparse.Namespace) -> int:
+    from torchlinearmoe.checkpoint.huggingface.importing import import_directory
+
+    with _progress("importing") as progress:
+        recipe = import_directory(options.source, options.destination, progress)
+    print(f"{options.destination}: {recipe.model.family}, {recipe.model.num_layers} layers; recipe beside the weights")
+    print(f'next: python -m torchlinearmoe.generate {options.destination} --prompt "In the beginning"')
+    return 0
+
+
+def _to_hf(options: argparse.Namespace) -> int:
+    import torch
+
+    from torchlinearmoe.checkpoint.huggingface.exporting import export_checkpoint
+
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    with _progress("exporting") as progress:
+        config = export_checkpoint(options.source, options.destination, dtype=dtype, progress=progress)
+    trust = ", trust_remote_code=True" if "auto_map" in config else ""
+    print(f"{options.destination}: {config['architectures'][0]}")
+    print(f'next: AutoModelForCausalLM.from_pretrained("{options.destination}"{trust})')
+    return 0
+
+
+@contextmanager
+def _progress(verb: str) -> Iterator[Progress]:
+    """A bar on stderr, on a terminal only."""
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(verb, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""How a family's published models are spelled: `config.json` keys and tensor names of a Hugging Face directory.
+
+Data that is read in both directions: import and export follow the same lines. The engine that does is
+`torchlinearmoe/checkpoint/huggingface/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Config = dict[str, Any]
+"""A parsed `config.json`."""
+Tables = dict[str, dict[str, Any]]
+"""A recipe as nested tables: `{"model": {...}, "moe": {...}}`."""
+
+
+@dataclass(frozen=True)
+class Name:
+    """A tensor of ours and the tensor of theirs that holds it, or a part of it.
+
+    `{layer}` stands for the layer and `{expert}` for the expert; a name with `{expert}` is one matrix [out, in] of an
+    expert, whose transpose is the slice of our stack [E, in, out].
+    """
+
+    ours: str
+    theirs: str
+    part: Literal["whole", "gate", "up"] = "whole"
+    """Which half of the last dim of `experts.gate_up` it is."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One value of `architectures` in `config.json`, as data."""
+
+    name: str
+    model_type: str
+    keys: Mapping[str, str]
+    """`config.json` key to recipe key `section.key`."""
+    names: tuple[Name, ...]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What a `config.json` means that leaves a key of `keys` out."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """`config.json` keys that change the model and of which one value is known here; left out, they have it."""
+    implied: Mapping[str, Any] = field(default_factory=dict)
+    """Recipe keys that every model of the architecture has in common."""
+    read: Callable[[Config, Tables], None] | None = None
+    """Adds to the recipe's tables what no single key tells."""
+    write: Callable[[Tables, Config], None] | None = None
+    """The same the other way."""
+
+
+MODEL_KEYS = {
+    "vocab_size": "model.vocab_size",
+    "hidden_size": "model.hidden_size",
+    "num_hidden_layers": "model.num_layers",
+    "num_attention_heads": "model.num_heads",
+    "num_key_value_heads": "model.num_kv_heads",
+    "head_dim": "model.head_dim",
+    "max_position_embeddings": "model.max_length",
+    "rms_norm_eps": "model.norm_eps",
+    "tie_word_embeddings": "model.tie_embeddings",
+    "initializer_range": "model.init_std",
+}
+MODEL_DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "initializer_range": 0.02}
+MODEL_FIXED = {"hidden_act": "silu"}
+
+OUTER = (
+    Name("embed.weight", "model.embed_tokens.weight"),
+    Name("norm.weight", "model.norm.weight"),
+    Name("head.weight", "lm_head.weight"),
+    Name("layers.{layer}.mixer_norm.weight", "model.layers.{layer}.input_layernorm.weight"),
+    Name("layers.{layer}.ffn_norm.weight", "model.layers.{layer}.post_attention_layernorm.weight"),
+)
+"""Everything around mixers and feed-forwards."""
+ATTENTION = tuple(
+    Name(f"layers.{{layer}}.mixer.{name}", f"model.layers.{{layer}}.self_attn.{name}")
+    for name in (
+        *("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"),
+        *("q_proj.bias", "k_proj.bias", "v_proj.bias"),
+    )
+)
+"""GQA, with biases where the model has them."""
+
+
+def swiglu(ours: str, theirs: str) -> tuple[Name, ...]:
+    """The three matrices of a dense SwiGLU."""
+    return tuple(
+        Name(f"layers.{{layer}}.{ours}.{name}.weight", f"model.layers.{{layer}}.{theirs}.{name}.weight")
+        for name in ("gate_proj", "up_proj", "down_proj")
+    )
+
+
+def experts(theirs: str, gate: str, up: str, down: str) -> tuple[Name, ...]:
+    """The routed experts, `theirs` being where they live: `mlp.experts`."""
+    stack, path = "layers.{layer}.ffn.experts", f"model.layers.{{layer}}.{theirs}.{{expert}}"
+    return (
+        Name(f"{stack}.gate_up", f"{path}.{gate}.weight", "gate"),
+        Name(f"{stack}.gate_up", f"{path}.{up}.weight", "up"),
+        Name(f"{stack}.down", f"{path}.{down}.weight"),
+    )
