@@ -45,11 +45,11 @@ def test_shards_and_replicas_train_as_one_process_does(
             assert sorted(row for result in results for row in result.rows[step]) == sorted(rows)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", [*MIXERS, "rwkv7"])
 def test_compiled_regions_under_fsdp_train_as_one_eager_process_does(
     ranks: RankPool, corpus: Path, tmp_path: Path, mixer: str
 ) -> None:
-    # Two linear layers: the bounds of a lone HGRN2 layer have no gradient.
+    # Two linear layers: the bounds of a lone HGRN2 layer have no gradient, RWKV7's values go from one to the next.
     layers: Settings = {"model": {"layout": "LLN", "num_layers": 3}}
     changes = (layers, with_mixer(mixer), {"training": {"steps": 5}})
     (one,) = ranks(1, run, settings(corpus, tmp_path / "eager", *changes))

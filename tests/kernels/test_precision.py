@@ -78,6 +78,16 @@ def test_flipping_one_key_over_and_over_stays_accurate(family, dtype, tolerance)
     assert_close(call.run("torch", dtype), call.run("reference"), tolerance)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+def test_removing_one_key_over_and_over_stays_accurate(dtype, tolerance):
+    torch.manual_seed(8)
+    call = random_call("dplr", B=1, T=200, H=1, K=32, V=32, initial=True, final=True)
+    a = torch.nn.functional.normalize(call.inputs["a"][:, :1] + 0.05 * call.inputs["a"], dim=-1)
+    call.inputs |= {"a": a, "b": -a, "log_decay": call.inputs["log_decay"] / 100}
+    call = rounded(call, dtype)
+    assert_close(call.run("torch", dtype), call.run("reference"), tolerance)
+
+
 def test_fp32_states_come_back_from_bf16_inputs():
     call = random_call("scalar", T=20, final=True)
     results = call.run("torch", torch.bfloat16)
