@@ -38,7 +38,7 @@ def test_using_the_package_from_the_repository_root_leaves_kernels_and_parallel_
 def test_the_registries_hold_the_published_names():
     from torchlinearmoe import FAMILIES, MIXERS
 
-    assert {"linear_attention", "gated_delta_net", "hgrn2", "softmax_attention"} <= set(MIXERS)
+    assert {"linear_attention", "delta_net", "gated_delta_net", "kda", "hgrn2", "softmax_attention"} <= set(MIXERS)
     assert "lasp2" in MIXERS and "lasp2" not in set(MIXERS)
     assert MIXERS["lasp2"] is MIXERS["linear_attention"]
     assert all(MIXERS[name].name == name for name in MIXERS)

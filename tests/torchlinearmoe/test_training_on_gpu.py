@@ -42,7 +42,7 @@ def _losses(folder, mixer: str, compiled: bool, dtype: str) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("mixer", ["hgrn2", "gated_delta_net", "linear_attention"])
+@pytest.mark.parametrize("mixer", ["hgrn2", "gated_delta_net", "kda", "linear_attention"])
 def test_bfloat16_and_compiled_training_follow_float32(mixer: str, tmp_path):
     exact = _losses(tmp_path, mixer, False, "float32")
     assert exact[-1] < exact[0] - 0.2

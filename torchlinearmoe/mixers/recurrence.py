@@ -56,7 +56,8 @@ def delta_rule(
 ) -> Tensor:
     """`ops.delta_rule` with L2-normalised q and k of packed documents, [T, H, V] in q's type.
 
-    q, k: [T, H or fewer, K]; v: [T, H, V]; beta: [T, H]; log_decay: None or [T, H]. State `name`: [N, H, K, V].
+    q, k: [T, H or fewer, K]; v: [T, H, V]; beta: [T, H]; log_decay: None, [T, H] or [T, H, K]. State `name`:
+    [N, H, K, V].
     """
     options = {"scale": scale, "l2_norm": True}
     return _run(ops.delta_rule, step.delta_step, (q, k, v, beta, log_decay), past, (name,), backend, options)

@@ -5,6 +5,8 @@ Shapes: T tokens, H heads, V value width of a head, W convolution width, C chann
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -130,11 +132,12 @@ def token_shift(x: Tensor, past: Past, name: str = "shift") -> Tensor:
 
 
 class GatedHeadNorm(nn.Module):
-    """RMSNorm(o) * weight * swish(gate) per head; statistics in float32, result in the gate's type."""
+    """RMSNorm(o) * weight * activation(gate) per head; statistics in float32, result in the gate's type."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, activation: Callable[[Tensor], Tensor] = F.silu) -> None:
         super().__init__()
         self.eps = eps
+        self.activation = activation
         self.weight = nn.Parameter(torch.empty(width))
         set_initializers(self, weight=ONES)
 
@@ -142,7 +145,7 @@ class GatedHeadNorm(nn.Module):
         """o, gate: [T, H, V] -> [T, H, V]."""
         wide = in_float32(o)
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale * self.weight.to(wide.dtype) * F.silu(gate.to(wide.dtype))).to(gate.dtype)
+        return (wide * scale * self.weight.to(wide.dtype) * self.activation(gate.to(wide.dtype))).to(gate.dtype)
 
 
 class GroupedRMSNorm(nn.Module):

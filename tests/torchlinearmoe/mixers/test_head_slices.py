@@ -21,6 +21,9 @@ CASES = [
     Case("retention", {"heads": 4, "head_dim": 16}),
     Case("gla", {"heads": 4, "head_dim": 16, "kv_heads": 2, "conv": 3}),
     Case("mamba2", {"heads": 4, "groups": 2, "state": 16}),
+    Case("delta_net", {"heads": 4, "head_dim": 16, "gate": True}),
+    Case("gated_delta_net", {"heads": 2, "head_dim": 16, "value_heads": 4}),
+    Case("kda", {"heads": 2, "head_dim": 16, "value_heads": 4}),
     Case("rwkv7", {"heads": 4, "head_dim": 16}),
 ]
 

@@ -101,9 +101,7 @@ def test_gated_delta_net(case: Case):
         options = case.options
         heads, width = options.heads or 2, options.head_dim or 32
         value_heads, value_width = options.value_heads or heads, round(width * options.expand_v)
-        q, k, v = (_project(mixer, name, x_TD) for name in "qkv")
-        if options.conv:
-            q, k, v = _swish(q), _swish(k), _swish(v)
+        q, k, v = (_swish(_project(mixer, name, x_TD)) for name in "qkv")
         gate = x_TD @ _weight(mixer, "g_proj.weight").T
         step = torch.log1p(torch.exp(x_TD @ _weight(mixer, "a_proj.weight").T + _weight(mixer, "decay.dt_bias")))
         alpha = torch.exp(-torch.exp(_weight(mixer, "decay.A_log")) * step)

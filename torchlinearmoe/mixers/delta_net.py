@@ -1,0 +1,72 @@
+"""DeltaNet: linear attention that overwrites what it holds under a key (Yang et al. 2024, arXiv 2406.06484).
+
+    S_t = S_{t-1} + b_t k_t (v_t - S_{t-1}^T k_t)^T,      o_t = S_t^T q_t / sqrt(K)
+    b_t = sigmoid(W_b x_t)  [times 2],      y_t = W_o RMSNorm(o_t)  [* swish(W_g x_t)]
+
+Nothing is forgotten but what is overwritten; the rest is in `delta_mixer.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from torchlinearmoe.initialize import linear
+from torchlinearmoe.mixers.base import ModelDims, Place, TensorWord, column, expanded, geometry, register
+from torchlinearmoe.mixers.delta_mixer import DeltaMixer, DeltaOptions
+from torchlinearmoe.mixers.tail import GatedHeadNorm
+from torchlinearmoe.models.norm import RMSNorm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(DeltaOptions):
+    """`[mixer.delta_net]`."""
+
+    expand_k: float = 1.0
+    """Width of a key head as a multiple of a head's width."""
+    gate: bool = False
+    """Multiply the output by swish of a projection."""
+
+
+@register("delta_net")
+class DeltaNet(DeltaMixer):
+    """No decay; per-head norm, gate by choice."""
+
+    Options = Options
+    variants = (
+        {"conv": 0, "gate": True, "negative_eigenvalues": True},
+        {"expand_k": 0.5, "expand_v": 1.5, "conv": 3},
+        {"heads": 2, "head_dim": 16, "value_heads": 4},
+    )
+
+    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+        super().__init__(options, model, place)
+        self.gated = options.gate
+        self.decay = None
+        if self.gated:
+            self.g_proj = linear(model.hidden_size, self.value_heads * self.value_dim, model.init_std)
+        self.norm = (GatedHeadNorm if self.gated else RMSNorm)(self.value_dim, model.norm_eps)
+
+    @classmethod
+    def dims(cls, options: Any, model: ModelDims) -> tuple[int, int, int, int]:
+        heads, _, value_heads, value_dim = super().dims(options, model)
+        return heads, expanded(geometry(options, model)[1], options.expand_k), value_heads, value_dim
+
+    @classmethod
+    def check(cls, options: Any, model: ModelDims) -> None:
+        super().check(options, model)
+        cls.check_expansion("expand_k", geometry(options, model)[1], options.expand_k)
+
+    @classmethod
+    def num_parameters(cls, options: Any, model: ModelDims) -> int:
+        """D HV V of the gate beside the common ones."""
+        _, _, value_heads, value_dim = cls.dims(options, model)
+        return super().num_parameters(options, model) + options.gate * model.hidden_size * value_heads * value_dim
+
+    def tensor_parallel(self) -> dict[str, TensorWord]:
+        return super().tensor_parallel() | ({"g_proj.weight": column()} if self.gated else {})
+
+    def project_gate(self, x_TD: Tensor) -> Tensor | None:
+        return self.g_proj(x_TD) if self.gated else None

@@ -1,0 +1,103 @@
+"""Kimi Delta Attention: the delta rule with a forget gate per channel (Kimi Team 2025, arXiv 2510.26692).
+
+    S'_t = diag(a_t) S_{t-1},      S_t = S'_t + b_t k_t (v_t - S'_t^T k_t)^T,      o_t = S_t^T q_t / sqrt(K)
+    log a_t = -exp(A_log) softplus(W_2 W_1 x_t + dt_bias),      b_t = sigmoid(W_b x_t)  [times 2]
+    y_t = W_o (RMSNorm(o_t) * sigmoid(G_2 G_1 x_t + bias))
+
+W_1 and G_1 have the rank of a value head's width. A_log, one a value head, and dt_bias, one a key channel of a value
+head, stay in float32 in a module of their own; the rest is in `delta_mixer.py`.
+
+Shapes: T tokens, D width, HV value heads, K and V key and value width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchlinearmoe.initialize import Uniform, linear, set_initializers
+from torchlinearmoe.mixers.base import REPLICATED_SUMMED, ModelDims, Place, TensorWord, column, per_head, register
+from torchlinearmoe.mixers.delta_mixer import DeltaMixer, DeltaOptions
+from torchlinearmoe.mixers.tail import GatedHeadNorm, inverse_softplus_of_exp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(DeltaOptions):
+    """`[mixer.kda]`."""
+
+    decay_rank: int = 0
+    """Rank of the decay's projection; 0 for a value head's width."""
+    gate_rank: int = 0
+    """Rank of the output gate's projection; 0 for a value head's width."""
+
+
+class ChannelDecay(nn.Module):
+    """log a = -exp(A_log) softplus(logits + dt_bias) in float32, one rate a head and one bias a channel."""
+
+    keep_fp32 = True
+    no_weight_decay = ("A_log", "dt_bias")
+
+    def __init__(self, heads: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads * width))
+        set_initializers(
+            self,
+            A_log=Uniform(1.0, 16.0, torch.log),
+            dt_bias=Uniform(math.log(1e-3), math.log(1e-1), inverse_softplus_of_exp),
+        )
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """[T, HV K] -> log decays [T, HV, K], at most zero."""
+        steps = F.softplus(logits.to(self.A_log.dtype) + self.dt_bias)
+        return -self.A_log.exp().unsqueeze(-1) * steps.unflatten(-1, (-1, self.width))
+
+
+@register("kda")
+class KDA(DeltaMixer):
+    """One decay a channel from a low-rank gate, float32 decay parameters; per-head norm with a low-rank sigmoid."""
+
+    Options = Options
+    variants = (
+        {"conv": 0, "negative_eigenvalues": True},
+        {"heads": 2, "head_dim": 16, "value_heads": 4, "expand_v": 1.5, "conv": 2},
+        {"decay_rank": 3, "gate_rank": 5},
+    )
+
+    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+        super().__init__(options, model, place)
+        width, std = model.hidden_size, model.init_std
+        decay_rank, gate_rank = (rank or self.value_dim for rank in (options.decay_rank, options.gate_rank))
+        self.decay_down = linear(width, decay_rank, std)
+        self.decay_up = linear(decay_rank, self.value_heads * self.key_dim, std)
+        self.decay = ChannelDecay(self.value_heads, self.key_dim)
+        self.gate_down = linear(width, gate_rank, std)
+        self.gate_up = linear(gate_rank, self.value_heads * self.value_dim, std, bias=True)
+        self.norm = GatedHeadNorm(self.value_dim, model.norm_eps, torch.sigmoid)
+
+    @classmethod
+    def num_parameters(cls, options: Any, model: ModelDims) -> int:
+        """D R + (R + 1) HV K + HV of the decay and D R' + (R' + 1) HV V of the gate beside the common ones."""
+        _, key_dim, heads, value_dim = cls.dims(options, model)
+        decay_rank, gate_rank = (rank or value_dim for rank in (options.decay_rank, options.gate_rank))
+        decay = model.hidden_size * decay_rank + (decay_rank + 1) * heads * key_dim + heads
+        gate = model.hidden_size * gate_rank + (gate_rank + 1) * heads * value_dim
+        return super().num_parameters(options, model) + decay + gate
+
+    def tensor_parallel(self) -> dict[str, TensorWord]:
+        words = {f"{name}_down.weight": REPLICATED_SUMMED for name in ("decay", "gate")}
+        words |= {name: column() for name in ("decay_up.weight", "gate_up.weight", "gate_up.bias")}
+        return super().tensor_parallel() | words | {"decay.A_log": per_head(), "decay.dt_bias": per_head()}
+
+    def project_gate(self, x_TD: Tensor) -> Tensor:
+        return self.gate_up(self.gate_down(x_TD))
+
+    def project_decay(self, x_TD: Tensor) -> Tensor:
+        """[T, HV K]."""
+        return self.decay_up(self.decay_down(x_TD))
