@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.mixers.past import Empty, Past, Resumed, State
+from torchlinearmoe.models.rope import RopeScaling, frequencies
 from torchlinearmoe.registry import Registry
 
 Carried = dict[str, Tensor]
@@ -104,7 +105,9 @@ class Context:
     """Every document is one token: decoding."""
     history: int = 0
     """While decoding, the longest context in tokens, the new tokens included."""
-    tables: dict[tuple[int, float, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    tables: dict[tuple[int, float, torch.dtype, RopeScaling | None], tuple[Tensor, Tensor]] = field(
+        default_factory=dict
+    )
     """Rotary tables computed so far in this forward."""
 
     def past(self, state: State | None) -> Past:
@@ -113,17 +116,22 @@ class Context:
             return Empty(self.documents.ids)
         return Resumed(self.documents.ids, self.documents.cu_seqlens, state, self.stepping)
 
-    def rotary(self, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rotary(
+        self, dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the rotary angles for inputs of `dtype`, [T, dim / 2] each; computed once a forward.
 
-        float64 for float64, else float32.
+        float64 for float64, else float32. With a scaling they carry its amplitude.
         """
         kind = torch.float64 if dtype == torch.float64 else torch.float32
-        if (dim, theta, kind) not in self.tables:
-            exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=self.positions.device) / dim
-            angles = self.positions.double()[:, None] * theta**-exponents
-            self.tables[dim, theta, kind] = (angles.cos().to(kind), angles.sin().to(kind))
-        return self.tables[dim, theta, kind]
+        key = (dim, theta, kind, scaling)
+        if key not in self.tables:
+            device = self.positions.device
+            speeds = frequencies(dim, theta, device) if scaling is None else scaling.frequencies(dim, theta, device)
+            angles = self.positions.double()[:, None] * speeds
+            amplitude = 1.0 if scaling is None else scaling.amplitude
+            self.tables[key] = ((amplitude * angles.cos()).to(kind), (amplitude * angles.sin()).to(kind))
+        return self.tables[key]
 
 
 class ModelDims(Protocol):
@@ -144,6 +152,20 @@ class ModelDims(Protocol):
     @property
     def rope_theta(self) -> float: ...
     @property
+    def rope_scaling(self) -> str: ...
+    @property
+    def rope_factor(self) -> float: ...
+    @property
+    def rope_original_length(self) -> int: ...
+    @property
+    def rope_beta_slow(self) -> float: ...
+    @property
+    def rope_beta_fast(self) -> float: ...
+    @property
+    def rope_mscale(self) -> float: ...
+    @property
+    def rope_mscale_all_dim(self) -> float: ...
+    @property
     def norm_eps(self) -> float: ...
     @property
     def qkv_bias(self) -> bool: ...
@@ -153,6 +175,21 @@ class ModelDims(Protocol):
     def attention_backend(self) -> str: ...
     @property
     def kernel_backend(self) -> str: ...
+
+
+def rope_scaling(model: ModelDims) -> RopeScaling | None:
+    """The scaling of the softmax layers' rotary frequencies; None for none."""
+    if model.rope_scaling == "none":
+        return None
+    return RopeScaling(
+        kind=model.rope_scaling,
+        factor=model.rope_factor,
+        original_length=model.rope_original_length,
+        beta_slow=model.rope_beta_slow,
+        beta_fast=model.rope_beta_fast,
+        mscale=model.rope_mscale,
+        mscale_all_dim=model.rope_mscale_all_dim,
+    )
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from torchlinearmoe.mixers.base import (
     Transition,
     column,
     register,
+    rope_scaling,
     row,
 )
 from torchlinearmoe.mixers.tail import Convolutions
@@ -78,7 +79,7 @@ class SoftmaxAttention(Mixer):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = _heads(options, model)
         self.window = options.window
-        self.theta = model.rope_theta
+        self.theta, self.scaling = model.rope_theta, rope_scaling(model)
         self.backend = model.attention_backend
         width, std, bias = model.hidden_size, model.init_std, model.qkv_bias
         self.q_proj = linear(width, self.heads * self.head_dim, std, bias)
@@ -144,7 +145,8 @@ class SoftmaxAttention(Mixer):
     ) -> tuple[Tensor, State | None, Carried]:
         documents, past = context.documents, context.past(state)
         parts = self.convs(self.project(x_TD), past)
-        q, k, v = self.place(parts["q"], parts["k"], parts["v"], *context.rotary(self.head_dim, self.theta, x_TD.dtype))
+        tables = context.rotary(self.head_dim, self.theta, x_TD.dtype, self.scaling)
+        q, k, v = self.place(parts["q"], parts["k"], parts["v"], *tables)
         if state is None:
             o = packed_attention(
                 q,

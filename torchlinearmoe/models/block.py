@@ -19,12 +19,12 @@ class Block(nn.Module):
 
     regions = ("norm_mixer", "add_norm")
 
-    def __init__(self, model: ModelRecipe, mixer: Mixer) -> None:
+    def __init__(self, model: ModelRecipe, mixer: Mixer, layer: int) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(model.hidden_size, model.norm_eps)
         self.mixer = mixer
         self.ffn_norm = RMSNorm(model.hidden_size, model.norm_eps)
-        self.ffn = _feed_forward(model)
+        self.ffn = _feed_forward(model, layer)
 
     def norm_mixer(self, x_TD: Tensor) -> Tensor:
         """Input of the mixer."""
@@ -48,8 +48,9 @@ class Block(nn.Module):
         return x_TD + h_TD, after, passed_on
 
 
-def _feed_forward(model: ModelRecipe) -> nn.Module:
+def _feed_forward(model: ModelRecipe, layer: int) -> nn.Module:
+    """The feed-forward of layer number `layer`."""
     std, out_std = model.init_std, model.init_std / (2 * model.num_layers) ** 0.5
-    if not model.moe.num_experts:
+    if not model.moe.num_experts or layer < model.moe.first_dense_layers:
         return SwiGLU(model.hidden_size, model.ffn_hidden_size, std, out_std)
     return MoE(model.hidden_size, model.moe, std, out_std)

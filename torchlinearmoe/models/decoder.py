@@ -81,7 +81,7 @@ class Decoder(nn.Module):
         for index, name in enumerate(names):
             place = Place(index, seen[name], counts[name])
             seen[name] += 1
-            self.layers[str(index)] = Block(recipe, _build_mixer(name, recipe, place))
+            self.layers[str(index)] = Block(recipe, _build_mixer(name, recipe, place), index)
         self.norm = RMSNorm(recipe.hidden_size, recipe.norm_eps)
         self.head = Head(recipe.hidden_size, recipe.vocab_size, recipe.init_std, recipe.tie_embeddings)
 

@@ -55,6 +55,9 @@ class MoE(nn.Module):
             recipe.top_k,
             renormalize=recipe.renormalize,
             selection_bias=recipe.balance == "bias",
+            num_groups=recipe.num_groups,
+            top_k_groups=recipe.top_k_groups,
+            scaling=recipe.routed_scaling,
             std=std,
         )
         self.experts = Experts(width, recipe.hidden_size, E, backend=recipe.backend, std=std, out_std=out_std)

@@ -38,7 +38,11 @@ class Router(nn.Module):
     `expert_bias` [E] is added to the scores when experts are chosen, and only then (Wang et al. 2024,
     "Auxiliary-Loss-Free Load Balancing", arXiv 2408.15664): weights and gradients never see it.
 
-    Another kind of router overrides `score` (sigmoid), `select` (group-limited) or `weigh`.
+    With `num_groups` the experts fall into groups of consecutive ones, and a token chooses only among those of the
+    `top_k_groups` groups whose best expert scores highest (DeepSeek-AI 2024, DeepSeek-V2, arXiv 2405.04434, section
+    2.2.2: with a group a device, a token is sent to few devices). `scaling` multiplies all weights.
+
+    Another kind of router overrides `score` (sigmoid), `select` or `weigh`.
     """
 
     keep_fp32 = True
@@ -52,6 +56,9 @@ class Router(nn.Module):
         *,
         renormalize: bool = True,
         selection_bias: bool = False,
+        num_groups: int = 0,
+        top_k_groups: int = 0,
+        scaling: float = 1.0,
         std: float = 0.02,
     ):
         super().__init__()
@@ -60,6 +67,8 @@ class Router(nn.Module):
         self.num_experts = num_experts
         self.top_k = top_k
         self.renormalize = renormalize
+        self.num_groups, self.top_k_groups = num_groups, top_k_groups
+        self.scaling = scaling
         self.weight = nn.Parameter(torch.empty(num_experts, width, dtype=torch.float32))
         set_initializers(self, weight=Normal(std))
         self.register_buffer("expert_bias", torch.zeros(num_experts, dtype=torch.float32) if selection_bias else None)
@@ -75,13 +84,21 @@ class Router(nn.Module):
 
     def select(self, scores_TE: Tensor) -> Tensor:
         """[T, E] scores (selection bias included) -> int64 [T, k] distinct experts."""
+        if self.num_groups:
+            best_TG = scores_TE.unflatten(-1, (self.num_groups, -1)).amax(-1)
+            chosen_TG = torch.zeros_like(best_TG, dtype=torch.bool)
+            chosen_TG.scatter_(-1, best_TG.topk(self.top_k_groups, dim=-1).indices, True)
+            outside_TE = ~chosen_TG.repeat_interleave(self.num_experts // self.num_groups, dim=-1)
+            scores_TE = scores_TE.masked_fill(outside_TE, -torch.inf)
         return scores_TE.topk(self.top_k, dim=-1).indices
 
     def weigh(self, logits_TE: Tensor, probs_TE: Tensor, topk_ids_Tk: Tensor) -> Tensor:
         """Weights [T, k] of the chosen experts."""
         if self.renormalize:  # p_i / sum(p) of the chosen, without dividing by a sum that may underflow
-            return logits_TE.gather(-1, topk_ids_Tk).softmax(-1)
-        return probs_TE.gather(-1, topk_ids_Tk)
+            weights_Tk = logits_TE.gather(-1, topk_ids_Tk).softmax(-1)
+        else:
+            weights_Tk = probs_TE.gather(-1, topk_ids_Tk)
+        return weights_Tk if self.scaling == 1 else weights_Tk * self.scaling
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Route x: [T, D] of any floating dtype."""

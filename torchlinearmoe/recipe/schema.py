@@ -27,6 +27,14 @@ class MoERecipe:
     """Multiply the shared expert's output by a sigmoid gate of the token."""
     renormalize: bool
     """Rescale the chosen experts' probabilities to sum to one."""
+    routed_scaling: float = 1.0
+    """What the chosen experts' weights are multiplied by."""
+    num_groups: int = 0
+    """Groups of experts, of consecutive ones each; a token chooses groups first. 0 for none."""
+    top_k_groups: int = 0
+    """Groups a token chooses its experts from: those with the most probable expert."""
+    first_dense_layers: int = 0
+    """Layers at the bottom whose feed-forward is dense."""
     balance: Literal["loss", "bias", "none"] = "loss"
     """How the load is balanced: an auxiliary loss, a bias on the selection without a loss, or not at all."""
     balance_coefficient: float = 0.01
@@ -72,13 +80,28 @@ class ModelRecipe:
     head_dim: int
     """Width of a head of the softmax layers."""
     ffn_hidden_size: int
-    """Hidden width of the dense feed-forward (where there are no experts)."""
+    """Hidden width of the dense feed-forward, in layers without experts."""
     vocab_size: int
     """Rows of the embedding and the output head; at least the tokenizer's size."""
     max_length: int
     """Longest sequence a softmax layer keeps keys and values for when decoding, in tokens."""
     rope_theta: float
     """Base of the rotary frequencies."""
+    rope_scaling: Literal["none", "llama3", "yarn"]
+    """How the softmax layers' rotary frequencies are slowed for contexts beyond the original length: as they are, as in
+    Llama 3.1, or YaRN."""
+    rope_factor: float
+    """The longest context over the original one: what slow frequencies are divided by."""
+    rope_original_length: int
+    """Tokens of the contexts the frequencies were made for."""
+    rope_beta_slow: float
+    """Frequencies that turn less often over the original length are divided whole (Llama 3.1: low_freq_factor)."""
+    rope_beta_fast: float
+    """Frequencies that turn more often are left alone (Llama 3.1: high_freq_factor)."""
+    rope_mscale: float
+    """YaRN: sharpening of attention through the rotated channels; 0 with `rope_mscale_all_dim = 0` for the paper's."""
+    rope_mscale_all_dim: float
+    """YaRN: the part of it that MLA applies to its scores as a whole."""
     norm_eps: float
     """Epsilon of the RMS norms."""
     qkv_bias: bool

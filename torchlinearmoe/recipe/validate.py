@@ -5,7 +5,7 @@ from __future__ import annotations
 from torchlinearmoe.errors import RecipeError, divisors, nearest
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.recipe.layers import used_mixers
-from torchlinearmoe.recipe.schema import Recipe
+from torchlinearmoe.recipe.schema import ModelRecipe, MoERecipe, Recipe
 
 
 def validate(recipe: Recipe) -> None:
@@ -31,23 +31,24 @@ def _positive(recipe: Recipe) -> None:
             if value is not None and value < 1:
                 raise RecipeError(f"{section}.{name} = {value}: must be at least 1")
     for section, owner, names in (
-        ("model", model, "rope_theta norm_eps init_std"),
+        ("model", model, "rope_theta norm_eps init_std rope_beta_slow rope_beta_fast"),
         ("optimizer", recipe.optimizer, "eps"),
         ("metrics", recipe.metrics, "peak_tflops"),
-        ("moe", model.moe, "capacity_factor eval_capacity_factor"),
+        ("moe", model.moe, "routed_scaling capacity_factor eval_capacity_factor"),
     ):
         for name in names.split():
             value = getattr(owner, name)
             if value is not None and value <= 0:
                 raise RecipeError(f"{section}.{name} = {value}: must be positive")
     for section, owner, names in (
-        ("model", model, "ffn_hidden_size"),
+        ("model", model, "ffn_hidden_size rope_mscale rope_mscale_all_dim"),
         ("training", training, "seed"),
         ("checkpoint", recipe.checkpoint, "interval"),
         ("metrics", recipe.metrics, "validation_interval validation_batches"),
         ("data", recipe.data, "workers"),
         ("optimizer", recipe.optimizer, "lr min_lr weight_decay clip_norm"),
         ("moe", model.moe, "num_experts top_k hidden_size shared_hidden_size"),
+        ("moe", model.moe, "num_groups top_k_groups first_dense_layers"),
         ("moe", model.moe, "balance_coefficient z_loss_coefficient bias_rate"),
     ):
         for name in names.split():
@@ -83,22 +84,58 @@ def _model(recipe: Recipe) -> None:
     model = recipe.model
     if model.num_heads % model.num_kv_heads:
         raise RecipeError(f"model.num_kv_heads = {model.num_kv_heads}: must divide model.num_heads = {model.num_heads}")
-    if not model.moe.num_experts and model.ffn_hidden_size < 1:
-        raise RecipeError(f"model.ffn_hidden_size = {model.ffn_hidden_size}: must be at least 1 without experts")
+    if model.ffn_hidden_size < 1 and (not model.moe.num_experts or model.moe.first_dense_layers):
+        raise RecipeError(f"model.ffn_hidden_size = {model.ffn_hidden_size}: must be at least 1 in dense layers")
+    _rope(model)
     for name in used_mixers(model):
         MIXERS[name].check(model.mixer_options[name], model)
 
 
+def _rope(model: ModelRecipe) -> None:
+    if model.rope_scaling == "none":
+        return
+    if model.rope_theta <= 1:
+        raise RecipeError(f"model.rope_theta = {model.rope_theta}: must be above 1 with model.rope_scaling")
+    if model.rope_factor < 1:
+        raise RecipeError(f"model.rope_factor = {model.rope_factor}: must be at least 1 with model.rope_scaling")
+    if model.rope_original_length < 1:
+        raise RecipeError(f"model.rope_original_length = {model.rope_original_length}: must be at least 1")
+    if model.rope_beta_slow >= model.rope_beta_fast:
+        raise RecipeError(
+            f"model.rope_beta_slow = {model.rope_beta_slow}: must be below model.rope_beta_fast = "
+            f"{model.rope_beta_fast}"
+        )
+
+
 def _moe(recipe: Recipe) -> None:
-    moe = recipe.model.moe
+    moe, layers = recipe.model.moe, recipe.model.num_layers
     if not moe.num_experts:
         return
+    if moe.first_dense_layers >= layers:
+        raise RecipeError(
+            f"moe.first_dense_layers = {moe.first_dense_layers}: must leave some of model.num_layers = {layers} to the "
+            "experts; or set moe.num_experts = 0"
+        )
     if not 1 <= moe.top_k <= moe.num_experts:
         raise RecipeError(f"moe.top_k = {moe.top_k}: must lie between 1 and moe.num_experts = {moe.num_experts}")
+    _groups(moe)
     if moe.hidden_size < 1:
         raise RecipeError(f"moe.hidden_size = {moe.hidden_size}: must be at least 1 with experts")
     if moe.shared_gate and not moe.shared_hidden_size:
         raise RecipeError("moe.shared_gate = true: needs a shared expert; set moe.shared_hidden_size")
+
+
+def _groups(moe: MoERecipe) -> None:
+    groups = moe.num_groups
+    if not groups:
+        return
+    if moe.num_experts % groups:
+        raise RecipeError(f"moe.num_groups = {groups}: must divide moe.num_experts = {moe.num_experts}; 0 for none")
+    if not 1 <= moe.top_k_groups <= groups:
+        raise RecipeError(f"moe.top_k_groups = {moe.top_k_groups}: must lie between 1 and moe.num_groups = {groups}")
+    within = moe.top_k_groups * (moe.num_experts // groups)
+    if moe.top_k > within:
+        raise RecipeError(f"moe.top_k = {moe.top_k}: the {moe.top_k_groups} groups of a token have {within} experts")
 
 
 def _budget(recipe: Recipe) -> None:

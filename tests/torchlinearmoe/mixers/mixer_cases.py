@@ -35,6 +35,13 @@ class Dims:
     head_dim: int = 32
     max_length: int = 256
     rope_theta: float = 1e4
+    rope_scaling: str = "none"
+    rope_factor: float = 1.0
+    rope_original_length: int = 4096
+    rope_beta_slow: float = 1.0
+    rope_beta_fast: float = 32.0
+    rope_mscale: float = 0.0
+    rope_mscale_all_dim: float = 0.0
     norm_eps: float = 1e-6
     qkv_bias: bool = True
     init_std: float = 0.02

@@ -63,6 +63,42 @@ def test_bias_changes_the_selection_and_nothing_else() -> None:
     assert "expert_bias" in module.state_dict() and "expert_bias" not in router()[0].state_dict()
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("groups", "chosen"), [(1, 1), (2, 1), (3, 2), (6, 3), (6, 6)])
+def test_a_token_stays_within_the_groups_of_its_best_experts(groups: int, chosen: int, biased: bool) -> None:
+    """Against sorting groups by their best expert, then the experts of the first groups, token by token."""
+    torch.manual_seed(3)
+    E = 12
+    options = {"num_groups": groups, "top_k_groups": chosen, "renormalize": False, "selection_bias": biased}
+    k = min(3 if groups < 6 else 4, chosen * (E // groups))
+    module, x = router(T=60, E=E, k=k, scaling=16.0, **options)
+    bias_E = torch.zeros(E)
+    if module.expert_bias is not None:
+        bias_E = module.expert_bias.normal_(0, 0.3).sub_(0.4)  # scores below zero too
+    routing = module(x)
+    probs_TE = (x @ module.weight.detach().T).softmax(-1)
+    size = E // groups
+    for t in range(x.shape[0]):
+        scores = (probs_TE[t] + bias_E).tolist()
+        ranked = sorted(range(groups), key=lambda g: -max(scores[g * size : (g + 1) * size]))
+        allowed = [g * size + e for g in ranked[:chosen] for e in range(size)]
+        best = sorted(allowed, key=lambda e: -scores[e])[:k]
+        assert routing.topk_ids_Tk[t].tolist() == best
+        torch.testing.assert_close(routing.topk_weights_Tk[t].detach(), 16.0 * probs_TE[t, best])
+    torch.testing.assert_close(routing.probs_TE.detach(), probs_TE)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_the_scaling_multiplies_the_weights_and_nothing_else(renormalize: bool) -> None:
+    torch.manual_seed(4)
+    module, x = router(renormalize=renormalize)
+    plain = module(x)
+    module.scaling = 2.5
+    scaled = module(x)
+    torch.testing.assert_close(scaled.topk_weights_Tk, 2.5 * plain.topk_weights_Tk)
+    assert torch.equal(scaled.topk_ids_Tk, plain.topk_ids_Tk) and torch.equal(scaled.probs_TE, plain.probs_TE)
+
+
 @pytest.mark.parametrize("top_k", [0, 7])
 def test_refuses_an_impossible_top_k(top_k: int) -> None:
     with pytest.raises(ValueError, match=rf"moe.top_k = {top_k}.*num_experts = 6"):

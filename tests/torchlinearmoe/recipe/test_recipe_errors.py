@@ -93,6 +93,14 @@ def test_a_value_of_the_wrong_kind_is_named(section: str, key: str, value: Any, 
         ("moe", "hidden_size", -1),
         ("moe", "shared_hidden_size", -1),
         ("moe", "shared_gate", True),
+        ("moe", "routed_scaling", 0.0),
+        ("moe", "num_groups", 3),
+        ("moe", "num_groups", -1),
+        ("moe", "top_k_groups", -1),
+        ("moe", "first_dense_layers", 4),
+        ("moe", "first_dense_layers", -1),
+        ("model", "rope_beta_slow", 0),
+        ("model", "rope_mscale", -1),
         ("moe", "capacity_factor", 0.0),
         ("moe", "eval_capacity_factor", -1),
         ("moe", "balance_coefficient", -0.1),
@@ -126,6 +134,35 @@ def test_a_value_of_the_wrong_kind_is_named(section: str, key: str, value: Any, 
 def test_a_value_out_of_range_is_named(section: str, key: str, value: Any):
     message = _refused({section: {key: value}})
     assert message.startswith(f"{section}.{key}") or f"{section}.{key}" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("rope_factor", 0.5), ("rope_original_length", 0), ("rope_beta_slow", 32.0), ("rope_theta", 1.0)]
+)
+def test_a_rope_scaling_that_cannot_be_is_named(key: str, value: Any):
+    for kind in ("yarn", "llama3"):
+        assert _refused({"model": {"rope_scaling": kind, key: value}}).startswith(f"model.{key} = {value}: ")
+    assert resolve({"model": {key: value}, **STEPS}).model.rope_scaling == "none"
+
+
+@pytest.mark.parametrize(
+    ("moe", "field"),
+    [
+        ({"num_groups": 2, "top_k_groups": 0}, "moe.top_k_groups = 0: "),
+        ({"num_groups": 2, "top_k_groups": 3}, "moe.top_k_groups = 3: "),
+        ({"num_groups": 4, "top_k_groups": 1}, "moe.top_k = 2: the 1 groups of a token have 1 experts"),
+        ({"num_groups": 8, "top_k_groups": 1}, "moe.num_groups = 8: must divide moe.num_experts = 4"),
+    ],
+    ids=str,
+)
+def test_groups_of_experts_that_cannot_be_are_named(moe: dict[str, Any], field: str):
+    assert _refused({"moe": moe}).startswith(field)
+
+
+def test_dense_layers_need_a_width():
+    message = _refused({"model": {"ffn_hidden_size": 0}, "moe": {"first_dense_layers": 1}})
+    assert message == "model.ffn_hidden_size = 0: must be at least 1 in dense layers"
+    assert resolve({"model": {"ffn_hidden_size": 0}, **STEPS}).model.moe.num_experts
 
 
 @pytest.mark.parametrize(

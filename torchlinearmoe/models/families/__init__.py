@@ -1,6 +1,11 @@
 """Model families, one file each; importing this package registers them in FAMILIES."""
 
-from torchlinearmoe.models.families import qwen2
+import importlib
+import pkgutil
+
 from torchlinearmoe.models.families.base import FAMILIES, Family
 
-__all__ = ["FAMILIES", "Family", "qwen2"]
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["FAMILIES", "Family"]

@@ -19,6 +19,13 @@ MODEL_DIMENSIONS = (
     "vocab_size",
     "max_length",
     "rope_theta",
+    "rope_scaling",
+    "rope_factor",
+    "rope_original_length",
+    "rope_beta_slow",
+    "rope_beta_fast",
+    "rope_mscale",
+    "rope_mscale_all_dim",
     "norm_eps",
     "qkv_bias",
     "tie_embeddings",
@@ -31,7 +38,22 @@ MOE_DIMENSIONS = (
     "shared_hidden_size",
     "shared_gate",
     "renormalize",
+    "routed_scaling",
+    "num_groups",
+    "top_k_groups",
+    "first_dense_layers",
 )
+
+PLAIN_ROPE: dict[str, Any] = {
+    "rope_scaling": "none",
+    "rope_factor": 1.0,
+    "rope_original_length": 4096,
+    "rope_beta_slow": 1.0,
+    "rope_beta_fast": 32.0,
+    "rope_mscale": 0.0,
+    "rope_mscale_all_dim": 0.0,
+}
+"""`[model]` of a preset without rotary scaling; the rest are YaRN's defaults."""
 
 DENSE: dict[str, Any] = {
     "num_experts": 0,
@@ -40,8 +62,30 @@ DENSE: dict[str, Any] = {
     "shared_hidden_size": 0,
     "shared_gate": False,
     "renormalize": False,
+    "routed_scaling": 1.0,
+    "num_groups": 0,
+    "top_k_groups": 0,
+    "first_dense_layers": 0,
 }
 """`[moe]` of a preset without experts."""
+
+
+def model_size(width: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int, **more: Any) -> dict[str, Any]:
+    """`[model]` of a preset."""
+    return {
+        "hidden_size": width,
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "ffn_hidden_size": ffn,
+        "vocab_size": vocab,
+        **more,
+    }
+
+
+def moe_size(number: int, top_k: int, hidden: int, **more: Any) -> dict[str, Any]:
+    """`[moe]` of a preset."""
+    return {"num_experts": number, "top_k": top_k, "hidden_size": hidden, **more}
 
 
 @dataclass(frozen=True)
@@ -61,7 +105,7 @@ class Family:
     def preset(self, size: str) -> dict[str, dict[str, Any]]:
         """The `[model]` and `[moe]` values that `size` brings."""
         model, moe = self.presets[size]
-        return {"model": {**self.common, **model}, "moe": {**DENSE, **moe}}
+        return {"model": {**PLAIN_ROPE, **self.common, **model}, "moe": {**DENSE, **moe}}
 
     @staticmethod
     def dimensions() -> dict[str, tuple[str, ...]]:

@@ -7,9 +7,7 @@ probabilities not rescaled.
 
 from __future__ import annotations
 
-from typing import Any
-
-from torchlinearmoe.models.families.base import DENSE, FAMILIES, Family
+from torchlinearmoe.models.families.base import DENSE, FAMILIES, Family, model_size, moe_size
 from torchlinearmoe.models.families.huggingface import (
     ATTENTION,
     MODEL_DEFAULTS,
@@ -22,38 +20,18 @@ from torchlinearmoe.models.families.huggingface import (
     swiglu,
 )
 
-
-def _moe(experts: int, top_k: int, hidden: int, shared: int = 0) -> dict[str, Any]:
-    return {
-        "num_experts": experts,
-        "top_k": top_k,
-        "hidden_size": hidden,
-        "shared_hidden_size": shared,
-        "shared_gate": shared > 0,
-    }
-
-
-def _size(width: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int, **more: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": width,
-        "num_layers": layers,
-        "num_heads": heads,
-        "num_kv_heads": kv_heads,
-        "ffn_hidden_size": ffn,
-        "vocab_size": vocab,
-        **more,
-    }
-
-
 PRESETS = {
-    "debug": (_size(64, 4, 4, 2, 160, 1024, max_length=1024, rope_theta=1e4, init_std=0.02), _moe(4, 2, 64)),
-    "0.5B": (_size(896, 24, 14, 2, 4864, 151936, tie_embeddings=True), {}),
-    "1.5B": (_size(1536, 28, 12, 2, 8960, 151936, tie_embeddings=True), {}),
-    "7B": (_size(3584, 28, 28, 4, 18944, 152064), {}),
-    "72B": (_size(8192, 80, 64, 8, 29568, 152064, norm_eps=1e-5), {}),
-    "A0.3B": (_size(1024, 12, 8, 8, 896, 151936, rope_theta=1e4), _moe(64, 8, 896)),
-    "A1B": (_size(2048, 16, 16, 16, 1024, 151936, rope_theta=1e4), _moe(64, 8, 1024)),
-    "A14B": (_size(3584, 28, 28, 4, 18944, 151936), _moe(64, 8, 2560, shared=20480)),
+    "debug": (model_size(64, 4, 4, 2, 160, 1024, max_length=1024, rope_theta=1e4, init_std=0.02), moe_size(4, 2, 64)),
+    "0.5B": (model_size(896, 24, 14, 2, 4864, 151936, tie_embeddings=True), {}),
+    "1.5B": (model_size(1536, 28, 12, 2, 8960, 151936, tie_embeddings=True), {}),
+    "7B": (model_size(3584, 28, 28, 4, 18944, 152064), {}),
+    "72B": (model_size(8192, 80, 64, 8, 29568, 152064, norm_eps=1e-5), {}),
+    "A0.3B": (model_size(1024, 12, 8, 8, 896, 151936, rope_theta=1e4), moe_size(64, 8, 896)),
+    "A1B": (model_size(2048, 16, 16, 16, 1024, 151936, rope_theta=1e4), moe_size(64, 8, 1024)),
+    "A14B": (
+        model_size(3584, 28, 28, 4, 18944, 151936),
+        moe_size(64, 8, 2560, shared_hidden_size=20480, shared_gate=True),
+    ),
 }
 
 FIXED = {**MODEL_FIXED, "use_sliding_window": False}

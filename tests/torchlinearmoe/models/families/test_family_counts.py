@@ -1,0 +1,77 @@
+"""With softmax attention everywhere a size has the published model's parameters, in total and met by a token.
+
+Totals are those of the published weights (the sum over their safetensors files, as the model cards show). Active ones
+are from the papers where these give more than two digits; else the published total less the experts not chosen.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from torchlinearmoe.mixers import MIXERS, Mixer
+from torchlinearmoe.models.decoder import Decoder
+from torchlinearmoe.models.families import FAMILIES
+from torchlinearmoe.planning.layers import count_parameters
+from torchlinearmoe.recipe import resolve
+
+PUBLISHED: dict[tuple[str, str], tuple[float, float]] = {
+    ("qwen2", "0.5B"): (494_032_768, 494_032_768),
+    ("qwen2", "1.5B"): (1_543_714_304, 1_543_714_304),
+    ("qwen2", "7B"): (7_615_616_512, 7_615_616_512),
+    ("qwen2", "72B"): (72_706_203_648, 72_706_203_648),
+    ("qwen2", "A14B"): (57.41e9, 14.25e9),
+    ("mixtral", "7B"): (46_702_792_704, 12.9e9),
+    ("mixtral", "8x22B"): (140_620_634_112, 39.1e9),
+    ("llama3", "1B"): (1_235_814_400, 1_235_814_400),
+    ("llama3", "3B"): (3_212_749_824, 3_212_749_824),
+    ("llama3", "8B"): (8_030_261_248, 8_030_261_248),
+    ("llama3", "70B"): (70_553_706_496, 70_553_706_496),
+    ("llama3", "3.1-8B"): (8_030_261_248, 8_030_261_248),
+    ("llama3", "3.1-70B"): (70_553_706_496, 70_553_706_496),
+}
+LINEAR_MOE: dict[tuple[str, str], tuple[float, float]] = {
+    ("qwen2", "A0.3B"): (2.49e9, 0.64e9),
+    ("qwen2", "A1B"): (7.40e9, 1.77e9),
+    ("mixtral", "Small"): (2.93e9, 0.81e9),
+    ("llama3", "0.3B"): (0.48e9, 0.48e9),
+}
+"""The presets of Linear-MoE (arXiv 2503.05447), which are models of linear attention: five matrices D x D a layer."""
+
+
+def _counts(family: str, size: str, **model):
+    recipe = resolve({"model": {"family": family, "size": size, **model}, "training": {"steps": 1}}).model
+    with torch.device("meta"):
+        return count_parameters(Decoder(recipe))
+
+
+@pytest.mark.parametrize(("family", "size"), PUBLISHED)
+def test_softmax_models_have_the_published_parameters(family: str, size: str):
+    total, active = PUBLISHED[family, size]
+    counts = _counts(family, size, layout="N")
+    assert counts.total == total if isinstance(total, int) else counts.total == pytest.approx(total, rel=0.002)
+    assert counts.active == pytest.approx(active, rel=0.01)
+
+
+@pytest.mark.parametrize(("family", "size"), LINEAR_MOE)
+def test_linear_models_have_the_parameters_of_their_preset(family: str, size: str):
+    counts = _counts(family, size, mixer="linear_attention")
+    assert (counts.total, counts.active) == pytest.approx(LINEAR_MOE[family, size], rel=0.01)
+
+
+def test_every_size_is_compared():
+    sizes = {(family, size) for family in FAMILIES for size in FAMILIES[family].presets if size != "debug"}
+    assert {*PUBLISHED, *LINEAR_MOE} == sizes
+
+
+@pytest.mark.parametrize(("family", "size"), [*PUBLISHED, *LINEAR_MOE])
+def test_every_mixer_fits_every_size_as_its_closed_form_counts(family: str, size: str):
+    for name in MIXERS:
+        model = {"family": family, "size": size, "mixer": name, "num_layers": 1}
+        dense = {"num_experts": 0, "first_dense_layers": 0}
+        recipe = resolve({"model": model, "moe": dense, "training": {"steps": 1}}).model
+        with torch.device("meta"):
+            mixer = Decoder(recipe).layers["0"].mixer
+        assert isinstance(mixer, Mixer)
+        counted = sum(parameter.numel() for parameter in mixer.parameters())
+        assert type(mixer).num_parameters(recipe.mixer_options[mixer.name], recipe) == counted, name

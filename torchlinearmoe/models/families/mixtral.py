@@ -1,0 +1,41 @@
+"""Mixtral: GQA, RMSNorm, every feed-forward eight SwiGLU experts of which a token takes two (arXiv 2401.04088).
+
+Sizes: the Linear-MoE preset `Small` (arXiv 2503.05447), `7B` (the published 8x7B), `8x22B`, and `debug`. Routing is a
+softmax over the two chosen logits.
+"""
+
+from __future__ import annotations
+
+from torchlinearmoe.models.families.base import FAMILIES, Family, model_size, moe_size
+
+
+def _eight(hidden: int):
+    return moe_size(8, 2, hidden, renormalize=True)
+
+
+PRESETS = {
+    "debug": (
+        model_size(64, 4, 4, 2, 160, 1024, max_length=1024, rope_theta=1e4),
+        moe_size(4, 2, 64, renormalize=True),
+    ),
+    "Small": (model_size(1024, 8, 8, 8, 14336, 32000), _eight(14336)),
+    "7B": (model_size(4096, 32, 32, 8, 14336, 32000), _eight(14336)),
+    "8x22B": (model_size(6144, 56, 48, 8, 16384, 32000, max_length=65536), _eight(16384)),
+}
+
+FAMILIES.add(
+    "mixtral",
+    Family(
+        name="mixtral",
+        attention="softmax_attention",
+        common={
+            "max_length": 32768,
+            "rope_theta": 1e6,
+            "norm_eps": 1e-5,
+            "qkv_bias": False,
+            "tie_embeddings": False,
+            "init_std": 0.02,
+        },
+        presets=PRESETS,
+    ),
+)
