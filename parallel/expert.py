@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
 from torchlinearmoe.moe.dispatch import DispatchContext, LocalDispatch, permute
 from torchlinearmoe.moe.layer import MoE
 from torchlinearmoe.moe.router import Routing
+from torchlinearmoe.parallel.local import split_tensor
 
 
 def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -37,16 +37,8 @@ def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     for module in model.modules():
         if isinstance(module, MoE):
             for name, parameter in list(module.experts.named_parameters(recurse=False)):
-                setattr(module.experts, name, nn.Parameter(_share(parameter, mesh)))
+                setattr(module.experts, name, nn.Parameter(split_tensor(parameter, mesh, 0)))
             module.dispatcher = ExchangeDispatch(module.router.num_experts, mesh.get_group())
-
-
-def _share(parameter: Tensor, mesh: DeviceMesh) -> DTensor:
-    """This rank's experts of a stack [E, ...], by name only: the meta tensor holds nothing."""
-    local = parameter.detach().chunk(mesh.size())[mesh.get_local_rank()].contiguous()
-    return DTensor.from_local(
-        local, mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
-    )
 
 
 class ExchangeContext(NamedTuple):

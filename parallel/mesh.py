@@ -6,6 +6,7 @@ ep      the last `expert` ranks of data_shard x context x tensor       one copy 
                                                                        is left, the copies of that share
 data    data_replicate x data_shard                                    ranks with batches of their own
 loss    data x context                                                 ranks whose losses add up to a step's
+rows    context x tensor                                               ranks with parts of the same packed sequences
 tokens  data x context x tensor                                        ranks that route tokens of their own
 """
 
@@ -106,6 +107,9 @@ class Meshes:
         loss = self.world["data_replicate", "data_shard", "context"]._flatten("loss")
         self.loss_group: dist.ProcessGroup = loss.get_group()
         """The ranks whose losses and valid tokens add up to those of an optimizer step."""
+        rows = self.world["context", "tensor"]._flatten("rows")
+        self.rows_group: dist.ProcessGroup = rows.get_group()
+        """The ranks that hold parts of the same packed sequences."""
         tokens = self.world["data_replicate", "data_shard", "context", "tensor"]._flatten("tokens")
         self.tokens_group: dist.ProcessGroup = tokens.get_group()
         """The ranks whose routed tokens make up an optimizer step (of one pipeline stage)."""
@@ -114,6 +118,11 @@ class Meshes:
     def fsdp(self) -> DeviceMesh:
         """Where dense weights are sharded: [data_replicate, fsdp] with replicas, else [fsdp]."""
         return self.dense["data_replicate", "fsdp"] if self.degrees.data_replicate > 1 else self.dense["fsdp"]
+
+    @property
+    def tensor(self) -> DeviceMesh:
+        """Where heads, hidden channels and the vocabulary are split, [tensor]."""
+        return self.dense["tensor"]
 
     @property
     def efsdp(self) -> DeviceMesh:

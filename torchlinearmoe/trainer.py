@@ -40,6 +40,7 @@ from torchlinearmoe.parallel.apply import build_parallel_model
 from torchlinearmoe.parallel.clip import clip_gradients
 from torchlinearmoe.parallel.fsdp import set_gradient_sync
 from torchlinearmoe.parallel.mesh import Degrees, Meshes
+from torchlinearmoe.parallel.tensor import sum_partial_gradients
 from torchlinearmoe.recipe import Recipe, load_recipe
 from torchlinearmoe.run_folder import check_same_run, write_recipe
 from torchlinearmoe.runtime import StopSignal, choose_dtype, rank_0_first
@@ -200,6 +201,7 @@ class Trainer:
         dist.all_reduce(total, group=group)
         mean = total / tokens
 
+        sum_partial_gradients(self.model)
         grad_norm = clip_gradients(self.model, self.recipe.optimizer.clip_norm)
         lr = self._learning_rate(self.step + 1)
         set_learning_rate(self.optimizer, lr)

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from torchlinearmoe.moe import MoE
 from torchlinearmoe.parallel.expert import apply_expert_parallel
+from torchlinearmoe.parallel.local import shadow
 from torchlinearmoe.recipe.schema import MoERecipe
 
 D, E, K = 8, 8, 3
@@ -67,6 +68,7 @@ def spread(rank: int, cases: list[tuple[list[int], dict[str, object], bool]]) ->
     for cut, changes, favoured in cases:
         module = layer(**changes)
         apply_expert_parallel(nn.ModuleList([module]), mesh)
+        shadow(module.experts)
         x_TD = tokens_of(rank, cut, favoured).requires_grad_()
         y_TD = module(x_TD)
         (y_TD.sin() * (1 + y_TD)).sum().backward()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from torchlinearmoe.moe import MoE, StepTotals, TokenLayout, collect_statistics, counting_pass, update_bias
 from torchlinearmoe.moe.experts import Experts
+from torchlinearmoe.parallel.local import shadow
 from torchlinearmoe.recipe.schema import MoERecipe
 
 S, L, D, E, K = 4, 6, 8, 5, 2
@@ -117,6 +118,7 @@ def sharded_experts(rank: int, counts: list[int]) -> list[Tensor]:
     module, x_RD, share = experts(), rows(sum(counts)), len(counts) // dist.get_world_size()
     for name, parameter in list(module.named_parameters()):
         setattr(module, name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)])))
+    shadow(module)
     mine = slice(rank * share, (rank + 1) * share)
     start = sum(counts[: mine.start])
     y_RD = module(x_RD[start : start + sum(counts[mine])], torch.tensor(counts[mine]))

@@ -237,6 +237,14 @@ def expanded(width: int, factor: float) -> int:
     return round(width * factor)
 
 
+class SharedModule(nn.Module):
+    """Parameters that all layers of a mixer read, through what `forward()` returns."""
+
+    def tensor_parallel(self) -> dict[str, TensorWord]:
+        """A word for each parameter, by its name in the module."""
+        raise NotImplementedError
+
+
 class Mixer(nn.Module):
     """A token mixer; see the module's docstring for the contract."""
 
@@ -253,6 +261,11 @@ class Mixer(nn.Module):
     They must be legal for a model of width 64 with two heads; one that changes the head count names `heads` and
     `head_dim` itself.
     """
+
+    heads: int = 0
+    """Query heads of the layer, on all tensor-parallel ranks together; 0 for a mixer that leaves them to another."""
+    first_head: int = 0
+    """Index, among all heads of the layer, of the first one in this module; above zero on a tensor-parallel rank."""
 
     @classmethod
     def check_counts(cls, options: MixerOptions) -> None:
@@ -291,9 +304,17 @@ class Mixer(nn.Module):
         return 0
 
     @classmethod
-    def shared_module(cls, options: Any, model: ModelDims, count: int) -> nn.Module | None:
+    def shared_module(cls, options: Any, model: ModelDims, count: int) -> SharedModule | None:
         """The module whose output all `count` layers of this mixer read; built once a model."""
         return None
+
+    @classmethod
+    def head_groups(cls, options: Any, model: ModelDims) -> tuple[str, int]:
+        """(name, count) of what tensor-parallel ranks share out evenly: heads, or groups of heads that belong together.
+
+        Every count of heads is a multiple of it.
+        """
+        return "heads", geometry(options, model)[0]
 
     def state_spec(self) -> dict[str, StateSpec]:
         """The parts of this layer's state by name."""

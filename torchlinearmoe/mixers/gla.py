@@ -126,6 +126,10 @@ class GLA(Mixer):
             raise RecipeError(f"mixer.gla.clamp_min = {options.clamp_min}: must be below zero, it bounds a log decay")
 
     @classmethod
+    def head_groups(cls, options: Any, model: ModelDims) -> tuple[str, int]:
+        return "kv_heads", _dims(options, model)[1]
+
+    @classmethod
     def num_parameters(cls, options: Any, model: ModelDims) -> int:
         """D (H K + G K + G V + 2 H V), (D + G K) rank + G K of the gate, V of the norm, W (H K + G K + G V)."""
         heads, kv_heads, key_dim, value_dim = _dims(options, model)

@@ -119,6 +119,10 @@ class GSA(Mixer):
             raise RecipeError(f"mixer.gsa.gate_normalizer = {options.gate_normalizer}: must be positive")
 
     @classmethod
+    def head_groups(cls, options: Any, model: ModelDims) -> tuple[str, int]:
+        return "kv_heads", _dims(options, model)[1]
+
+    @classmethod
     def num_parameters(cls, options: Any, model: ModelDims) -> int:
         """D (H K + G K + G V + G S + H V), H V of the norm, W (H K + G K + G V) of convolutions."""
         heads, kv_heads, key_dim, value_dim = _dims(options, model)

@@ -29,6 +29,7 @@ from torchlinearmoe.mixers.base import (
     MixerOptions,
     ModelDims,
     Place,
+    SharedModule,
     State,
     StateSpec,
     TensorWord,
@@ -55,7 +56,7 @@ class Options(MixerOptions):
     """Taps of a short convolution on q, f and i, without an activation of its own; 0 for none."""
 
 
-class LowerBounds(nn.Module):
+class LowerBounds(SharedModule):
     """The table of lower bounds over the HGRN2 layers, kept and computed in float32."""
 
     keep_fp32 = True
@@ -65,6 +66,9 @@ class LowerBounds(nn.Module):
         super().__init__()
         self.table = nn.Parameter(torch.empty(layers, width))
         set_initializers(self, table=ZEROS)
+
+    def tensor_parallel(self) -> dict[str, TensorWord]:
+        return {"table": per_head(1)}
 
     def forward(self) -> Tensor:
         """Lower bound of every layer and channel, [layers, H K], in [0, 1)."""
@@ -118,7 +122,7 @@ class HGRN2(Mixer):
         return 4 * model.hidden_size * inner + inner + 3 * inner * options.conv
 
     @classmethod
-    def shared_module(cls, options: Any, model: ModelDims, count: int) -> nn.Module | None:
+    def shared_module(cls, options: Any, model: ModelDims, count: int) -> SharedModule | None:
         heads, head_dim = geometry(options, model)
         return LowerBounds(count, heads * head_dim) if options.lower_bounds else None
 

@@ -89,8 +89,6 @@ class LightningAttention(Mixer):
         {"conv": 3, "heads": 3, "head_dim": 16},
     )
     regions = ("project", "mix")
-    first_head: int = 0
-    """Index, among all heads of the layer, of the first one in this module; above zero on a tensor-parallel rank."""
 
     def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
         super().__init__()

@@ -153,6 +153,11 @@ class Mamba2(Mixer):
             raise RecipeError(f"mixer.mamba2.state = {options.state}: must be at least 1")
 
     @classmethod
+    def head_groups(cls, options: Any, model: ModelDims) -> tuple[str, int]:
+        """A single group's B and C are on every rank."""
+        return ("heads", _dims(options, model)[0]) if options.groups == 1 else ("groups", options.groups)
+
+    @classmethod
     def num_parameters(cls, options: Any, model: ModelDims) -> int:
         """M (3 H P + 2 G N + H), (W + 1) (H P + 2 G N) of convolutions, H P of the norm, 3 H of the decay."""
         heads, head_dim = _dims(options, model)

@@ -72,8 +72,6 @@ class Retention(Mixer):
         {"conv": 4, "heads": 3, "head_dim": 16, "rope_theta": 500.0},
     )
     regions = ("project", "mix")
-    first_head: int = 0
-    """Index, among all heads of the layer, of the first one in this module; above zero on a tensor-parallel rank."""
 
     def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
         super().__init__()

@@ -100,6 +100,10 @@ class SoftmaxAttention(Mixer):
             raise RecipeError(f"{field} = {width}: rotary positions need an even head width")
 
     @classmethod
+    def head_groups(cls, options: Any, model: ModelDims) -> tuple[str, int]:
+        return "kv_heads", _heads(options, model)[1]
+
+    @classmethod
     def num_parameters(cls, options: Any, model: ModelDims) -> int:
         """D (2 H d + 2 G d), the biases (H + 2 G) d where the family has them, W (H + 2 G) d of convolutions."""
         heads, kv_heads, width = _heads(options, model)

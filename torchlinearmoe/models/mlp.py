@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlinearmoe.initialize import linear
+from torchlinearmoe.mixers.base import TensorWord, column, row
 
 
 class SwiGLU(nn.Module):
@@ -16,6 +17,10 @@ class SwiGLU(nn.Module):
         self.gate_proj = linear(width, hidden, std)
         self.up_proj = linear(width, hidden, std)
         self.down_proj = linear(hidden, width, out_std)
+
+    def tensor_parallel(self) -> dict[str, TensorWord]:
+        """Hidden channels are split."""
+        return {"gate_proj.weight": column(), "up_proj.weight": column(), "down_proj.weight": row()}
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""

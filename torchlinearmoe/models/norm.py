@@ -23,5 +23,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
         wide = x if x.dtype == torch.float64 else x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        scale = torch.rsqrt(self.mean_square(wide) + self.eps)
         return (wide * scale * self.weight.to(wide.dtype)).to(x.dtype)
+
+    def mean_square(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., 1]; replaced where ranks hold parts of the width."""
+        return x.square().mean(-1, keepdim=True)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from torchlinearmoe.initialize import Normal, set_initializers
 from torchlinearmoe.moe.grouped_mm import grouped_mm, pick_backend
@@ -41,11 +40,6 @@ class _SwiGLU(torch.autograd.Function):
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up for gate_up = [gate | up]: [..., 2F] -> [..., F]."""
     return _SwiGLU.apply(gate_up)  # type: ignore[return-value]
-
-
-def _local(weight: Tensor) -> Tensor:
-    """The experts this rank holds: the kernels see plain tensors."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 class Experts(nn.Module):
@@ -79,7 +73,7 @@ class Experts(nn.Module):
         give zeros and receive zero gradients. Without it the counts must sum to R (not checked: that would stop the
         GPU).
         """
-        gate_up_EDF, down_EFD = _local(self.gate_up), _local(self.down)
+        gate_up_EDF, down_EFD = self.gate_up, self.down
         backend = pick_backend(self.backend, x_RD.dtype, (down_EFD.shape[2], down_EFD.shape[1]))
         offsets_E = counts_E.cumsum(0).to(torch.int32)
         if not padded:

@@ -162,7 +162,7 @@ def _parallel(recipe: Recipe) -> None:
     for name in ("data_replicate", "tensor", "context", "expert", "pipeline"):
         if getattr(parallel, name) < 1:
             raise RecipeError(f"parallel.{name} = {getattr(parallel, name)}: must be at least 1")
-    for name in ("tensor", "context", "pipeline"):
+    for name in ("context", "pipeline"):
         degree = getattr(parallel, name)
         if degree != 1:
             raise RecipeError(f"parallel.{name} = {degree}: this axis is not available in this version; legal: 1")
@@ -174,3 +174,22 @@ def _parallel(recipe: Recipe) -> None:
         raise RecipeError(
             f"parallel.expert = {parallel.expert}: must divide moe.num_experts = {experts}; legal: {divisors(experts)}"
         )
+    if parallel.tensor > 1:
+        _tensor(recipe)
+
+
+def _tensor(recipe: Recipe) -> None:
+    """What tensor-parallel ranks share out must come out even."""
+    model, training, degree = recipe.model, recipe.training, recipe.parallel.tensor
+    tokens = training.sequence_length * training.micro_batch_size // recipe.parallel.context
+    shared_out = [("model.vocab_size", model.vocab_size), ("tokens of a micro-batch and context-parallel rank", tokens)]
+    for name in used_mixers(model):
+        groups, count = MIXERS[name].head_groups(model.mixer_options[name], model)
+        shared_out.append((f"{groups} of {name}", count))
+    if not model.moe.num_experts:
+        shared_out.append(("model.ffn_hidden_size", model.ffn_hidden_size))
+    elif model.moe.shared_hidden_size:
+        shared_out.append(("moe.shared_hidden_size", model.moe.shared_hidden_size))
+    for name, count in shared_out:
+        if count % degree:
+            raise RecipeError(f"parallel.tensor = {degree}: must divide {name} = {count}; legal: {divisors(count)}")

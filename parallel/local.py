@@ -1,0 +1,67 @@
+"""Split parameters, and the plain tensors that forwards see in their place.
+
+A parameter split over `tensor` or `ep` is a DTensor, so that sharding, clipping, checkpoints and initial values know
+what it is a part of. Kernels, compiled regions and the modules themselves should not: while a unit of FSDP runs its
+forward, each of its split parameters is shadowed by its local part, an attribute of the same name. Gradients flow
+through it to the DTensor; outside a forward nothing is different.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+SPLIT_AXES = ("tensor", "ep")
+
+
+def split_tensor(tensor: Tensor, mesh: DeviceMesh, dim: int | None) -> DTensor:
+    """A meta tensor as one of which every rank of the one-axis `mesh` holds an equal part along `dim`, None for all."""
+    local, placement = tensor.detach(), Replicate()
+    if dim is not None:
+        assert tensor.shape[dim] % mesh.size() == 0, "recipes that ask for this are refused"
+        local, placement = local.chunk(mesh.size(), dim)[mesh.get_local_rank()].contiguous(), Shard(dim)
+    return DTensor.from_local(local, mesh, [placement], run_check=False, shape=tensor.shape, stride=tensor.stride())
+
+
+def shadow_split_parameters(model: nn.Module) -> None:
+    """Shadow the split parameters of every unit that FSDP has made of `model`; call it after FSDP."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            shadow(module)
+
+
+def shadow(unit: nn.Module) -> None:
+    """Shadow the split parameters of `unit` while it runs, those of units of FSDP inside it left out."""
+    owned = [
+        (owner, name)
+        for owner in _without_inner_units(unit)
+        for name, parameter in owner.named_parameters(recurse=False)
+        if isinstance(parameter, DTensor) and set(parameter.device_mesh.mesh_dim_names or ()) & set(SPLIT_AXES)
+    ]
+    if not owned:
+        return
+
+    def enter(module: nn.Module, args: Any) -> None:
+        for owner, name in owned:
+            parameter = owner._parameters[name]  # as FSDP has gathered it
+            assert isinstance(parameter, DTensor)
+            owner.__dict__[name] = parameter.to_local()
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        for owner, name in owned:
+            owner.__dict__.pop(name, None)
+
+    unit.register_forward_pre_hook(enter)
+    unit.register_forward_hook(leave, always_call=True)
+
+
+def _without_inner_units(module: nn.Module) -> Iterator[nn.Module]:
+    yield module
+    for child in module.children():
+        if not isinstance(child, FSDPModule):
+            yield from _without_inner_units(child)

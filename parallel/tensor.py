@@ -1,0 +1,130 @@
+"""Tensor parallelism with sequence-sharded activations, applied from the words that modules declare.
+
+Between the parts of a block each of the P ranks holds T / P tokens, a contiguous piece of the stream. A mixer or a
+dense feed-forward takes the tokens of all ranks, does its share of heads or hidden channels, and gives each rank the
+sums of its tokens back; norms, routers and experts see the rank's own tokens:
+
+    x [T/P, D] -> norm -> gather [T, D] -> mixer, H / P heads -> partial sums [T, D] -> scatter [T/P, D] -> + x
+
+A parameter's word says how it lies over the ranks. Parameters without one (norms, routers, gates) are on every rank and
+see its tokens only, so, like those of the word REPLICATED_SUMMED, their gradients are parts of a sum; they are summed
+once a step, `sum_partial_gradients`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from torchlinearmoe.mixers.base import REPLICATED_SUMMED, Mixer, SharedModule, TensorWord, column
+from torchlinearmoe.models.decoder import Decoder
+from torchlinearmoe.models.mlp import SwiGLU
+from torchlinearmoe.models.norm import RMSNorm
+from torchlinearmoe.moe.experts import Experts
+from torchlinearmoe.parallel.collectives import gather_rows, scatter_rows, sum_over
+from torchlinearmoe.parallel.local import split_tensor
+from torchlinearmoe.parallel.vocabulary import split_vocabulary
+
+
+def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
+    """Split the meta `model` over the ranks of `mesh`, [tensor], in place."""
+    group, rank = mesh.get_group().group_name, mesh.get_local_rank()
+    words = declared_words(model)
+    for path, owner in list(model.named_modules()):
+        if not isinstance(owner, Experts):  # those are spread over `ep`, or sharded over these ranks too
+            _split(path, owner, words, mesh)
+        if isinstance(owner, Mixer):
+            owner.first_head = rank * owner.heads // mesh.size()
+        if isinstance(owner, SwiGLU):
+            _between_ranks(owner, group)
+    for layer in model.layers.values():
+        assert isinstance(layer.mixer, Mixer)
+        _between_ranks(layer.mixer, group)
+    split_vocabulary(model, group, rank, mesh.size())
+
+
+def declared_words(model: Decoder) -> dict[str, TensorWord]:
+    """The words of all modules that declare some, by the parameters' paths in `model`."""
+    words = {"embed.weight": column(), "head.weight": column()}
+    for name, shared in model.shared.items():
+        assert isinstance(shared, SharedModule)
+        words |= _under(f"shared.{name}", shared.tensor_parallel())
+    for index, layer in model.layers.items():
+        mixer, path = layer.mixer, f"layers.{index}.mixer"
+        assert isinstance(mixer, Mixer)
+        own = mixer.tensor_parallel()
+        assert own.keys() == {name for name, _ in mixer.named_parameters()}, f"{mixer.name}: a word for each parameter"
+        words |= _under(path, own)
+    for path, module in model.named_modules():
+        if isinstance(module, SwiGLU):
+            words |= _under(path, module.tensor_parallel())
+    return words
+
+
+def _under(path: str, words: dict[str, TensorWord]) -> dict[str, TensorWord]:
+    return {f"{path}.{name}": word for name, word in words.items()}
+
+
+def _split(path: str, owner: nn.Module, words: dict[str, TensorWord], mesh: DeviceMesh) -> None:
+    """Lay the direct parameters of `owner` over the ranks and note the gradients that are parts of a sum."""
+    partial_gradients = []
+    for name, parameter in list(owner.named_parameters(recurse=False)):
+        word = words.get(f"{path}.{name}", REPLICATED_SUMMED)
+        setattr(owner, name, nn.Parameter(split_tensor(parameter, mesh, word.dim)))
+        if word == REPLICATED_SUMMED:
+            partial_gradients.append(name)
+        if word.dim is not None and isinstance(owner, RMSNorm):  # a norm that spans heads
+            group = mesh.get_group().group_name
+            owner.mean_square = partial(mean_square_over, group=group, ranks=mesh.size())
+    if partial_gradients:
+        owner.partial_gradients = tuple(partial_gradients)  # pyright: ignore[reportArgumentType]
+
+
+def mean_square_over(x: Tensor, group: str, ranks: int) -> Tensor:
+    """Mean square of the last dim, of which each rank holds an equal part: [..., width / P] -> [..., 1]."""
+    return sum_over(x.square().sum(-1, keepdim=True), group) / (x.shape[-1] * ranks)
+
+
+def _between_ranks(module: nn.Module, group: str) -> None:
+    """Feed `module` the tokens of all ranks and give each rank the sums of its own."""
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x_TD, *rest = args
+        return (gather_rows(x_TD, group), *rest)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return scatter_rows(output, group)
+        y_TD, state, carried = output
+        if state is not None:
+            raise ValueError("a model split over tensor-parallel ranks cannot decode; load_model gives a whole one")
+        return scatter_rows(y_TD, group), state, carried
+
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave)
+
+
+@torch.no_grad()
+def sum_partial_gradients(model: nn.Module) -> None:
+    """Sum over the tensor-parallel ranks the gradients of which each has a part; once a step, after its last backward.
+
+    All of them together in one all-reduce. A model that is not split is left alone.
+    """
+    by_group: dict[dist.ProcessGroup, list[Tensor]] = {}
+    for module in model.modules():
+        for name in getattr(module, "partial_gradients", ()):
+            parameter = module.get_parameter(name)
+            assert isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor), name
+            group = parameter.device_mesh.get_group("tensor")
+            by_group.setdefault(group, []).append(parameter.grad.to_local())
+    for group, gradients in by_group.items():
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat, group=group)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients)])
