@@ -6,7 +6,7 @@ Legend: B batch, T tokens, H query/key heads, HV value heads (a multiple of H), 
 import torch
 from torch import Tensor
 
-from torchlinearmoe.kernels.reference.spans import document_spans
+from torchlinearmoe.kernels.reference.spans import document_spans, tokens
 
 
 def delta_rule(
@@ -41,12 +41,12 @@ def delta_rule(
     outputs, finals = [], []
     for document, (row, start, end) in enumerate(document_spans(B, T, cu_seqlens)):
         S_HKV = q_BTHK.new_zeros(HV, K, V) if initial_state is None else initial_state[document].to(dtype)
-        for t in range(start, end):
-            k_HK1 = k_BTHK[row, t, :, :, None]
-            S_HKV = decay[row, t] * S_HKV
-            error_HV = v_BTHV[row, t] - (k_HK1 * S_HKV).sum(1)
-            S_HKV = S_HKV + k_HK1 * (beta_BTH[row, t, :, None] * error_HV)[:, None, :]
-            outputs.append(factor * (q_BTHK[row, t, :, :, None] * S_HKV).sum(1))
+        for q_HK, k_HK, v_HV, beta_H, decay_HK1 in tokens(row, start, end, q_BTHK, k_BTHK, v_BTHV, beta_BTH, decay):
+            k_HK1 = k_HK[:, :, None]
+            S_HKV = decay_HK1 * S_HKV
+            error_HV = v_HV - (k_HK1 * S_HKV).sum(1)
+            S_HKV = S_HKV + k_HK1 * (beta_H[:, None] * error_HV)[:, None, :]
+            outputs.append(factor * (q_HK[:, :, None] * S_HKV).sum(1))
         finals.append(S_HKV)
     o = torch.stack(outputs).view(B, T, HV, V).to(q.dtype) if outputs else torch.zeros_like(v)
     return o, torch.stack(finals) if output_final_state else None

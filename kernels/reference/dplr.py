@@ -6,7 +6,7 @@ Legend: B batch, T tokens, H heads, K/V key/value head dim, N documents.
 import torch
 from torch import Tensor
 
-from torchlinearmoe.kernels.reference.spans import document_spans
+from torchlinearmoe.kernels.reference.spans import document_spans, tokens
 
 
 def dplr_rule(
@@ -38,10 +38,12 @@ def dplr_rule(
     outputs, finals = [], []
     for document, (row, start, end) in enumerate(document_spans(B, T, cu_seqlens)):
         S_HKV = q_BTHK1.new_zeros(H, K, V) if initial_state is None else initial_state[document].to(dtype)
-        for t in range(start, end):
-            x_H1V = (a_BTHK1[row, t] * S_HKV).sum(1, keepdim=True)
-            S_HKV = decay_BTHK1[row, t] * S_HKV + b_BTHK1[row, t] * x_H1V + k_BTHK1[row, t] * v_BTH1V[row, t]
-            outputs.append(factor * (q_BTHK1[row, t] * S_HKV).sum(1))
+        for q_HK1, k_HK1, v_H1V, a_HK1, b_HK1, decay_HK1 in tokens(
+            row, start, end, q_BTHK1, k_BTHK1, v_BTH1V, a_BTHK1, b_BTHK1, decay_BTHK1
+        ):
+            x_H1V = (a_HK1 * S_HKV).sum(1, keepdim=True)
+            S_HKV = decay_HK1 * S_HKV + b_HK1 * x_H1V + k_HK1 * v_H1V
+            outputs.append(factor * (q_HK1 * S_HKV).sum(1))
         finals.append(S_HKV)
     o = torch.stack(outputs).view(B, T, H, V).to(q.dtype) if outputs else torch.zeros_like(v)
     return o, torch.stack(finals) if output_final_state else None

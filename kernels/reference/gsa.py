@@ -6,7 +6,7 @@ Legend: B batch, T tokens, H heads, K/V key/value head dim, S slots, N documents
 import torch
 from torch import Tensor
 
-from torchlinearmoe.kernels.reference.spans import document_spans
+from torchlinearmoe.kernels.reference.spans import document_spans, tokens
 
 
 def slot_attention(
@@ -41,11 +41,10 @@ def slot_attention(
         keys_HKS, values_HSV = q_BTHK.new_zeros(H, K, S), q_BTHK.new_zeros(H, S, V)
         if initial_state is not None:
             keys_HKS, values_HSV = (state[document].to(dtype) for state in initial_state)
-        for t in range(start, end):
-            decay_HS, s_HS = decay_BTHS[row, t], s_BTHS[row, t]
-            keys_HKS = keys_HKS * decay_HS[:, None, :] + k_BTHK[row, t, :, :, None] * s_HS[:, None, :]
-            values_HSV = decay_HS[:, :, None] * values_HSV + s_HS[:, :, None] * v_BTHV[row, t, :, None, :]
-            weights_HS = (factor * (q_BTHK[row, t, :, :, None] * keys_HKS).sum(1)).softmax(-1)
+        for q_HK, k_HK, v_HV, s_HS, decay_HS in tokens(row, start, end, q_BTHK, k_BTHK, v_BTHV, s_BTHS, decay_BTHS):
+            keys_HKS = keys_HKS * decay_HS[:, None, :] + k_HK[:, :, None] * s_HS[:, None, :]
+            values_HSV = decay_HS[:, :, None] * values_HSV + s_HS[:, :, None] * v_HV[:, None, :]
+            weights_HS = (factor * (q_HK[:, :, None] * keys_HKS).sum(1)).softmax(-1)
             outputs.append((weights_HS[:, :, None] * values_HSV).sum(1))
         keys.append(keys_HKS)
         values.append(values_HSV)

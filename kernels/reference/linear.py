@@ -6,7 +6,7 @@ Legend: B batch, T tokens, H heads, K/V key/value head dim, N documents.
 import torch
 from torch import Tensor
 
-from torchlinearmoe.kernels.reference.spans import document_spans
+from torchlinearmoe.kernels.reference.spans import document_spans, tokens
 
 
 def linear_recurrence(
@@ -38,11 +38,11 @@ def linear_recurrence(
     outputs, finals = [], []
     for document, (row, start, end) in enumerate(document_spans(B, T, cu_seqlens)):
         S_HKV = q_BTHK.new_zeros(H, K, v.shape[-1]) if initial_state is None else initial_state[document].to(dtype)
-        for t in range(start, end):
-            write_HKV = k_BTHK[row, t, :, :, None] * v_BTHV[row, t, :, None, :]
-            S_next_HKV = decay[row, t, :, :, None] * S_HKV + write_HKV
+        for q_HK, k_HK, v_HV, decay_HK in tokens(row, start, end, q_BTHK, k_BTHK, v_BTHV, decay):
+            write_HKV = k_HK[:, :, None] * v_HV[:, None, :]
+            S_next_HKV = decay_HK[:, :, None] * S_HKV + write_HKV
             read_HKV = S_next_HKV if bonus is None else S_HKV + bonus.to(dtype)[:, :, None] * write_HKV
-            outputs.append(factor * (q_BTHK[row, t, :, :, None] * read_HKV).sum(1))
+            outputs.append(factor * (q_HK[:, :, None] * read_HKV).sum(1))
             S_HKV = S_next_HKV
         finals.append(S_HKV)
     o = torch.stack(outputs).view(B, T, H, -1).to(q.dtype) if outputs else torch.zeros_like(v)

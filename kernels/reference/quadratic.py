@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from torchlinearmoe.kernels.reference.spans import document_spans
+from torchlinearmoe.kernels.reference.spans import document_spans, tokens
 
 
 def second_order_features(x: Tensor, kind: str) -> Tensor:
@@ -59,9 +59,9 @@ def quadratic_attention(
         S_HFY = q_BTHF.new_zeros(H, q_BTHF.shape[-1], v_BTHY.shape[-1])
         if initial_state is not None:
             S_HFY = initial_state[document].to(dtype)
-        for t in range(start, end):
-            S_HFY = S_HFY + k_BTHF[row, t, :, :, None] * v_BTHY[row, t, :, None, :]
-            read_HY = (q_BTHF[row, t, :, :, None] * S_HFY).sum(1)
+        for q_HF, k_HF, v_HY in tokens(row, start, end, q_BTHF, k_BTHF, v_BTHY):
+            S_HFY = S_HFY + k_HF[:, :, None] * v_HY[:, None, :]
+            read_HY = (q_HF[:, :, None] * S_HFY).sum(1)
             outputs.append(read_HY[:, :-1] / (read_HY[:, -1:] + eps) if normalize else read_HY)
         finals.append(S_HFY)
     o = torch.stack(outputs).view(B, T, H, -1).to(q.dtype) if outputs else torch.zeros_like(v)

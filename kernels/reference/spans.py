@@ -1,5 +1,7 @@
 """Which tokens belong to which document: the host-side bookkeeping that all reference functions share."""
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 
@@ -16,3 +18,11 @@ def document_spans(batch: int, tokens: int, cu_seqlens: Tensor | None) -> list[t
     if bounds[0] != 0 or bounds[-1] != tokens or any(b < a for a, b in zip(bounds, bounds[1:])):
         raise ValueError(f"cu_seqlens: must rise from 0 to the number of tokens {tokens}, got {bounds}")
     return [(0, start, end) for start, end in zip(bounds, bounds[1:])]
+
+
+def tokens(row: int, start: int, end: int, *xs: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tokens of a document one by one, a tuple of `x[row, t]` of every x: [B, T, ...].
+
+    Taken apart at once: the gradients of single elements would each be as large as x.
+    """
+    return zip(*(x[row, start:end].unbind(0) for x in xs), strict=True)

@@ -109,5 +109,7 @@ def test_gpu_backends_see_the_same_window(backend: str, window: int):
     assert (actual.cpu().double() - reference).norm() < 1e-2 * reference.norm()
     mine = torch.autograd.grad((actual * weights.to(actual)).sum(), qkv)
     theirs = torch.autograd.grad((reference * weights).sum(), exact)
-    for a, b in zip(mine, theirs):
-        assert (a.cpu().double() - b).norm() < 2e-2 * b.norm()
+    # A window of one token has no gradient by queries and keys: there the values' is the measure.
+    sizes = [theirs[2 if window == 1 else i].norm() for i in range(3)]
+    for a, b, size in zip(mine, theirs, sizes):
+        assert (a.cpu().double() - b).norm() < 2e-2 * size

@@ -8,9 +8,9 @@ DECAYED = ("scalar", "diagonal", "bonus", "gated_delta", "kda", "dplr")
 SIZES = torch.tensor([0.0, -1e-6, -1e-3, -0.1, -1.0, -20.0, -1e4, -torch.inf])
 
 
-def harsh_call(family, lengths=(150,)):
+def harsh_call(family, lengths=(150,), H=2, width=32):
     """Every eighth decay or so erases the state, the others hardly touch it."""
-    call = random_call(family, lengths=lengths, initial=True, final=True, K=32, V=32)
+    call = random_call(family, lengths=lengths, initial=True, final=True, H=H, K=width, V=width)
     log_decay = call.inputs["log_decay"]
     weights = torch.tensor([8.0, 8.0, 8.0, 4.0, 2.0, 1.0, 1.0, 1.0])
     picks = torch.multinomial(weights, log_decay.numel(), replacement=True)
@@ -86,6 +86,15 @@ def test_removing_one_key_over_and_over_stays_accurate(dtype, tolerance):
     call.inputs |= {"a": a, "b": -a, "log_decay": call.inputs["log_decay"] / 100}
     call = rounded(call, dtype)
     assert_close(call.run("torch", dtype), call.run("reference"), tolerance)
+
+
+@pytest.mark.parametrize("family", DECAYED)
+def test_mixed_decays_stay_accurate_over_32768_tokens(family):
+    torch.manual_seed(9)
+    call = rounded(harsh_call(family, (32768,), H=1, width=16), torch.bfloat16)
+    expected = call.run("reference", torch.float32)
+    assert_close(call.run("torch", torch.float32), expected, 1e-4)
+    assert_close(call.run("torch", torch.bfloat16), expected, 2e-2)
 
 
 def test_fp32_states_come_back_from_bf16_inputs():
