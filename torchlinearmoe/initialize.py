@@ -103,12 +103,23 @@ def initialize(model: nn.Module, seed: int) -> None:
         for name, parameter, init in _parameters(model):
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             per_row = 1 if parameter.dim() == 3 else ROWS
-            for region, start in _regions(parameter):
+            for region, start in local_boxes(parameter):
                 _fill(local, region, start, tuple(parameter.shape), per_row, init, f"{seed}/{name}")
         for module in model.modules():
             reset = getattr(module, "reset_buffers", None)
             if reset is not None:
                 reset()
+
+
+@torch.no_grad()
+def add_noise(parameter: Tensor, noise: Initializer, key: str) -> None:
+    """Add a draw of `noise` to a parameter, plain or DTensor, a function of `key` and place alone."""
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    per_row = 1 if parameter.dim() == 3 else ROWS
+    for region, start in local_boxes(parameter):
+        drawn = torch.empty_like(local[region])
+        _fill(drawn, region, start, tuple(parameter.shape), per_row, noise, key)
+        local[region] += drawn
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Initializer]]:
@@ -125,7 +136,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Initializ
             yield path, parameter, named[name]
 
 
-def _regions(parameter: Tensor) -> Iterator[tuple[tuple[slice, ...], tuple[int, ...]]]:
+def local_boxes(parameter: Tensor) -> Iterator[tuple[tuple[slice, ...], tuple[int, ...]]]:
     """(slices of the local tensor, global offset of each) of a parameter's local part."""
     if not isinstance(parameter, DTensor):
         yield tuple(slice(0, size) for size in parameter.shape), (0,) * parameter.dim()

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torchlinearmoe.checkpoint.initial import InitialWeights
 from torchlinearmoe.checkpoint.manager import CheckpointManager
 from torchlinearmoe.checkpoint.model import model_files
 from torchlinearmoe.data.baselines import Baselines, baseline_losses
@@ -70,6 +71,8 @@ class Trainer:
         check_vocabulary(self.tokenizer, recipe.model.vocab_size)
         self.checkpoints = CheckpointManager(self.folder / "checkpoints", recipe.checkpoint.keep)
         source = self._choose_checkpoint()
+        fresh = source is None and recipe.checkpoint.init_from
+        self.initial_weights = InitialWeights(recipe) if fresh else None
         self.splits = self._open_data()
         self.model = build_parallel_model(recipe, self.meshes, device, self.dtype)
         self.moe_layers = [module for module in self.model.modules() if isinstance(module, MoE)]
@@ -89,6 +92,8 @@ class Trainer:
         if source is not None:
             extra = self.checkpoints.load(source, self.model, self.optimizer)
             self.step, self.tokens, self.skipped_steps = extra["step"], extra["tokens"], extra["skipped_steps"]
+        elif self.initial_weights is not None:
+            self.initial_weights.load(self.model, dist.group.WORLD)
         self.loader = build_loader(
             self.splits.train,
             sequence_length=training.sequence_length,
@@ -291,6 +296,9 @@ class Trainer:
         )
         if self.resumed_from is not None:
             self.metrics.message(f"resumed from {self.resumed_from} after step {self.step}")
+        if self.initial_weights is not None:
+            for line in self.initial_weights.describe():
+                self.metrics.message(line)
         if not self.recipe.metrics.baselines or not len(self.splits.validation) or self.rank != 0:
             return None
         found = baseline_losses(self.splits.train, self.splits.validation, self.tokenizer.vocab_size)

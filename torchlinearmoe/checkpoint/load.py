@@ -82,7 +82,9 @@ def load(
         if optimizers:
             without = read_state(path).without_optimizer_state
             if without is None:
-                raise CheckpointError("it was saved without optimizer state")
+                raise CheckpointError(
+                    "it was saved without optimizer state; start from it with checkpoint.init_from instead"
+                )
             moments = OptimizerTargets(parts, optimizers, metadata, without)
             targets |= moments.tensors
     except CheckpointError as error:

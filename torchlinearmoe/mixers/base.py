@@ -253,6 +253,9 @@ class Mixer(nn.Module):
     Options: ClassVar[type[MixerOptions]] = MixerOptions
     carried: ClassVar[tuple[str, ...]] = ()
     """Names of the carried tensors that this mixer sets in its first layer and reads in later ones."""
+    projections: ClassVar[Mapping[str, str]] = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+    """The linear layers that play the parts of attention's query, key, value and output, where there are such: a layer
+    started from another mixer's weights takes them part by part."""
     regions: ClassVar[tuple[str, ...]] = ()
     """Methods that are compiled; fp32 units stay outside them, and `region` keeps states out."""
     variants: ClassVar[tuple[dict[str, Any], ...]] = ()

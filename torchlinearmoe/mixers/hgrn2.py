@@ -94,6 +94,7 @@ def forget_gate(logits: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
 class HGRN2(Mixer):
     """Diagonal decay, key tied to the gate, learned lower bounds."""
 
+    projections = {"q": "q_proj", "v": "i_proj", "o": "o_proj"}
     transition = Transition.DIAGONAL
     Options = Options
     variants = ({"conv": 4}, {"lower_bounds": False}, {"heads": 3, "head_dim": 16})

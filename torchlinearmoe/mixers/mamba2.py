@@ -109,6 +109,7 @@ class StepDecay(nn.Module):
 class Mamba2(Mixer):
     """Scalar decay from a step size; skip connection; norm after the gate."""
 
+    projections = {"q": "c_proj", "k": "b_proj", "v": "x_proj", "o": "o_proj"}
     transition = Transition.SCALAR
     Options = Options
     variants = (

@@ -136,6 +136,7 @@ class TokenMix(nn.Module):
 class RWKV6(Mixer):
     """Diagonal decay from the data, bonus for the current token, token shift."""
 
+    projections = {"q": "r_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
     transition = Transition.DIAGONAL
     Options = Options
     variants = ({"mix_rank": 3, "decay_rank": 5}, {"heads": 3, "head_dim": 16})

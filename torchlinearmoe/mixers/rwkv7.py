@@ -173,6 +173,7 @@ class LowRank(nn.Module):
 class RWKV7(Mixer):
     """Dense transition, token shift, values that go on from the first layer's."""
 
+    projections = {"q": "r_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
     transition = Transition.DENSE
     Options = Options
     carried = ("v_first",)

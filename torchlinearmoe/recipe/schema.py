@@ -229,6 +229,11 @@ class CheckpointRecipe:
     """`latest`: the newest complete one in `output_dir`, else start fresh; `never`: refuse a used folder; or a path."""
     asynchronous: bool = True
     """Write while training goes on."""
+    init_from: str = ""
+    """Hugging Face directory or checkpoint whose weights a fresh run starts from, as far as they fit the model; empty:
+    from random values."""
+    upcycle_noise: float = 0.0
+    """Standard deviation of the noise that tells experts apart which start as copies of one dense feed-forward."""
 
 
 @dataclass(frozen=True, kw_only=True)

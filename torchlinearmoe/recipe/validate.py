@@ -43,7 +43,7 @@ def _positive(recipe: Recipe) -> None:
     for section, owner, names in (
         ("model", model, "ffn_hidden_size rope_mscale rope_mscale_all_dim"),
         ("training", training, "seed"),
-        ("checkpoint", recipe.checkpoint, "interval"),
+        ("checkpoint", recipe.checkpoint, "interval upcycle_noise"),
         ("metrics", recipe.metrics, "validation_interval validation_batches"),
         ("data", recipe.data, "workers"),
         ("optimizer", recipe.optimizer, "lr min_lr weight_decay clip_norm"),

@@ -263,7 +263,7 @@ def test_missing_optimizer_state_is_named(tmp_path: Path) -> None:
     train(model, optimizer, 1)
     manager = CheckpointManager(tmp_path, keep=2)
     manager.save(1, model, None, {}, blocking=True)
-    with pytest.raises(CheckpointError, match="step-1: it was saved without optimizer state$"):
+    with pytest.raises(CheckpointError, match="step-1: it was saved without optimizer state; start"):
         manager.load(tmp_path / "step-1", model, optimizer)
     partial = torch.optim.AdamW(model.layers[0].parameters())
     train(model, partial, 1)

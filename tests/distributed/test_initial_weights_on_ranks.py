@@ -1,0 +1,94 @@
+"""Weights from elsewhere fall into place on any layout, and what two ranks train leaves again."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from harness import RankPool
+from tiny_run import Settings, build, settings, whole, write_corpus
+from torch import Tensor
+
+from torchlinearmoe import load_model
+from torchlinearmoe.checkpoint.huggingface.exporting import export_checkpoint
+from torchlinearmoe.generation import generate
+
+SPARSE = {"num_experts": 4, "hidden_size": 16, "shared_hidden_size": 16, "shared_gate": True}
+UPCYCLED = {"num_experts": 4, "hidden_size": 40, "shared_hidden_size": 0, "shared_gate": False}
+
+
+def publish(folder: Path, *, sparse: bool) -> Path:
+    """A random published model of the shape of the tiny runs."""
+    dimensions: dict[str, Any] = {
+        "vocab_size": 1024,
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 40,
+        "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    experts: dict[str, Any] = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    }
+    config = transformers.Qwen2MoeConfig(**dimensions, **experts) if sparse else transformers.Qwen2Config(**dimensions)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def started(rank: int, tables: Settings) -> dict[str, Tensor]:
+    """Whole parameters of a fresh run."""
+    trainer = build(tables)
+    state = {name: whole(value) for name, value in trainer.model.state_dict().items()}
+    trainer.metrics.close()
+    return state
+
+
+def train(rank: int, tables: Settings) -> None:
+    build(tables).run()
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_two_ranks_start_where_one_does(ranks: RankPool, tmp_path: Path, sparse: bool) -> None:
+    source = publish(tmp_path / "published", sparse=sparse)
+    corpus = write_corpus(tmp_path, documents=40)
+    states = []
+    for world_size in (1, 2):
+        checkpoint = {"init_from": str(source), "upcycle_noise": 0.0 if sparse else 0.02}
+        change: Settings = {"moe": SPARSE if sparse else UPCYCLED, "checkpoint": checkpoint}
+        tables = settings(corpus, tmp_path / f"run-{world_size}", change)
+        states.append(ranks(world_size, started, tables)[0])
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        assert torch.equal(states[1][name], value), name
+
+
+@pytest.mark.parametrize("layout", ["N", "LLLN"])
+def test_what_two_ranks_trained_from_a_directory_is_a_directory_again(
+    ranks: RankPool, tmp_path: Path, layout: str
+) -> None:
+    source = publish(tmp_path / "published", sparse=True)
+    corpus = write_corpus(tmp_path, documents=40)
+    change: Settings = {
+        "model": {"layout": layout},
+        "moe": SPARSE,
+        "training": {"steps": 3},
+        "checkpoint": {"init_from": str(source)},
+    }
+    ranks(2, train, settings(corpus, tmp_path / "run", change))
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-3"
+    ours = load_model(checkpoint)
+    export_checkpoint(checkpoint, tmp_path / "exported")
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    theirs = load(tmp_path / "exported", trust_remote_code=layout != "N")
+    assert type(theirs).__name__ == ("Qwen2MoeForCausalLM" if layout == "N" else "TorchLinearMoEForCausalLM")
+    tokens = torch.randint(1024, (2, 30))
+    torch.testing.assert_close(theirs(tokens).logits, ours(tokens), atol=1e-4, rtol=0)
+    assert (load(source)(tokens).logits - theirs(tokens).logits).abs().max() > 1e-2  # it was trained
+    found = theirs.generate(tokens, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert found[:, 30:].t().tolist() == list(generate(ours, tokens.tolist(), 8))

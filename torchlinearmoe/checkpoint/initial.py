@@ -1,0 +1,90 @@
+"""`checkpoint.init_from`: a model starts from the weights of another, each rank reading what its shards touch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from torchlinearmoe.checkpoint.boxes import read_box
+from torchlinearmoe.checkpoint.huggingface.directory import is_directory
+from torchlinearmoe.checkpoint.huggingface.weights import PublishedWeights, model_shapes
+from torchlinearmoe.checkpoint.state import plain_name
+from torchlinearmoe.checkpoint.stream import SavedWeights, Weights
+from torchlinearmoe.checkpoint.transplant import describe, plan_transplant
+from torchlinearmoe.errors import RecipeError, UserError
+from torchlinearmoe.initialize import Normal, add_noise, local_boxes
+from torchlinearmoe.recipe import Recipe
+
+
+class InitialWeights:
+    """The weights that `checkpoint.init_from` names, and what of them a recipe's model takes.
+
+    Made before the model: a directory or checkpoint that is not sound, or does not fit the recipe, is a UserError.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.weights = open_weights(recipe.checkpoint.init_from)
+        self.plan = plan_transplant(recipe.model, model_shapes(recipe.model), self.weights)
+        noise = recipe.checkpoint.upcycle_noise
+        if noise and not self.plan.upcycled:
+            raise RecipeError(
+                f"checkpoint.upcycle_noise = {noise}: no expert is made of a dense feed-forward here; set it to 0"
+            )
+
+    def describe(self) -> list[str]:
+        """What is taken and what is not, a few lines."""
+        return describe(self.plan, str(self.weights.path))
+
+    @torch.no_grad()
+    def load(self, model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+        """Fill an initialised model in place; its tensors may be DTensors of any layout.
+
+        Every rank of `group` calls it. Raises UserError on all of them when one cannot read.
+        """
+        problem = None
+        try:
+            for name, tensor in _tensors(model):
+                if name in self.plan.copies:
+                    self._fill(name, tensor)
+        except (UserError, OSError) as error:
+            problem = str(error)
+        for found in _exchange(problem, group):
+            if found is not None:
+                raise UserError(found)
+
+    def _fill(self, name: str, tensor: Tensor) -> None:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        for region, start in local_boxes(tensor):
+            part = local[region]
+            shape = tuple(part.shape)
+            part.copy_(read_box(self.plan.copies[name], start, shape, part.dtype, self.weights.read))
+        noise = self.recipe.checkpoint.upcycle_noise
+        if noise and name in self.plan.upcycled:
+            add_noise(tensor, Normal(noise), f"{self.recipe.training.seed}/upcycle/{name}")
+
+
+def open_weights(path: str | Path) -> Weights:
+    """The weights of a Hugging Face directory or of a checkpoint. Raises UserError."""
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise UserError(f"checkpoint.init_from = '{path}': no such folder")
+    return PublishedWeights(path) if is_directory(path) else SavedWeights(path)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, value in model.state_dict().items():
+        yield plain_name(name), value
+
+
+def _exchange(problem: str | None, group: dist.ProcessGroup | None) -> list[str | None]:
+    if group is None:
+        return [problem]
+    problems: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(problems, problem, group=group)
+    return problems
