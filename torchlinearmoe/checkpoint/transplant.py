@@ -69,7 +69,9 @@ def check_recipes(target: ModelRecipe, source: ModelRecipe, where: str) -> None:
     attention = {FAMILIES[source.family].attention}
     pairs = list(zip(layer_mixers(target), layer_mixers(source)))
     if any(ours == theirs and ours in attention for ours, theirs in pairs):
-        keys += [("model", key) for key in (*ATTENTION, *(key for key in vars(source) if key.startswith("rope_")))]
+        scaling = [key for key in vars(source) if key.startswith("rope_") and key != "rope_scaling"]
+        rope = ("rope_theta", "rope_scaling", *(scaling if source.rope_scaling != "none" else ()))
+        keys += [("model", key) for key in (*ATTENTION, *rope)]
     if target.moe.num_experts and source.moe.num_experts:
         keys += [("moe", key) for key in vars(source.moe) if key not in FREE_MOE]
     for section, key in keys:

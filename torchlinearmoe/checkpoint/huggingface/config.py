@@ -21,6 +21,34 @@ UNCHANGED_MOE = (
 """The same of `[moe]`; a selection bias shows in the tensors."""
 
 
+ROPE: dict[str, tuple[str, dict[str, str]]] = {
+    "default": ("none", {}),
+    "llama3": (
+        "llama3",
+        {
+            "factor": "rope_factor",
+            "original_max_position_embeddings": "rope_original_length",
+            "low_freq_factor": "rope_beta_slow",
+            "high_freq_factor": "rope_beta_fast",
+        },
+    ),
+    "yarn": (
+        "yarn",
+        {
+            "factor": "rope_factor",
+            "original_max_position_embeddings": "rope_original_length",
+            "beta_slow": "rope_beta_slow",
+            "beta_fast": "rope_beta_fast",
+            "mscale": "rope_mscale",
+            "mscale_all_dim": "rope_mscale_all_dim",
+        },
+    ),
+}
+"""`rope_type` to `model.rope_scaling`, and its parameters to `[model]` keys."""
+ROPE_DEFAULTS = {"beta_slow": 1, "beta_fast": 32, "mscale": 0, "mscale_all_dim": 0}
+ROPE_FIXED = {"truncate": True, "partial_rotary_factor": 1.0}
+
+
 def architecture_of(path: Path, config: Config) -> tuple[Family, Architecture]:
     """The family and architecture of a `config.json`. Raises UserError that names the known ones."""
     known = {a.name: (family, a) for family in FAMILIES.values() for a in family.published}
@@ -96,6 +124,10 @@ def _essence(model: ModelRecipe) -> dict[str, Any]:
         flat.pop(key)
     if not model.moe.num_experts:
         flat = {key: value for key, value in flat.items() if not key.startswith("moe.")}
+    elif not model.moe.first_dense_layers:
+        flat.pop("ffn_hidden_size")
+    if model.rope_scaling == "none":
+        flat = {key: value for key, value in flat.items() if key == "rope_theta" or not key.startswith("rope_")}
     return flat | {"layers": layer_mixers(model), "selection bias": model.moe.balance == "bias"}
 
 
@@ -123,16 +155,33 @@ def _derived(key: str, config: Config) -> Any:
 def _read_rope(where: Path, config: Config, tables: Tables) -> None:
     """`rope_parameters`, or the older `rope_theta` beside `rope_scaling`."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+    model = tables["model"]
+    model["rope_theta"] = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
     kind = rope.pop("rope_type", rope.pop("type", "default"))
-    tables["model"]["rope_theta"] = float(theta)
-    if kind != "default":
-        raise UserError(f"{where}: rope type {kind!r}: not supported; legal: 'default'")
+    if kind not in ROPE:
+        raise UserError(f"{where}: rope type {kind!r}: not supported; legal: {', '.join(ROPE)}")
+    model["rope_scaling"], keys = ROPE[kind]
+    for key, target in keys.items():
+        value = rope.pop(key, ROPE_DEFAULTS.get(key))
+        if value is None and key == "original_max_position_embeddings":
+            value = config.get("original_max_position_embeddings", config.get("max_position_embeddings"))
+        if value is None:
+            raise UserError(f"{where}: rope type {kind!r} needs '{key}'")
+        model[target] = value
+    for key, value in rope.items():
+        if value not in (None, ROPE_FIXED.get(key)):
+            raise UserError(f"{where}: rope parameter {key} = {value!r}: not supported")
 
 
 def _write_rope(tables: Tables, config: Config) -> None:
-    config["rope_theta"] = tables["model"]["rope_theta"]
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": tables["model"]["rope_theta"]}
+    model = tables["model"]
+    kind, keys = next((kind, keys) for kind, (ours, keys) in ROPE.items() if ours == model["rope_scaling"])
+    values = {key: model[target] for key, target in keys.items()}
+    scaling = {"rope_type": kind, **{k: v for k, v in values.items() if v != ROPE_DEFAULTS.get(k)}}
+    config["rope_theta"] = model["rope_theta"]
+    config["rope_parameters"] = {**scaling, "rope_theta": model["rope_theta"]}
+    if keys:  # for transformers before 5
+        config["rope_scaling"] = scaling
 
 
 def _size(family: Family, tables: Tables) -> str:

@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchlinearmoe.models.families.base import FAMILIES, Family, model_size
+from torchlinearmoe.models.families.base import DENSE, FAMILIES, Family, model_size
+from torchlinearmoe.models.families.huggingface import (
+    ATTENTION,
+    MODEL_DEFAULTS,
+    MODEL_FIXED,
+    MODEL_KEYS,
+    OUTER,
+    Architecture,
+    swiglu,
+)
 
 
 def _scaled(factor: float) -> dict[str, Any]:
@@ -34,6 +43,16 @@ PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "3.1-70B": (model_size(8192, 80, 64, 8, 28672, 128256, **_scaled(8.0)), {}),
 }
 
+PUBLISHED = Architecture(
+    name="LlamaForCausalLM",
+    model_type="llama",
+    keys={**MODEL_KEYS, "intermediate_size": "model.ffn_hidden_size"},
+    names=(*OUTER, *ATTENTION, *swiglu("ffn", "mlp")),
+    defaults=MODEL_DEFAULTS,
+    fixed={**MODEL_FIXED, "attention_bias": False, "mlp_bias": False},
+    implied={"model.qkv_bias": False, **{f"moe.{key}": value for key, value in DENSE.items()}},
+)
+
 FAMILIES.add(
     "llama3",
     Family(
@@ -48,5 +67,6 @@ FAMILIES.add(
             "init_std": 0.02,
         },
         presets=PRESETS,
+        published=(PUBLISHED,),
     ),
 )

@@ -7,6 +7,16 @@ softmax over the two chosen logits.
 from __future__ import annotations
 
 from torchlinearmoe.models.families.base import FAMILIES, Family, model_size, moe_size
+from torchlinearmoe.models.families.huggingface import (
+    ATTENTION,
+    MODEL_DEFAULTS,
+    MODEL_FIXED,
+    MODEL_KEYS,
+    OUTER,
+    Architecture,
+    Name,
+    experts,
+)
 
 
 def _eight(hidden: int):
@@ -23,6 +33,27 @@ PRESETS = {
     "8x22B": (model_size(6144, 56, 48, 8, 16384, 32000, max_length=65536), _eight(16384)),
 }
 
+PUBLISHED = Architecture(
+    name="MixtralForCausalLM",
+    model_type="mixtral",
+    keys={
+        **MODEL_KEYS,
+        "intermediate_size": "moe.hidden_size",
+        "num_local_experts": "moe.num_experts",
+        "num_experts_per_tok": "moe.top_k",
+        "router_aux_loss_coef": "moe.balance_coefficient",
+    },
+    names=(
+        *OUTER,
+        *ATTENTION,
+        Name("layers.{layer}.ffn.router.weight", "model.layers.{layer}.block_sparse_moe.gate.weight"),
+        *experts("block_sparse_moe.experts", "w1", "w3", "w2"),
+    ),
+    defaults={**MODEL_DEFAULTS, "rms_norm_eps": 1e-5, "router_aux_loss_coef": 0.001},
+    fixed={**MODEL_FIXED, "sliding_window": None},
+    implied={"model.qkv_bias": False, "moe.renormalize": True, "moe.shared_hidden_size": 0, "moe.shared_gate": False},
+)
+
 FAMILIES.add(
     "mixtral",
     Family(
@@ -37,5 +68,6 @@ FAMILIES.add(
             "init_std": 0.02,
         },
         presets=PRESETS,
+        published=(PUBLISHED,),
     ),
 )

@@ -27,6 +27,14 @@ EXPERTS: dict[str, Any] = {
     "shared_expert_intermediate_size": 24,
 }
 
+SCALED: dict[str, Any] = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 24,
+}
+YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
 WIDE: dict[str, Any] = {"head_dim": 12}
 
 
@@ -43,12 +51,16 @@ PUBLISHED: dict[str, Callable[[], Any]] = {
     "qwen2_moe renormalised": lambda: transformers.Qwen2MoeConfig(
         **DIMENSIONS, **EXPERTS, rope_parameters=rope(), norm_topk_prob=True, qkv_bias=False
     ),
+    "mixtral": lambda: transformers.MixtralConfig(**DIMENSIONS, num_local_experts=4, rope_parameters=rope()),
+    "llama 3": lambda: transformers.LlamaConfig(**DIMENSIONS, rope_parameters=rope()),
+    "llama 3.1": lambda: transformers.LlamaConfig(**DIMENSIONS, rope_parameters=rope(**SCALED)),
+    "llama yarn": lambda: transformers.LlamaConfig(**DIMENSIONS, rope_parameters=rope(**YARN)),
 }
 """`config.json` of each case."""
 
 
 def make(case: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The random model of a case, always the same; biases, scales and gates are moved away from where they hide errors."""
+    """The random model of a case, always the same; biases and scales are moved away from where they hide errors."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model: Any = transformers.AutoModelForCausalLM.from_config(PUBLISHED[case]())
