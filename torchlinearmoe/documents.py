@@ -16,9 +16,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torchlinearmoe.parallel.spans import Spans
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +39,8 @@ class Documents:
     """Tokens of each document, on the host; all at least 1."""
     row_length: int
     """Tokens of one packed sequence; the stream is T / row_length of them, and no document crosses into the next."""
+    spans: Spans | None = None
+    """Under context parallelism: how the documents go on over the ranks. A row is this rank's span of it then."""
 
     @property
     def num_documents(self) -> int:

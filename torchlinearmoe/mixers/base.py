@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
-from torchlinearmoe.mixers.past import Empty, Past, Resumed, State
+from torchlinearmoe.mixers.past import Empty, Past, Resumed, Spanned, State
 from torchlinearmoe.models.rope import RopeScaling, frequencies
 from torchlinearmoe.registry import Registry
 
@@ -112,9 +112,12 @@ class Context:
 
     def past(self, state: State | None) -> Past:
         """What a layer's tokens find before them, `state` being the one that it is called with."""
-        if state is None:
-            return Empty(self.documents.ids)
-        return Resumed(self.documents.ids, self.documents.cu_seqlens, state, self.stepping)
+        documents = self.documents
+        if state is not None:
+            return Resumed(documents.ids, documents.cu_seqlens, state, self.stepping)
+        if documents.spans is not None:
+            return Spanned(documents.ids, documents.cu_seqlens, documents.spans)
+        return Empty(documents.ids)
 
     def rotary(
         self, dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None

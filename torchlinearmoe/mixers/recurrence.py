@@ -1,7 +1,7 @@
 """The one entry of every recurrence: what is before the tokens (`past`) decides how it is computed.
 
-Documents that start empty, documents that go on from a state, and single tokens give the same numbers. States are read
-from `past.state` and left in `past.after` under the name of the part.
+Documents that start empty, documents that go on from a state or from other ranks, and single tokens give the same
+numbers. States are read from `past.state` and left in `past.after` under the name of the part.
 
 Shapes: T tokens, N documents, H heads, G heads of the state (each read by H / G neighbouring query heads), K and V key
 and value width of a head, S slots.
@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from torchlinearmoe.kernels import ops, step
-from torchlinearmoe.mixers.past import Empty, Past
-from torchlinearmoe.mixers.tail import repeat_heads
+from torchlinearmoe.mixers import spanned
+from torchlinearmoe.mixers.past import Empty, Past, Resumed, Spanned
+from torchlinearmoe.mixers.tail import repeat_heads, same_heads
 
 
 def linear_recurrence(
@@ -37,7 +38,9 @@ def linear_recurrence(
     q: [T, H, K]; k: [T, G, K]; v: [T, G, V]; log_decay: None, [H], [T, G] or [T, G, K]; any of them may have fewer
     heads, each then stands for neighbouring ones. State `name`: [N, G, K, V].
     """
-    q, k, v, log_decay = _same_heads(q, k, v, log_decay)
+    if isinstance(past, Spanned):
+        return spanned.linear_recurrence(q, k, v, log_decay, past, scale=scale, bonus=bonus, backend=backend)
+    q, k, v, log_decay = same_heads(q, k, v, log_decay)
     options = {"scale": scale, "bonus": bonus}
     return _run(ops.linear_recurrence, step.linear_step, (q, k, v, log_decay), past, (name,), backend, options)
 
@@ -60,7 +63,10 @@ def delta_rule(
     [N, H, K, V].
     """
     options = {"scale": scale, "l2_norm": True}
-    return _run(ops.delta_rule, step.delta_step, (q, k, v, beta, log_decay), past, (name,), backend, options)
+    inputs = (q, k, v, beta, log_decay)
+    if isinstance(past, Spanned):
+        return spanned.dense_recurrence(ops.delta_rule, inputs, 2, past, backend=backend, **options)
+    return _run(ops.delta_rule, step.delta_step, inputs, past, (name,), backend, options)
 
 
 def dplr_rule(
@@ -101,7 +107,9 @@ def slot_attention(
 
     q: [T, H, K]; k: [T, G, K]; v: [T, G, V]; s, log_decay: [T, G, S]. States `names`: [N, G, K, S] and [N, G, S, V].
     """
-    inputs = _same_heads(q, k, v, s, log_decay)
+    if isinstance(past, Spanned):
+        return spanned.slot_attention(q, k, v, s, log_decay, past, scale=scale, backend=backend)
+    inputs = same_heads(q, k, v, s, log_decay)
     return _run(ops.slot_attention, step.slot_step, inputs, past, names, backend, {"scale": scale})
 
 
@@ -120,21 +128,17 @@ def quadratic_attention(
 
     q, k: [T, H, K]; v: [T, H, V]. State `name`: [N, H, F, V + 1] for F second-order features.
     """
+    if isinstance(past, Spanned):
+        return spanned.quadratic_attention(q, k, v, past, kind=kind, eps=eps, backend=backend)
     options = {"kind": kind, "eps": eps}
     return _run(ops.quadratic_attention, step.quadratic_step, (q, k, v), past, (name,), backend, options)
-
-
-def _same_heads(*inputs: Any) -> Any:
-    """Inputs [T, any divisor of H, ...] with their heads repeated to H, the most that any has; [H] and None pass."""
-    heads = max(x.shape[1] for x in inputs if x is not None and x.dim() > 1)
-    return tuple(x if x is None or x.dim() == 1 else repeat_heads(x, heads // x.shape[1]) for x in inputs)
 
 
 def _run(
     op: Callable[..., Any],
     one_step: Callable[..., Any],
     inputs: Sequence[Tensor | None],
-    past: Past,
+    past: Empty | Resumed,
     names: tuple[str, ...],
     backend: str,
     options: dict[str, Any],

@@ -6,6 +6,7 @@ Shapes: T tokens, H heads, V value width of a head, W convolution width, C chann
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torchlinearmoe.initialize import ONES, Uniform, set_initializers
 from torchlinearmoe.kernels import ops, step
 from torchlinearmoe.mixers.base import Carry, StateSpec, TensorWord, per_head
-from torchlinearmoe.mixers.past import Empty, Past
+from torchlinearmoe.mixers.past import Empty, Past, Spanned
+from torchlinearmoe.parallel.tails import entering_inputs
 
 
 class ShortConvolution(nn.Module):
@@ -36,26 +38,26 @@ class ShortConvolution(nn.Module):
         """The last W - 1 inputs."""
         return StateSpec((self.taps - 1, self.weight.shape[0]), Carry.LAST_TOKENS, fp32=False)
 
-    def forward(self, x: Tensor, past: Past, name: str) -> Tensor:
-        """[T, C] -> [T, C]; the state's name in `past` is `name`."""
-        if isinstance(past, Empty):
-            return ops.short_convolution(
-                x[None], self.weight, self.bias, activation=self.activation, document_ids=past.ids
-            )[0][0]
+    def forward(self, x: Tensor, past: Past, name: str, entering: Tensor | None = None) -> Tensor:
+        """[T, C] -> [T, C]; the state's name in `past` is `name`.
+
+        entering: what `parallel.tails.entering_inputs` gives for x under context parallelism, where it is known.
+        """
+        options = {"activation": self.activation, "document_ids": past.ids}
+        if isinstance(past, Empty) or self.taps == 1:
+            return ops.short_convolution(x[None], self.weight, self.bias, **options)[0][0]
+        if isinstance(past, Spanned):
+            if entering is None:
+                entering = entering_inputs(x, past.ids, past.spans, self.taps - 1)
+            state = past.first_states(entering)
+            options |= {"initial_state": state, "cu_seqlens": past.cu_seqlens}
+            return ops.short_convolution(x[None], self.weight, self.bias, **options)[0][0]
         state = past.state[name]
         if past.stepping:
             y, last = step.convolution_step(x, self.weight, self.bias, state, activation=self.activation)
         else:
-            y, last = ops.short_convolution(
-                x[None],
-                self.weight,
-                self.bias,
-                activation=self.activation,
-                initial_state=state,
-                output_final_state=True,
-                cu_seqlens=past.cu_seqlens,
-                document_ids=past.ids,
-            )
+            options |= {"initial_state": state, "output_final_state": True, "cu_seqlens": past.cu_seqlens}
+            y, last = ops.short_convolution(x[None], self.weight, self.bias, **options)
             y = y[0]
         assert last is not None
         past.after[name] = last.to(state.dtype)
@@ -83,6 +85,7 @@ class Convolutions(nn.ModuleDict):
     ) -> None:
         parts = widths.items() if taps else ()
         super().__init__({name: ShortConvolution(width, taps, bias, activation) for name, width in parts})
+        self.taps = taps
         self.bare_silu = always_activate and not taps
 
     def state_spec(self) -> dict[str, StateSpec]:
@@ -98,8 +101,15 @@ class Convolutions(nn.ModuleDict):
 
     def forward(self, inputs: dict[str, Tensor], past: Past) -> dict[str, Tensor]:
         """Convolve each named input [T, C] that has a convolution; `conv_NAME` is the name of its state."""
+        entering: dict[str, Tensor] = {}
+        if isinstance(past, Spanned) and self.taps > 1:
+            convolved = {name: x for name, x in inputs.items() if name in self}
+            together = entering_inputs(torch.cat(list(convolved.values()), -1), past.ids, past.spans, self.taps - 1)
+            parts = together.split([x.shape[-1] for x in convolved.values()], -1)
+            entering = dict(zip(convolved, parts, strict=True))
         return {
-            name: self[name](x, past, f"conv_{name}") if name in self else self._bare(x) for name, x in inputs.items()
+            name: self[name](x, past, f"conv_{name}", entering.get(name)) if name in self else self._bare(x)
+            for name, x in inputs.items()
         }
 
     def _bare(self, x: Tensor) -> Tensor:
@@ -114,6 +124,9 @@ def token_shift(x: Tensor, past: Past, name: str = "shift") -> Tensor:
     """The token before each in its document, [T, D] -> [T, D]; state `name`: the last input, [N, 1, D]."""
     if isinstance(past, Empty):
         return ops.token_shift(x[None], document_ids=past.ids)[0][0]
+    if isinstance(past, Spanned):
+        state = past.first_states(entering_inputs(x, past.ids, past.spans, 1))
+        return ops.token_shift(x[None], initial_state=state, cu_seqlens=past.cu_seqlens, document_ids=past.ids)[0][0]
     state = past.state[name]
     if past.stepping:
         before, last = step.token_shift_step(x, state)
@@ -178,6 +191,12 @@ def repeat_heads(x: Tensor, times: int) -> Tensor:
     if times == 1:
         return x
     return x.unsqueeze(2).expand(-1, -1, times, *x.shape[2:]).flatten(1, 2)
+
+
+def same_heads(*inputs: Any) -> Any:
+    """Inputs [T, any divisor of H, ...] with their heads repeated to H, the most that any has; [H] and None pass."""
+    heads = max(x.shape[1] for x in inputs if x is not None and x.dim() > 1)
+    return tuple(x if x is None or x.dim() == 1 else repeat_heads(x, heads // x.shape[1]) for x in inputs)
 
 
 def inverse_softplus_of_exp(log_y: Tensor) -> Tensor:

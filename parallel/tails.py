@@ -1,0 +1,42 @@
+"""What short convolutions and token shifts see of earlier ranks: the last inputs before each of this rank's spans.
+
+Every rank hands on the last n inputs of the document that its span ends with, newest last, with zeros where it has
+fewer. A span may be shorter than n, so the last n before a span may lie several ranks back:
+
+    n = 3, one document     rank 0 | rank 1 | rank 2             . . 0  | . 1 2  | ...
+    inputs                  0      | 1 2    | 3 4         rank 2 takes 0 from rank 0, then 1 2 from rank 1
+
+They come in a gather of their own, ahead of the states': a state is made of what the convolutions put out, and the
+first outputs of a span need these inputs, so one gather cannot bring both.
+
+Letters: W ranks, R rows, L tokens of a span, C channels, n inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchlinearmoe.parallel.gather import finish_gather, start_gather
+from torchlinearmoe.parallel.spans import Spans
+
+
+def entering_inputs(x: Tensor, ids: Tensor, spans: Spans, count: int) -> Tensor:
+    """The `count` inputs before each of this rank's spans, [R, n, C], zeros before a document's start; x: [T, C]."""
+    last = torch.where(spans.in_last(ids).unsqueeze(-1), x.unflatten(0, (spans.rows, -1)), 0.0)[:, -count:]
+    own = F.pad(last, (0, 0, count - last.shape[1], 0))
+    gathered = finish_gather(start_gather(own, spans.group))  # [W, R, n, C]
+    chosen = _sources(spans.reaches_WR, spans.last_count_WR, count).to(x.dtype)
+    return torch.matmul(chosen, gathered.transpose(0, 1).flatten(1, 2))
+
+
+def _sources(reaches_WR: Tensor, counts_WR: Tensor, count: int) -> Tensor:
+    """1 where an input that enters, [R, n], is the one handed on in that place, [W n]; else 0: [R, n, W n]."""
+    held_WR = torch.where(reaches_WR, counts_WR.clamp(max=count), 0)
+    newer_WR = held_WR.flip(0).cumsum(0).flip(0) - held_WR
+    age = torch.arange(count - 1, -1, -1, device=held_WR.device)
+    # An input of age a is of age a - newer among the inputs of a rank, and that is its place from the right.
+    age_RnW = age[None, :, None] - newer_WR.t()[:, None, :]
+    own = (age_RnW >= 0) & (age_RnW < held_WR.t()[:, None, :])
+    return (own.unsqueeze(-1) & (age_RnW.unsqueeze(-1) == age)).flatten(2)
