@@ -9,6 +9,8 @@ key-value heads (G divides H), d head width, B sequences, M cache length.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -57,18 +59,73 @@ def packed_attention(
     window = 0 if window >= longest else window
     chosen = choose_backend(backend, q.device, q.dtype, window > 0)
     if chosen == "varlen":
-        return _varlen(q, k, v, cu_seqlens, longest, scale, window)
+        return _varlen(q, k, v, (cu_seqlens, cu_seqlens), (longest, longest), scale, window)
     rows = q.shape[0] // row_length
     q, k, v = (x.unflatten(0, (rows, row_length)).transpose(1, 2) for x in (q, k, v))
     groups = k.shape[1] != q.shape[1]
+    row_ids = ids.unflatten(0, (rows, row_length))
     if chosen == "flex":
-        out = _flex(q, k, v, ids, rows, row_length, scale, groups, window)
+        out = _flex(q, k, v, row_ids, row_ids, scale, groups, window)
     elif cu_seqlens.shape[0] - 1 == rows and not window:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=groups)
     else:
-        mask = _row_mask(ids, rows, row_length, window)
+        mask = _row_mask(row_ids, row_ids, window)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=groups)
     return out.transpose(1, 2).flatten(0, 1)
+
+
+def continued_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    ids: Tensor,
+    borders: Sequence[int],
+    history: Sequence[int],
+    scale: float,
+    backend: str = "auto",
+    window: int = 0,
+) -> Tensor:
+    """`packed_attention` of rows whose first documents started before them.
+
+    Rows are of equal length, and `history[r]` keys stand before row r's own. q: [T, H, d]; k, v: [T + all history, G,
+    d], row after row; ids: [T]; borders: where documents start in the T tokens, 0 .. T, rows' starts among them.
+    Returns [T, H, d].
+    """
+    length = q.shape[0] // len(history)
+    # What follows a document's border may see its own tokens and, in a row's first document, the history.
+    pieces = [end - start for start, end in pairwise(borders)]
+    first = {row * length: keys for row, keys in enumerate(history)}
+    seen = [piece + first.get(start, 0) for piece, start in zip(pieces, borders)]
+    window = 0 if window >= max(seen) else window
+    chosen = choose_backend(backend, q.device, q.dtype, window > 0)
+    if chosen == "varlen":
+        return _varlen(q, k, v, (_borders(pieces, q), _borders(seen, q)), (max(pieces), max(seen)), scale, window)
+    keys = [length + earlier for earlier in history]
+    parts = zip(q.split(length), k.split(keys), v.split(keys), ids.split(length), history)
+    return torch.cat([_continued_row(*part, scale, chosen, window) for part in parts])
+
+
+def _borders(lengths: Sequence[int], like: Tensor) -> Tensor:
+    """int32 [N + 1] on the device of `like`."""
+    host = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    host = host.pin_memory() if like.device.type == "cuda" else host
+    return host.to(like.device, non_blocking=True)
+
+
+def _continued_row(
+    q: Tensor, k: Tensor, v: Tensor, ids: Tensor, history: int, scale: float, chosen: str, window: int
+) -> Tensor:
+    """One row, q: [L, H, d]; k, v: [history + L, G, d]; ids: [L]."""
+    groups = k.shape[1] != q.shape[1]
+    key_ids = torch.cat([ids[:1].expand(history), ids])
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    if chosen == "flex":
+        out = _flex(q, k, v, ids[None], key_ids[None], scale, groups, window)
+    else:
+        mask = _row_mask(ids[None], key_ids[None], window)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=groups)
+    return out.squeeze(0).transpose(0, 1)
 
 
 def cached_attention(
@@ -104,16 +161,28 @@ def cached_attention(
     return out.transpose(1, 2)
 
 
-def _row_mask(ids: Tensor, rows: int, row_length: int, window: int) -> Tensor:
-    """bool [rows, 1, L, L]: key s is in query t's document, not after it and in its window."""
-    ids = ids.unflatten(0, (rows, row_length))
-    causal = torch.ones(row_length, row_length, dtype=torch.bool, device=ids.device).tril()
+def _row_mask(ids: Tensor, key_ids: Tensor, window: int) -> Tensor:
+    """bool [R, 1, L, M]: key s is in query t's document, not after it and in its window; the last L keys are theirs.
+
+    ids: [R, L]; key_ids: [R, M].
+    """
+    earlier = key_ids.shape[1] - ids.shape[1]
+    causal = torch.ones(ids.shape[1], key_ids.shape[1], dtype=torch.bool, device=ids.device).tril(earlier)
     if window:
-        causal = causal.triu(1 - window)
-    return ((ids[:, :, None] == ids[:, None, :]) & causal)[:, None]
+        causal = causal.triu(earlier + 1 - window)
+    return ((ids[:, :, None] == key_ids[:, None, :]) & causal)[:, None]
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float, window: int) -> Tensor:
+def _varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    borders: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    scale: float,
+    window: int,
+) -> Tensor:
+    """borders: of queries and of keys; a document's last key belongs to its last query."""
     from torch.nn.attention.varlen import varlen_attn
 
     knows = _varlen_parameters()
@@ -127,7 +196,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, s
         options["scale"] = scale
     else:
         q = q * (scale * q.shape[-1] ** 0.5)
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)  # pyright: ignore
+    return varlen_attn(q, k, v, *borders, *longest, **options)  # pyright: ignore
 
 
 @functools.cache
@@ -156,21 +225,22 @@ def _flex(
     k: Tensor,
     v: Tensor,
     ids: Tensor,
-    rows: int,
-    length: int,
+    key_ids: Tensor,
     scale: float,
     groups: bool,
     window: int,
 ) -> Tensor:
+    """q: [R, H, L, d]; k, v: [R, G, M, d]; ids: [R, L]; key_ids: [R, M]; the last L keys are the queries' own."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    ids = ids.unflatten(0, (rows, length))
+    (rows, length), keys = ids.shape, key_ids.shape[1]
+    earlier = keys - length
 
     def same_document(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        seen = (ids[b, t] == ids[b, s]) & (s <= t)
-        return seen & (t - s < window) if window else seen
+        seen = (ids[b, t] == key_ids[b, s]) & (s <= t + earlier)
+        return seen & (t + earlier - s < window) if window else seen
 
-    mask = create_block_mask(same_document, rows, None, length, length, device=str(q.device))
+    mask = create_block_mask(same_document, rows, None, length, keys, device=str(q.device))
     out = _compiled_flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=groups)
     assert isinstance(out, Tensor)
     return out

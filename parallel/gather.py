@@ -1,19 +1,20 @@
-"""An all-gather in two halves, so that computation runs between them, in the backward pass too.
+"""The collectives of context parallelism, each counted in `traffic`.
 
-`start_gather` sends and returns at once; `finish_gather` waits. Backward goes the other way: `finish` starts the
-reduce-scatter of the gradients, everything that autograd has recorded between the two runs, then `start` waits.
-Each collective is counted in `traffic`.
+An all-gather comes in two halves, so that computation runs between them, in the backward pass too: `start_gather` sends
+and returns at once, `finish_gather` waits. Backward goes the other way: `finish` starts the reduce-scatter of the
+gradients, what autograd has recorded between the two runs, then `start` waits.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+collectives = torch.ops._c10d_functional
 
 
 @dataclass
@@ -22,13 +23,15 @@ class Traffic:
 
     calls: dict[str, int] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
-    """By operation, the whole buffers: an all-gather's output, a reduce-scatter's input, an all-to-all's input."""
+    """By operation, the whole buffers: an all-gather's output, a reduce-scatter's input, what an all-to-all moves."""
 
     def add(self, operation: str, size: int) -> None:
+        """Count a collective over `size` bytes."""
         self.calls[operation] = self.calls.get(operation, 0) + 1
         self.bytes[operation] = self.bytes.get(operation, 0) + size
 
     def clear(self) -> None:
+        """Forget everything."""
         self.calls.clear()
         self.bytes.clear()
 
@@ -38,14 +41,13 @@ traffic = Traffic()
 
 @dataclass(eq=False)
 class Pending:
-    """A collective under way: what `finish_gather` wants."""
+    """A gather under way: what `finish_gather` wants."""
 
     gathered: Tensor
-    """[W, ...], not filled yet."""
+    """All ranks' tensors one after the other along dim 0, not filled yet."""
     group: dist.ProcessGroup
-    work: Any = None
-    backward: Any = None
-    """(work, gradient) of the reduce-scatter."""
+    share: Tensor | None = None
+    """In the backward pass, this rank's share of the gradient, not filled yet."""
 
 
 def start_gather(x: Tensor, group: dist.ProcessGroup) -> Pending:
@@ -60,42 +62,57 @@ def finish_gather(pending: Pending) -> Tensor:
     return _Finish.apply(pending.gathered, pending)  # pyright: ignore[reportReturnType]
 
 
+def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """x [W, ...], one part for each rank of `group`, to the parts that they have for this one, [W, ...]."""
+    return _AllToAll.apply(x, group)  # pyright: ignore[reportReturnType]
+
+
 class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, pending):
-        ctx.pending, group = pending, pending.group
-        gathered = x.new_empty(dist.get_world_size(group), *x.shape)
+        ctx.pending = pending
+        size = dist.get_world_size(pending.group)
+        gathered = collectives.all_gather_into_tensor(x.contiguous(), size, pending.group.group_name)
         traffic.add("all-gather", gathered.nbytes)
-        if x.device.type != "meta":
-            pending.work = dist.all_gather_into_tensor(gathered.flatten(), x.contiguous().flatten(), group, True)
         return gathered
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        work, grad = ctx.pending.backward
-        ctx.pending.backward = None
-        if work is not None:
-            work.wait()
-        return grad, None
+        share, ctx.pending.share = ctx.pending.share, None
+        return collectives.wait_tensor(share), None
 
 
 class _Finish(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gathered, pending):
         ctx.pending = pending
-        if pending.work is not None:
-            pending.work.wait()
-            pending.work = None
-        return gathered.view_as(gathered)
+        return collectives.wait_tensor(gathered).unflatten(0, (dist.get_world_size(pending.group), -1))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad = grad.contiguous()
+        pending, size = ctx.pending, grad.shape[0]
         traffic.add("reduce-scatter", grad.nbytes)
-        share, work = torch.empty_like(grad[0]), None
-        if grad.device.type != "meta":
-            work = dist.reduce_scatter_tensor(share.flatten(), grad.flatten(), group=ctx.pending.group, async_op=True)
-        ctx.pending.backward = work, share
-        return grad, None
+        whole = grad.contiguous().flatten(0, 1)
+        share = collectives.reduce_scatter_tensor(whole, "sum", size, pending.group.group_name)
+        pending.share = share
+        return whole, None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _exchanged(x, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _exchanged(grad, ctx.group), None
+
+
+def _exchanged(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    traffic.add("all-to-all", x.nbytes)
+    ones = [1] * x.shape[0]
+    return collectives.wait_tensor(collectives.all_to_all_single(x.contiguous(), ones, ones, group.group_name))

@@ -17,12 +17,28 @@ Letters: W ranks, R rows, L tokens of a span, T = R L tokens of this rank, N doc
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from torchlinearmoe.documents import Documents
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """How ranks exchange what passes between their spans."""
+
+    states: torch.dtype | None = None
+    """The type in which states travel; None for the one that they have, float32."""
+    attention: str = "auto"
+    """Softmax attention's way: `gather`, `heads`, or `auto` for heads where the key-value heads divide."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +52,9 @@ class Spans:
     rows: int
     length: int
     """L."""
-    payload: torch.dtype | None
-    """The type in which states are exchanged; None for the one that they have."""
+    exchange: Exchange
+    whole_borders: tuple[int, ...]
+    """Where documents start in the stream of whole rows."""
     borders: tuple[int, ...]
     """Where documents start in this rank's stream, 0 .. T: the pieces of documents that its spans hold."""
     history: tuple[int, ...]
@@ -58,7 +75,19 @@ class Spans:
     """bool: the document that the span of that rank ends with is the one that this rank's begins with."""
     last_count_WR: Tensor
     """int64: tokens of the document that the span of that rank ends with."""
-    cache: dict[object, Tensor] = field(default_factory=dict)
+    cache: dict[str, Any] = field(default_factory=dict)
+    """What layers have in common, made when the first one asks."""
+
+    def by_heads(self, kv_heads: int) -> bool:
+        """Whether softmax attention with so many key-value heads on this rank trades spans for heads."""
+        divides = kv_heads % self.size == 0
+        return divides if self.exchange.attention == "auto" else self.exchange.attention == "heads"
+
+    @property
+    def whole(self) -> Documents:
+        """The documents of the whole rows."""
+        make = partial(Documents.packed, self.whole_borders, self.size * self.length, self.positions.device)
+        return self._cached("whole", make)
 
     def in_first(self, ids: Tensor) -> Tensor:
         """bool [R, L]: tokens of the document that their row's span begins with; ids: [T]."""
@@ -68,7 +97,7 @@ class Spans:
         """bool [R, L]: tokens of the document that their row's span ends with."""
         return self._cached("in_last", lambda: ids.view(self.rows, -1) == ids.view(self.rows, -1)[:, -1:])
 
-    def _cached(self, key: object, make) -> Tensor:
+    def _cached(self, key: str, make: Callable[[], T]) -> T:
         if key not in self.cache:
             self.cache[key] = make()
         return self.cache[key]
@@ -79,7 +108,7 @@ def cut_spans(
     row_length: int,
     group: dist.ProcessGroup,
     device: torch.device | str = "cpu",
-    payload: torch.dtype | None = None,
+    exchange: Exchange | None = None,
 ) -> Spans:
     """This rank's spans of rows of `row_length` tokens whose documents start at `cu_seqlens`, 0 .. all tokens.
 
@@ -125,7 +154,8 @@ def cut_spans(
         size=size,
         rows=rows,
         length=length,
-        payload=payload,
+        exchange=exchange or Exchange(),
+        whole_borders=tuple(borders),
         borders=tuple(local),
         history=tuple(b - x for x, b in zip(first[rank], begin[rank])),
         earliest=min(reaching, default=rank),

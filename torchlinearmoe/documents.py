@@ -14,7 +14,7 @@ Letters: B batch, T tokens of the flat stream, N documents.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -64,7 +64,11 @@ class Documents:
 
     @classmethod
     def packed(
-        cls, cu_seqlens: Sequence[int], row_length: int | None = None, device: torch.device | str = "cpu"
+        cls,
+        cu_seqlens: Sequence[int],
+        row_length: int | None = None,
+        device: torch.device | str = "cpu",
+        spans: Spans | None = None,
     ) -> Documents:
         """Documents from their borders on the host, `[0, ..., T]`, strictly increasing.
 
@@ -88,7 +92,7 @@ class Documents:
                 f"cu_seqlens = {_short(borders)}: a document crosses token {min(missing)}, "
                 f"where a row of row_length = {row_length} tokens begins"
             )
-        return cls._build(borders, lengths, row_length, torch.device(device))
+        return replace(cls._build(borders, lengths, row_length, torch.device(device)), spans=spans)
 
     @classmethod
     def batch(cls, batch_size: int, length: int, device: torch.device | str = "cpu") -> Documents:

@@ -1,9 +1,14 @@
 """Fixtures of the tests that run over several ranks."""
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from harness import RankPool
+
+# The cases of the mixer tests, which find every registered mixer by themselves.
+sys.path.append(str(Path(__file__).parents[1] / "torchlinearmoe" / "mixers"))
 
 
 @pytest.fixture(scope="session")

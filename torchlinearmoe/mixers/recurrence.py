@@ -87,8 +87,10 @@ def dplr_rule(
 
     q, k, a, b, log_decay: [T, H, K]; v: [T, H, V]. State `name`: [N, H, K, V].
     """
-    op = partial(ops.dplr_rule, lower_bound=lower_bound)
-    return _run(op, step.dplr_step, (q, k, v, a, b, log_decay), past, (name,), backend, {"scale": scale})
+    op, inputs = partial(ops.dplr_rule, lower_bound=lower_bound), (q, k, v, a, b, log_decay)
+    if isinstance(past, Spanned):
+        return spanned.dense_recurrence(op, inputs, 2, past, backend=backend, scale=scale)
+    return _run(op, step.dplr_step, inputs, past, (name,), backend, {"scale": scale})
 
 
 def slot_attention(

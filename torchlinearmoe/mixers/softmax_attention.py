@@ -21,7 +21,8 @@ from torch import Tensor
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.kernels.attention import cached_attention, packed_attention
+from torchlinearmoe.kernels.attention import cached_attention
+from torchlinearmoe.mixers.attention import attend
 from torchlinearmoe.mixers.base import (
     Carried,
     Carry,
@@ -152,21 +153,10 @@ class SoftmaxAttention(Mixer):
         tables = context.rotary(self.head_dim, self.theta, x_TD.dtype, self.scaling)
         q, k, v = self.place(parts["q"], parts["k"], parts["v"], *tables)
         if state is None:
-            o = packed_attention(
-                q,
-                k,
-                v,
-                ids=documents.ids,
-                cu_seqlens=documents.cu_seqlens,
-                longest=max(documents.lengths),
-                row_length=documents.row_length,
-                scale=self.head_dim**-0.5,
-                backend=self.backend,
-                window=self.window,
-            )
+            o = attend(q, k, v, documents, scale=self.head_dim**-0.5, backend=self.backend, window=self.window)
             return self.output(o), None, carried or {}
-        attend = self._attend_ring if self.window else self._attend_cache
-        o, kept = attend(q, k, v, context, state)
+        attend_state = self._attend_ring if self.window else self._attend_cache
+        o, kept = attend_state(q, k, v, context, state)
         return self.output(o), {**kept, **(past.after or {})}, carried or {}
 
     def _attend_cache(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: State) -> tuple[Tensor, State]:

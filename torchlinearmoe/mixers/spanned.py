@@ -55,7 +55,7 @@ def linear_recurrence(
     k_G, v_G, decay_G = same_heads(k, v, log_decay)
     decay = None if decay_G is None else Decays(decay_G, past, shifted=bonus is not None)
     write = k_G if decay is None else (in_float32(k_G) * decay.until_last).to(k.dtype)
-    exchange = Exchange(spans, [_written(write, v_G, past)], None if decay is None else decay.total)
+    exchange = StateExchange(spans, [_written(write, v_G, past)], None if decay is None else decay.total)
     q, k, v, decay_H = same_heads(q, k_G, v_G, decay_G)
     decay_H = decay_H if decay_H is None or decay_H.dim() == 1 else decay_H[None]
     o, _ = ops.linear_recurrence(
@@ -85,7 +85,7 @@ def dense_recurrence(
         **options,
     )
     b, a = final.index_select(0, spans.last_R).split((V, K), -1)
-    exchange = Exchange(spans, [b], a, dense=True)
+    exchange = StateExchange(spans, [b], a, dense=True)
     (state,) = exchange.entering()
     o, passed = o[0].split((V, K), -1)
     return o + _rows_matmul(passed, state, past)
@@ -100,7 +100,7 @@ def slot_attention(
     decay = Decays(decay_G, past)
     write = (in_float32(s_G) * decay.until_last).to(k.dtype)
     keys = _written(write, k_G, past)  # [R, G, S, K]: the decay lies on the rows, as in the values
-    exchange = Exchange(spans, [keys, _written(write, v_G, past)], decay.total)
+    exchange = StateExchange(spans, [keys, _written(write, v_G, past)], decay.total)
     keys, values = exchange.entering()
     q, k, v, s, decay_H = same_heads(q, k_G, v_G, s_G, decay_G)
     times = q.shape[1] // keys.shape[1]
@@ -133,7 +133,7 @@ def quadratic_attention(
         backend=backend,
     )
     assert final is not None
-    (state,) = Exchange(past.spans, [final.index_select(0, past.spans.last_R)], None).entering()
+    (state,) = StateExchange(past.spans, [final.index_select(0, past.spans.last_R)], None).entering()
     phi = QuadraticFeatures(kind, q.shape[-1], q.shape[-1] ** -0.5, q.device)
     wide = in_float32(o[0]) + in_float32(_read(phi.features(q), state, past))
     return (wide[..., :-1] / (wide[..., -1:] + eps)).to(q.dtype)
@@ -167,7 +167,7 @@ class Decays:
 
 
 @dataclass
-class Exchange:
+class StateExchange:
     """The all-gather of every rank's (A, B), and what of it enters this rank's spans.
 
     `written`: the B, each [R, G, K, V]; `a`: None for 1; [R, G, 1 or K], log decays of the rows of every B; or with
@@ -186,7 +186,7 @@ class Exchange:
         self.shapes = [part.shape for part in parts]
         self.dtype = parts[0].dtype
         packed = torch.cat([part.flatten(1).to(self.dtype) for part in parts], 1)
-        self.pending: Pending = start_gather(packed.to(self.spans.payload or packed.dtype), self.spans.group)
+        self.pending: Pending = start_gather(packed.to(self.spans.exchange.states or packed.dtype), self.spans.group)
 
     def entering(self) -> list[Tensor]:
         """The states that enter this rank's spans, [R, G, K, V] each; zeros where a document starts there."""

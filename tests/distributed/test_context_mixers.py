@@ -1,0 +1,80 @@
+"""Every mixer over spans of its rows on several ranks computes what one process does, with every gradient."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import RankPool
+from mixer_cases import CASES, Case, make_stack, random_inputs
+from torch import Tensor
+
+from torchlinearmoe.documents import Documents
+from torchlinearmoe.parallel.spans import cut_spans
+
+ROWS = {
+    # Cut at 70 (two ranks) or at 35, 70, 105 (four): a document over three ranks; one that ends and one that starts at
+    # a border of ranks; a single token; one inside a rank. Second row: pieces of one token before and after a border.
+    "long": (140, [0, 90, 91, 105, 140, 176, 209, 210, 279, 280]),
+    "short": (8, [0, 7, 8]),
+    "one document": (140, [0, 140]),
+}
+
+
+def compare(rank: int, cases: Sequence[Case], layout: str) -> dict[str, float]:
+    """The largest relative error of outputs and of all gradients, by case and name."""
+    errors: dict[str, float] = {}
+    for number, case in enumerate(cases):
+        row_length, borders = ROWS[layout]
+        x_TD, weights_TD = random_inputs(borders[-1]), random_inputs(borders[-1], seed=3)
+        stack = make_stack(case)
+        found = spanned_run(stack, x_TD, weights_TD, borders, row_length)
+        if rank == number % dist.get_world_size():
+            expected = run(stack, Documents.packed(borders, row_length), x_TD, weights_TD)
+            for name, value in expected.items():
+                scale = max(float(value.norm()), 1e-6)
+                errors[f"{case} {name}"] = float((found[name] - value).norm()) / scale
+    return errors
+
+
+def run(stack, documents: Documents, x_TD: Tensor, weights_TD: Tensor, positions: Tensor | None = None):
+    """Outputs and the gradients of a weighted sum of them."""
+    stack.zero_grad()
+    x_TD = x_TD.clone().requires_grad_()
+    y_TD = stack(x_TD, stack.context(documents, positions))[0]
+    (y_TD * weights_TD).sum().backward()
+    assert x_TD.grad is not None
+    results = {"output": y_TD.detach(), "inputs": x_TD.grad}
+    return results | {name: p.grad.clone() for name, p in stack.named_parameters() if p.grad is not None}
+
+
+def spanned_run(stack, x_TD: Tensor, weights_TD: Tensor, borders: Sequence[int], row_length: int):
+    """The same, made by all ranks; gradients of parameters are summed, outputs joined."""
+    group = dist.group.WORLD
+    assert group is not None
+    spans = cut_spans(borders, row_length, group)
+    own_x, own_weights = (
+        x.view(-1, spans.size, spans.length, 64)[:, spans.rank].flatten(0, 1) for x in (x_TD, weights_TD)
+    )
+    documents = Documents.packed(spans.borders, spans.length, spans=spans)
+    results = run(stack, documents, own_x, own_weights, spans.positions)
+    for name, value in results.items():
+        if name in ("output", "inputs"):
+            parts = [torch.empty_like(value) for _ in range(spans.size)]
+            dist.all_gather(parts, value)
+            rows = [part.view(spans.rows, spans.length, 64) for part in parts]
+            results[name] = torch.cat(rows, 1).flatten(0, 1)
+        else:
+            dist.all_reduce(value)
+    return results
+
+
+@pytest.mark.parametrize("world_size, layout", [(2, "long"), (4, "long"), (4, "short"), (4, "one document")])
+def test_spans_of_rows_on_several_ranks_equal_whole_rows(ranks: RankPool, world_size: int, layout: str) -> None:
+    errors: dict[str, float] = {}
+    for part in ranks(world_size, compare, CASES, layout, timeout=300):
+        errors |= part
+    assert len({name.split(" ")[0] for name in errors}) == len(CASES)
+    wrong = {name: error for name, error in errors.items() if not error < 1e-9 or math.isnan(error)}
+    assert not wrong
