@@ -90,9 +90,9 @@ def test_nothing_waits_for_the_gpu_without_states():
     previous = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        ops.linear_recurrence(q, k, v, gate, document_ids=ids)
-        ops.delta_rule(q, k, v, gate[..., 0].exp(), document_ids=ids)
-        ops.delta_rule(q, k, v, gate[..., 0].exp(), gate, document_ids=ids)
-        ops.dplr_rule(q, k, v, -k, k, gate, document_ids=ids)
+        ops.linear_recurrence(q, k, v, gate, document_ids=ids, backend="torch")
+        ops.delta_rule(q, k, v, gate[..., 0].exp(), document_ids=ids, backend="torch")
+        ops.delta_rule(q, k, v, gate[..., 0].exp(), gate, document_ids=ids, backend="torch")
+        ops.dplr_rule(q, k, v, -k, k, gate, document_ids=ids, backend="torch")
     finally:
         torch.cuda.set_sync_debug_mode(previous)
