@@ -51,6 +51,9 @@ def apply_fsdp(
                 shard_placement_fn=partial(expert_placement, ranks=expert_mesh.size(-1)),
             )
         shard(layer, policy, reshard_after_forward)
+        if isinstance(layer.ffn, MoE) and isinstance(layer, FSDPModule) and isinstance(layer.ffn.experts, FSDPModule):
+            # The host waits for the counts of an exchange before it comes to the experts: gather them before that.
+            layer.set_modules_to_forward_prefetch([layer.ffn.experts])
     if not model.recipe.tie_embeddings:
         shard(model.embed, policy, reshard_after_forward)
         # Backward starts with these two: keep them gathered.

@@ -110,21 +110,28 @@ def _between_ranks(module: nn.Module, group: str) -> None:
     module.register_forward_hook(leave)
 
 
-@torch.no_grad()
-def sum_partial_gradients(model: nn.Module) -> None:
-    """Sum over the tensor-parallel ranks the gradients of which each has a part; once a step, after its last backward.
-
-    All of them together in one all-reduce. A model that is not split is left alone.
-    """
-    by_group: dict[dist.ProcessGroup, list[Tensor]] = {}
+def partial_gradients(model: nn.Module) -> list[DTensor]:
+    """The parameters of whose gradients each tensor-parallel rank has a part; none in a model that is not split."""
+    found = []
     for module in model.modules():
         for name in getattr(module, "partial_gradients", ()):
             parameter = module.get_parameter(name)
-            assert isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor), name
-            group = parameter.device_mesh.get_group("tensor")
-            by_group.setdefault(group, []).append(parameter.grad.to_local())
-    for group, gradients in by_group.items():
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat, group=group)
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients)])
+            assert isinstance(parameter, DTensor), name
+            found.append(parameter)
+    return found
+
+
+@torch.no_grad()
+def sum_partial_gradients(model: nn.Module) -> None:
+    """Sum them over the tensor-parallel ranks; once a step, after its last backward, all in one all-reduce."""
+    parameters = partial_gradients(model)
+    if not parameters:
+        return
+    gradients = []
+    for parameter in parameters:
+        assert isinstance(parameter.grad, DTensor), "every parameter of a training step has a gradient"
+        gradients.append(parameter.grad.to_local())
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat, group=parameters[0].device_mesh.get_group("tensor"))
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients)])

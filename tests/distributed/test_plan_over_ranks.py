@@ -16,6 +16,7 @@ from torchlinearmoe.optim.build import build_optimizer
 from torchlinearmoe.parallel.apply import build_parallel_model
 from torchlinearmoe.parallel.fsdp import set_gradient_sync
 from torchlinearmoe.parallel.mesh import Meshes, resolve_degrees
+from torchlinearmoe.parallel.tensor import sum_partial_gradients
 from torchlinearmoe.planning import plan
 from torchlinearmoe.planning.memory import local_bytes
 from torchlinearmoe.recipe import Recipe, resolve
@@ -50,6 +51,23 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
             "training": {"tokens_per_step": 4 * 2 * LENGTH, "dtype": "bfloat16"},
         },
     ),
+    "heads split, experts spread over them, shared expert": (
+        4,
+        {
+            "model": {"mixer": "hgrn2", "num_layers": 3, "layout": "LLN"},
+            "moe": {"balance_scope": "global", "shared_hidden_size": 32},
+            "parallel": {"tensor": 2, "expert": 4},
+            "training": {"tokens_per_step": 2 * 2 * LENGTH, "dtype": "bfloat16"},
+        },
+    ),
+    "heads split, dense, tied": (
+        2,
+        {
+            "model": {"mixer": "retention", "tie_embeddings": True},
+            "moe": {"num_experts": 0, "top_k": 0},
+            "parallel": {"tensor": 2},
+        },
+    ),
 }
 
 
@@ -65,22 +83,30 @@ class Recorded(TorchDispatchMode):
 
     # Which argument of torch's collective operators is the whole buffer.
     BUFFER = {"_allgather_base_": 0, "_reduce_scatter_base_": 1, "allreduce_": 0, "alltoall_base_": 1}
+    # Our own operators, inside which nothing is seen.
+    OPERATORS = {"gather_rows": "_allgather_base_", "scatter_rows": "_reduce_scatter_base_", "sum_over": "allreduce_"}
 
     def __init__(self) -> None:
         super().__init__()
         self.sums: dict[str, list[int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.removeprefix("c10d::")
-        if func.namespace == "c10d" and name in self.BUFFER:
+        result = func(*args, **(kwargs or {}))
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace == "c10d" and name in self.BUFFER:
             buffer = args[self.BUFFER[name]]
             buffers = buffer if isinstance(buffer, list) else [buffer]
             group = next(dist.ProcessGroup.unbox(x) for x in args if isinstance(x, torch.ScriptObject))
             if group.size() > 1 and buffers[0].is_floating_point():
-                entry = self.sums.setdefault(name, [0, 0])
-                entry[0] += 1
-                entry[1] += sum(tensor.numel() * tensor.element_size() for tensor in buffers)
-        return func(*args, **(kwargs or {}))
+                self.add(name, buffers)
+        elif namespace == "torchlinearmoe" and name in self.OPERATORS:
+            self.add(self.OPERATORS[name], [max(args[0], result, key=torch.numel)])
+        return result
+
+    def add(self, name: str, buffers: list[torch.Tensor]) -> None:
+        entry = self.sums.setdefault(name, [0, 0])
+        entry[0] += 1
+        entry[1] += sum(tensor.numel() * tensor.element_size() for tensor in buffers)
 
 
 def held_and_sent(rank: int, name: str) -> dict[str, Any]:
@@ -106,6 +132,7 @@ def held_and_sent(rank: int, name: str) -> dict[str, Any]:
         for index in range(batches):
             set_gradient_sync(model, index == batches - 1)
             loss().backward()
+        sum_partial_gradients(model)
     gradients = local_bytes(p.grad for p in model.parameters() if p.grad is not None)
     optimizer.step()
     states = local_bytes(value for state in optimizer.state.values() for value in state.values())

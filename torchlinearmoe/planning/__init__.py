@@ -2,7 +2,8 @@
 
     world.py           a process group of any size in one process, and the model laid out over it without memory
     layers.py          parameters and FLOPs, by kind of layer
-    communication.py   the units that FSDP gathers and what they send
+    communication.py   the units that FSDP gathers and what they send, and what experts exchange
+    tensor.py          what tensor parallelism sends
     memory.py          bytes a rank holds
     overview.py        all of it together, as plain data
     report.py          as text

@@ -10,6 +10,8 @@ Expert parallelism. A layer exchanges a row for each token and choice, there and
 backward. How many go to which rank the routers decide; the buffers here are those of an even load, which is what they
 are summed over the ranks. Assignments over a capacity stay at home, but are counted.
 
+Tensor parallelism: see `tensor.py`.
+
 Not counted: scalars (loss, token counts, gradient norm) and the counts of the routers, some kilobytes a step.
 """
 
@@ -22,9 +24,11 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.moe.balance import needs_counting_pass
 from torchlinearmoe.moe.layer import MoE
 from torchlinearmoe.parallel.expert import ExchangeDispatch
+from torchlinearmoe.planning.tensor import add_tensor_collectives
 
 
 @dataclass(frozen=True)
@@ -120,10 +124,12 @@ def _unit(group, name: str) -> Unit:
     )
 
 
-def step_collectives(model: nn.Module, accumulation: int, tokens: int, dtype: torch.dtype) -> list[Collective]:
+def step_collectives(
+    model: Decoder, accumulation: int, tokens: int, dtype: torch.dtype, tensor_ranks: int = 1
+) -> list[Collective]:
     """What a rank takes part in during one optimizer step of `accumulation` micro-batches.
 
-    tokens: those that this rank routes in a micro-batch; dtype: of the hidden states.
+    tokens: of a micro-batch on `tensor_ranks` ranks together; dtype: of the hidden states.
     """
     # A global balance loss needs the whole step's counts first: one more forward of every micro-batch.
     counting = accumulation if accumulation > 1 and needs_counting_pass(model) else 0
@@ -151,10 +157,12 @@ def step_collectives(model: nn.Module, accumulation: int, tokens: int, dtype: to
         add(units[-1].shard_axis, units[-1].shard_ranks, "all-gather, backward", 1, units[-1].gathered_bytes)
     for layer in model.modules():
         if isinstance(layer, MoE) and isinstance(layer.dispatcher, ExchangeDispatch):
-            rows = tokens * layer.router.top_k * layer.router.weight.shape[1] * dtype.itemsize
+            rows = tokens // tensor_ranks * layer.router.top_k * layer.router.weight.shape[1] * dtype.itemsize
             ranks = layer.dispatcher.group.size()
             add("ep", ranks, "all-to-all, forward", 2 * (accumulation + counting), rows)
             add("ep", ranks, "all-to-all, backward", 2 * accumulation, rows)
+    if tensor_ranks > 1:
+        add_tensor_collectives(model, tensor_ranks, tokens, dtype, accumulation + counting, accumulation, add)
     return [
         Collective(axis, ranks, operation, count, size, _ring(operation, ranks, size))
         for (axis, ranks, operation), (count, size) in totals.items()

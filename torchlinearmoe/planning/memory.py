@@ -78,7 +78,7 @@ def rank_memory(
         gathered_weights=sum(unit.gathered_bytes for unit in units if unit.kept) + sum(sizes[:2]),
         gradient_buffers=max(buffers),
         activations=activation_bytes(model, tokens, dtype, degrees.tensor),
-        loss=loss_bytes(model, tokens, dtype),
+        loss=loss_bytes(model, tokens, dtype, degrees.tensor),
     )
 
 
@@ -130,14 +130,20 @@ def activation_bytes(model: Decoder, tokens: int, dtype: torch.dtype, tensor_ran
     k (3 F + 2 D) with the rows sent and received, and 2 E float32 router scores. Then the embedding's output and the
     last norm's. Attention is taken not to keep its scores, recurrences not to keep their states between tokens, and no
     compiler to recompute; what a mixer keeps beyond its projections (gates, feature maps) is not counted.
+
+    Tensor-parallel ranks share all of it, but what is gathered, D before each mixer, dense feed-forward and the head,
+    each keeps whole.
     """
-    total = 2 * model.recipe.hidden_size * dtype.itemsize
+    width = model.recipe.hidden_size * dtype.itemsize
+    total, gathered = 2 * width, 1 + len(model.layers)
     for layer in model.layers.values():
         mixer, ffn = layer.mixer, layer.ffn
         assert isinstance(mixer, Mixer) and isinstance(ffn, nn.Module)
-        total += (4 * model.recipe.hidden_size + mixer_elements(mixer) // tensor_ranks) * dtype.itemsize
-        total += feed_forward_bytes(ffn, dtype)
-    return tokens * total
+        total += 4 * width + mixer_elements(mixer) * dtype.itemsize + feed_forward_bytes(ffn, dtype)
+        gathered += sum(isinstance(module, SwiGLU) for module in ffn.modules())
+    if tensor_ranks == 1:
+        return tokens * total
+    return tokens * (total // tensor_ranks + gathered * width)
 
 
 def mixer_elements(mixer: Mixer) -> int:
@@ -162,10 +168,13 @@ def feed_forward_bytes(ffn: nn.Module, dtype: torch.dtype) -> int:
     return 3 * ffn.down_proj.weight.shape[1] * dtype.itemsize
 
 
-def loss_bytes(model: Decoder, tokens: int, dtype: torch.dtype) -> int:
+def loss_bytes(model: Decoder, tokens: int, dtype: torch.dtype, tensor_ranks: int = 1) -> int:
     """An estimate for the head and loss: logits of one chunk in the compute type and once more in float32, their
-    gradient in both, the hidden states' gradient [T, D], the head's gradient [V, D] (float32 with several chunks)."""
-    width, vocab = model.recipe.hidden_size, model.recipe.vocab_size
+    gradient in both, the hidden states' gradient [T, D], the head's gradient [V, D] (float32 with several chunks).
+
+    V is this rank's part of the vocabulary.
+    """
+    width, vocab = model.recipe.hidden_size, model.recipe.vocab_size // tensor_ranks
     rows = max(1, min(tokens, CHUNK_ELEMENTS // vocab))
     head = torch.float32.itemsize if rows < tokens else dtype.itemsize
     chunk = rows * vocab * 2 * (dtype.itemsize + torch.float32.itemsize)

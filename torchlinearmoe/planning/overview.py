@@ -42,7 +42,7 @@ def plan(recipe: Recipe, world_size: int, dtype: torch.dtype, rank: int = 0) -> 
             "training_per_token": training_flops_per_token(model, length),
             "forward_terms": [dataclasses.asdict(term) for term in forward_flop_terms(model, length)],
         }
-        collectives = step_collectives(model, accumulation, micro_batch // degrees.context // degrees.tensor, dtype)
+        collectives = step_collectives(model, accumulation, micro_batch // degrees.context, dtype, degrees.tensor)
         states = optimizer_states(model, recipe.optimizer)
         own = rank_memory(model, states, training, degrees, dtype)
         checkpoint = checkpoint_bytes(model, states)

@@ -1,0 +1,51 @@
+"""What tensor parallelism sends, read off the model as it was split.
+
+Per micro-batch, for every mixer and dense feed-forward (a shared expert is one): the hidden states of all ranks are
+gathered before it and its partial sums are reduce-scattered after it; the backward does the same the other way round.
+The embedding is a reduce-scatter, the head a gather, and the reverse of each in the backward. Norms that span heads
+all-reduce a number a token, forward and backward, the loss gathers two numbers a token and rank. After the last
+micro-batch the gradients of which each rank has a part are all-reduced together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from torchlinearmoe.kernels.cross_entropy import chunk_rows
+from torchlinearmoe.models.decoder import Decoder
+from torchlinearmoe.models.mlp import SwiGLU
+from torchlinearmoe.models.norm import RMSNorm
+from torchlinearmoe.parallel.tensor import partial_gradients
+
+Add = Callable[[str, int, str, int, int], None]
+"""(axis, ranks, operation, how many, bytes of each)."""
+
+
+def add_tensor_collectives(
+    model: Decoder, ranks: int, tokens: int, dtype: torch.dtype, forwards: int, backwards: int, add: Add
+) -> None:
+    """Add a step of `forwards` and `backwards` micro-batches of `tokens` tokens, split over `ranks` ranks."""
+    width, number = model.recipe.hidden_size, tokens * torch.float32.itemsize
+    parts = len(model.layers) + sum(isinstance(module, SwiGLU) for module in model.modules())
+    hidden = tokens * width * dtype.itemsize
+    for direction, passes in (("forward", forwards), ("backward", backwards)):
+        # One more of each: of the head and the embedding in the forward, and of each other's in the backward.
+        add("tensor", ranks, f"all-gather, tokens {direction}", (parts + 1) * passes, hidden)
+        add("tensor", ranks, f"reduce-scatter, tokens {direction}", (parts + 1) * passes, hidden)
+        spanning = sum(isinstance(module, RMSNorm) and _is_split(module.weight) for module in model.modules())
+        add("tensor", ranks, f"all-reduce, norms {direction}", spanning * passes, number)
+    rows = chunk_rows(tokens, model.recipe.vocab_size // ranks)
+    for start in range(0, tokens, rows):
+        chunk = min(rows, tokens - start)
+        add("tensor", ranks, "all-gather, loss", forwards, 2 * ranks * chunk * torch.float32.itemsize)
+    local = sum(gradient.to_local().numel() for gradient in partial_gradients(model))
+    add("tensor", ranks, "all-reduce, gradients", 1, local * torch.float32.itemsize)
+
+
+def _is_split(parameter: torch.Tensor) -> bool:
+    """Over tensor-parallel ranks."""
+    assert isinstance(parameter, DTensor) and parameter.device_mesh.mesh_dim_names is not None
+    return not parameter.placements[parameter.device_mesh.mesh_dim_names.index("tensor")].is_replicate()
