@@ -46,5 +46,16 @@ def test_dplr_rule_counts_the_matmuls_of_a_chunk():
     assert flops.dplr_rule_flops(3, K, V, C) == 3 * (counted(inside) / 2 + counted(across)) / C
 
 
+def test_a_delta_rule_with_a_gate_per_channel_costs_what_one_per_head_does():
+    T, H, K, V, C = 2048, 2, 64, 64, ours.CHUNK_SIZE
+    q, k, v, beta = torch.randn(1, T, H, K), torch.randn(1, T, H, K), torch.randn(1, T, H, V), torch.rand(1, T, H)
+    per_head, per_channel = (
+        counted(ops.delta_rule, q, k, v, beta, -torch.rand(shape)) / T for shape in ((1, T, H), (1, T, H, K))
+    )
+    # Scores are halved instead of masked: of blocks of 2 tokens and more, those below the diagonal.
+    assert per_head - per_channel == H * (2 * 2 * C * K - 2 * K * sum(2**n for n in range(1, 6)))
+    assert flops.delta_rule_flops(H, K, V, C) < per_channel
+
+
 def test_short_convolution_counts_a_multiply_add_per_tap():
     assert flops.short_convolution_flops(100, 4) == 800
