@@ -1,10 +1,13 @@
 """The order in which parallelism is applied; the tour of this folder starts here.
 
-meta model -> tensor parallelism -> expert parallelism -> compile regions -> FSDP -> plain tensors inside forwards
--> allocate this rank's shards -> draw its initial values
+pipeline stages of this rank, on meta -> tensor parallelism -> expert parallelism -> compile regions -> FSDP
+-> plain tensors inside forwards -> allocate this rank's shards -> draw their initial values
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -16,22 +19,54 @@ from torchlinearmoe.parallel.expert import apply_expert_parallel
 from torchlinearmoe.parallel.fsdp import apply_fsdp
 from torchlinearmoe.parallel.local import shadow_split_parameters
 from torchlinearmoe.parallel.mesh import Meshes
+from torchlinearmoe.parallel.passes import Loop, Passes, Pipeline
+from torchlinearmoe.parallel.pipeline import stage_layers, stage_ranks
+from torchlinearmoe.parallel.shared import SharedParameters
+from torchlinearmoe.parallel.stage import Stage
 from torchlinearmoe.parallel.tensor import apply_tensor_parallel
 from torchlinearmoe.recipe.schema import Recipe
 
 
-def build_parallel_model(recipe: Recipe, meshes: Meshes, device: torch.device, dtype: torch.dtype) -> Decoder:
+@dataclass(frozen=True)
+class ParallelModel:
+    """What a rank has of a model, and how micro-batches go through it."""
+
+    parts: Sequence[Decoder]
+    """The whole model, or the stages of this rank."""
+    passes: Passes
+    shared: SharedParameters | None = None
+    """Of a pipeline."""
+
+
+def build_parallel_model(recipe: Recipe, meshes: Meshes, device: torch.device, dtype: torch.dtype) -> ParallelModel:
     """The model of `recipe`, spread over `meshes`, initialised as one process would."""
-    model = lay_out_model(recipe, meshes, dtype)
-    model.to_empty(device=device)
-    initialize(model, recipe.training.seed)
-    return model
+    parts = lay_out_model(recipe, meshes, dtype)
+    for part in parts:
+        part.to_empty(device=device)
+        initialize(part, recipe.training.seed)
+    stages = [part for part in parts if isinstance(part, Stage)]
+    if not stages:
+        return ParallelModel(parts, Loop(parts[0]))
+    shared = SharedParameters(stages, stage_layers(recipe), recipe, meshes)
+    return ParallelModel(parts, Pipeline(stages, recipe, meshes, device, dtype), shared)
 
 
-def lay_out_model(recipe: Recipe, meshes: Meshes, dtype: torch.dtype) -> Decoder:
-    """This rank's part of the model, on the meta device: every layout decision taken, no memory."""
+def lay_out_model(recipe: Recipe, meshes: Meshes, dtype: torch.dtype) -> list[Decoder]:
+    """This rank's part of the model, or its parts, on the meta device: every layout decision taken, no memory."""
+    return [_lay_out(part, recipe, meshes, dtype) for part in _parts(recipe, meshes)]
+
+
+def _parts(recipe: Recipe, meshes: Meshes) -> list[Decoder]:
+    """The layers of this rank."""
     with torch.device("meta"):
-        model = Decoder(recipe.model)
+        if recipe.parallel.pipeline == 1:
+            return [Decoder(recipe.model)]
+        rank, layers = meshes.pipeline_rank, stage_layers(recipe)
+        mine = [stage for stage, owner in enumerate(stage_ranks(recipe.parallel)) if owner == rank]
+        return [Stage(recipe, stage, layers[stage]) for stage in mine]
+
+
+def _lay_out(model: Decoder, recipe: Recipe, meshes: Meshes, dtype: torch.dtype) -> Decoder:
     spread_router_counts(model, meshes)
     if meshes.degrees.tensor > 1:
         apply_tensor_parallel(model, meshes.tensor)

@@ -55,9 +55,11 @@ def apply_fsdp(
             # The host waits for the counts of an exchange before it comes to the experts: gather them before that.
             layer.set_modules_to_forward_prefetch([layer.ffn.experts])
     if not model.recipe.tie_embeddings:
-        shard(model.embed, policy, reshard_after_forward)
-        # Backward starts with these two: keep them gathered.
-        shard([model.norm, model.head], policy, False)
+        if model.holds_first:
+            shard(model.embed, policy, reshard_after_forward)
+        if model.holds_last:
+            # Backward starts with these two: keep them gathered.
+            shard([model.norm, model.head], policy, False)
     shard(model, policy, False)
     for module in model.modules():
         if isinstance(module, FSDPModule):

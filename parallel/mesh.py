@@ -12,6 +12,7 @@ tokens  data x context x tensor                                        ranks tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -110,6 +111,8 @@ class Meshes:
         rows = self.world["context", "tensor"]._flatten("rows")
         self.rows_group: dist.ProcessGroup = rows.get_group()
         """The ranks that hold parts of the same packed sequences."""
+        self.pipeline_group: dist.ProcessGroup = self.world["pipeline"].get_group()
+        """The ranks that have the other stages of this rank's pipeline."""
         tokens = self.world["data_replicate", "data_shard", "context", "tensor"]._flatten("tokens")
         self.tokens_group: dist.ProcessGroup = tokens.get_group()
         """The ranks whose routed tokens make up an optimizer step (of one pipeline stage)."""
@@ -138,6 +141,18 @@ class Meshes:
     def ep(self) -> DeviceMesh:
         """Where whole experts are spread, [ep]."""
         return self.sparse["ep"]
+
+    @property
+    def pipeline_rank(self) -> int:
+        """Which stages this rank has."""
+        return self.world["pipeline"].get_local_rank()
+
+    def some_stages(self, ranks: Sequence[int]) -> dist.ProcessGroup:
+        """The group of some ranks of this rank's pipeline, of which this is one; only they call it."""
+        every = dist.get_process_group_ranks(self.pipeline_group)
+        group = dist.new_group([every[rank] for rank in ranks], use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup)
+        return group
 
     @property
     def data_rank(self) -> int:

@@ -23,10 +23,13 @@ from torchlinearmoe.parallel.collectives import gather_rows, scatter_rows
 
 
 def split_vocabulary(model: Decoder, group: str, rank: int, ranks: int) -> None:
-    """Make the embedding and the head of `model` work on this rank's rows."""
+    """Make the embedding and the head of `model`, where it holds them, work on this rank's rows."""
     rows = model.recipe.vocab_size // ranks
     first = rank * rows
-    model.embed.forward = partial(embed_rows, model.embed, first=first, rows=rows, group=group)  # pyright: ignore
+    if model.holds_first:
+        model.embed.forward = partial(embed_rows, model.embed, first=first, rows=rows, group=group)  # pyright: ignore
+    if not model.holds_last:
+        return
     model.head.kernel = SplitLoss(first, group, ranks).chunk_loss
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

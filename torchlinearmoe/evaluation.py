@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -16,11 +17,15 @@ from torchlinearmoe.mixers.base import Mixer
 from torchlinearmoe.models.block import Block
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.parallel.fsdp import reshard
+from torchlinearmoe.parallel.inputs import Inputs
+from torchlinearmoe.parallel.passes import Passes
+
+Place = tuple[list[int], str]
+"""Where something is in the whole model, for comparison, and what it is called."""
 
 
-@torch.no_grad()
 def held_out_loss(
-    model: Decoder,
+    passes: Passes,
     batches: Iterable[MicroBatch],
     device: torch.device,
     *,
@@ -31,19 +36,27 @@ def held_out_loss(
 
     Every rank brings the same number of batches.
     """
-    was_training = model.training
-    model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=device)
-    for batch in islice(batches, limit or None):
-        batch = batch.to(device)
-        loss = model(batch.tokens, labels=batch.labels, documents=batch.documents(device))
-        total += torch.stack([loss.double(), torch.tensor(float(batch.valid_tokens), device=device).double()])
-    model.train(was_training)
-    reshard(model)
+    modes = [part.training for part in passes.parts]
+    for part in passes.parts:
+        part.eval()
+    tokens = 0
+
+    def inputs() -> Iterator[Inputs]:
+        nonlocal tokens
+        for batch in islice(batches, limit or None):
+            tokens += batch.valid_tokens
+            batch = batch.to(device)
+            yield Inputs(batch.tokens, batch.labels, batch.documents(device))
+
+    summed = passes.forward(inputs())
+    total = torch.stack([summed, torch.tensor(float(tokens), device=device).double()])
+    for part, mode in zip(passes.parts, modes):
+        part.train(mode)
+        reshard(part)
     if group is not None:
         dist.all_reduce(total, group=group)
-    summed, tokens = total.tolist()
-    return summed / max(tokens, 1.0)
+    loss, count = total.tolist()
+    return loss / max(count, 1.0)
 
 
 @contextmanager
@@ -61,55 +74,61 @@ def silent_mixers(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def first_bad_layer(model: Decoder, batches: Iterable[MicroBatch], device: torch.device) -> str:
+def first_bad_layer(passes: Passes, batches: Sequence[Inputs]) -> str:
     """Name the first place where a value that is not finite appears: a parameter, a layer's output, or a gradient.
 
-    Runs each batch forward, and backward if the forward is sound; every rank takes part and gets the same answer.
+    Runs a step's batches forward, then backward if all forwards are sound; every rank takes part and gets the same
+    answer.
     """
-    found: list[tuple[int, str]] = []
-    order: dict[str, int] = {}
+    parameters = list(enumerate(entry for part in passes.parts for entry in part.named_parameters()))
+    answer = _agree([_place("the parameter", name, n) for n, (name, p) in parameters if not _finite(p)])
+    if answer:
+        return answer
+    found: list[Place] = []
 
-    def watch(name: str):
+    def watch(name: str, position: int):
         def look(module: nn.Module, args: Any, output: Any) -> None:
             value = output[0] if isinstance(output, tuple) else output
             if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
-                found.append((order[name], f"the output of {name}"))
+                found.append(_place("the output of", name, position))
 
         return look
 
-    places: list[tuple[str, nn.Module]] = [("embed", model.embed)]
-    for index, layer in model.layers.items():
-        assert isinstance(layer, Block)
-        places.append((f"layers.{index}.mixer ({layer.mixer.name})", layer.mixer))
-        places.append((f"layers.{index}.ffn", layer.ffn))
-    places.append(("norm", model.norm))
-    order = {name: rank for rank, (name, _) in enumerate(places)}
-
-    bad = [name for name, p in model.named_parameters() if not _finite(p)]
-    answer = _agree((0, f"the parameter {bad[0]}") if bad else None)
-    if answer:
-        return answer
-    hooks = [module.register_forward_hook(watch(name)) for name, module in places]
+    places = [place for part in passes.parts for place in _watched(part)]
+    hooks = [module.register_forward_hook(watch(name, n)) for n, (name, module) in enumerate(places)]
     try:
-        for batch in batches:
-            batch = batch.to(device)
-            model.zero_grad(set_to_none=True)
-            loss = model(batch.tokens, labels=batch.labels, documents=batch.documents(device))
-            answer = _agree(min(found) if found else None)
-            if answer:
-                return answer
-            loss.backward()
-            names = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
-            # Backward runs from the last layer to the first: the last parameter in the list went bad first.
-            answer = _agree((0, f"the gradient of {names[-1]}") if names else None)
-            if answer:
-                return answer
+        batches = [replace(batch, totals=None) for batch in batches]
+        passes.forward(batches)
+        answer = _agree(found)
+        if answer:
+            return answer
+        _zero_grad(passes)
+        passes.forward_backward(batches, torch.ones((), device=batches[0].tokens.device))
+        # Backward runs from the last layer to the first: the last parameter in the list went bad first.
+        gradients = [(n, name, p.grad) for n, (name, p) in parameters if p.grad is not None]
+        bad = [_place("the gradient of", name, n) for n, name, grad in gradients if not _finite(grad)]
+        answer = _agree(bad, last=True)
+        if answer:
+            return answer
     finally:
         for hook in hooks:
             hook.remove()
-        model.zero_grad(set_to_none=True)
-        reshard(model)
+        _zero_grad(passes)
+        for part in passes.parts:
+            reshard(part)
     return "no single place (the loss alone is not finite)"
+
+
+def _watched(part: Decoder) -> list[tuple[str, nn.Module]]:
+    """What is watched of a part of the model, by name."""
+    places: list[tuple[str, nn.Module]] = [("embed", part.embed)] if part.holds_first else []
+    for index, layer in part.layers.items():
+        assert isinstance(layer, Block)
+        places.append((f"layers.{index}.mixer ({layer.mixer.name})", layer.mixer))
+        places.append((f"layers.{index}.ffn", layer.ffn))
+    if part.holds_last:
+        places.append(("norm", part.norm))
+    return places
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -117,11 +136,25 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(local).all())
 
 
-def _agree(place: tuple[int, str] | None) -> str | None:
-    """The first place that any rank names."""
-    if not dist.is_initialized():
-        return place[1] if place else None
-    places: list[tuple[int, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(places, place)
-    named = [p for p in places if p is not None]
-    return min(named)[1] if named else None
+def _zero_grad(passes: Passes) -> None:
+    for part in passes.parts:
+        part.zero_grad(set_to_none=True)
+
+
+def _place(what: str, name: str, position: int) -> Place:
+    """A place in the whole model by where it comes: embed, shared, layers.0, ..., norm, head; then by position."""
+    section, number = (*name.split("."), "")[:2]
+    layer = int(number) if section == "layers" else 0
+    return [("embed", "shared", "layers", "norm", "head").index(section), layer, position], f"{what} {name}"
+
+
+def _agree(places: list[Place], *, last: bool = False) -> str | None:
+    """The first place that any rank names, or the last."""
+    choose = max if last else min
+    own = choose(places, key=lambda place: place[0]) if places else None
+    every: list[Place | None] = [own]
+    if dist.is_initialized():
+        every = [None] * dist.get_world_size()
+        dist.all_gather_object(every, own)
+    named = [place for place in every if place is not None]
+    return choose(named, key=lambda place: place[0])[1] if named else None

@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(path: str, overrides: Sequence[str]) -> int:
     from torchlinearmoe.parallel.mesh import resolve_degrees, tokens_per_step
+    from torchlinearmoe.parallel.pipeline import check_micro_batches
     from torchlinearmoe.recipe import load_recipe
     from torchlinearmoe.run_folder import with_tokens_per_step
     from torchlinearmoe.runtime import choose_device, process_group, world_size
@@ -32,6 +33,7 @@ def _train(path: str, overrides: Sequence[str]) -> int:
     recipe = load_recipe(path, overrides)
     degrees = resolve_degrees(recipe.parallel, world_size())
     recipe = with_tokens_per_step(recipe, tokens_per_step(recipe.training, degrees))
+    check_micro_batches(recipe, degrees)
     device = choose_device(recipe.training)
     with process_group(device):
         from torchlinearmoe.trainer import Diverged, Trainer

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchlinearmoe.checkpoint.initial import InitialWeights
 from torchlinearmoe.checkpoint.manager import CheckpointManager
@@ -29,17 +29,18 @@ from torchlinearmoe.metrics.logger import MetricsLogger
 from torchlinearmoe.metrics.meter import Meter, peak_memory_gib
 from torchlinearmoe.metrics.mfu import mfu, peak_flops
 from torchlinearmoe.metrics.profiling import MemorySnapshot, StepProfiler
+from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.models.flops import training_flops_per_token
 from torchlinearmoe.moe.balance import counting_pass, needs_counting_pass, update_bias
 from torchlinearmoe.moe.layer import MoE
-from torchlinearmoe.moe.statistics import collect_statistics
+from torchlinearmoe.moe.statistics import expert_load, gather_statistics, load_figures
 from torchlinearmoe.moe.totals import StepTotals
 from torchlinearmoe.optim.build import build_optimizer
 from torchlinearmoe.optim.schedule import learning_rate, set_learning_rate
 from torchlinearmoe.optim.step import step_if_finite
 from torchlinearmoe.parallel.apply import build_parallel_model
 from torchlinearmoe.parallel.clip import clip_gradients
-from torchlinearmoe.parallel.fsdp import set_gradient_sync
+from torchlinearmoe.parallel.inputs import Inputs
 from torchlinearmoe.parallel.mesh import Degrees, Meshes
 from torchlinearmoe.parallel.tensor import sum_partial_gradients
 from torchlinearmoe.recipe import Recipe, load_recipe
@@ -74,10 +75,12 @@ class Trainer:
         fresh = source is None and recipe.checkpoint.init_from
         self.initial_weights = InitialWeights(recipe) if fresh else None
         self.splits = self._open_data()
-        self.model = build_parallel_model(recipe, self.meshes, device, self.dtype)
-        self.moe_layers = [module for module in self.model.modules() if isinstance(module, MoE)]
+        built = build_parallel_model(recipe, self.meshes, device, self.dtype)
+        self.parts, self.passes, self.shared = built.parts, built.passes, built.shared
+        self.modules = nn.ModuleList(self.parts)
+        self.moe_layers = [module for module in self.modules.modules() if isinstance(module, MoE)]
         self.optimizer = build_optimizer(
-            self.model,
+            self.modules,
             name=recipe.optimizer.name,
             lr=recipe.optimizer.lr,
             betas=recipe.optimizer.betas,
@@ -90,10 +93,11 @@ class Trainer:
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         if source is not None:
-            extra = self.checkpoints.load(source, self.model, self.optimizer)
+            extra = self.checkpoints.load(source, self.parts, self.optimizer)
             self.step, self.tokens, self.skipped_steps = extra["step"], extra["tokens"], extra["skipped_steps"]
         elif self.initial_weights is not None:
-            self.initial_weights.load(self.model, dist.group.WORLD)
+            for part in self.parts:
+                self.initial_weights.load(part, dist.group.WORLD)
         self.loader = build_loader(
             self.splits.train,
             sequence_length=training.sequence_length,
@@ -109,7 +113,9 @@ class Trainer:
         )
         self.totals = StepTotals(self.tokens_per_step, self.tokens_per_step // training.sequence_length)
         # Watched
-        self.flops_per_token = training_flops_per_token(self.model, training.sequence_length)
+        with torch.device("meta"):
+            self.whole = Decoder(recipe.model)
+        self.flops_per_token = training_flops_per_token(self.whole, training.sequence_length)
         self.peak = peak_flops(device, self.dtype, recipe.metrics.peak_tflops)
         self.meter = Meter(total_steps=self.total_steps, step=self.step, device=device)
         if self.rank == 0:
@@ -125,6 +131,12 @@ class Trainer:
         self.stop_signal = 0
         self._pending: Tensor | None = None
         self._logged_step = self.step
+
+    @property
+    def model(self) -> Decoder:
+        """The model, where this rank has all of its layers."""
+        (model,) = self.parts
+        return model
 
     # -----------------------------------------------------------------------------------------------------------------
     # the loop
@@ -184,8 +196,7 @@ class Trainer:
 
         `received`: a signal this rank was sent; all ranks learn of it.
         """
-        self.model.train()
-        batches = [batch.to(self.device) for batch in batches]
+        self.modules.train()
         group, tokens_group = self.meshes.loss_group, self.meshes.tokens_group
         valid = sum(batch.valid_tokens for batch in batches)
         counts = torch.tensor([valid, received or 0], dtype=torch.float64).to(self.device, non_blocking=True)
@@ -193,21 +204,15 @@ class Trainer:
         dist.all_reduce(counts[1:], op=dist.ReduceOp.MAX)
         tokens = counts[0].clamp(min=1)
 
-        if len(batches) > 1 and needs_counting_pass(self.model):
-            with counting_pass(self.model, tokens_group):
-                for batch in batches:
-                    self._loss(batch)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for index, batch in enumerate(batches):
-            set_gradient_sync(self.model, index == len(batches) - 1)
-            loss = self._loss(batch)
-            (loss / tokens.to(loss.dtype)).backward()
-            total += loss.detach()
+        inputs = [self._inputs(batch) for batch in batches]
+        if len(batches) > 1 and needs_counting_pass(self.whole):
+            with counting_pass(self.modules, tokens_group):
+                self.passes.forward(inputs)
+        total = self.passes.forward_backward(inputs, tokens)
         dist.all_reduce(total, group=group)
         mean = total / tokens
 
-        sum_partial_gradients(self.model)
-        grad_norm = clip_gradients(self.model, self.recipe.optimizer.clip_norm)
+        grad_norm = self._clip()
         lr = self._learning_rate(self.step + 1)
         set_learning_rate(self.optimizer, lr)
         skipped = step_if_finite(self.optimizer, grad_norm + 0.0 * mean.to(grad_norm.dtype))
@@ -226,8 +231,22 @@ class Trainer:
         self.meter.add(self.tokens_per_step)
         return mean, grad_norm, lr
 
-    def _loss(self, batch: MicroBatch) -> Tensor:
-        return self.model(batch.tokens, labels=batch.labels, documents=batch.documents(self.device), totals=self.totals)
+    def _inputs(self, batch: MicroBatch) -> Inputs:
+        batch = batch.to(self.device)
+        return Inputs(batch.tokens, batch.labels, batch.documents(self.device), self.totals)
+
+    def _clip(self) -> Tensor:
+        """Complete the gradients and clip them; their norm before that, the same on all ranks."""
+        sum_partial_gradients(self.modules)
+        if self.shared is None:
+            return clip_gradients(self.modules, self.recipe.optimizer.clip_norm)
+        self.shared.sum_gradients()
+        return clip_gradients(
+            self.modules,
+            self.recipe.optimizer.clip_norm,
+            pp_group=self.meshes.pipeline_group,
+            counted_elsewhere=self.shared.counted_elsewhere,
+        )
 
     def _learning_rate(self, step: int) -> float:
         optimizer = self.recipe.optimizer
@@ -287,7 +306,7 @@ class Trainer:
         )
 
     def _begin(self) -> Baselines | None:
-        parameters = sum(p.numel() for p in self.model.parameters())
+        parameters = sum(p.numel() for p in self.whole.parameters())
         degrees = self.meshes.degrees
         self.metrics.message(
             f"{parameters / 1e6:.1f}M parameters, {self.flops_per_token / 1e9:.3f} GFLOP a token, "
@@ -318,7 +337,7 @@ class Trainer:
             ranks=self.meshes.degrees.data_ranks,
             pin_memory=self.device.type == "cuda",
         )
-        return held_out_loss(self.model, loader, self.device, group=self.meshes.loss_group, limit=limit)
+        return held_out_loss(self.passes, loader, self.device, group=self.meshes.loss_group, limit=limit)
 
     def _validate(self) -> None:
         if len(self.splits.validation):
@@ -328,13 +347,8 @@ class Trainer:
 
     def _log(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         """One line of metrics; every rank takes part in the sums."""
-        group = self.meshes.tokens_group
-        expert_load = None
-        if self.moe_layers:
-            expert_load = torch.stack([layer.statistics.counts_E for layer in self.moe_layers])
-            dist.all_reduce(expert_load, group=group)
-            expert_load = expert_load.cpu()
-        figures = collect_statistics(self.model, group, steps=max(self.step - self._logged_step, 1))
+        packed = gather_statistics(self.parts, self.meshes.tokens_group, self.meshes.pipeline_group)
+        figures = load_figures(packed, steps=max(self.step - self._logged_step, 1))
         self._logged_step = self.step
         values = {
             "loss": loss.item(),
@@ -352,13 +366,13 @@ class Trainer:
             "memory_gib": peak_memory_gib(self.device),
             **{key: value for key, value in figures.items() if key.count("/") == 1},
         }
-        self.metrics.log(self.step, values, expert_load=expert_load, seconds_left=reading.seconds_left)
+        self.metrics.log(self.step, values, expert_load=expert_load(packed), seconds_left=reading.seconds_left)
 
     def _save(self, *, blocking: bool) -> None:
         with self.meter.paused():
             self.checkpoints.save(
                 self.step,
-                self.model,
+                self.parts,
                 self.optimizer,
                 {"tokens": self.tokens, "skipped_steps": self.skipped_steps, "data": self.loader.state_dict()},
                 model_files(self.recipe, self.tokenizer),
@@ -367,7 +381,7 @@ class Trainer:
 
     def _diverged(self, batches: list[MicroBatch]) -> None:
         self.checkpoints.wait()
-        place = first_bad_layer(self.model, batches, self.device)
+        place = first_bad_layer(self.passes, [self._inputs(batch) for batch in batches])
         kept = self.checkpoints.latest()
         raise Diverged(
             f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, first bad: {place}; "
@@ -387,7 +401,7 @@ class Trainer:
                     f"interpolated bigram by {baselines.bigram - loss:.4f}"
                 )
             if metrics.mixer_ablation:
-                with silent_mixers(self.model):
+                with silent_mixers(self.modules):
                     silent = self._held_out_loss()
                 self.metrics.message(f"  with every mixer's output set to zero: {silent:.4f} (+{silent - loss:.4f})")
         last = self.checkpoints.directory / f"step-{self.step}"

@@ -112,7 +112,7 @@ class Recorded(TorchDispatchMode):
 def held_and_sent(rank: int, name: str) -> dict[str, Any]:
     size, recipe, dtype = recipe_of(name)
     meshes = Meshes(resolve_degrees(recipe.parallel, size), "cpu")
-    model = build_parallel_model(recipe, meshes, torch.device("cpu"), dtype)
+    (model,) = build_parallel_model(recipe, meshes, torch.device("cpu"), dtype).parts
     optimizer = build_optimizer(model, lr=1e-3)
     data_ranks = meshes.degrees.data_ranks
     tokens_per_step = recipe.training.tokens_per_step or LENGTH * data_ranks

@@ -1,5 +1,6 @@
 """`python -m torchlinearmoe.train`: what a recipe may change when a run goes on, and mistakes told in one line."""
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -180,11 +181,11 @@ def test_a_recipe_that_cannot_be_read_is_one_line(command: Command) -> None:
 
 
 def test_a_run_that_stays_broken_exits_with_one_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torchlinearmoe.trainer import Trainer
+    from torchlinearmoe.parallel.passes import Loop
 
-    loss = Trainer._loss
+    run, steps = Loop.forward_backward, count()
     monkeypatch.setattr(
-        Trainer, "_loss", lambda self, batch: loss(self, batch) * (1 if self.step < 2 else float("nan"))
+        Loop, "forward_backward", lambda self, *args: run(self, *args) * (1 if next(steps) < 2 else float("nan"))
     )
     line = command.refused("--training.max_skipped_steps=2")
     assert line.startswith("error: 2 steps in a row had a loss or gradient that is not finite, first bad:")

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from torchlinearmoe import trainer as trainer_module
 from torchlinearmoe.checkpoint import find_latest
+from torchlinearmoe.parallel.passes import Loop
 from torchlinearmoe.trainer import Diverged, Trainer
 
 SMALL: Settings = {
@@ -37,7 +38,7 @@ def everything(trainer: Trainer) -> list[Tensor]:
 def skip_steps(rank: int, tables: Settings, kind: str, bad_steps: tuple[int, ...]) -> list[bool]:
     """Train with rank 1's loss or gradient spoilt at some steps; whether each step left everything as it was."""
     trainer = build(tables)
-    step, loss, clip = Trainer.train_step, Trainer._loss, trainer_module.clip_gradients
+    step, loss, clip = Trainer.train_step, Loop.loss, trainer_module.clip_gradients
     unchanged: list[bool] = []
 
     def spoilt() -> bool:
@@ -50,21 +51,21 @@ def skip_steps(rank: int, tables: Settings, kind: str, bad_steps: tuple[int, ...
         unchanged.append(len(before) == len(after) and all(map(torch.equal, before, after)))
         return result
 
-    def spoilt_loss(self: Trainer, batch: Any) -> Tensor:
+    def spoilt_loss(self: Loop, batch: Any) -> Tensor:
         return loss(self, batch) * (math.nan if kind == "loss" and spoilt() else 1.0)
 
-    def spoilt_gradient(model: Any, *args: Any) -> Tensor:
+    def spoilt_gradient(parameters: Any, *args: Any) -> Tensor:
         if kind == "gradient" and spoilt():
-            gradient = model.get_parameter("layers.1.ffn.experts.down").grad
+            gradient = trainer.model.get_parameter("layers.1.ffn.experts.down").grad
             gradient.to_local().view(-1)[0] = math.inf
-        return clip(model, *args)
+        return clip(parameters, *args)
 
-    Trainer.train_step, Trainer._loss = step_watched, spoilt_loss  # type: ignore[method-assign]
+    Trainer.train_step, Loop.loss = step_watched, spoilt_loss  # type: ignore[method-assign]
     trainer_module.clip_gradients = spoilt_gradient
     try:
         trainer.run()
     finally:
-        Trainer.train_step, Trainer._loss = step, loss  # type: ignore[method-assign]
+        Trainer.train_step, Loop.loss = step, loss  # type: ignore[method-assign]
         trainer_module.clip_gradients = clip
     return unchanged
 

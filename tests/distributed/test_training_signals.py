@@ -32,18 +32,18 @@ def never_stopped(ranks: RankPool, corpus: Path, tmp_path_factory: pytest.TempPa
 
 def signalled(rank: int, tables: Settings, victim: int, number: int) -> Result:
     """A run in which rank `victim` is sent a signal in the middle of step 5."""
-    loss = Trainer._loss
+    inputs = Trainer._inputs
 
     def interrupted(self: Trainer, batch: Any) -> Any:
         if self.step == 4 and rank == victim:
             os.kill(os.getpid(), number)
-        return loss(self, batch)
+        return inputs(self, batch)
 
-    Trainer._loss = interrupted  # type: ignore[method-assign]
+    Trainer._inputs = interrupted  # type: ignore[method-assign]
     try:
         return run(rank, tables, False)
     finally:
-        Trainer._loss = loss  # type: ignore[method-assign]
+        Trainer._inputs = inputs  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("victim, number", [(0, signal.SIGINT), (1, signal.SIGTERM)])

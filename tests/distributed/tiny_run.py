@@ -8,7 +8,7 @@ layout.
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,9 +30,9 @@ class Result(NamedTuple):
     lines: list[dict[str, Any]]
     """metrics.jsonl."""
     gradients: dict[str, Tensor]
-    """Whole gradients of the first step taken, before clipping, by parameter."""
+    """Whole gradients of the first step taken, before clipping, by parameter; of this rank's pipeline stages."""
     state: dict[str, Tensor]
-    """Whole parameters and buffers at the end."""
+    """Whole parameters and buffers at the end; of this rank's pipeline stages."""
     rows: dict[int, list[str]]
     """A hash of every packed sequence that this rank saw, by step."""
     stopped: int | None
@@ -124,6 +124,12 @@ def part_of(values: Tensor, like: Tensor) -> Tensor:
     return values[tuple(slice(start, start + size) for start, size in zip(offset, shape))]
 
 
+def parameters_of(parts: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter of the parts of a model, by its name in the whole model."""
+    for part in parts:
+        yield from part.named_parameters()
+
+
 @contextmanager
 def watched(gradients: dict[str, Tensor], rows: dict[int, list[str]]) -> Iterator[None]:
     """Fill `gradients` with the whole gradients of the first step inside, and `rows` with the data of every step."""
@@ -131,12 +137,12 @@ def watched(gradients: dict[str, Tensor], rows: dict[int, list[str]]) -> Iterato
 
     clip, train_step = trainer.clip_gradients, trainer.Trainer.train_step
 
-    def clip_watched(model: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def clip_watched(parts: Any, *args: Any, **kwargs: Any) -> Tensor:
         if not gradients:
-            for name, parameter in model.named_parameters():
+            for name, parameter in parameters_of(parts):
                 assert parameter.grad is not None, name
                 gradients[name] = whole(parameter.grad)
-        return clip(model, *args, **kwargs)
+        return clip(parts, *args, **kwargs)
 
     def train_step_watched(self: Any, batches: list[Any], received: int | None = None) -> Any:
         pairs = torch.cat([torch.stack((b.tokens, b.labels)).view(2, -1, b.row_length) for b in batches], 1)
@@ -170,10 +176,11 @@ def run(rank: int, tables: Settings, moved: bool = True) -> Result:
     counters.clear()
     trainer = build(tables)
     if moved:
-        unsettle(trainer.model)
+        for part in trainer.parts:
+            unsettle(part)
     with watched(gradients, rows):
         stopped = trainer.run()
-    state = {name: whole(value) for name, value in trainer.model.state_dict().items()}
+    state = {name: whole(value) for part in trainer.parts for name, value in part.state_dict().items()}
     dist.barrier()
     graphs, breaks = counters["stats"]["unique_graphs"], list(counters["graph_break"])
     return Result(read_lines(trainer.folder), gradients, state, rows, stopped, graphs, breaks)

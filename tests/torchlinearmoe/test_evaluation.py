@@ -10,6 +10,8 @@ from torchlinearmoe import build_model
 from torchlinearmoe.data.packing import IGNORED, MicroBatch
 from torchlinearmoe.evaluation import first_bad_layer, held_out_loss, silent_mixers
 from torchlinearmoe.models.decoder import Decoder
+from torchlinearmoe.parallel.inputs import Inputs
+from torchlinearmoe.parallel.passes import Loop
 from torchlinearmoe.recipe import resolve
 
 CPU = torch.device("cpu")
@@ -52,11 +54,11 @@ def loss_by_hand(model: Decoder, count: int) -> float:
 def test_the_loss_is_a_mean_over_tokens_and_leaves_no_trace(model: Decoder) -> None:
     model.train()
     before = {name: value.clone() for name, value in model.named_buffers()}
-    assert held_out_loss(model, batches(), CPU) == pytest.approx(loss_by_hand(model.eval(), 3), rel=1e-6)
+    assert held_out_loss(Loop(model), batches(), CPU) == pytest.approx(loss_by_hand(model.eval(), 3), rel=1e-6)
     model.train()
-    assert held_out_loss(model, batches(), CPU, limit=2) == pytest.approx(loss_by_hand(model.eval(), 2), rel=1e-6)
+    assert held_out_loss(Loop(model), batches(), CPU, limit=2) == pytest.approx(loss_by_hand(model.eval(), 2), rel=1e-6)
     model.train()
-    held_out_loss(model, batches(), CPU)
+    held_out_loss(Loop(model), batches(), CPU)
     assert model.training and all(module.training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -74,7 +76,7 @@ def test_with_silent_mixers_a_token_knows_of_no_other(model: Decoder) -> None:
 
 
 def bad_place(model: Decoder) -> str:
-    found = first_bad_layer(model, list(batches()), CPU)
+    found = first_bad_layer(Loop(model), [Inputs(b.tokens, b.labels, b.documents()) for b in batches()])
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
     return found

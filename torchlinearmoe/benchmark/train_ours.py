@@ -43,7 +43,7 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
             batch = synthetic_batch(recipe.model.vocab_size, options["sequences"], options["length"])
             figures = time_steps(lambda: trainer.train_step([batch]), steps=options["steps"], device=device)
             tokens = options["length"] * options["sequences"] / figures["step_s"]
-            parameters = sum(p.numel() for p in trainer.model.parameters())
+            parameters = sum(p.numel() for p in trainer.whole.parameters())
             return {
                 "tokens_per_second": tokens,
                 "mfu": mfu(tokens, trainer.flops_per_token, trainer.peak),

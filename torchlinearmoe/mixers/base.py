@@ -3,8 +3,9 @@
 A mixer turns the hidden states of packed documents into new ones. Over any span of tokens a linear mixer is
 S_out = A S_in + B; its file declares what the trainer, the decoder and the parallel layouts need to know: the kind of
 A (`transition`), the named state and how each part carries over (`state_spec`), parameters shared by all its layers
-(`shared_module`), tensors that travel with the hidden state (`carried`), how its parameters split over tensor-parallel
-ranks (`tensor_parallel`), its FLOPs and its parameter count. A new mixer is one file here and nothing else.
+(`shared_module`), tensors that travel with the hidden state (`carried_channels`), how its parameters split over
+tensor-parallel ranks (`tensor_parallel`), its FLOPs and its parameter count. A new mixer is one file here and nothing
+else.
 
 Shapes: T tokens (packed, all documents of a micro-batch in one stream), D model width, H heads, K and V key and value
 width of a head, N documents.
@@ -254,8 +255,6 @@ class Mixer(nn.Module):
     name: ClassVar[str]
     transition: ClassVar[Transition]
     Options: ClassVar[type[MixerOptions]] = MixerOptions
-    carried: ClassVar[tuple[str, ...]] = ()
-    """Names of the carried tensors that this mixer sets in its first layer and reads in later ones."""
     projections: ClassVar[Mapping[str, str]] = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
     """The linear layers that play the parts of attention's query, key, value and output, where there are such: a layer
     started from another mixer's weights takes them part by part."""
@@ -308,6 +307,14 @@ class Mixer(nn.Module):
     def parameters_not_in_first(cls, options: Any, model: ModelDims) -> int:
         """Of these, what the first layer, which sets the carried tensors, does without."""
         return 0
+
+    @classmethod
+    def carried_channels(cls, options: Any, model: ModelDims) -> dict[str, int]:
+        """Channels of each carried tensor, [T, channels], by name: set by the first layer of this mixer, read by all.
+
+        Channels belong to heads and are split with them.
+        """
+        return {}
 
     @classmethod
     def shared_module(cls, options: Any, model: ModelDims, count: int) -> SharedModule | None:

@@ -176,7 +176,6 @@ class RWKV7(Mixer):
     projections = {"q": "r_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
     transition = Transition.DENSE
     Options = Options
-    carried = ("v_first",)
     variants = (
         {"decay_rank": 5, "rate_rank": 3, "value_rank": 2, "gate_rank": 7},
         {"heads": 3, "head_dim": 16},
@@ -224,6 +223,11 @@ class RWKV7(Mixer):
         heads, head_dim = geometry(options, model)
         width, inner = model.hidden_size, heads * head_dim
         return (width + inner) * _ranks(options, width)["value_rank"] + inner
+
+    @classmethod
+    def carried_channels(cls, options: Any, model: ModelDims) -> dict[str, int]:
+        heads, head_dim = geometry(options, model)
+        return {"v_first": heads * head_dim}
 
     def state_spec(self) -> dict[str, StateSpec]:
         return {

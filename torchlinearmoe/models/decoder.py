@@ -62,28 +62,43 @@ class Head(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A Linear-MoE language model. `model(tokens)` gives logits; see the module's docstring."""
+    """A Linear-MoE language model. `model(tokens)` gives logits; see the module's docstring.
 
-    def __init__(self, recipe: ModelRecipe) -> None:
+    Given `layers` it holds these consecutive ones only, under the names they have in the whole model, with the
+    embedding where the first layer is among them, and the norm and the head where the last one is. A tied head brings
+    the embedding along. Modules that are not held are None.
+    """
+
+    embed: nn.Embedding
+    norm: RMSNorm
+    head: Head
+
+    def __init__(self, recipe: ModelRecipe, layers: range | None = None) -> None:
         super().__init__()
         self.recipe = recipe
-        self.embed = nn.Embedding(recipe.vocab_size, recipe.hidden_size)
-        set_initializers(self.embed, weight=Normal(recipe.init_std))
         names = layer_mixers(recipe)
+        layers = range(len(names)) if layers is None else layers
+        self.holds_first, self.holds_last = layers.start == 0, layers.stop == len(names)
+        self.register_module("embed", None)
+        if self.holds_first or (self.holds_last and recipe.tie_embeddings):
+            self.embed = nn.Embedding(recipe.vocab_size, recipe.hidden_size)
+            set_initializers(self.embed, weight=Normal(recipe.init_std))
         counts = Counter(names)
         self.shared = nn.ModuleDict()
-        for name, count in counts.items():
-            module = MIXERS[name].shared_module(recipe.mixer_options[name], recipe, count)
+        for name in dict.fromkeys(names[index] for index in layers):
+            module = MIXERS[name].shared_module(recipe.mixer_options[name], recipe, counts[name])
             if module is not None:
                 self.shared[name] = module
         self.layers = nn.ModuleDict()
-        seen: Counter[str] = Counter()
-        for index, name in enumerate(names):
-            place = Place(index, seen[name], counts[name])
-            seen[name] += 1
+        for index in layers:
+            name = names[index]
+            place = Place(index, names[:index].count(name), counts[name])
             self.layers[str(index)] = Block(recipe, _build_mixer(name, recipe, place), index)
-        self.norm = RMSNorm(recipe.hidden_size, recipe.norm_eps)
-        self.head = Head(recipe.hidden_size, recipe.vocab_size, recipe.init_std, recipe.tie_embeddings)
+        self.register_module("norm", None)
+        self.register_module("head", None)
+        if self.holds_last:
+            self.norm = RMSNorm(recipe.hidden_size, recipe.norm_eps)
+            self.head = Head(recipe.hidden_size, recipe.vocab_size, recipe.init_std, recipe.tie_embeddings)
 
     def forward(
         self,
@@ -103,11 +118,11 @@ class Decoder(nn.Module):
         shape = tokens.shape
         if documents is None:
             documents = _documents_of(tokens, cu_seqlens)
-        context = Context(documents, documents.positions, self._shared(), totals)
+        context = Context(documents, documents.positions, self.shared_outputs(), totals)
         h, _ = self._run(tokens.reshape(-1), context, None)
         if labels is not None:
-            return self._head(h, labels.reshape(-1))
-        logits = self._head(h)
+            return self.project(h, labels.reshape(-1))
+        logits = self.project(h)
         return logits.unflatten(0, shape) if len(shape) > 1 else logits
 
     def init_state(self, batch_size: int, max_length: int | None = None) -> DecodeState:
@@ -140,14 +155,14 @@ class Decoder(nn.Module):
         documents = Documents.packed([0, *accumulate(kept)], device=tokens.device)
         row_of = torch.tensor(rows, device=tokens.device)[documents.ids.long()]
         h, part = self._decode(tokens[row_of, documents.positions], documents, part, kept, stepping=False)
-        logits[row_of, documents.positions] = self._head(h)
+        logits[row_of, documents.positions] = self.project(h)
         return logits, part if len(rows) == batch else _merge(state, part, rows)
 
     def step(self, tokens: Tensor, state: DecodeState) -> tuple[Tensor, DecodeState]:
         """One token for every sequence: int64 [B] -> logits [B, V] and the new state. Errors as in `prefill`."""
         documents = Documents.batch(tokens.shape[0], 1, tokens.device)
         h, state = self._decode(tokens, documents, state, [1] * tokens.shape[0], stepping=True)
-        return self._head(h), state
+        return self.project(h), state
 
     def _decode(
         self, tokens: Tensor, documents: Documents, state: DecodeState, counts: list[int], *, stepping: bool
@@ -159,26 +174,33 @@ class Decoder(nn.Module):
                 "make the state with a larger max_length"
             )
         positions = documents.positions + state.positions[documents.ids.long()]
-        context = Context(documents, positions, self._shared(), None, stepping, max(seen))
+        context = Context(documents, positions, self.shared_outputs(), None, stepping, max(seen))
         h, layers = self._run(tokens, context, state.layers)
         advance = torch.tensor(counts, device=tokens.device)
         return h, DecodeState(layers, state.positions + advance, seen, state.max_length)
 
     def _run(self, tokens: Tensor, context: Context, states: list[State] | None) -> tuple[Tensor, list[State]]:
         """Flat tokens [T] through the blocks and the last norm, [T, D]."""
-        x: Tensor = self.embed(tokens)
-        carried: Carried = {}
+        x, after, _ = self.run_layers(self.embed(tokens), context, states, {})
+        return self.norm(x), after
+
+    def run_layers(
+        self, x: Tensor, context: Context, states: list[State] | None, carried: Carried
+    ) -> tuple[Tensor, list[State], Carried]:
+        """Hidden states [T, D] and carried tensors through the blocks held here; the states come back if given."""
         after: list[State] = []
         for index, layer in enumerate(self.layers.values()):
             x, state, carried = layer(x, context, None if states is None else states[index], carried)
             if state is not None:
                 after.append(state)
-        return self.norm(x), after
+        return x, after, carried
 
-    def _head(self, h: Tensor, labels: Tensor | None = None) -> Tensor:
+    def project(self, h: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Normed hidden states [T, D] to logits, or with labels to their summed cross entropy."""
         return self.head(h, labels, self.embed.weight if self.recipe.tie_embeddings else None)
 
-    def _shared(self) -> dict[str, Any]:
+    def shared_outputs(self) -> dict[str, Any]:
+        """What the shared modules give their mixers' layers, by mixer."""
         return {name: module() for name, module in self.shared.items()}
 
     def _blocks(self) -> list[Block]:

@@ -5,21 +5,29 @@ Only the chosen experts count. Backward costs twice the forward; recomputation i
 
 from __future__ import annotations
 
+from torch import nn
+
 from torchlinearmoe.mixers.base import Mixer
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.moe.layer import MoE
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 def forward_flops_per_token(model: Decoder, length: int) -> float:
     """FLOPs of one token's forward in documents of `length` tokens."""
-    recipe = model.recipe
-    total = 2.0 * recipe.hidden_size * recipe.vocab_size
-    for layer in model.layers.values():
-        mixer = layer.mixer
-        assert isinstance(mixer, Mixer)
-        total += mixer.flops_per_token(length)
-        total += 2.0 * active_parameters(layer.ffn)
-    return total
+    return head_flops(model.recipe) + sum(layer_flops(layer, length) for layer in model.layers.values())
+
+
+def head_flops(recipe: ModelRecipe) -> float:
+    """FLOPs of one token's projection to the vocabulary."""
+    return 2.0 * recipe.hidden_size * recipe.vocab_size
+
+
+def layer_flops(layer: nn.Module, length: int) -> float:
+    """FLOPs of one token's forward through a layer, in documents of `length` tokens."""
+    mixer = layer.mixer
+    assert isinstance(mixer, Mixer)
+    return mixer.flops_per_token(length) + 2.0 * active_parameters(layer.ffn)
 
 
 def training_flops_per_token(model: Decoder, length: int) -> float:

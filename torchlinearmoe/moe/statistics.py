@@ -1,6 +1,6 @@
 """How the experts of each layer are used, counted while training and read when metrics are logged.
 
-Each micro-batch adds to buffers on the device; nothing is synchronised until `collect_statistics`.
+Each micro-batch adds to buffers on the device; nothing is synchronised until `gather_statistics`.
 
 Activation checkpointing runs a forward twice. A recomputation happens inside a running backward, a first forward never
 does, so `recomputing` tells them apart and everything is counted once, whichever way the blocks are checkpointed.
@@ -9,6 +9,8 @@ E experts, k experts a token.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -69,55 +71,66 @@ class LoadStatistics(nn.Module):
         )
 
 
-def _figures(packed: Tensor, num_experts: int) -> dict[str, float]:
-    counts_E, probs_E, losses, rest = packed.split([num_experts, num_experts, 2, 2])
-    assignments, tokens = counts_E.sum(), rest[1]
-    mean_E = probs_E / tokens
-    return {
-        "max_load": (counts_E.max() * num_experts / assignments).item(),
-        "min_load": (counts_E.min() * num_experts / assignments).item(),
-        "entropy": torch.special.entr(mean_E).sum().item(),
-        "dropped": (rest[0] / assignments).item(),
-        "balance_loss": losses[0].item(),
-        "z_loss": losses[1].item(),
-    }
-
-
 @torch.no_grad()
-def collect_statistics(
-    model: nn.Module, group: ProcessGroup | None = None, *, steps: int = 1, reset: bool = True
-) -> dict[str, float]:
-    """The load figures of every MoE layer since the last collection, as a flat dict, and reset them.
+def gather_statistics(
+    parts: Sequence[nn.Module],
+    group: ProcessGroup | None = None,
+    stages: ProcessGroup | None = None,
+    *,
+    reset: bool = True,
+) -> dict[str, Tensor]:
+    """The sums [2E + 4] of every MoE layer since they were last reset, by the layer's path, on the host; resets them.
+
+    One all-reduce over `group` (all ranks whose tokens make up a step, of one pipeline stage; every one of them has to
+    call) and one transfer to the host, for all layers together. `parts` are what this rank has of the model, `stages`
+    the ranks that have the rest of its layers. Layers that saw no token are left out.
+    """
+    layers = [
+        (path.rpartition(".")[0], module)
+        for part in parts
+        for path, module in part.named_modules()
+        if isinstance(module, LoadStatistics)
+    ]
+    packed: dict[str, Tensor] = {}
+    if layers:
+        flat = torch.cat([layer.packed() for _, layer in layers])
+        if group is not None:
+            dist.all_reduce(flat, group=group)
+        sizes = [2 * layer.num_experts + 4 for _, layer in layers]
+        packed = {path: values for (path, _), values in zip(layers, flat.cpu().split(sizes))}
+        if reset:
+            for _, layer in layers:
+                layer.reset_buffers()
+    if stages is not None:
+        gathered: list[dict[str, Tensor]] = [{}] * stages.size()
+        dist.all_gather_object(gathered, packed, group=stages)
+        packed = {path: values for some in gathered for path, values in some.items()}
+    return {path: packed[path] for path in sorted(packed, key=_in_order) if packed[path][-1] > 0}
+
+
+def _in_order(path: str) -> list[int]:
+    """The numbers in a path: layers as they follow one another."""
+    return [int(part) for part in path.split(".") if part.isdigit()]
+
+
+def expert_load(packed: dict[str, Tensor]) -> Tensor | None:
+    """Assignments to every expert of every layer, [layers, E]; None without any."""
+    return torch.stack([values[: _experts(values)] for values in packed.values()]) if packed else None
+
+
+def load_figures(packed: dict[str, Tensor], *, steps: int = 1) -> dict[str, float]:
+    """The load figures of the sums of `gather_statistics`, as a flat dict; empty when there are none.
 
     Keys are `moe/FIGURE` (over the layers: the maximum of max_load and dropped, the minimum of min_load, the
     mean of entropy, the sum of the losses) and `moe/PATH/FIGURE` for the layer at PATH:
     max_load, min_load: the busiest and idlest expert's assignments over the mean (1 is perfect balance);
     entropy: of the mean probabilities, in nats (log E is perfect balance); dropped: fraction of assignments over
     capacity; balance_loss, z_loss: as added to the training loss, coefficients included, mean of the `steps` collected.
-
-    One all-reduce over `group` (all ranks whose tokens make up a step, of one pipeline stage; every one of them has to
-    call) and one transfer to the host, for all layers together. Empty when there is no MoE layer or no token was seen.
     """
-    layers = [
-        (path.rpartition(".")[0], module)
-        for path, module in model.named_modules()
-        if isinstance(module, LoadStatistics)
-    ]
-    if not layers:
-        return {}
-    packed = torch.cat([layer.packed() for _, layer in layers])
-    if group is not None:
-        dist.all_reduce(packed, group=group)
-    packed = packed.cpu()
-    if reset:
-        for _, layer in layers:
-            layer.reset_buffers()
     per_layer: list[dict[str, float]] = []
     result: dict[str, float] = {}
-    for (path, layer), values in zip(layers, packed.split([2 * layer.num_experts + 4 for _, layer in layers])):
-        if values[-1] == 0:
-            continue
-        figures = _figures(values, layer.num_experts)
+    for path, values in packed.items():
+        figures = _figures(values)
         figures["balance_loss"] /= steps
         figures["z_loss"] /= steps
         per_layer.append(figures)
@@ -134,3 +147,29 @@ def collect_statistics(
     }
     summary = {f"moe/{name}": float(over([f[name] for f in per_layer])) for name, over in reductions.items()}
     return summary | result
+
+
+def collect_statistics(
+    model: nn.Module, group: ProcessGroup | None = None, *, steps: int = 1, reset: bool = True
+) -> dict[str, float]:
+    """`load_figures` of a whole model's `gather_statistics`."""
+    return load_figures(gather_statistics([model], group, reset=reset), steps=steps)
+
+
+def _experts(packed: Tensor) -> int:
+    return (packed.shape[0] - 4) // 2
+
+
+def _figures(packed: Tensor) -> dict[str, float]:
+    num_experts = _experts(packed)
+    counts_E, probs_E, losses, rest = packed.split([num_experts, num_experts, 2, 2])
+    assignments, tokens = counts_E.sum(), rest[1]
+    mean_E = probs_E / tokens
+    return {
+        "max_load": (counts_E.max() * num_experts / assignments).item(),
+        "min_load": (counts_E.min() * num_experts / assignments).item(),
+        "entropy": torch.special.entr(mean_E).sum().item(),
+        "dropped": (rest[0] / assignments).item(),
+        "balance_loss": losses[0].item(),
+        "z_loss": losses[1].item(),
+    }

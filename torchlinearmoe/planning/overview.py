@@ -11,6 +11,7 @@ import torch
 from torchlinearmoe.models.flops import forward_flops_per_token, training_flops_per_token
 from torchlinearmoe.parallel.apply import lay_out_model
 from torchlinearmoe.parallel.mesh import Meshes, resolve_degrees, tokens_per_step
+from torchlinearmoe.parallel.pipeline import check_micro_batches
 from torchlinearmoe.planning.communication import fsdp_units, step_collectives
 from torchlinearmoe.planning.layers import count_parameters, forward_flop_terms
 from torchlinearmoe.planning.memory import Memory, checkpoint_bytes, optimizer_states, rank_memory
@@ -27,13 +28,14 @@ def plan(recipe: Recipe, world_size: int, dtype: torch.dtype, rank: int = 0) -> 
     """
     degrees = resolve_degrees(recipe.parallel, world_size)
     recipe = with_tokens_per_step(recipe, tokens_per_step(recipe.training, degrees))
+    check_micro_batches(recipe, degrees)
     training = recipe.training
     assert training.tokens_per_step is not None
     micro_batch = training.sequence_length * training.micro_batch_size
     accumulation = training.tokens_per_step // (micro_batch * degrees.data_ranks)
     steps = training.steps or math.ceil((training.tokens or 0) / training.tokens_per_step)
     with pretended_world(world_size, rank):
-        model = lay_out_model(recipe, Meshes(degrees, "cpu"), dtype)
+        (model,) = lay_out_model(recipe, Meshes(degrees, "cpu"), dtype)
         parameters = count_parameters(model)
         length = training.sequence_length
         flops = {
@@ -52,7 +54,7 @@ def plan(recipe: Recipe, world_size: int, dtype: torch.dtype, rank: int = 0) -> 
     # Torch gives the lower ranks of an axis the larger pieces, so rank 0 holds at least as much as any other.
     if rank != 0:
         with pretended_world(world_size, 0):
-            first = lay_out_model(recipe, Meshes(degrees, "cpu"), dtype)
+            (first,) = lay_out_model(recipe, Meshes(degrees, "cpu"), dtype)
             largest_rank = 0
             largest = rank_memory(first, optimizer_states(first, recipe.optimizer), training, degrees, dtype)
     return {

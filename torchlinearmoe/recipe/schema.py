@@ -212,9 +212,19 @@ class ParallelRecipe:
     expert: int = 1
     """Ranks that share the experts; borrowed from data_shard x context x tensor."""
     pipeline: int = 1
-    """Pipeline stages."""
+    """Ranks that share the layers, consecutive runs of them."""
+    pipeline_schedule: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    """In which order forwards and backwards run: one stage a rank; several a rank; or two a rank in a V, each backward
+    in two parts (ZB-V)."""
+    pipeline_stages_per_rank: int = 0
+    """Stages a rank has; 0 takes what the schedule needs: 1, 2 and 2."""
     reshard_after_forward: bool = True
     """Free gathered weights between forward and backward (ZeRO-3); false keeps them (ZeRO-2)."""
+
+    @property
+    def stages_per_rank(self) -> int:
+        """Pipeline stages of each rank."""
+        return self.pipeline_stages_per_rank or (1 if self.pipeline_schedule == "1f1b" else 2)
 
 
 @dataclass(frozen=True, kw_only=True)

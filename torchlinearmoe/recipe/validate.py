@@ -162,10 +162,12 @@ def _parallel(recipe: Recipe) -> None:
     for name in ("data_replicate", "tensor", "context", "expert", "pipeline"):
         if getattr(parallel, name) < 1:
             raise RecipeError(f"parallel.{name} = {getattr(parallel, name)}: must be at least 1")
-    for name in ("context", "pipeline"):
+    for name in ("context",):
         degree = getattr(parallel, name)
         if degree != 1:
             raise RecipeError(f"parallel.{name} = {degree}: this axis is not available in this version; legal: 1")
+    if parallel.pipeline > 1:
+        _pipeline(recipe)
     if parallel.data_shard < 1 and parallel.data_shard != -1:
         raise RecipeError(f"parallel.data_shard = {parallel.data_shard}: must be at least 1, or -1 for what is left")
     if parallel.expert > 1 and not experts:
@@ -193,3 +195,32 @@ def _tensor(recipe: Recipe) -> None:
     for name, count in shared_out:
         if count % degree:
             raise RecipeError(f"parallel.tensor = {degree}: must divide {name} = {count}; legal: {divisors(count)}")
+
+
+def _pipeline(recipe: Recipe) -> None:
+    parallel, layers = recipe.parallel, recipe.model.num_layers
+    schedule, each = parallel.pipeline_schedule, parallel.pipeline_stages_per_rank
+    legal = {"1f1b": each in (0, 1), "interleaved": each == 0 or each > 1, "zero_bubble": each in (0, 2)}
+    if not legal[schedule]:
+        wanted = {"1f1b": "1", "interleaved": "at least 2", "zero_bubble": "2"}[schedule]
+        raise RecipeError(
+            f"parallel.pipeline_stages_per_rank = {each}: pipeline_schedule = '{schedule}' needs {wanted}; "
+            "0 takes what it needs"
+        )
+    most = layers // parallel.stages_per_rank
+    if parallel.pipeline > most:
+        raise RecipeError(
+            f"parallel.pipeline = {parallel.pipeline}: {parallel.stages_per_rank} stages a rank need at least "
+            f"{parallel.pipeline * parallel.stages_per_rank} layers, model.num_layers = {layers}; legal: 1 to {most}"
+        )
+    if schedule == "zero_bubble":
+        if recipe.training.compile:
+            raise RecipeError(
+                "parallel.pipeline_schedule = 'zero_bubble': torch cannot split the backward of compiled regions; "
+                "set training.compile = false or take '1f1b' or 'interleaved'"
+            )
+        if parallel.reshard_after_forward:
+            raise RecipeError(
+                "parallel.pipeline_schedule = 'zero_bubble': the weights must stay gathered between the parts of a "
+                "backward; set parallel.reshard_after_forward = false"
+            )
