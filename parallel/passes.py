@@ -153,6 +153,10 @@ class _Runner(PipelineStage):
         self.stage.micro_batch = fwd_chunk_id
         return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
+    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+        self.stage.backward_shared()
+        super().perform_reduce_grad(grad_scale_factor)
+
     # Between two stages of one rank torch hands gradients over in a run without any, too.
     def get_local_bwd_output(self, mb_index: int) -> Any:
         return super().get_local_bwd_output(mb_index) if self.has_backward else ()

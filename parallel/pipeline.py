@@ -105,9 +105,12 @@ def shared_between(model: ModelRecipe, stages: list[range]) -> dict[str, list[in
     if model.tie_embeddings:
         holders["embed"] = [0, len(stages) - 1]
     for name in dict.fromkeys(names):
-        holders[f"shared.{name}"] = [
-            index for index, layers in enumerate(stages) if any(names[layer] == name for layer in layers)
-        ]
+        with torch.device("meta"):
+            module = MIXERS[name].shared_module(model.mixer_options[name], model, names.count(name))
+        if module is not None:
+            holders[f"shared.{name}"] = [
+                index for index, layers in enumerate(stages) if any(names[layer] == name for layer in layers)
+            ]
     return {path: held for path, held in holders.items() if len(held) > 1}
 
 
