@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.models.flops import forward_flops_per_token, training_flops_per_token
 from torchlinearmoe.parallel.apply import lay_out_model
 from torchlinearmoe.parallel.mesh import Meshes, resolve_degrees, tokens_per_step
@@ -29,6 +30,8 @@ def plan(recipe: Recipe, world_size: int, dtype: torch.dtype, rank: int = 0) -> 
     degrees = resolve_degrees(recipe.parallel, world_size)
     recipe = with_tokens_per_step(recipe, tokens_per_step(recipe.training, degrees))
     check_micro_batches(recipe, degrees)
+    if degrees.pipeline > 1:
+        raise RecipeError(f"parallel.pipeline = {degrees.pipeline}: a pipeline cannot be planned yet, only trained")
     training = recipe.training
     assert training.tokens_per_step is not None
     micro_batch = training.sequence_length * training.micro_batch_size
