@@ -71,4 +71,4 @@ def test_a_pipeline_trains_as_one_process_does(ranks: RankPool, corpus: Path, tm
         assert found.column(key) == pytest.approx(one.column(key), rel=1e-5), key
     for name in one.state:
         if name.endswith("expert_bias"):
-            assert one.state[name].abs().max() > 0.01 and torch.equal(found.state[name], one.state[name])
+            assert one.state[name].abs().max() > 0.005 and torch.equal(found.state[name], one.state[name])
