@@ -31,7 +31,7 @@ from torchlinearmoe.metrics.mfu import mfu, peak_flops
 from torchlinearmoe.metrics.profiling import MemorySnapshot, StepProfiler
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.models.flops import training_flops_per_token
-from torchlinearmoe.moe.balance import counting_pass, needs_counting_pass, update_bias
+from torchlinearmoe.moe.balance import counting_pass, forget_global_counts, needs_counting_pass, update_bias
 from torchlinearmoe.moe.layer import MoE
 from torchlinearmoe.moe.statistics import expert_load, gather_statistics, load_figures
 from torchlinearmoe.moe.totals import StepTotals
@@ -219,8 +219,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         for layer in self.moe_layers:
             layer.step_counts_E *= skipped == 0  # without counts the bias stays
-            layer.balance.set_global_counts(None)
         update_bias(self.moe_layers, tokens_group)
+        forget_global_counts(self.model)
 
         # What happened in a step is read one step later, when it is known without waiting for the device.
         previous, self._pending = self._pending, torch.stack([skipped.double(), counts[1]])

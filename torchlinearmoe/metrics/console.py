@@ -146,5 +146,6 @@ _FIGURES = {
     "lr": lambda value: f"lr {_or_dash(value, '.2e')}",
     "memory_gib": lambda value: f"{_or_dash(value, '.1f')} GiB",
     "moe/max_load": lambda value: f"max load {_or_dash(value, '.2f')}",
+    "mom/max_load": lambda value: f"max memory load {_or_dash(value, '.2f')}",
     "tokens": lambda value: f"{format_number(value)} tokens",
 }

@@ -28,6 +28,10 @@ from torchlinearmoe.mixers.past import Empty, Past, Resumed, Spanned, State
 from torchlinearmoe.models.rope import RopeScaling, frequencies
 from torchlinearmoe.registry import Registry
 
+Parts = dict[str, Any]
+"""What the tokens read with and write by: tensors [T, ...] by name, and tables and bounds that go with them."""
+Layers = Mapping[str, tuple[str, ...]]
+"""Parts by name, and the linear layers of the mixer that make each of the input, in order."""
 Carried = dict[str, Tensor]
 """Tensors that travel with the hidden state from layer to layer, [T, ...] each."""
 
@@ -179,6 +183,8 @@ class ModelDims(Protocol):
     def attention_backend(self) -> str: ...
     @property
     def kernel_backend(self) -> str: ...
+    @property
+    def mixer_options(self) -> Mapping[str, Any]: ...
 
 
 def rope_scaling(model: ModelDims) -> RopeScaling | None:
@@ -260,6 +266,11 @@ class Mixer(nn.Module):
     started from another mixer's weights takes them part by part."""
     regions: ClassVar[tuple[str, ...]] = ()
     """Methods that are compiled; fp32 units stay outside them, and `region` keeps states out."""
+    reads: ClassVar[Layers] = {}
+    """What a token reads with: the query `q` first, then what `output` takes beside the read."""
+    writes: ClassVar[Layers] = {}
+    """What a token writes by. A mixer that names these two can be the memory of a mixture of memories (`mom.py`): it
+    is `output(read(prepare(parts)), *other reads)`, and its convolutions are `convs`, by the names of the parts."""
     variants: ClassVar[tuple[dict[str, Any], ...]] = ()
     """Option overrides, beside the defaults, that change what is computed: every test of the contract runs on each.
 
@@ -271,6 +282,8 @@ class Mixer(nn.Module):
     """Query heads of the layer, on all tensor-parallel ranks together; 0 for a mixer that leaves them to another."""
     first_head: int = 0
     """Index, among all heads of the layer, of the first one in this module; above zero on a tensor-parallel rank."""
+    write_rows: int = 1
+    """Rows of the parts in `writes` for each token."""
 
     @classmethod
     def check_counts(cls, options: MixerOptions) -> None:
@@ -297,6 +310,11 @@ class Mixer(nn.Module):
                 f"mixer.{cls.name}.heads: {heads} heads of {width} do not make model.hidden_size = "
                 f"{model.hidden_size}; give mixer.{cls.name}.heads and mixer.{cls.name}.head_dim"
             )
+
+    @classmethod
+    def sections(cls, options: Any) -> tuple[str, ...]:
+        """The `[mixer.NAME]` sections that a layer reads."""
+        return (cls.name,)
 
     @classmethod
     def num_parameters(cls, options: Any, model: ModelDims) -> int:
@@ -351,6 +369,23 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
+    @classmethod
+    def write_parameters(cls, options: Any, model: ModelDims) -> int:
+        """Parameters of the layers in `writes`, in closed form."""
+        raise NotImplementedError
+
+    def prepare(self, parts: Parts, context: Context) -> Parts:
+        """What `read` takes: the outputs of the layers in `reads` and `writes`, joined by those of fp32 units."""
+        return parts
+
+    def read(self, parts: Parts, past: Past) -> Tensor:
+        """Convolutions, features and recurrence of the prepared parts, -> [T, H, ...]."""
+        raise NotImplementedError
+
+    def output(self, o: Tensor, *reads: Tensor) -> Tensor:
+        """What was read [T, H, ...], and the parts in `reads` after the query -> [T, D]."""
+        raise NotImplementedError
+
     def region(self, name: str, past: Past) -> Callable[..., Any]:
         """The method `name`, in its compiled form only where documents start empty."""
         return getattr(self, name) if isinstance(past, Empty) else MethodType(getattr(type(self), name), self)
@@ -363,6 +398,10 @@ class Mixer(nn.Module):
             kind = torch.float32 if spec.fp32 and dtype != torch.float64 else dtype
             state[name] = torch.zeros(shape, device=device, dtype=kind)
         return state
+
+    def active_parameters(self) -> int:
+        """Parameters that one token meets."""
+        return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, length: int) -> float:
         """Forward FLOPs a token: two a weight of every matrix, plus the mixing."""

@@ -31,6 +31,7 @@ from torchlinearmoe.mixers.base import (
     Mixer,
     MixerOptions,
     ModelDims,
+    Parts,
     Place,
     State,
     StateSpec,
@@ -88,6 +89,8 @@ class GLA(Mixer):
         {"feature_map": "silu", "heads": 3, "head_dim": 16, "kv_heads": 1},
     )
     regions = ("project", "mix")
+    reads = {"q": ("q_proj",), "gate": ("g_proj",)}
+    writes = {"k": ("k_proj",), "v": ("v_proj",), "decay": ("decay_down", "decay_up")}
 
     def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
         super().__init__()
@@ -138,6 +141,13 @@ class GLA(Mixer):
         gate = (model.hidden_size + keys) * options.gate_rank + keys
         return model.hidden_size * (inputs + 2 * outputs) + gate + value_dim + options.conv * inputs
 
+    @classmethod
+    def write_parameters(cls, options: Any, model: ModelDims) -> int:
+        """D G (K + V), (D + G K) rank + G K of the gate."""
+        _, kv_heads, key_dim, value_dim = _dims(options, model)
+        keys, values = kv_heads * key_dim, kv_heads * value_dim
+        return model.hidden_size * (keys + values) + (model.hidden_size + keys) * options.gate_rank + keys
+
     def state_spec(self) -> dict[str, StateSpec]:
         recurrent = StateSpec((self.kv_heads, self.key_dim, self.value_dim), Carry.RECURRENT)
         return {"recurrent": recurrent, **self.convs.state_spec()}
@@ -152,22 +162,28 @@ class GLA(Mixer):
         return linear_recurrence_flops(self.heads, self.key_dim, self.value_dim)
 
     def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Raw q [T, H K], k [T, G K], v [T, G V], gate [T, H V]; log decays [T, G K] in float32."""
-        logits = self.decay_up(self.decay_down(x_TD))
+        """Raw q [T, H K], k [T, G K], v [T, G V], gate [T, H V], decay logits [T, G K]."""
+        decay = self.decay_up(self.decay_down(x_TD))
+        return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD), self.g_proj(x_TD), decay
+
+    def log_decay(self, logits: Tensor) -> Tensor:
+        """[T, G K] -> log decays in float32."""
         log_decay = F.logsigmoid(in_float32(logits)) / self.normalizer
-        if self.clamp_min is not None:
-            log_decay = log_decay.clamp(min=self.clamp_min)
-        return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD), self.g_proj(x_TD), log_decay
+        return log_decay if self.clamp_min is None else log_decay.clamp(min=self.clamp_min)
 
     def features(self, parts: dict[str, Tensor], log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q [T, H, K], k and log decays [T, G, K], v [T, G, V]; head counts are read from the shapes."""
         q, k = (self.phi(parts[name]).unflatten(-1, (-1, self.key_dim)) for name in "qk")
         return q, k, parts["v"].unflatten(-1, (-1, self.value_dim)), log_decay.unflatten(-1, (-1, self.key_dim))
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, log_decay: Tensor, past: Past) -> Tensor:
-        """Features, recurrence, norm and output projection, -> [T, D]."""
-        q, k, v, log_decay = self.features(self.convs({"q": q, "k": k, "v": v}, past), log_decay)
-        return self.output(linear_recurrence(q, k, v, log_decay, past, scale=self.scale, backend=self.backend), gate)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, decay: Tensor, past: Past) -> Tensor:
+        """Reads, norm and output projection, -> [T, D]."""
+        return self.output(self.read({"q": q, "k": k, "v": v, "decay": decay}, past), gate)
+
+    def read(self, parts: Parts, past: Past) -> Tensor:
+        convolved = self.convs({name: parts[name] for name in "qkv"}, past)
+        q, k, v, log_decay = self.features(convolved, self.log_decay(parts["decay"]))
+        return linear_recurrence(q, k, v, log_decay, past, scale=self.scale, backend=self.backend)
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
         """[T, H, V], [T, H V] -> [T, D]."""
@@ -177,5 +193,5 @@ class GLA(Mixer):
         self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
     ) -> tuple[Tensor, State | None, Carried]:
         past = context.past(state)
-        q, k, v, gate, log_decay = self.project(x_TD)
-        return self.region("mix", past)(q, k, v, gate, log_decay, past), past.after, carried or {}
+        q, k, v, gate, decay = self.project(x_TD)
+        return self.region("mix", past)(q, k, v, gate, decay, past), past.after, carried or {}

@@ -31,6 +31,7 @@ from torchlinearmoe.mixers.base import (
     Mixer,
     MixerOptions,
     ModelDims,
+    Parts,
     Place,
     State,
     StateSpec,
@@ -87,6 +88,8 @@ class GSA(Mixer):
         {"heads": 4, "head_dim": 16, "kv_heads": 2, "slots": 16, "expand_k": 0.5, "gate_normalizer": 4.0},
     )
     regions = ("project", "mix")
+    reads = {"q": ("q_proj",)}
+    writes = {"k": ("k_proj",), "v": ("v_proj",), "f": ("f_proj",)}
 
     def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
         super().__init__()
@@ -130,6 +133,12 @@ class GSA(Mixer):
         weights = model.hidden_size * (inputs + kv_heads * options.slots + outputs)
         return weights + outputs + options.conv * inputs
 
+    @classmethod
+    def write_parameters(cls, options: Any, model: ModelDims) -> int:
+        """D G (K + V + S)."""
+        _, kv_heads, key_dim, value_dim = _dims(options, model)
+        return model.hidden_size * kv_heads * (key_dim + value_dim + options.slots)
+
     def state_spec(self) -> dict[str, StateSpec]:
         return {
             "slot_keys": StateSpec((self.kv_heads, self.key_dim, self.slots), Carry.RECURRENT),
@@ -148,9 +157,12 @@ class GSA(Mixer):
         return into + linear_recurrence_flops(self.heads, self.slots, self.value_dim)
 
     def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Raw q [T, H K], k [T, G K], v [T, G V]; log decays [T, G S] in float32."""
-        log_decay = F.logsigmoid(in_float32(self.f_proj(x_TD))) / self.normalizer
-        return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD), log_decay
+        """Raw q [T, H K], k [T, G K], v [T, G V], decay logits [T, G S]."""
+        return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD), self.f_proj(x_TD)
+
+    def log_decay(self, logits: Tensor) -> Tensor:
+        """[T, G S] -> log decays in float32."""
+        return F.logsigmoid(in_float32(logits)) / self.normalizer
 
     def features(self, parts: dict[str, Tensor], log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """q [T, H, K], k [T, G, K], v [T, G, V], writes and log decays [T, G, S]; head counts are the shapes'."""
@@ -158,10 +170,14 @@ class GSA(Mixer):
         v, log_decay = parts["v"].unflatten(-1, (-1, self.value_dim)), log_decay.unflatten(-1, (-1, self.slots))
         return q, k, v, -torch.expm1(log_decay).to(q.dtype), log_decay
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, past: Past) -> Tensor:
-        """Features, slots, norm and output projection, -> [T, D]."""
-        q, k, v, s, log_decay = self.features(self.convs({"q": q, "k": k, "v": v}, past), log_decay)
-        return self.output(slot_attention(q, k, v, s, log_decay, past, scale=SCALE, backend=self.backend))
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, f: Tensor, past: Past) -> Tensor:
+        """Reads, norm and output projection, -> [T, D]."""
+        return self.output(self.read({"q": q, "k": k, "v": v, "f": f}, past))
+
+    def read(self, parts: Parts, past: Past) -> Tensor:
+        convolved = self.convs({name: parts[name] for name in "qkv"}, past)
+        q, k, v, s, log_decay = self.features(convolved, self.log_decay(parts["f"]))
+        return slot_attention(q, k, v, s, log_decay, past, scale=SCALE, backend=self.backend)
 
     def output(self, o: Tensor) -> Tensor:
         """[T, H, V] -> [T, D]."""
@@ -171,5 +187,5 @@ class GSA(Mixer):
         self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
     ) -> tuple[Tensor, State | None, Carried]:
         past = context.past(state)
-        q, k, v, log_decay = self.project(x_TD)
-        return self.region("mix", past)(q, k, v, log_decay, past), past.after, carried or {}
+        q, k, v, f = self.project(x_TD)
+        return self.region("mix", past)(q, k, v, f, past), past.after, carried or {}

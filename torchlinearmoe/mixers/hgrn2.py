@@ -28,6 +28,7 @@ from torchlinearmoe.mixers.base import (
     Mixer,
     MixerOptions,
     ModelDims,
+    Parts,
     Place,
     SharedModule,
     State,
@@ -99,6 +100,8 @@ class HGRN2(Mixer):
     Options = Options
     variants = ({"conv": 4}, {"lower_bounds": False}, {"heads": 3, "head_dim": 16})
     regions = ("project", "mix")
+    reads = {"q": ("q_proj",)}
+    writes = {"f": ("f_proj",), "i": ("i_proj",)}
 
     def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
         super().__init__()
@@ -127,6 +130,12 @@ class HGRN2(Mixer):
         heads, head_dim = geometry(options, model)
         return LowerBounds(count, heads * head_dim) if options.lower_bounds else None
 
+    @classmethod
+    def write_parameters(cls, options: Any, model: ModelDims) -> int:
+        """2 D H K."""
+        heads, head_dim = geometry(options, model)
+        return 2 * model.hidden_size * heads * head_dim
+
     def state_spec(self) -> dict[str, StateSpec]:
         recurrent = StateSpec((self.heads, self.head_dim, self.head_dim), Carry.RECURRENT)
         return {"recurrent": recurrent, **self.convs.state_spec()}
@@ -150,11 +159,21 @@ class HGRN2(Mixer):
         q, k, v, log_decay = heads
         return q, k, v, log_decay
 
+    def bound(self, context: Context) -> Tensor | None:
+        """This layer's lower bounds, [H K], None where every gate may reach zero."""
+        return context.shared[self.name][self.ordinal] if self.bounded else None
+
+    def prepare(self, parts: Parts, context: Context) -> Parts:
+        return {**parts, "bound": self.bound(context)}
+
     def mix(self, q: Tensor, f: Tensor, i: Tensor, bound: Tensor | None, past: Past) -> Tensor:
-        """Gates, recurrence, norm and output projection, -> [T, D]."""
-        parts = self.convs({"q": q, "f": f, "i": i}, past)
-        q, k, v, log_decay = self.gates(parts["q"], parts["f"], parts["i"], bound)
-        return self.output(linear_recurrence(q, k, v, log_decay, past, scale=self.scale, backend=self.backend))
+        """Reads, norm and output projection, -> [T, D]."""
+        return self.output(self.read({"q": q, "f": f, "i": i, "bound": bound}, past))
+
+    def read(self, parts: Parts, past: Past) -> Tensor:
+        convolved = self.convs({name: parts[name] for name in "qfi"}, past)
+        q, k, v, log_decay = self.gates(convolved["q"], convolved["f"], convolved["i"], parts["bound"])
+        return linear_recurrence(q, k, v, log_decay, past, scale=self.scale, backend=self.backend)
 
     def output(self, o: Tensor) -> Tensor:
         """[T, H, V] -> [T, D]."""
@@ -169,5 +188,4 @@ class HGRN2(Mixer):
     ) -> tuple[Tensor, State | None, Carried]:
         past = context.past(state)
         q, f, i = self.project(x_TD)
-        bound = context.shared[self.name][self.ordinal] if self.bounded else None
-        return self.region("mix", past)(q, f, i, bound, past), past.after, carried or {}
+        return self.region("mix", past)(q, f, i, self.bound(context), past), past.after, carried or {}

@@ -33,6 +33,7 @@ from torchlinearmoe.mixers.base import (
     Mixer,
     MixerOptions,
     ModelDims,
+    Parts,
     Place,
     State,
     StateSpec,
@@ -89,6 +90,8 @@ class LightningAttention(Mixer):
         {"conv": 3, "heads": 3, "head_dim": 16},
     )
     regions = ("project", "mix")
+    reads = {"q": ("q_proj",), "gate": ("g_proj",)}
+    writes = {"k": ("k_proj",), "v": ("v_proj",)}
 
     def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
         super().__init__()
@@ -116,6 +119,12 @@ class LightningAttention(Mixer):
         inner = heads * head_dim
         return (5 * model.hidden_size + 3 * options.conv) * inner + (head_dim if options.norm == "head" else inner)
 
+    @classmethod
+    def write_parameters(cls, options: Any, model: ModelDims) -> int:
+        """2 D H K."""
+        heads, head_dim = geometry(options, model)
+        return 2 * model.hidden_size * heads * head_dim
+
     def state_spec(self) -> dict[str, StateSpec]:
         recurrent = StateSpec((self.heads, self.head_dim, self.head_dim), Carry.RECURRENT)
         return {"recurrent": recurrent, **self.convs.state_spec()}
@@ -139,11 +148,12 @@ class LightningAttention(Mixer):
         return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD), self.g_proj(x_TD)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, past: Past) -> Tensor:
-        """Activations, recurrence, norm and output projection, -> [T, D]."""
-        parts = self.convs({"q": q, "k": k, "v": v}, past)
-        q, k, v = (self.heads_of(parts[name]) for name in "qkv")
-        o = linear_recurrence(q, k, v, self.log_decay(q), past, scale=self.scale, backend=self.backend)
-        return self.output(o, gate)
+        """Reads, norm and output projection, -> [T, D]."""
+        return self.output(self.read({"q": q, "k": k, "v": v}, past), gate)
+
+    def read(self, parts: Parts, past: Past) -> Tensor:
+        q, k, v = (self.heads_of(x) for x in self.convs({name: parts[name] for name in "qkv"}, past).values())
+        return linear_recurrence(q, k, v, self.log_decay(q), past, scale=self.scale, backend=self.backend)
 
     def heads_of(self, x: Tensor) -> Tensor:
         """[T, H K] -> [T, H, K]; the head count is read from the shape."""

@@ -29,6 +29,7 @@ from torchlinearmoe.mixers.base import (
     Mixer,
     MixerOptions,
     ModelDims,
+    Parts,
     Place,
     State,
     StateSpec,
@@ -90,6 +91,8 @@ class LinearAttention(Mixer):
         {"feature_map": "identity", "heads": 3, "head_dim": 16, "expand_v": 0.5},
     )
     regions = ("project", "mix")
+    reads = {"q": ("q_proj",), "gate": ("g_proj",)}
+    writes = {"k": ("k_proj",), "v": ("v_proj",)}
 
     def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
         super().__init__()
@@ -150,6 +153,12 @@ class LinearAttention(Mixer):
         maps = 1 if options.tie_feature_maps else 2
         return weights + maps * num_parameters(options.feature_map, head_dim, options.feature_dim)
 
+    @classmethod
+    def write_parameters(cls, options: Any, model: ModelDims) -> int:
+        """D H (K + V)."""
+        heads, head_dim = geometry(options, model)
+        return model.hidden_size * heads * (head_dim + expanded(head_dim, options.expand_v))
+
     def state_spec(self) -> dict[str, StateSpec]:
         columns = self.value_dim + self.normalize
         return {
@@ -180,10 +189,13 @@ class LinearAttention(Mixer):
         return q, k, v
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, past: Past) -> Tensor:
-        """Features, recurrence, norm and output projection, -> [T, D]."""
-        parts = self.convs({"q": q, "k": k, "v": v}, past)
-        q, k, v = self.features(parts["q"], parts["k"], parts["v"])
-        return self.output(linear_recurrence(q, k, v, None, past, scale=self.scale, backend=self.backend), gate)
+        """Reads, norm and output projection, -> [T, D]."""
+        return self.output(self.read({"q": q, "k": k, "v": v}, past), gate)
+
+    def read(self, parts: Parts, past: Past) -> Tensor:
+        convolved = self.convs({name: parts[name] for name in "qkv"}, past)
+        q, k, v = self.features(convolved["q"], convolved["k"], convolved["v"])
+        return linear_recurrence(q, k, v, None, past, scale=self.scale, backend=self.backend)
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
         """[T, H, V (+ 1)], [T, H V] -> [T, D]."""

@@ -29,6 +29,7 @@ from torchlinearmoe.mixers.base import (
     Mixer,
     MixerOptions,
     ModelDims,
+    Parts,
     Place,
     State,
     StateSpec,
@@ -72,6 +73,8 @@ class Retention(Mixer):
         {"conv": 4, "heads": 3, "head_dim": 16, "rope_theta": 500.0},
     )
     regions = ("project", "mix")
+    reads = {"q": ("q_proj",), "gate": ("g_proj",)}
+    writes = {"k": ("k_proj",), "v": ("v_proj",)}
 
     def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
         super().__init__()
@@ -109,6 +112,12 @@ class Retention(Mixer):
         weights = model.hidden_size * heads * (2 * head_dim + 3 * value_dim)
         return weights + value_dim + options.conv * heads * (2 * head_dim + value_dim)
 
+    @classmethod
+    def write_parameters(cls, options: Any, model: ModelDims) -> int:
+        """D H (K + V)."""
+        heads, head_dim = geometry(options, model)
+        return model.hidden_size * heads * (head_dim + expanded(head_dim, options.expand_v))
+
     def state_spec(self) -> dict[str, StateSpec]:
         recurrent = StateSpec((self.heads, self.head_dim, self.value_dim), Carry.RECURRENT)
         return {"recurrent": recurrent, **self.convs.state_spec()}
@@ -144,10 +153,15 @@ class Retention(Mixer):
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, angles: tuple[Tensor, Tensor] | None, past: Past
     ) -> Tensor:
-        """Features, recurrence, norm and output projection, -> [T, D]."""
-        q, k, v = self.features(self.convs({"q": q, "k": k, "v": v}, past), angles)
-        o = linear_recurrence(q, k, v, self.log_decay(q), past, scale=self.scale, backend=self.backend)
-        return self.output(o, gate)
+        """Reads, norm and output projection, -> [T, D]."""
+        return self.output(self.read({"q": q, "k": k, "v": v, "angles": angles}, past), gate)
+
+    def prepare(self, parts: Parts, context: Context) -> Parts:
+        return {**parts, "angles": self.rotary(context, parts["q"].dtype)}
+
+    def read(self, parts: Parts, past: Past) -> Tensor:
+        q, k, v = self.features(self.convs({name: parts[name] for name in "qkv"}, past), parts["angles"])
+        return linear_recurrence(q, k, v, self.log_decay(q), past, scale=self.scale, backend=self.backend)
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
         """[T, H, V], [T, H V] -> [T, D]."""

@@ -1,4 +1,4 @@
-"""Keeping the experts evenly loaded: the balance loss, the z-loss, and the loss-free selection bias.
+"""Keeping experts (and memories) evenly loaded: the balance loss, the z-loss, and the loss-free selection bias.
 
 Balance loss (Fedus et al. 2021, Switch Transformer, arXiv 2101.03961, eq. 4, for top-k):
 
@@ -204,6 +204,13 @@ class Balance(nn.Module):
 def needs_counting_pass(model: nn.Module) -> bool:
     """Whether a step of several micro-batches needs `counting_pass`."""
     return any(b.scope == "global" and b.coefficient for b in model.modules() if isinstance(b, Balance))
+
+
+def forget_global_counts(model: nn.Module) -> None:
+    """Drop what the last `counting_pass` gave every layer: the weights have changed."""
+    for balance in model.modules():
+        if isinstance(balance, Balance):
+            balance.set_global_counts(None)
 
 
 @contextmanager

@@ -127,9 +127,12 @@ class LocalDispatch:
         inverse_Tk = inverse_Tk.view_as(routing.topk_ids_Tk)
         experts = torch.arange(self.num_experts + 1, device=x_TD.device, dtype=sorted_R.dtype)
         bounds = torch.searchsorted(sorted_R, experts)
-        x_RD: Tensor = _Spread.apply(x_TD, order_R, inverse_Tk)  # type: ignore[assignment]
         context = DispatchContext(order_R, inverse_Tk, routing.topk_weights_Tk, keep_Tk is not None)
-        return x_RD, bounds.diff(), context
+        return self.spread(x_TD, context), bounds.diff(), context
+
+    def spread(self, x_TD: Tensor, context: DispatchContext) -> Tensor:
+        """Another input of the dispatched tokens, in the same rows: [T, D] -> [R, D]."""
+        return _Spread.apply(x_TD, context.order_R, context.inverse_Tk)  # type: ignore[return-value]
 
     def combine(self, y_RD: Tensor, context: DispatchContext) -> Tensor:
         """Sum each token's expert outputs, weighted in fp32: y_RD [R, D] -> [T, D].

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from torchlinearmoe.initialize import linear
 from torchlinearmoe.models.mlp import SwiGLU
-from torchlinearmoe.moe.balance import Balance, attach_loss, count_assignments
+from torchlinearmoe.moe.accounting import account
+from torchlinearmoe.moe.balance import Balance, attach_loss
 from torchlinearmoe.moe.capacity import DROP_POLICIES, expert_capacity, keep_within_capacity
 from torchlinearmoe.moe.dispatch import Dispatcher, LocalDispatch
 from torchlinearmoe.moe.experts import Experts
 from torchlinearmoe.moe.router import Router, Routing
-from torchlinearmoe.moe.statistics import LoadStatistics, recomputing
+from torchlinearmoe.moe.statistics import LoadStatistics
 from torchlinearmoe.moe.totals import StepTotals
 
 if TYPE_CHECKING:
@@ -112,17 +113,12 @@ class MoE(nn.Module):
         """Count what was routed and attach the auxiliary losses to the weights."""
         if not self.training:
             return routing
-        if self.balance.counting:
-            self.balance.global_counts_E += count_assignments(routing.topk_ids_Tk, self.router.num_experts)
-            return routing
-        losses = None if totals is None else self.balance(routing, totals, row_length)
-        if not recomputing():
-            counts_E = count_assignments(routing.topk_ids_Tk, self.router.num_experts)
+        loss, counts_E = account(
+            routing, self.balance, self.statistics, totals=totals, row_length=row_length, keep_Tk=keep_Tk
+        )
+        if counts_E is not None:
             self.step_counts_E += counts_E
-            self.statistics.record(counts_E, routing.probs_TE, keep_Tk, losses)
-        if losses is None:
-            return routing
-        return routing._replace(topk_weights_Tk=attach_loss(routing.topk_weights_Tk, losses[0] + losses[1]))
+        return routing if loss is None else routing._replace(topk_weights_Tk=attach_loss(routing.topk_weights_Tk, loss))
 
     def add_shared(self, y_TD: Tensor, x_TD: Tensor) -> Tensor:
         """Add the shared expert's output, gated where there is a gate."""

@@ -1,11 +1,11 @@
-"""How the experts of each layer are used, counted while training and read when metrics are logged.
+"""How the experts and memories of each layer are used, counted while training and read when metrics are logged.
 
 Each micro-batch adds to buffers on the device; nothing is synchronised until `gather_statistics`.
 
 Activation checkpointing runs a forward twice. A recomputation happens inside a running backward, a first forward never
 does, so `recomputing` tells them apart and everything is counted once, whichever way the blocks are checkpointed.
 
-E experts, k experts a token.
+E experts (or memories), k of them a token.
 """
 
 from __future__ import annotations
@@ -24,10 +24,14 @@ def recomputing() -> bool:
 
 
 class LoadStatistics(nn.Module):
-    """One layer's running sums since they were last collected. Buffers, not saved in checkpoints."""
+    """One layer's running sums since they were last collected. Buffers, not saved in checkpoints.
 
-    def __init__(self, num_experts: int):
+    kind: the first part of the figures' names, "moe" for experts, "mom" for memories.
+    """
+
+    def __init__(self, num_experts: int, kind: str = "moe"):
         super().__init__()
+        self.kind = kind
         self.num_experts = num_experts
         self.register_buffer("counts_E", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
         self.register_buffer("dropped", torch.zeros((), dtype=torch.int64), persistent=False)
@@ -79,14 +83,14 @@ def gather_statistics(
     *,
     reset: bool = True,
 ) -> dict[str, Tensor]:
-    """The sums [2E + 4] of every MoE layer since they were last reset, by the layer's path, on the host; resets them.
+    """The sums [2E + 4] of every router since they were last reset, by KIND/PATH of its layer, on the host; resets them.
 
     One all-reduce over `group` (all ranks whose tokens make up a step, of one pipeline stage; every one of them has to
     call) and one transfer to the host, for all layers together. `parts` are what this rank has of the model, `stages`
     the ranks that have the rest of its layers. Layers that saw no token are left out.
     """
     layers = [
-        (path.rpartition(".")[0], module)
+        (f"{module.kind}/{path.rpartition('.')[0]}", module)
         for part in parts
         for path, module in part.named_modules()
         if isinstance(module, LoadStatistics)
@@ -115,38 +119,45 @@ def _in_order(path: str) -> list[int]:
 
 def expert_load(packed: dict[str, Tensor]) -> Tensor | None:
     """Assignments to every expert of every layer, [layers, E]; None without any."""
-    return torch.stack([values[: _experts(values)] for values in packed.values()]) if packed else None
+    counts = [values[: _experts(values)] for path, values in packed.items() if path.startswith("moe/")]
+    return torch.stack(counts) if counts else None
 
 
 def load_figures(packed: dict[str, Tensor], *, steps: int = 1) -> dict[str, float]:
     """The load figures of the sums of `gather_statistics`, as a flat dict; empty when there are none.
 
-    Keys are `moe/FIGURE` (over the layers: the maximum of max_load and dropped, the minimum of min_load, the
-    mean of entropy, the sum of the losses) and `moe/PATH/FIGURE` for the layer at PATH:
+    Keys are `moe/FIGURE` for all layers with experts, `mom/FIGURE` for all with memories (the maximum of max_load and
+    dropped, the minimum of min_load, the mean of entropy, the sum of the losses) and `moe/PATH/FIGURE`,
+    `mom/PATH/FIGURE` for the layer at PATH:
     max_load, min_load: the busiest and idlest expert's assignments over the mean (1 is perfect balance);
     entropy: of the mean probabilities, in nats (log E is perfect balance); dropped: fraction of assignments over
     capacity; balance_loss, z_loss: as added to the training loss, coefficients included, mean of the `steps` collected.
     """
-    per_layer: list[dict[str, float]] = []
+    by_kind: dict[str, list[dict[str, float]]] = {}
     result: dict[str, float] = {}
     for path, values in packed.items():
         figures = _figures(values)
         figures["balance_loss"] /= steps
         figures["z_loss"] /= steps
-        per_layer.append(figures)
-        result.update({f"moe/{path}/{name}": value for name, value in figures.items()})
-    if not per_layer:
-        return {}
-    reductions = {
-        "max_load": max,
-        "min_load": min,
-        "entropy": lambda values: sum(values) / len(values),
-        "dropped": max,
-        "balance_loss": sum,
-        "z_loss": sum,
+        by_kind.setdefault(path.partition("/")[0], []).append(figures)
+        result.update({f"{path}/{name}": value for name, value in figures.items()})
+    summary = {
+        f"{kind}/{name}": float(over([figures[name] for figures in per_layer]))
+        for kind, per_layer in by_kind.items()
+        for name, over in _SUMMARY.items()
     }
-    summary = {f"moe/{name}": float(over([f[name] for f in per_layer])) for name, over in reductions.items()}
     return summary | result
+
+
+_SUMMARY = {
+    "max_load": max,
+    "min_load": min,
+    "entropy": lambda values: sum(values) / len(values),
+    "dropped": max,
+    "balance_loss": sum,
+    "z_loss": sum,
+}
+"""How the figures of several layers become one."""
 
 
 def collect_statistics(

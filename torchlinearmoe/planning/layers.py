@@ -18,13 +18,20 @@ class LayerKind:
     mixer: str
     layers: int
     mixer_parameters: int
-    """Of one layer's mixer."""
+    """Of one layer's mixer, all memories."""
+    mixer_active: int
+    """Of these, what one token meets."""
     ffn_parameters: int
     """Of one layer's feed-forward, all experts."""
     ffn_active: int
     """Of these, what one token meets."""
     norm_parameters: int
     """Of one layer's two norms."""
+
+    @property
+    def passive(self) -> int:
+        """Of one layer, what one token does not meet."""
+        return self.mixer_parameters - self.mixer_active + self.ffn_parameters - self.ffn_active
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Parameters:
 
     total: int
     active: int
-    """What one token meets: all but the experts it is not sent to. Embedding and head count whole."""
+    """What one token meets: all but the experts and memories it is not sent to. Embedding and head count whole."""
     embedding: int
     head: int
     """0 where the head is the embedding."""
@@ -45,20 +52,17 @@ class Parameters:
 
 def count_parameters(model: Decoder) -> Parameters:
     """Every parameter of `model` once, by place."""
-    kinds: dict[tuple[str, int, int, int, int], int] = {}
+    kinds: dict[tuple[str, int, int, int, int, int], int] = {}
     for layer in model.layers.values():
         mixer, ffn = _parts(layer)
         norms = _size(layer) - _size(mixer) - _size(ffn)
-        kind = (mixer.name, _size(mixer), _size(ffn), active_parameters(ffn), norms)
+        kind = (mixer.name, _size(mixer), mixer.active_parameters(), _size(ffn), active_parameters(ffn), norms)
         kinds[kind] = kinds.get(kind, 0) + 1
-    listed = [
-        LayerKind(name, layers, mixer_size, ffn_size, active, norms)
-        for (name, mixer_size, ffn_size, active, norms), layers in kinds.items()
-    ]
+    listed = [LayerKind(name, layers, *sizes) for (name, *sizes), layers in kinds.items()]
     total = _size(model)
     return Parameters(
         total=total,
-        active=total - sum(kind.layers * (kind.ffn_parameters - kind.ffn_active) for kind in listed),
+        active=total - sum(kind.layers * kind.passive for kind in listed),
         embedding=_size(model.embed),
         head=_size(model.head),
         shared=_size(model.shared),

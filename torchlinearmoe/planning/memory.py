@@ -139,20 +139,25 @@ def activation_bytes(model: Decoder, tokens: int, dtype: torch.dtype, tensor_ran
     for layer in model.layers.values():
         mixer, ffn = layer.mixer, layer.ffn
         assert isinstance(mixer, Mixer) and isinstance(ffn, nn.Module)
-        total += 4 * width + mixer_elements(mixer) * dtype.itemsize + feed_forward_bytes(ffn, dtype)
+        total += 4 * width + mixer_elements(mixer, model.recipe.hidden_size) * dtype.itemsize + feed_forward_bytes(ffn, dtype)
         gathered += sum(isinstance(module, SwiGLU) for module in ffn.modules())
     if tensor_ranks == 1:
         return tokens * total
     return tokens * (total // tensor_ranks + gathered * width)
 
 
-def mixer_elements(mixer: Mixer) -> int:
-    """Elements a token leaves at a mixer's matrices: outputs of those split by columns, inputs of those by rows."""
+def mixer_elements(mixer: Mixer, width: int) -> int:
+    """Elements a token leaves at a mixer's matrices: outputs of those split by columns, inputs of those by rows.
+
+    Of memories' matrices [outputs, memories, inputs], outputs as often as a token has a memory, and as many inputs.
+    """
     words = mixer.tensor_parallel()
-    total = 0
+    total = mixer.write_rows * width if mixer.write_rows > 1 else 0
     for name, parameter in mixer.named_parameters():
         word = words.get(name)
-        if parameter.dim() == 2 and word is not None and word.kind in ("column", "row"):
+        if parameter.dim() == 3 and word is not None and word.kind == "column":
+            total += mixer.write_rows * parameter.shape[0]
+        if parameter.dim() == 2 and name.endswith("weight") and word is not None and word.kind in ("column", "row"):
             total += parameter.shape[0] if word.kind == "column" else parameter.shape[1]
     return total
 

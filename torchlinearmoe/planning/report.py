@@ -63,7 +63,7 @@ def _parameters(plan: dict[str, Any]):
     for kind in counts["kinds"]:
         layers = kind["layers"]
         rows = [
-            (kind["mixer"], kind["mixer_parameters"], kind["mixer_parameters"], ""),
+            (kind["mixer"], kind["mixer_parameters"], kind["mixer_active"], ""),
             ("  feed-forward", kind["ffn_parameters"], kind["ffn_active"], ""),
             ("  norms", kind["norm_parameters"], kind["norm_parameters"], ""),
         ]

@@ -18,6 +18,12 @@ def used_mixers(model: ModelRecipe) -> list[str]:
     return list(dict.fromkeys(_period(model)[: model.num_layers]))
 
 
+def used_sections(model: ModelRecipe) -> list[str]:
+    """The `[mixer.NAME]` sections that the layers read."""
+    names = (name for used in used_mixers(model) for name in MIXERS[used].sections(model.mixer_options[used]))
+    return list(dict.fromkeys(names))
+
+
 def _period(model: ModelRecipe) -> list[str]:
     """The registered names that the layers repeat: aliases resolved, softmax attention in the family's form."""
     attention = FAMILIES[model.family].attention

@@ -20,7 +20,7 @@ from torchlinearmoe.errors import RecipeError, nearest
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.models.families import FAMILIES, Family
 from torchlinearmoe.recipe import schema
-from torchlinearmoe.recipe.layers import used_mixers
+from torchlinearmoe.recipe.layers import used_sections
 from torchlinearmoe.recipe.validate import validate
 
 SECTIONS = {
@@ -130,7 +130,7 @@ def _without_unused(recipe: schema.Recipe) -> schema.Recipe:
     These are the options of mixers not in use, and `layout` beside `mixers`.
     """
     model = recipe.model
-    used = used_mixers(model)
+    used = used_sections(model)
     options = {name: value if name in used else type(value)() for name, value in model.mixer_options.items()}
     layout = schema.ModelRecipe.layout if model.mixers else model.layout
     return dataclasses.replace(recipe, model=dataclasses.replace(model, mixer_options=options, layout=layout))
@@ -237,7 +237,7 @@ def dump(recipe: schema.Recipe) -> str:
     """The resolved recipe as TOML; `load_recipe` of it gives an equal recipe."""
     model = recipe.model
     blocks = [_dump_section("model", model), _dump_section("moe", model.moe)]
-    blocks += [_dump_section(f"mixer.{name}", model.mixer_options[name]) for name in used_mixers(model)]
+    blocks += [_dump_section(f"mixer.{name}", model.mixer_options[name]) for name in used_sections(model)]
     blocks += [_dump_section(name, getattr(recipe, name)) for name in SECTIONS if name not in ("model", "moe")]
     return "\n".join(block for block in blocks if block)
 

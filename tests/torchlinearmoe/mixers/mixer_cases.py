@@ -9,7 +9,7 @@ Shapes: T tokens, D width, N documents.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -47,6 +47,7 @@ class Dims:
     init_std: float = 0.02
     attention_backend: str = "sdpa"
     kernel_backend: str = "auto"
+    mixer_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)

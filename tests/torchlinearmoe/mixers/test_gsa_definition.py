@@ -56,9 +56,10 @@ def test_a_slot_that_hardly_forgets_still_writes_what_it_forgets():
 
 def test_gates_are_float32_beside_bfloat16_activations():
     mixer = make_stack(Case("gsa", {}), dtype=torch.bfloat16).layers[0]
-    *others, log_decay = mixer.project(random_inputs(9, dtype=torch.bfloat16))  # pyright: ignore
+    parts = mixer.project(random_inputs(9, dtype=torch.bfloat16))  # pyright: ignore
+    assert {x.dtype for x in parts} == {torch.bfloat16}
+    log_decay = mixer.log_decay(parts[-1])  # pyright: ignore
     assert log_decay.dtype == torch.float32 and bool((log_decay < 0).all())
-    assert {x.dtype for x in others} == {torch.bfloat16}
 
 
 def test_grouped_heads_keep_one_set_of_slots_a_group():

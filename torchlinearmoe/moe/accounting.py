@@ -1,0 +1,37 @@
+"""What follows from a router's decision besides the movement of tokens: counts, figures, the auxiliary losses."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from torchlinearmoe.moe.balance import Balance, count_assignments
+from torchlinearmoe.moe.router import Routing
+from torchlinearmoe.moe.statistics import LoadStatistics, recomputing
+from torchlinearmoe.moe.totals import StepTotals
+
+
+def account(
+    routing: Routing,
+    balance: Balance,
+    statistics: LoadStatistics,
+    *,
+    totals: StepTotals | None,
+    row_length: int | None,
+    keep_Tk: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Account for one training forward of a layer, once however often it is run again for the backward.
+
+    totals: of the optimizer step, None for no losses; row_length: tokens of a packed sequence; keep_Tk: False where an
+    assignment was dropped. Returns the loss to attach (0-dim) and the assignments to each choice (int64 [E]); None for
+    a loss that is not there, and for counts that are not to be counted (again).
+    """
+    num_choices = routing.probs_TE.shape[1]
+    if balance.counting:
+        balance.global_counts_E += count_assignments(routing.topk_ids_Tk, num_choices)
+        return None, None
+    losses = None if totals is None else balance(routing, totals, row_length)
+    counts_E = None
+    if not recomputing():
+        counts_E = count_assignments(routing.topk_ids_Tk, num_choices)
+        statistics.record(counts_E, routing.probs_TE, keep_Tk, losses)
+    return None if losses is None else losses[0] + losses[1], counts_E
