@@ -28,10 +28,6 @@ from torchlinearmoe.mixers.past import Empty, Past, Resumed, Spanned, State
 from torchlinearmoe.models.rope import RopeScaling, frequencies
 from torchlinearmoe.registry import Registry
 
-Parts = dict[str, Any]
-"""What the tokens read with and write by: tensors [T, ...] by name, and tables and bounds that go with them."""
-Layers = Mapping[str, tuple[str, ...]]
-"""Parts by name, and the linear layers of the mixer that make each of the input, in order."""
 Carried = dict[str, Tensor]
 """Tensors that travel with the hidden state from layer to layer, [T, ...] each."""
 
@@ -266,11 +262,6 @@ class Mixer(nn.Module):
     started from another mixer's weights takes them part by part."""
     regions: ClassVar[tuple[str, ...]] = ()
     """Methods that are compiled; fp32 units stay outside them, and `region` keeps states out."""
-    reads: ClassVar[Layers] = {}
-    """What a token reads with: the query `q` first, then what `output` takes beside the read."""
-    writes: ClassVar[Layers] = {}
-    """What a token writes by. A mixer that names these two can be the memory of a mixture of memories (`mom.py`): it
-    is `output(read(prepare(parts)), *other reads)`, and its convolutions are `convs`, by the names of the parts."""
     variants: ClassVar[tuple[dict[str, Any], ...]] = ()
     """Option overrides, beside the defaults, that change what is computed: every test of the contract runs on each.
 
@@ -283,7 +274,7 @@ class Mixer(nn.Module):
     first_head: int = 0
     """Index, among all heads of the layer, of the first one in this module; above zero on a tensor-parallel rank."""
     write_rows: int = 1
-    """Rows of the parts in `writes` for each token."""
+    """How often a token is written: more than once in a mixture of memories."""
 
     @classmethod
     def check_counts(cls, options: MixerOptions) -> None:
@@ -367,23 +358,6 @@ class Mixer(nn.Module):
         With `state` (one entry a document) every document goes on from its entry and the states after its last token
         come back; without, documents start empty and None comes back.
         """
-        raise NotImplementedError
-
-    @classmethod
-    def write_parameters(cls, options: Any, model: ModelDims) -> int:
-        """Parameters of the layers in `writes`, in closed form."""
-        raise NotImplementedError
-
-    def prepare(self, parts: Parts, context: Context) -> Parts:
-        """What `read` takes: the outputs of the layers in `reads` and `writes`, joined by those of fp32 units."""
-        return parts
-
-    def read(self, parts: Parts, past: Past) -> Tensor:
-        """Convolutions, features and recurrence of the prepared parts, -> [T, H, ...]."""
-        raise NotImplementedError
-
-    def output(self, o: Tensor, *reads: Tensor) -> Tensor:
-        """What was read [T, H, ...], and the parts in `reads` after the query -> [T, D]."""
         raise NotImplementedError
 
     def region(self, name: str, past: Past) -> Callable[..., Any]:

@@ -23,14 +23,11 @@ from torchlinearmoe.initialize import linear
 from torchlinearmoe.kernels.flops import delta_rule_flops
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
-    Carried,
     Carry,
     Context,
-    Mixer,
     MixerOptions,
     ModelDims,
     Place,
-    State,
     StateSpec,
     TensorWord,
     Transition,
@@ -39,6 +36,7 @@ from torchlinearmoe.mixers.base import (
     geometry,
     row,
 )
+from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.past import Past
 from torchlinearmoe.mixers.recurrence import delta_rule
 from torchlinearmoe.mixers.tail import Convolutions, in_float32
@@ -58,15 +56,16 @@ class DeltaOptions(MixerOptions):
     """Let b reach 2, so that a transition can flip a direction."""
 
 
-class DeltaMixer(Mixer):
+class DeltaMixer(LinearMixer):
     """Projections, short convolutions, the delta rule and the way out.
 
-    A subclass builds `norm`, `decay` (None: nothing decays) and what `project_gate` and `project_decay` need.
+    A subclass builds `norm`, `decay` (None: nothing decays) and the layers of the parts `gate` and `decay`.
     """
 
     transition = Transition.DENSE
     Options = DeltaOptions
-    regions = ("project", "mix")
+    reads = {"q": ("q_proj",), "gate": ("g_proj",)}
+    writes = {"k": ("k_proj",), "v": ("v_proj",), "b": ("b_proj",)}
     norm: nn.Module
     decay: nn.Module | None
 
@@ -109,6 +108,12 @@ class DeltaMixer(Mixer):
         weights = model.hidden_size * (2 * keys + 2 * values + value_heads)
         return weights + options.conv * (2 * keys + values) + value_dim
 
+    @classmethod
+    def write_parameters(cls, options: Any, model: ModelDims) -> int:
+        """D (H K + HV V + HV); a subclass adds those of the decay."""
+        heads, key_dim, value_heads, value_dim = cls.dims(options, model)
+        return model.hidden_size * (heads * key_dim + value_heads * (value_dim + 1))
+
     def state_spec(self) -> dict[str, StateSpec]:
         recurrent = StateSpec((self.value_heads, self.key_dim, self.value_dim), Carry.RECURRENT)
         return {"recurrent": recurrent, **self.convs.state_spec()}
@@ -120,35 +125,20 @@ class DeltaMixer(Mixer):
     def mixing_flops(self, length: int) -> float:
         return delta_rule_flops(self.value_heads, self.key_dim, self.value_dim)
 
-    def project_gate(self, x_TD: Tensor) -> Tensor | None:
-        """The argument of the output gate, [T, HV V]."""
-        return None
+    def prepare(self, parts: Parts, context: Context) -> Parts:
+        return parts if self.decay is None else {**parts, "decay": self.decay(parts["decay"])}
 
-    def project_decay(self, x_TD: Tensor) -> Tensor | None:
-        """What `decay` makes log decays of."""
-        return None
+    def strength(self, logits: Tensor) -> Tensor:
+        """b in float32."""
+        return torch.sigmoid(in_float32(logits)) * self.top
 
-    def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Raw q, k [T, H K] and v [T, HV V], b [T, HV] in float32, decay logits, gate."""
-        beta = torch.sigmoid(in_float32(self.b_proj(x_TD))) * self.top
-        q, k, v = self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD)
-        return q, k, v, beta, self.project_decay(x_TD), self.project_gate(x_TD)
+    def read(self, parts: Parts, past: Past) -> Tensor:
+        beta = self.strength(parts["b"])
+        convolved = self.convs({name: parts[name] for name in "qkv"}, past)
+        q, k = (convolved[name].unflatten(-1, (-1, self.key_dim)) for name in "qk")
+        v = convolved["v"].unflatten(-1, (-1, self.value_dim))
+        return delta_rule(q, k, v, beta, parts.get("decay"), past, scale=self.scale, backend=self.backend)
 
-    def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, gate: Tensor | None, past: Past
-    ) -> Tensor:
-        """Convolutions, recurrence, norm, gate and output projection, -> [T, D]."""
-        parts = self.convs({"q": q, "k": k, "v": v}, past)
-        q, k = (parts[name].unflatten(-1, (-1, self.key_dim)) for name in "qk")
-        v = parts["v"].unflatten(-1, (-1, self.value_dim))
-        o = delta_rule(q, k, v, beta, log_decay, past, scale=self.scale, backend=self.backend)
-        o = self.norm(o) if gate is None else self.norm(o, gate.unflatten(-1, (-1, self.value_dim)))
-        return self.o_proj(o.flatten(-2))
-
-    def forward(
-        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
-    ) -> tuple[Tensor, State | None, Carried]:
-        past = context.past(state)
-        q, k, v, beta, logits, gate = self.project(x_TD)
-        log_decay = None if self.decay is None else self.decay(logits)
-        return self.region("mix", past)(q, k, v, beta, log_decay, gate, past), past.after, carried or {}
+    def output(self, o: Tensor, *reads: Tensor) -> Tensor:
+        """[T, HV, V], [T, HV V] where there is a gate -> [T, D]."""
+        return self.o_proj(self.norm(o, *(gate.unflatten(-1, (-1, self.value_dim)) for gate in reads)).flatten(-2))

@@ -11,8 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from torchlinearmoe.initialize import linear
 from torchlinearmoe.mixers.base import ModelDims, Place, TensorWord, column, expanded, geometry, register
 from torchlinearmoe.mixers.delta_mixer import DeltaMixer, DeltaOptions
@@ -47,6 +45,8 @@ class DeltaNet(DeltaMixer):
         self.decay = None
         if self.gated:
             self.g_proj = linear(model.hidden_size, self.value_heads * self.value_dim, model.init_std)
+        else:
+            self.reads = {"q": ("q_proj",)}
         self.norm = (GatedHeadNorm if self.gated else RMSNorm)(self.value_dim, model.norm_eps)
 
     @classmethod
@@ -67,6 +67,3 @@ class DeltaNet(DeltaMixer):
 
     def tensor_parallel(self) -> dict[str, TensorWord]:
         return super().tensor_parallel() | ({"g_proj.weight": column()} if self.gated else {})
-
-    def project_gate(self, x_TD: Tensor) -> Tensor | None:
-        return self.g_proj(x_TD) if self.gated else None

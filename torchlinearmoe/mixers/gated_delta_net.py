@@ -60,6 +60,7 @@ class GatedDeltaNet(DeltaMixer):
     """One decay a head, float32 decay parameters; gated per-head norm."""
 
     Options = Options
+    writes = {**DeltaMixer.writes, "decay": ("a_proj",)}
     variants = (
         {"conv": 0, "expand_v": 1.0},
         {"negative_eigenvalues": True, "expand_v": 1.0},
@@ -81,13 +82,11 @@ class GatedDeltaNet(DeltaMixer):
         own = model.hidden_size * value_heads * value_dim + (model.hidden_size + 2) * value_heads
         return super().num_parameters(options, model) + own
 
+    @classmethod
+    def write_parameters(cls, options: Any, model: ModelDims) -> int:
+        """D HV of the decay beside the common ones."""
+        return super().write_parameters(options, model) + model.hidden_size * cls.dims(options, model)[2]
+
     def tensor_parallel(self) -> dict[str, TensorWord]:
         own = {"g_proj.weight": column(), "a_proj.weight": column()}
         return super().tensor_parallel() | own | {"decay.A_log": per_head(), "decay.dt_bias": per_head()}
-
-    def project_gate(self, x_TD: Tensor) -> Tensor:
-        return self.g_proj(x_TD)
-
-    def project_decay(self, x_TD: Tensor) -> Tensor:
-        """[T, HV]."""
-        return self.a_proj(x_TD)

@@ -25,15 +25,10 @@ from torchlinearmoe.initialize import linear
 from torchlinearmoe.kernels.flops import linear_recurrence_flops
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
-    Carried,
     Carry,
-    Context,
-    Mixer,
     MixerOptions,
     ModelDims,
-    Parts,
     Place,
-    State,
     StateSpec,
     TensorWord,
     Transition,
@@ -44,6 +39,7 @@ from torchlinearmoe.mixers.base import (
     row,
 )
 from torchlinearmoe.mixers.feature_maps import ELEMENTWISE
+from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.past import Past
 from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.mixers.tail import Convolutions, GatedHeadNorm, in_float32
@@ -78,7 +74,7 @@ def _dims(options: Options, model: ModelDims) -> tuple[int, int, int, int]:
 
 
 @register("gla")
-class GLA(Mixer):
+class GLA(LinearMixer):
     """Diagonal decay from a low-rank gate; gated per-head norm."""
 
     transition = Transition.DIAGONAL
@@ -88,7 +84,6 @@ class GLA(Mixer):
         {"expand_k": 1.0, "expand_v": 1.5, "clamp_min": -0.1, "gate_rank": 3, "gate_normalizer": 8.0},
         {"feature_map": "silu", "heads": 3, "head_dim": 16, "kv_heads": 1},
     )
-    regions = ("project", "mix")
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",), "decay": ("decay_down", "decay_up")}
 
@@ -161,11 +156,6 @@ class GLA(Mixer):
     def mixing_flops(self, length: int) -> float:
         return linear_recurrence_flops(self.heads, self.key_dim, self.value_dim)
 
-    def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Raw q [T, H K], k [T, G K], v [T, G V], gate [T, H V], decay logits [T, G K]."""
-        decay = self.decay_up(self.decay_down(x_TD))
-        return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD), self.g_proj(x_TD), decay
-
     def log_decay(self, logits: Tensor) -> Tensor:
         """[T, G K] -> log decays in float32."""
         log_decay = F.logsigmoid(in_float32(logits)) / self.normalizer
@@ -176,10 +166,6 @@ class GLA(Mixer):
         q, k = (self.phi(parts[name]).unflatten(-1, (-1, self.key_dim)) for name in "qk")
         return q, k, parts["v"].unflatten(-1, (-1, self.value_dim)), log_decay.unflatten(-1, (-1, self.key_dim))
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, decay: Tensor, past: Past) -> Tensor:
-        """Reads, norm and output projection, -> [T, D]."""
-        return self.output(self.read({"q": q, "k": k, "v": v, "decay": decay}, past), gate)
-
     def read(self, parts: Parts, past: Past) -> Tensor:
         convolved = self.convs({name: parts[name] for name in "qkv"}, past)
         q, k, v, log_decay = self.features(convolved, self.log_decay(parts["decay"]))
@@ -188,10 +174,3 @@ class GLA(Mixer):
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
         """[T, H, V], [T, H V] -> [T, D]."""
         return self.o_proj(self.norm(o, gate.unflatten(-1, (-1, self.value_dim))).flatten(-2))
-
-    def forward(
-        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
-    ) -> tuple[Tensor, State | None, Carried]:
-        past = context.past(state)
-        q, k, v, gate, decay = self.project(x_TD)
-        return self.region("mix", past)(q, k, v, gate, decay, past), past.after, carried or {}

@@ -25,15 +25,10 @@ from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
 from torchlinearmoe.kernels.flops import linear_recurrence_flops
 from torchlinearmoe.mixers.base import (
-    Carried,
     Carry,
-    Context,
-    Mixer,
     MixerOptions,
     ModelDims,
-    Parts,
     Place,
-    State,
     StateSpec,
     TensorWord,
     Transition,
@@ -44,6 +39,7 @@ from torchlinearmoe.mixers.base import (
     register,
     row,
 )
+from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.past import Past
 from torchlinearmoe.mixers.recurrence import slot_attention
 from torchlinearmoe.mixers.tail import Convolutions, in_float32
@@ -78,7 +74,7 @@ def _dims(options: Options, model: ModelDims) -> tuple[int, int, int, int]:
 
 
 @register("gsa")
-class GSA(Mixer):
+class GSA(LinearMixer):
     """Diagonal decay over slots, of keys and of values; read by softmax; full-width norm."""
 
     transition = Transition.DIAGONAL
@@ -87,7 +83,6 @@ class GSA(Mixer):
         {"slots": 5, "conv": 3, "expand_v": 1.5},
         {"heads": 4, "head_dim": 16, "kv_heads": 2, "slots": 16, "expand_k": 0.5, "gate_normalizer": 4.0},
     )
-    regions = ("project", "mix")
     reads = {"q": ("q_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",), "f": ("f_proj",)}
 
@@ -156,10 +151,6 @@ class GSA(Mixer):
         into = linear_recurrence_flops(self.heads, self.key_dim, self.slots)
         return into + linear_recurrence_flops(self.heads, self.slots, self.value_dim)
 
-    def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Raw q [T, H K], k [T, G K], v [T, G V], decay logits [T, G S]."""
-        return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD), self.f_proj(x_TD)
-
     def log_decay(self, logits: Tensor) -> Tensor:
         """[T, G S] -> log decays in float32."""
         return F.logsigmoid(in_float32(logits)) / self.normalizer
@@ -170,10 +161,6 @@ class GSA(Mixer):
         v, log_decay = parts["v"].unflatten(-1, (-1, self.value_dim)), log_decay.unflatten(-1, (-1, self.slots))
         return q, k, v, -torch.expm1(log_decay).to(q.dtype), log_decay
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, f: Tensor, past: Past) -> Tensor:
-        """Reads, norm and output projection, -> [T, D]."""
-        return self.output(self.read({"q": q, "k": k, "v": v, "f": f}, past))
-
     def read(self, parts: Parts, past: Past) -> Tensor:
         convolved = self.convs({name: parts[name] for name in "qkv"}, past)
         q, k, v, s, log_decay = self.features(convolved, self.log_decay(parts["f"]))
@@ -182,10 +169,3 @@ class GSA(Mixer):
     def output(self, o: Tensor) -> Tensor:
         """[T, H, V] -> [T, D]."""
         return self.o_proj(self.norm(F.silu(o.flatten(-2))))
-
-    def forward(
-        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
-    ) -> tuple[Tensor, State | None, Carried]:
-        past = context.past(state)
-        q, k, v, f = self.project(x_TD)
-        return self.region("mix", past)(q, k, v, f, past), past.after, carried or {}

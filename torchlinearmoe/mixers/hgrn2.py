@@ -22,16 +22,12 @@ from torch import Tensor, nn
 from torchlinearmoe.initialize import ZEROS, linear, set_initializers
 from torchlinearmoe.kernels.flops import linear_recurrence_flops
 from torchlinearmoe.mixers.base import (
-    Carried,
     Carry,
     Context,
-    Mixer,
     MixerOptions,
     ModelDims,
-    Parts,
     Place,
     SharedModule,
-    State,
     StateSpec,
     TensorWord,
     Transition,
@@ -41,6 +37,7 @@ from torchlinearmoe.mixers.base import (
     register,
     row,
 )
+from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.past import Past
 from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.mixers.tail import Convolutions
@@ -92,14 +89,13 @@ def forget_gate(logits: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 @register("hgrn2")
-class HGRN2(Mixer):
+class HGRN2(LinearMixer):
     """Diagonal decay, key tied to the gate, learned lower bounds."""
 
     projections = {"q": "q_proj", "v": "i_proj", "o": "o_proj"}
     transition = Transition.DIAGONAL
     Options = Options
     variants = ({"conv": 4}, {"lower_bounds": False}, {"heads": 3, "head_dim": 16})
-    regions = ("project", "mix")
     reads = {"q": ("q_proj",)}
     writes = {"f": ("f_proj",), "i": ("i_proj",)}
 
@@ -148,10 +144,6 @@ class HGRN2(Mixer):
     def mixing_flops(self, length: int) -> float:
         return linear_recurrence_flops(self.heads, self.head_dim, self.head_dim)
 
-    def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw queries, gate logits and inputs, [T, H K] each."""
-        return self.q_proj(x_TD), self.f_proj(x_TD), self.i_proj(x_TD)
-
     def gates(self, q: Tensor, f: Tensor, i: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys, values and float32 log decays, [T, H, K] each."""
         log_decay, k = forget_gate(f, bound)
@@ -159,16 +151,9 @@ class HGRN2(Mixer):
         q, k, v, log_decay = heads
         return q, k, v, log_decay
 
-    def bound(self, context: Context) -> Tensor | None:
-        """This layer's lower bounds, [H K], None where every gate may reach zero."""
-        return context.shared[self.name][self.ordinal] if self.bounded else None
-
     def prepare(self, parts: Parts, context: Context) -> Parts:
-        return {**parts, "bound": self.bound(context)}
-
-    def mix(self, q: Tensor, f: Tensor, i: Tensor, bound: Tensor | None, past: Past) -> Tensor:
-        """Reads, norm and output projection, -> [T, D]."""
-        return self.output(self.read({"q": q, "f": f, "i": i, "bound": bound}, past))
+        bound = context.shared[self.name][self.ordinal] if self.bounded else None
+        return {**parts, "bound": bound}
 
     def read(self, parts: Parts, past: Past) -> Tensor:
         convolved = self.convs({name: parts[name] for name in "qfi"}, past)
@@ -182,10 +167,3 @@ class HGRN2(Mixer):
     def heads_of(self, x: Tensor) -> Tensor:
         """[T, H K] -> [T, H, K]; the head count is read from the shape."""
         return x.unflatten(-1, (-1, self.head_dim))
-
-    def forward(
-        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
-    ) -> tuple[Tensor, State | None, Carried]:
-        past = context.past(state)
-        q, f, i = self.project(x_TD)
-        return self.region("mix", past)(q, f, i, self.bound(context), past), past.after, carried or {}

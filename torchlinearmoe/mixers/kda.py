@@ -64,6 +64,8 @@ class KDA(DeltaMixer):
     """One decay a channel from a low-rank gate, float32 decay parameters; per-head norm with a low-rank sigmoid."""
 
     Options = Options
+    reads = {"q": ("q_proj",), "gate": ("gate_down", "gate_up")}
+    writes = {**DeltaMixer.writes, "decay": ("decay_down", "decay_up")}
     variants = (
         {"conv": 0, "negative_eigenvalues": True},
         {"heads": 2, "head_dim": 16, "value_heads": 4, "expand_v": 1.5, "conv": 2},
@@ -90,14 +92,14 @@ class KDA(DeltaMixer):
         gate = model.hidden_size * gate_rank + (gate_rank + 1) * heads * value_dim
         return super().num_parameters(options, model) + decay + gate
 
+    @classmethod
+    def write_parameters(cls, options: Any, model: ModelDims) -> int:
+        """(D + HV K) R of the decay beside the common ones."""
+        _, key_dim, heads, value_dim = cls.dims(options, model)
+        rank = options.decay_rank or value_dim
+        return super().write_parameters(options, model) + (model.hidden_size + heads * key_dim) * rank
+
     def tensor_parallel(self) -> dict[str, TensorWord]:
         words = {f"{name}_down.weight": REPLICATED_SUMMED for name in ("decay", "gate")}
         words |= {name: column() for name in ("decay_up.weight", "gate_up.weight", "gate_up.bias")}
         return super().tensor_parallel() | words | {"decay.A_log": per_head(), "decay.dt_bias": per_head()}
-
-    def project_gate(self, x_TD: Tensor) -> Tensor:
-        return self.gate_up(self.gate_down(x_TD))
-
-    def project_decay(self, x_TD: Tensor) -> Tensor:
-        """[T, HV K]."""
-        return self.decay_up(self.decay_down(x_TD))

@@ -27,15 +27,10 @@ from torchlinearmoe.initialize import linear
 from torchlinearmoe.kernels.flops import linear_recurrence_flops
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
-    Carried,
     Carry,
-    Context,
-    Mixer,
     MixerOptions,
     ModelDims,
-    Parts,
     Place,
-    State,
     StateSpec,
     TensorWord,
     Transition,
@@ -45,6 +40,7 @@ from torchlinearmoe.mixers.base import (
     register,
     row,
 )
+from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.past import Past
 from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.mixers.tail import Convolutions
@@ -80,7 +76,7 @@ def alibi_slopes(heads: Tensor, total: int) -> Tensor:
 
 
 @register("lightning_attention")
-class LightningAttention(Mixer):
+class LightningAttention(LinearMixer):
     """Constant decay; SiLU on q, k and v; full-width norm, then a sigmoid gate."""
 
     transition = Transition.CONSTANT
@@ -89,7 +85,6 @@ class LightningAttention(Mixer):
         {"layer_factor": False, "norm": "head", "gate": "swish"},
         {"conv": 3, "heads": 3, "head_dim": 16},
     )
-    regions = ("project", "mix")
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",)}
 
@@ -143,14 +138,6 @@ class LightningAttention(Mixer):
         heads = torch.arange(self.first_head, self.first_head + q.shape[1], device=q.device)
         return -self.depth_factor * alibi_slopes(heads, self.heads)
 
-    def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Raw q, k, v and gate, [T, H K] each."""
-        return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD), self.g_proj(x_TD)
-
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, past: Past) -> Tensor:
-        """Reads, norm and output projection, -> [T, D]."""
-        return self.output(self.read({"q": q, "k": k, "v": v}, past), gate)
-
     def read(self, parts: Parts, past: Past) -> Tensor:
         q, k, v = (self.heads_of(x) for x in self.convs({name: parts[name] for name in "qkv"}, past).values())
         return linear_recurrence(q, k, v, self.log_decay(q), past, scale=self.scale, backend=self.backend)
@@ -163,10 +150,3 @@ class LightningAttention(Mixer):
         """[T, H, K], [T, H K] -> [T, D]."""
         normed = self.norm(o).flatten(-2) if self.norm_per_head else self.norm(o.flatten(-2))
         return self.o_proj(normed * self.gate(gate))
-
-    def forward(
-        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
-    ) -> tuple[Tensor, State | None, Carried]:
-        past = context.past(state)
-        q, k, v, gate = self.project(x_TD)
-        return self.region("mix", past)(q, k, v, gate, past), past.after, carried or {}

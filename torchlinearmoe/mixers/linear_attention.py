@@ -23,15 +23,10 @@ from torchlinearmoe.initialize import linear
 from torchlinearmoe.kernels.flops import linear_recurrence_flops
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
-    Carried,
     Carry,
-    Context,
-    Mixer,
     MixerOptions,
     ModelDims,
-    Parts,
     Place,
-    State,
     StateSpec,
     TensorWord,
     Transition,
@@ -50,6 +45,7 @@ from torchlinearmoe.mixers.feature_maps import (
     make_feature_map,
     num_parameters,
 )
+from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.past import Past
 from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.mixers.tail import Convolutions, GatedHeadNorm
@@ -79,7 +75,7 @@ class Options(MixerOptions):
 
 
 @register("linear_attention", "lasp2")
-class LinearAttention(Mixer):
+class LinearAttention(LinearMixer):
     """Identity transition; optional denominator; gated per-head norm."""
 
     transition = Transition.IDENTITY
@@ -90,7 +86,6 @@ class LinearAttention(Mixer):
         {"feature_map": "silu", "conv": 3},
         {"feature_map": "identity", "heads": 3, "head_dim": 16, "expand_v": 0.5},
     )
-    regions = ("project", "mix")
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",)}
 
@@ -176,10 +171,6 @@ class LinearAttention(Mixer):
         columns = self.value_dim + self.normalize
         return linear_recurrence_flops(self.heads, self.features_per_head, columns) + self.map_flops
 
-    def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Raw q, k [T, H K], v and gate [T, H V]."""
-        return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD), self.g_proj(x_TD)
-
     def features(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mapped q and k, and v with its column of ones where the scores are summed, [T, H, ...]."""
         q, k = self.q_map(q), (self.q_map if self.k_map is None else self.k_map)(k)
@@ -187,10 +178,6 @@ class LinearAttention(Mixer):
         if self.normalize:
             v = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], dim=-1)
         return q, k, v
-
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, past: Past) -> Tensor:
-        """Reads, norm and output projection, -> [T, D]."""
-        return self.output(self.read({"q": q, "k": k, "v": v}, past), gate)
 
     def read(self, parts: Parts, past: Past) -> Tensor:
         convolved = self.convs({name: parts[name] for name in "qkv"}, past)
@@ -204,10 +191,3 @@ class LinearAttention(Mixer):
             o = o / (total + EPSILON)
         gate = gate.unflatten(-1, (-1, self.value_dim))
         return self.o_proj(self.norm(o, gate).flatten(-2))
-
-    def forward(
-        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
-    ) -> tuple[Tensor, State | None, Carried]:
-        past = context.past(state)
-        q, k, v, gate = self.project(x_TD)
-        return self.region("mix", past)(q, k, v, gate, past), past.after, carried or {}

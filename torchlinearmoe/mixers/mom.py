@@ -44,16 +44,15 @@ from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
     Carried,
     Context,
-    Layers,
     Mixer,
     MixerOptions,
     ModelDims,
-    Parts,
     Place,
     State,
     StateSpec,
     TensorWord,
 )
+from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.past import Empty, Past, Resumed
 from torchlinearmoe.mixers.tail import Convolutions
 from torchlinearmoe.moe.accounting import account
@@ -97,7 +96,7 @@ class MoM(Mixer):
         super().__init__()
         mixer, inner_options = self.inner_of(options, model)
         build: Any = mixer
-        self.inner: Mixer = build(inner_options, model, place)
+        self.inner: LinearMixer = build(inner_options, model, place)
         self.shared_memory = options.shared_memory
         self.num_memories = options.num_memories + options.shared_memory
         self.write_rows = options.top_k + options.shared_memory
@@ -114,23 +113,24 @@ class MoM(Mixer):
         self.statistics = LoadStatistics(options.num_memories, kind="mom")
         self.dispatcher = LocalDispatch(self.num_memories)
         self.query_convs = Convolutions({}, 0)
-        if "q" in self.convs:
-            self.query_convs["q"] = self.convs.pop("q")
+        if "q" in self.inner.convs:
+            self.query_convs["q"] = self.inner.convs.pop("q")
         self.write_layers = nn.ModuleDict()
-        for name in () if options.shared_projections else _layer_names(mixer):
+        layers = () if options.shared_projections else mixer.writes.values()
+        for name in (name for chain in layers for name in chain):
             layer = self.inner.get_submodule(name)
             assert isinstance(layer, nn.Linear)
             self.write_layers[name] = GroupedLinear(layer, self.num_memories)
             delattr(self.inner, name)
 
     @classmethod
-    def inner_of(cls, options: Any, model: ModelDims) -> tuple[type[Mixer], Any]:
+    def inner_of(cls, options: Any, model: ModelDims) -> tuple[type[LinearMixer], Any]:
         """The mixer that the memories are, and its options: those of this section, or of its own where it is named.
 
         Raises RecipeError for a mixer that cannot be a memory, and for options that it would not read.
         """
         name = MIXERS.canonical(options.inner or cls.memory)
-        legal = [other for other in MIXERS if MIXERS[other].writes]
+        legal = {other: mixer for other, mixer in MIXERS.items() if issubclass(mixer, LinearMixer)}
         if name not in legal:
             raise RecipeError(
                 f"mixer.{cls.name}.inner = '{options.inner}': cannot be a memory; legal: {', '.join(legal)}"
@@ -138,11 +138,11 @@ class MoM(Mixer):
         default = MIXERS[cls.memory].Options()
         own = {entry.name: getattr(options, entry.name) for entry in fields(default)}
         if name == cls.memory:
-            return MIXERS[name], replace(default, **own)
+            return legal[name], replace(default, **own)
         given = {key: value for key, value in own.items() if value != getattr(default, key)}
         for key in given.keys() - {"heads", "head_dim"}:
             raise RecipeError(f"mixer.{cls.name}.{key}: an option of {cls.memory}, but inner = '{options.inner}'")
-        return MIXERS[name], replace(model.mixer_options.get(name) or MIXERS[name].Options(), **given)
+        return legal[name], replace(model.mixer_options.get(name) or legal[name].Options(), **given)
 
     @classmethod
     def sections(cls, options: Any) -> tuple[str, ...]:
@@ -209,17 +209,10 @@ class MoM(Mixer):
     def flops_per_token(self, length: int) -> float:
         """A token passes the layers and convolutions of what it writes once for every memory it has."""
         memories = sum(p.numel() for p in self.write_layers.parameters()) // self.num_memories
-        taps = sum(p.numel() for p in self.convs.parameters() if p.dim() == 2)
+        taps = sum(p.numel() for p in self.inner.convs.parameters() if p.dim() == 2)
         once = (self.inner, self.query_convs, self.router)
         matrices = sum(p.numel() for module in once for p in module.parameters() if p.dim() == 2)
         return 2.0 * (matrices - taps + self.write_rows * (memories + taps)) + self.mixing_flops(length)
-
-    @property
-    def convs(self) -> Convolutions:
-        """Of what is written."""
-        convs = self.inner.convs
-        assert isinstance(convs, Convolutions)
-        return convs
 
     def forward(
         self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
@@ -232,7 +225,8 @@ class MoM(Mixer):
         if self.write_layers:
             parts = self.write(x_RD, counts_M)
         else:
-            parts = {name: self.dispatcher.spread(x, rows) for name, x in self._make(self.inner.writes, x_TD).items()}
+            parts = self.inner.apply_layers(self.inner.writes, x_TD)
+            parts = {name: self.dispatcher.spread(part, rows) for name, part in parts.items()}
         parts["q"] = self.dispatcher.spread(q, rows)
         tokens_R = rows.order_R // self.write_rows
         memories_R = choice.topk_ids_Tk.flatten()[rows.order_R]
@@ -261,21 +255,16 @@ class MoM(Mixer):
 
     def query(self, x_TD: Tensor, past: Past) -> tuple[Tensor, ...]:
         """The query, convolved, and what `output` takes beside the read: [T, ...] each."""
-        parts = self._make(self.inner.reads, x_TD)
+        parts = self.inner.apply_layers(self.inner.reads, x_TD)
         return tuple((parts | self.query_convs({"q": parts["q"]}, past)).values())
 
-    def write(self, x_RD: Tensor, counts_M: Tensor) -> dict[str, Tensor]:
+    def write(self, x_RD: Tensor, counts_M: Tensor) -> Parts:
         """What each row writes by, from the layers of its memory: [R, ...] each."""
-        return self._make(self.inner.writes, x_RD, counts_M)
-
-    def _make(self, layers: Layers, x: Tensor, counts_M: Tensor | None = None) -> dict[str, Tensor]:
-        """Each part from its layers in turn; with `counts_M` those of each row's memory."""
         parts = {}
-        for part, names in layers.items():
-            y = x
+        for part, names in self.inner.writes.items():
+            parts[part] = x_RD
             for name in names:
-                y = self.inner.get_submodule(name)(y) if counts_M is None else self.write_layers[name](y, counts_M)
-            parts[part] = y
+                parts[part] = self.write_layers[name](parts[part], counts_M)
         return parts
 
     def _inner_context(self, context: Context, tokens_R: Tensor) -> Context:
@@ -306,7 +295,3 @@ class MoM(Mixer):
         o_R = self.inner.region("read", segments)(parts, segments)
         past.after.update({name: x.unflatten(0, (M, N)).transpose(0, 1) for name, x in segments.after.items()})
         return o_R
-
-
-def _layer_names(mixer: type[Mixer]) -> list[str]:
-    return [name for names in mixer.writes.values() for name in names]

@@ -23,15 +23,11 @@ from torchlinearmoe.initialize import linear
 from torchlinearmoe.kernels.flops import linear_recurrence_flops
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
-    Carried,
     Carry,
     Context,
-    Mixer,
     MixerOptions,
     ModelDims,
-    Parts,
     Place,
-    State,
     StateSpec,
     TensorWord,
     Transition,
@@ -42,6 +38,7 @@ from torchlinearmoe.mixers.base import (
     row,
 )
 from torchlinearmoe.mixers.feature_maps import ELEMENTWISE
+from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.past import Past
 from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.mixers.tail import Convolutions, GatedHeadNorm
@@ -63,7 +60,7 @@ class Options(MixerOptions):
 
 
 @register("retention")
-class Retention(Mixer):
+class Retention(LinearMixer):
     """Constant decay, rotary positions, gated per-head norm."""
 
     transition = Transition.CONSTANT
@@ -72,7 +69,6 @@ class Retention(Mixer):
         {"rope_theta": 0.0, "expand_v": 1.0, "feature_map": "silu"},
         {"conv": 4, "heads": 3, "head_dim": 16, "rope_theta": 500.0},
     )
-    regions = ("project", "mix")
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",)}
 
@@ -139,22 +135,12 @@ class Retention(Mixer):
         """Cosines and sines [T, K / 2], None without rotation."""
         return context.rotary(self.head_dim, self.theta, dtype) if self.theta else None
 
-    def project(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Raw q, k [T, H K], v and gate [T, H V]."""
-        return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD), self.g_proj(x_TD)
-
     def features(self, parts: dict[str, Tensor], angles: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Mapped and rotated q and k [T, H, K], v [T, H, V]; head counts are read from the shapes."""
         q, k = (self.phi(parts[name]).unflatten(-1, (-1, self.head_dim)) for name in "qk")
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
         return q, k, parts["v"].unflatten(-1, (-1, self.value_dim))
-
-    def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, angles: tuple[Tensor, Tensor] | None, past: Past
-    ) -> Tensor:
-        """Reads, norm and output projection, -> [T, D]."""
-        return self.output(self.read({"q": q, "k": k, "v": v, "angles": angles}, past), gate)
 
     def prepare(self, parts: Parts, context: Context) -> Parts:
         return {**parts, "angles": self.rotary(context, parts["q"].dtype)}
@@ -166,11 +152,3 @@ class Retention(Mixer):
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
         """[T, H, V], [T, H V] -> [T, D]."""
         return self.o_proj(self.norm(o, gate.unflatten(-1, (-1, self.value_dim))).flatten(-2))
-
-    def forward(
-        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
-    ) -> tuple[Tensor, State | None, Carried]:
-        past = context.past(state)
-        q, k, v, gate = self.project(x_TD)
-        angles = self.rotary(context, x_TD.dtype)
-        return self.region("mix", past)(q, k, v, gate, angles, past), past.after, carried or {}

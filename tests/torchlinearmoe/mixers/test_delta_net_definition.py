@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.mixers.delta_mixer import DeltaMixer
 from torchlinearmoe.mixers.delta_net import DeltaNet, Options
 
 
@@ -53,7 +54,8 @@ def unit(x: Tensor) -> Tensor:
 def test_transitions_have_negative_eigenvalues_only_when_asked_for(name: str, negative: bool):
     """Whatever the inputs, 1 - b stays within [0, 1] or reaches below zero."""
     mixer = make_stack(Case(name, {"negative_eigenvalues": negative})).layers[0]
-    beta = mixer.project(30 * random_inputs(50))[3].detach()  # pyright: ignore
+    assert isinstance(mixer, DeltaMixer)
+    beta = mixer.strength(mixer.project(30 * random_inputs(50))["b"]).detach()
     assert float(beta.min()) >= 0 and bool((1 - beta).min() < -0.5) == negative
     assert float(beta.max()) <= (2 if negative else 1)
 

@@ -51,9 +51,10 @@ def test_equals_the_paper(case: Case):
 
 def test_log_decays_are_float32_beside_bfloat16_activations():
     mixer = make_stack(Case("gla", {}), dtype=torch.bfloat16).layers[0]
-    parts = mixer.project(random_inputs(9, dtype=torch.bfloat16))  # pyright: ignore
-    assert {x.dtype for x in parts} == {torch.bfloat16}
-    log_decay = mixer.log_decay(parts[-1])  # pyright: ignore
+    assert isinstance(mixer, GLA)
+    parts = mixer.project(random_inputs(9, dtype=torch.bfloat16))
+    assert {x.dtype for x in parts.values()} == {torch.bfloat16}
+    log_decay = mixer.log_decay(parts["decay"])
     assert log_decay.dtype == torch.float32 and bool((log_decay < 0).all())
 
 

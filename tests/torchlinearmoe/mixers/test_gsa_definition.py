@@ -56,9 +56,10 @@ def test_a_slot_that_hardly_forgets_still_writes_what_it_forgets():
 
 def test_gates_are_float32_beside_bfloat16_activations():
     mixer = make_stack(Case("gsa", {}), dtype=torch.bfloat16).layers[0]
-    parts = mixer.project(random_inputs(9, dtype=torch.bfloat16))  # pyright: ignore
-    assert {x.dtype for x in parts} == {torch.bfloat16}
-    log_decay = mixer.log_decay(parts[-1])  # pyright: ignore
+    assert isinstance(mixer, GSA)
+    parts = mixer.project(random_inputs(9, dtype=torch.bfloat16))
+    assert {x.dtype for x in parts.values()} == {torch.bfloat16}
+    log_decay = mixer.log_decay(parts["f"])
     assert log_decay.dtype == torch.float32 and bool((log_decay < 0).all())
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchlinearmoe.initialize import initialize
-from torchlinearmoe.mixers.kda import ChannelDecay
+from torchlinearmoe.mixers.kda import KDA, ChannelDecay
 
 
 @cases_of("kda")
@@ -45,10 +45,11 @@ def test_equals_the_paper(case: Case):
 
 def test_log_decays_are_float32_and_per_channel_beside_bfloat16_activations():
     mixer = make_stack(Case("kda", {}), dtype=torch.bfloat16).layers[0]
-    mixer.decay.float()  # pyright: ignore
-    _, _, _, beta, logits, _ = mixer.project(random_inputs(9, dtype=torch.bfloat16))  # pyright: ignore
-    log_decay = mixer.decay(logits)  # pyright: ignore
-    assert logits.dtype == torch.bfloat16 and beta.dtype == log_decay.dtype == torch.float32
+    assert isinstance(mixer, KDA)
+    mixer.decay.float()
+    parts = mixer.project(random_inputs(9, dtype=torch.bfloat16))
+    beta, log_decay = mixer.strength(parts["b"]), mixer.decay(parts["decay"])
+    assert parts["decay"].dtype == torch.bfloat16 and beta.dtype == log_decay.dtype == torch.float32
     assert log_decay.shape == (9, 2, 32) and bool((log_decay < 0).all())
     assert bool((log_decay.std(-1) > 1e-3).all())
 

@@ -1,0 +1,80 @@
+"""A linear mixer in three steps, between which others can put something (`mom.py` does).
+
+    parts = prepare(project(x))     what a token reads with and writes by
+    o = read(parts)                 convolutions, features, the recurrence
+    y = output(o, other reads)      norm, gate, output projection
+
+A subclass names its linear layers in `reads` and `writes`, keeps its short convolutions in `convs` under the names of
+the parts, and says the three steps; nothing in them may know how many rows a token has.
+
+Shapes: T tokens, D width, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from torchlinearmoe.mixers.base import Carried, Context, Mixer, ModelDims, State
+from torchlinearmoe.mixers.past import Past
+from torchlinearmoe.mixers.tail import Convolutions
+
+Parts = dict[str, Any]
+"""What the tokens read with and write by: tensors [T, ...] by name, and the tables and bounds that go with them."""
+Layers = Mapping[str, tuple[str, ...]]
+"""Parts by name, and the linear layers of the mixer that make each of the input, in order."""
+
+
+class LinearMixer(Mixer):
+    """See the module's docstring."""
+
+    regions = ("project", "mix")
+    reads: Layers
+    """What a token reads with: the query `q` first, then what `output` takes beside the read."""
+    writes: ClassVar[Layers]
+    """What a token writes by."""
+    convs: Convolutions
+
+    @classmethod
+    def write_parameters(cls, options: Any, model: ModelDims) -> int:
+        """Parameters of the layers in `writes`, in closed form."""
+        raise NotImplementedError
+
+    def project(self, x_TD: Tensor) -> Parts:
+        """Every part as its layers leave it, [T, ...] each."""
+        return self.apply_layers(self.reads, x_TD) | self.apply_layers(self.writes, x_TD)
+
+    def apply_layers(self, layers: Layers, x_TD: Tensor) -> Parts:
+        """The parts that `layers` make of x."""
+        parts = {}
+        for part, names in layers.items():
+            parts[part] = x_TD
+            for name in names:
+                parts[part] = self.get_submodule(name)(parts[part])
+        return parts
+
+    def prepare(self, parts: Parts, context: Context) -> Parts:
+        """What `read` takes of the projected parts: some have passed fp32 units, tables and bounds have joined them."""
+        return parts
+
+    def read(self, parts: Parts, past: Past) -> Tensor:
+        """What the prepared parts read, [T, H, ...]; head counts are taken from the shapes."""
+        raise NotImplementedError
+
+    def output(self, o: Tensor, *reads: Tensor) -> Tensor:
+        """What was read [T, H, ...], and the parts in `reads` after the query -> [T, D]."""
+        raise NotImplementedError
+
+    def mix(self, parts: Parts, past: Past) -> Tensor:
+        """From the prepared parts to the output, [T, D]."""
+        _, *others = self.reads
+        return self.output(self.read(parts, past), *(parts[name] for name in others))
+
+    def forward(
+        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
+    ) -> tuple[Tensor, State | None, Carried]:
+        past = context.past(state)
+        parts = self.prepare(self.project(x_TD), context)
+        return self.region("mix", past)(parts, past), past.after, carried or {}
