@@ -17,7 +17,7 @@ import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MethodType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -383,14 +383,16 @@ class Mixer(nn.Module):
         return 2.0 * matrices + self.mixing_flops(length)
 
 
+M = TypeVar("M", bound=Mixer)
 MIXERS: Registry[type[Mixer]] = Registry("mixer")
 
 
 def register(name: str, *aliases: str):
     """Class decorator: put a mixer into MIXERS under `name`."""
 
-    def decorate(cls: type[Mixer]) -> type[Mixer]:
+    def decorate(cls: type[M]) -> type[M]:
         cls.name = name
-        return MIXERS.add(name, cls, aliases)
+        MIXERS.add(name, cls, aliases)
+        return cls
 
     return decorate

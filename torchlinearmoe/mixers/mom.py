@@ -48,6 +48,7 @@ from torchlinearmoe.mixers.base import (
     MixerOptions,
     ModelDims,
     Place,
+    SharedModule,
     State,
     StateSpec,
     TensorWord,
@@ -97,6 +98,7 @@ class MoM(Mixer):
         mixer, inner_options = self.inner_of(options, model)
         build: Any = mixer
         self.inner: LinearMixer = build(inner_options, model, place)
+        self.heads = self.inner.heads
         self.shared_memory = options.shared_memory
         self.num_memories = options.num_memories + options.shared_memory
         self.write_rows = options.top_k + options.shared_memory
@@ -172,6 +174,11 @@ class MoM(Mixer):
             raise RecipeError(str(error).replace(f"mixer.{mixer.name}.", f"mixer.{cls.name}.")) from None
 
     @classmethod
+    def head_groups(cls, options: Any, model: ModelDims) -> tuple[str, int]:
+        mixer, inner_options = cls.inner_of(options, model)
+        return mixer.head_groups(inner_options, model)
+
+    @classmethod
     def num_parameters(cls, options: Any, model: ModelDims) -> int:
         """The inner mixer's, its writing layers M times, and the router's D a memory."""
         mixer, inner_options = cls.inner_of(options, model)
@@ -180,7 +187,7 @@ class MoM(Mixer):
         return mixer.num_parameters(inner_options, model) + memories + options.num_memories * model.hidden_size
 
     @classmethod
-    def shared_module(cls, options: Any, model: ModelDims, count: int) -> nn.Module | None:
+    def shared_module(cls, options: Any, model: ModelDims, count: int) -> SharedModule | None:
         mixer, inner_options = cls.inner_of(options, model)
         return mixer.shared_module(inner_options, model, count)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from torchlinearmoe.initialize import set_initializers
 from torchlinearmoe.moe.grouped_mm import grouped_mm, pick_backend
@@ -33,7 +32,7 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x_RM: Tensor, counts_E: Tensor) -> Tensor:
         """x_RM: [R, M], rows sorted by group; counts_E: integer [E], rows of each group, R in all. Returns [R, N]."""
-        weight_NEM = _local(self.weight)
+        weight_NEM = self.weight
         outputs = weight_NEM.shape[0]
         # Narrow layers (one output a head) are widened with zeros to where the fused kernel runs.
         padding = -outputs % (_ALIGNMENT // x_RM.dtype.itemsize)
@@ -47,8 +46,4 @@ class GroupedLinear(nn.Module):
         groups_R1 = torch.searchsorted(offsets_E, rows_R, right=True).unsqueeze(1)
         groups_E = torch.arange(counts_E.shape[0], device=x_RM.device)
         # A product, so that the bias's gradient is summed in a fixed order.
-        return y_RN + (groups_R1 == groups_E).to(y_RN.dtype) @ _local(self.bias).t()
-
-
-def _local(weight: Tensor) -> Tensor:
-    return weight.to_local() if isinstance(weight, DTensor) else weight
+        return y_RN + (groups_R1 == groups_E).to(y_RN.dtype) @ self.bias.t()
