@@ -22,6 +22,6 @@ class MoMGLA(MoM):
     transition = Transition.DIAGONAL
     Options = Options
     variants = (
-        {"num_memories": 3, "top_k": 1, "shared_memory": False, "conv": 3},
-        {"inner": "linear_attention", "top_k": 3, "shared_projections": True, "renormalize": False},
+        {"num_memories": 3, "top_k": 1, "shared_memory": False, "renormalize": False, "conv": 3},
+        {"inner": "linear_attention", "top_k": 3, "shared_projections": True},
     )
