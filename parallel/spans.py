@@ -73,8 +73,8 @@ class Spans:
     """bool: the span of that rank begins and ends inside the same document."""
     reaches_WR: Tensor
     """bool: the document that the span of that rank ends with is the one that this rank's begins with."""
-    last_count_WR: Tensor
-    """int64: tokens of the document that the span of that rank ends with."""
+    last_count_WR: Tensor | None
+    """int64: tokens of the document that the span of that rank ends with; None where a rank knows only its own."""
     cache: dict[str, Any] = field(default_factory=dict)
     """What layers have in common, made when the first one asks."""
 
@@ -90,12 +90,33 @@ class Spans:
         return self._cached("whole", make)
 
     def in_first(self, ids: Tensor) -> Tensor:
-        """bool [R, L]: tokens of the document that their row's span begins with; ids: [T]."""
-        return self._cached("in_first", lambda: ids.view(self.rows, -1) == ids.view(self.rows, -1)[:, :1])
+        """bool [T]: tokens of the document that their row's span begins with; ids: [T]."""
+        return self._cached("in_first", lambda: ids == self.first_R.to(ids.dtype)[self.row_T])
 
     def in_last(self, ids: Tensor) -> Tensor:
-        """bool [R, L]: tokens of the document that their row's span ends with."""
-        return self._cached("in_last", lambda: ids.view(self.rows, -1) == ids.view(self.rows, -1)[:, -1:])
+        """bool [T]: tokens of the document that their row's span ends with."""
+        return self._cached("in_last", lambda: ids == self.last_R.to(ids.dtype)[self.row_T])
+
+    @property
+    def row_T(self) -> Tensor:
+        """int64 [T]: the row of each token."""
+        return self._cached(
+            "row_T", lambda: torch.arange(self.positions.shape[0], device=self.positions.device) // self.length
+        )
+
+    @property
+    def starts_R1(self) -> Tensor:
+        """int64 [R + 1]: where the spans of the rows start in the stream, and its end."""
+        device = self.positions.device
+        return self._cached("starts_R1", lambda: torch.arange(self.rows + 1, device=device) * self.length)
+
+    def by_row(self, x: Tensor) -> Tensor:
+        """[T, ...] -> [R, L, ...], zeros after a span that is shorter."""
+        return x.unflatten(0, (self.rows, self.length))
+
+    def in_stream(self, x: Tensor) -> Tensor:
+        """The inverse of `by_row`."""
+        return x.flatten(0, 1)
 
     def _cached(self, key: str, make: Callable[[], T]) -> T:
         if key not in self.cache:

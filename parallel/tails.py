@@ -15,7 +15,6 @@ Letters: W ranks, R rows, L tokens of a span, C channels, n inputs.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torchlinearmoe.parallel.gather import finish_gather, start_gather
@@ -24,10 +23,19 @@ from torchlinearmoe.parallel.spans import Spans
 
 def entering_inputs(x: Tensor, ids: Tensor, spans: Spans, count: int) -> Tensor:
     """The `count` inputs before each of this rank's spans, [R, n, C], zeros before a document's start; x: [T, C]."""
-    last = torch.where(spans.in_last(ids).unsqueeze(-1), x.unflatten(0, (spans.rows, -1)), 0.0)[:, -count:]
-    own = F.pad(last, (0, 0, count - last.shape[1], 0))
+    places_Rn = spans.starts_R1[1:].unsqueeze(1) + torch.arange(-count, 0, device=x.device)
+    inside_Rn = places_Rn >= spans.starts_R1[:-1].unsqueeze(1)
+    places_Rn = places_Rn.clamp(min=0)
+    own = torch.where((inside_Rn & spans.in_last(ids)[places_Rn]).unsqueeze(-1), x[places_Rn], 0.0)
+    counts_WR = spans.last_count_WR
+    if counts_WR is None:  # they travel with the inputs, as one more channel
+        held_R = torch.zeros(spans.rows, dtype=torch.int64, device=x.device)
+        held_R = held_R.scatter_add(0, spans.row_T, spans.in_last(ids).long()).clamp(max=count)
+        own = torch.cat([own, held_R.to(x.dtype).view(-1, 1, 1).expand(-1, count, 1)], -1)
     gathered = finish_gather(start_gather(own, spans.group))  # [W, R, n, C]
-    chosen = _sources(spans.reaches_WR, spans.last_count_WR, count).to(x.dtype)
+    if counts_WR is None:
+        counts_WR, gathered = gathered[:, :, 0, -1].long(), gathered[..., :-1]
+    chosen = _sources(spans.reaches_WR, counts_WR, count).to(x.dtype)
     return torch.matmul(chosen, gathered.transpose(0, 1).flatten(1, 2))
 
 

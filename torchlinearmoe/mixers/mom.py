@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.mixers.base import (
     MIXERS,
@@ -54,7 +55,7 @@ from torchlinearmoe.mixers.base import (
     TensorWord,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
-from torchlinearmoe.mixers.past import Empty, Past, Resumed
+from torchlinearmoe.mixers.past import Empty, Past, Resumed, Spanned
 from torchlinearmoe.mixers.tail import Convolutions
 from torchlinearmoe.moe.accounting import account
 from torchlinearmoe.moe.balance import Balance, attach_loss, count_assignments
@@ -62,6 +63,7 @@ from torchlinearmoe.moe.dispatch import LocalDispatch
 from torchlinearmoe.moe.grouped_linear import GroupedLinear
 from torchlinearmoe.moe.router import Router, Routing
 from torchlinearmoe.moe.statistics import LoadStatistics
+from torchlinearmoe.parallel.routed import route_spans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +240,7 @@ class MoM(Mixer):
         tokens_R = rows.order_R // self.write_rows
         memories_R = choice.topk_ids_Tk.flatten()[rows.order_R]
         parts = self.inner.prepare(parts, self._inner_context(context, tokens_R))
-        o_R = self._read(parts, memories_R, context.documents.ids[tokens_R], context.documents.num_documents, past)
+        o_R = self._read(parts, tokens_R, memories_R, context.documents, past)
         o_T = self.dispatcher.combine(o_R.flatten(1), rows).unflatten(1, o_R.shape[1:])
         return self.inner.output(o_T, *reads), past.after, carried or {}
 
@@ -278,27 +280,33 @@ class MoM(Mixer):
         shared = {self.inner.name: context.shared[self.name]} if self.name in context.shared else {}
         return replace(context, positions=context.positions[tokens_R], shared=shared, tables={})
 
-    def _read(self, parts: Parts, memories_R: Tensor, documents_R: Tensor, num_documents: int, past: Past) -> Tensor:
-        """The rows through the inner recurrence, [R, H, ...]; only states of chosen memories change."""
-        segments_R = (memories_R * num_documents + documents_R).to(torch.int32)
+    def _read(self, parts: Parts, tokens_R: Tensor, memories_R: Tensor, documents: Documents, past: Past) -> Tensor:
+        """The rows through the inner recurrence, [R, H, ...]."""
+        M, N, documents_R = self.num_memories, documents.num_documents, documents.ids[tokens_R].long()
+        if isinstance(past, Resumed) and past.stepping:
+            return self._step(parts, documents_R * M + memories_R, past)
+        segments_R = memories_R * N + documents_R
+        ids_R = segments_R.to(torch.int32)
         if isinstance(past, Empty):
-            segments = Empty(segments_R)
-            return self.inner.region("read", segments)(parts, segments)
-        M, N, names = self.num_memories, num_documents, self.inner.state_spec()
-        if past.stepping:
-            # Every row is a segment, whose state is looked up and put back.
-            places_R = documents_R.long() * M + memories_R
-            states = {name: past.state[name].flatten(0, 1)[places_R] for name in names}
-            borders = torch.arange(places_R.shape[0] + 1, device=places_R.device, dtype=torch.int32)
-            segments = Resumed(borders[:-1], borders, states, stepping=True)
-            o_R = self.inner.region("read", segments)(parts, segments)
-            for name, rows in segments.after.items():
-                flat = past.state[name].flatten(0, 1).index_copy(0, places_R, rows)
-                past.after[name] = flat.unflatten(0, (N, M))
-            return o_R
-        borders = F.pad(count_assignments(segments_R.long(), M * N).cumsum(0), (1, 0)).to(torch.int32)
-        states = {name: past.state[name].transpose(0, 1).flatten(0, 1) for name in names}
-        segments = Resumed(segments_R, borders, states)
+            segments = Empty(ids_R)
+        else:
+            borders = F.pad(count_assignments(segments_R, M * N).cumsum(0), (1, 0)).to(torch.int32)
+            if isinstance(past, Spanned):
+                segments = Spanned(ids_R, borders, route_spans(past.spans, tokens_R, memories_R, M, N))
+            else:
+                states = {name: past.state[name].transpose(0, 1).flatten(0, 1) for name in self.inner.state_spec()}
+                segments = Resumed(ids_R, borders, states)
         o_R = self.inner.region("read", segments)(parts, segments)
-        past.after.update({name: x.unflatten(0, (M, N)).transpose(0, 1) for name, x in segments.after.items()})
+        if isinstance(segments, Resumed) and isinstance(past, Resumed):
+            past.after.update({name: x.unflatten(0, (M, N)).transpose(0, 1) for name, x in segments.after.items()})
+        return o_R
+
+    def _step(self, parts: Parts, places_R: Tensor, past: Resumed) -> Tensor:
+        """One token of each sequence: a row takes the state at its place among all sequences' memories, and leaves it."""
+        flat = {name: past.state[name].flatten(0, 1) for name in self.inner.state_spec()}
+        borders = torch.arange(places_R.shape[0] + 1, device=places_R.device, dtype=torch.int32)
+        rows = Resumed(borders[:-1], borders, {name: x[places_R] for name, x in flat.items()}, stepping=True)
+        o_R = self.inner.region("read", rows)(parts, rows)
+        for name, x in rows.after.items():
+            past.after[name] = flat[name].index_copy(0, places_R, x).view_as(past.state[name])
         return o_R

@@ -148,16 +148,16 @@ class Decays:
     def __init__(self, log_decay: Tensor, past: Spanned, shifted: bool = False) -> None:
         spans, self.past = past.spans, past
         wide = in_float32(log_decay)
-        wide = wide.expand(spans.rows * spans.length, -1) if wide.dim() == 1 else wide
-        rows = wide.unflatten(0, (spans.rows, spans.length))  # [R, L, G] or [R, L, G, K]
+        wide = wide.expand(past.ids.shape[0], -1) if wide.dim() == 1 else wide
+        rows = spans.by_row(wide)  # [R, L, G] or [R, L, G, K]
         since = rows.cumsum(1)
         until = rows.flip(1).cumsum(1).flip(1)
         self.total = until[:, 0]
         if rows.dim() == 3:
             since, until, self.total = since.unsqueeze(-1), until.unsqueeze(-1), self.total.unsqueeze(-1)
         since = F.pad(since, (0, 0, 0, 0, 1, 0))[:, :-1] if shifted else since
-        self._since = since.flatten(0, 1)
-        self.until_last = F.pad(until, (0, 0, 0, 0, 0, 1))[:, 1:].flatten(0, 1).exp()
+        self._since = spans.in_stream(since)
+        self.until_last = spans.in_stream(F.pad(until, (0, 0, 0, 0, 0, 1))[:, 1:]).exp()
         """[T, G, 1 or K]: from after each token to the end of its row's span."""
 
     def since_first(self, q: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ def _written(k: Tensor, v: Tensor, past: Spanned) -> Tensor:
     """sum_t k_t v_t^T over the document that each row's span ends with, k decayed already: [R, G, K, V] in float32."""
     spans = past.spans
     last = spans.in_last(past.ids).view(-1, 1, 1)
-    k, v = (x.unflatten(0, (spans.rows, spans.length)) for x in (torch.where(last, k, 0.0), v))
+    k, v = (spans.by_row(x) for x in (torch.where(last, k, 0.0), v))
     if k.dtype in (torch.float32, torch.float64):
         return torch.einsum("rlgk,rlgv->rgkv", k, v)
     k, v = (F.pad(x, (0, 0, 0, 0, 0, -spans.length % CHUNK)).unflatten(1, (-1, CHUNK)) for x in (k, v))
@@ -226,6 +226,6 @@ def _read(q: Tensor, state: Tensor, past: Spanned) -> Tensor:
 
 def _rows_matmul(q: Tensor, state: Tensor, past: Spanned) -> Tensor:
     """q [T, H, K] times the state [R, G, K, V] of its row, [T, H, V] in q's type."""
-    rows = q.unflatten(0, (past.spans.rows, past.spans.length))
+    rows = past.spans.by_row(q)
     state = repeat_heads(state, q.shape[1] // state.shape[1])
-    return torch.einsum("rlhk,rhkv->rlhv", rows, state.to(q.dtype)).flatten(0, 1)
+    return past.spans.in_stream(torch.einsum("rlhk,rhkv->rlhv", rows, state.to(q.dtype)))

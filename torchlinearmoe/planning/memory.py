@@ -139,7 +139,11 @@ def activation_bytes(model: Decoder, tokens: int, dtype: torch.dtype, tensor_ran
     for layer in model.layers.values():
         mixer, ffn = layer.mixer, layer.ffn
         assert isinstance(mixer, Mixer) and isinstance(ffn, nn.Module)
-        total += 4 * width + mixer_elements(mixer, model.recipe.hidden_size) * dtype.itemsize + feed_forward_bytes(ffn, dtype)
+        total += (
+            4 * width
+            + mixer_elements(mixer, model.recipe.hidden_size) * dtype.itemsize
+            + feed_forward_bytes(ffn, dtype)
+        )
         gathered += sum(isinstance(module, SwiGLU) for module in ffn.modules())
     if tensor_ranks == 1:
         return tokens * total
