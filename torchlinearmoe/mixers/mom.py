@@ -302,7 +302,7 @@ class MoM(Mixer):
         return o_R
 
     def _step(self, parts: Parts, places_R: Tensor, past: Resumed) -> Tensor:
-        """One token of each sequence: a row takes the state at its place among all sequences' memories, and leaves it."""
+        """One token of each sequence: a row takes the state at its place among all memories of all, and leaves one."""
         flat = {name: past.state[name].flatten(0, 1) for name in self.inner.state_spec()}
         borders = torch.arange(places_R.shape[0] + 1, device=places_R.device, dtype=torch.int32)
         rows = Resumed(borders[:-1], borders, {name: x[places_R] for name, x in flat.items()}, stepping=True)

@@ -53,9 +53,11 @@ def _swish(x: Tensor) -> Tensor:
 
 
 def _project(mixer: Mixer, name: str, x_TD: Tensor) -> Tensor:
-    """Projection, then the short convolution where the mixer has one (no activation)."""
-    y = x_TD @ _weight(mixer, f"{name}_proj.weight").T
+    """Projection, with its bias where it has one, then the short convolution (no activation)."""
     parameters = dict(mixer.named_parameters())
+    y = x_TD @ _weight(mixer, f"{name}_proj.weight").T
+    if f"{name}_proj.bias" in parameters:
+        y = y + _weight(mixer, f"{name}_proj.bias")
     if f"convs.{name}.weight" not in parameters:
         return y
     taps = parameters[f"convs.{name}.weight"].detach()
@@ -172,9 +174,10 @@ def test_softmax_attention(case: Case, bias: bool):
     def formula(mixer: Mixer, stack, x_TD: Tensor) -> Tensor:
         options = case.options
         heads, width, groups = options.heads or 2, options.head_dim or 32, options.kv_heads or 1
-        q, k, v = (x_TD @ _weight(mixer, f"{name}_proj.weight").T for name in "qkv")
-        if bias:
-            q, k, v = (x + _weight(mixer, f"{name}_proj.bias") for name, x in zip("qkv", (q, k, v)))
+        assert bias == ("q_proj.bias" in dict(mixer.named_parameters()))
+        q, k, v = (_project(mixer, name, x_TD) for name in "qkv")
+        if options.conv:
+            q, k, v = _swish(q), _swish(k), _swish(v)
         y = torch.zeros_like(q)
         for h in range(heads):
             s, g = slice(h * width, (h + 1) * width), slice(*(width * (h * groups // heads + n) for n in (0, 1)))
