@@ -220,7 +220,7 @@ class Trainer:
         for layer in self.moe_layers:
             layer.step_counts_E *= skipped == 0  # without counts the bias stays
         update_bias(self.moe_layers, tokens_group)
-        forget_global_counts(self.model)
+        forget_global_counts(self.modules)
 
         # What happened in a step is read one step later, when it is known without waiting for the device.
         previous, self._pending = self._pending, torch.stack([skipped.double(), counts[1]])
