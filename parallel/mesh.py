@@ -108,6 +108,8 @@ class Meshes:
         loss = self.world["data_replicate", "data_shard", "context"]._flatten("loss")
         self.loss_group: dist.ProcessGroup = loss.get_group()
         """The ranks whose losses and valid tokens add up to those of an optimizer step."""
+        self.context_group: dist.ProcessGroup = self.world["context"].get_group()
+        """The ranks that share the same packed sequences, a span of each to every rank."""
         rows = self.world["context", "tensor"]._flatten("rows")
         self.rows_group: dist.ProcessGroup = rows.get_group()
         """The ranks that hold parts of the same packed sequences."""

@@ -63,6 +63,8 @@ class Spans:
     """The first rank from which any document reaches into this one's spans; `rank` where none does."""
     positions: Tensor
     """int64 [T]: the place of each token in its document, counted from the document's very first token."""
+    crossed: bool
+    """Some document goes on from one rank to the next."""
     first_R: Tensor
     """int64: the document, among this rank's N, that each row's span begins with."""
     last_R: Tensor
@@ -181,6 +183,7 @@ def cut_spans(
         history=tuple(b - x for x, b in zip(first[rank], begin[rank])),
         earliest=min(reaching, default=rank),
         positions=torch.arange(local[-1], device=device) - of_token,
+        crossed=any(map(any, enters)),
         first_R=first_R,
         last_R=last_R,
         enters_R=enters_R.bool(),

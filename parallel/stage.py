@@ -48,7 +48,7 @@ class Stage(Decoder):
         shared = self.shared_outputs()
         if self._taps:
             shared = {name: _Tap.apply(x, output.detach(), self._tapped, name) for name, output in shared.items()}
-        context = Context(inputs.documents, inputs.documents.positions, shared, inputs.totals)
+        context = Context(inputs.documents, inputs.documents.whole_positions, shared, inputs.totals)
         x, _, carried = self.run_layers(x, context, None, dict(zip(self.carried_in, rest, strict=True)))
         if self.holds_last:
             return self.project(self.norm(x), inputs.labels)

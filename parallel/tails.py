@@ -17,10 +17,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchlinearmoe.kernels.backends.call import outside_graphs
 from torchlinearmoe.parallel.gather import finish_gather, start_gather
 from torchlinearmoe.parallel.spans import Spans
 
 
+@outside_graphs
 def entering_inputs(x: Tensor, ids: Tensor, spans: Spans, count: int) -> Tensor:
     """The `count` inputs before each of this rank's spans, [R, n, C], zeros before a document's start; x: [T, C]."""
     places_Rn = spans.starts_R1[1:].unsqueeze(1) + torch.arange(-count, 0, device=x.device)

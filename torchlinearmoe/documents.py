@@ -53,6 +53,11 @@ class Documents:
         return self.ids.shape[0]
 
     @property
+    def whole_positions(self) -> Tensor:
+        """int64 [T]: the place of each token in its document, counted from its very first one, on whatever rank."""
+        return self.positions if self.spans is None else self.spans.positions
+
+    @property
     def num_rows(self) -> int:
         """Packed sequences in the stream."""
         return self.num_tokens // self.row_length

@@ -40,6 +40,7 @@ from torchlinearmoe.optim.schedule import learning_rate, set_learning_rate
 from torchlinearmoe.optim.step import step_if_finite
 from torchlinearmoe.parallel.apply import build_parallel_model
 from torchlinearmoe.parallel.clip import clip_gradients
+from torchlinearmoe.parallel.context import own_part
 from torchlinearmoe.parallel.inputs import Inputs
 from torchlinearmoe.parallel.mesh import Degrees, Meshes
 from torchlinearmoe.parallel.tensor import sum_partial_gradients
@@ -197,6 +198,7 @@ class Trainer:
         `received`: a signal this rank was sent; all ranks learn of it.
         """
         self.modules.train()
+        batches = [self._own(batch) for batch in batches]
         group, tokens_group = self.meshes.loss_group, self.meshes.tokens_group
         valid = sum(batch.valid_tokens for batch in batches)
         counts = torch.tensor([valid, received or 0], dtype=torch.float64).to(self.device, non_blocking=True)
@@ -230,6 +232,9 @@ class Trainer:
         self.tokens += self.tokens_per_step
         self.meter.add(self.tokens_per_step)
         return mean, grad_norm, lr
+
+    def _own(self, batch: MicroBatch) -> MicroBatch:
+        return own_part(batch, self.meshes, self.recipe.parallel)
 
     def _inputs(self, batch: MicroBatch) -> Inputs:
         batch = batch.to(self.device)
@@ -337,7 +342,9 @@ class Trainer:
             ranks=self.meshes.degrees.data_ranks,
             pin_memory=self.device.type == "cuda",
         )
-        return held_out_loss(self.passes, loader, self.device, group=self.meshes.loss_group, limit=limit)
+        return held_out_loss(
+            self.passes, map(self._own, loader), self.device, group=self.meshes.loss_group, limit=limit
+        )
 
     def _validate(self) -> None:
         if len(self.splits.validation):
@@ -381,7 +388,7 @@ class Trainer:
 
     def _diverged(self, batches: list[MicroBatch]) -> None:
         self.checkpoints.wait()
-        place = first_bad_layer(self.passes, [self._inputs(batch) for batch in batches])
+        place = first_bad_layer(self.passes, [self._inputs(self._own(batch)) for batch in batches])
         kept = self.checkpoints.latest()
         raise Diverged(
             f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite, first bad: {place}; "

@@ -361,8 +361,8 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def region(self, name: str, past: Past) -> Callable[..., Any]:
-        """The method `name`, in its compiled form only where documents start empty."""
-        return getattr(self, name) if isinstance(past, Empty) else MethodType(getattr(type(self), name), self)
+        """The method `name`, in its compiled form unless documents go on from a state."""
+        return MethodType(getattr(type(self), name), self) if isinstance(past, Resumed) else getattr(self, name)
 
     def init_state(self, batch: int, max_length: int, device: torch.device, dtype: torch.dtype) -> State:
         """Empty state of `batch` sequences; only APPEND parts depend on `max_length`."""

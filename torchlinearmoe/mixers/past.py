@@ -21,7 +21,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Empty:
-    """Documents start with nothing before them; the only kind that enters compiled regions."""
+    """Documents start with nothing before them."""
 
     ids: Tensor
     """int [T]: the document of each token."""

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchlinearmoe.kernels import ops
+from torchlinearmoe.kernels.backends.call import outside_graphs
 from torchlinearmoe.kernels.quadratic_features import QuadraticFeatures
 from torchlinearmoe.mixers.past import Spanned
 from torchlinearmoe.mixers.tail import in_float32, repeat_heads, same_heads
@@ -39,6 +40,7 @@ CHUNK = 256
 """Tokens whose writes are summed in the type of the inputs; the sums are added up in float32."""
 
 
+@outside_graphs
 def linear_recurrence(
     q: Tensor,
     k: Tensor,
@@ -65,6 +67,7 @@ def linear_recurrence(
     return o[0] + scale * _read(q if decay is None else decay.since_first(q), state, past)
 
 
+@outside_graphs
 def dense_recurrence(
     op: Callable[..., Any], inputs: Sequence[Tensor | None], v_index: int, past: Spanned, **options: Any
 ) -> Tensor:
@@ -91,6 +94,7 @@ def dense_recurrence(
     return o + _rows_matmul(passed, state, past)
 
 
+@outside_graphs
 def slot_attention(
     q: Tensor, k: Tensor, v: Tensor, s: Tensor, log_decay: Tensor, past: Spanned, *, scale: float, backend: str
 ) -> Tensor:
@@ -116,6 +120,7 @@ def slot_attention(
     return o[0]
 
 
+@outside_graphs
 def quadratic_attention(
     q: Tensor, k: Tensor, v: Tensor, past: Spanned, *, kind: str, eps: float, backend: str
 ) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torchlinearmoe.initialize import ONES, Uniform, set_initializers
 from torchlinearmoe.kernels import ops, step
+from torchlinearmoe.kernels.backends.call import outside_graphs
 from torchlinearmoe.mixers.base import Carry, StateSpec, TensorWord, per_head
 from torchlinearmoe.mixers.past import Empty, Past, Spanned
 from torchlinearmoe.parallel.tails import entering_inputs
@@ -47,11 +48,7 @@ class ShortConvolution(nn.Module):
         if isinstance(past, Empty) or self.taps == 1:
             return ops.short_convolution(x[None], self.weight, self.bias, **options)[0][0]
         if isinstance(past, Spanned):
-            if entering is None:
-                entering = entering_inputs(x, past.ids, past.spans, self.taps - 1)
-            state = past.first_states(entering)
-            options |= {"initial_state": state, "cu_seqlens": past.cu_seqlens}
-            return ops.short_convolution(x[None], self.weight, self.bias, **options)[0][0]
+            return self._spanned(x, past, entering)
         state = past.state[name]
         if past.stepping:
             y, last = step.convolution_step(x, self.weight, self.bias, state, activation=self.activation)
@@ -62,6 +59,20 @@ class ShortConvolution(nn.Module):
         assert last is not None
         past.after[name] = last.to(state.dtype)
         return y
+
+    @outside_graphs
+    def _spanned(self, x: Tensor, past: Spanned, entering: Tensor | None) -> Tensor:
+        if entering is None:
+            entering = entering_inputs(x, past.ids, past.spans, self.taps - 1)
+        return ops.short_convolution(
+            x[None],
+            self.weight,
+            self.bias,
+            activation=self.activation,
+            initial_state=past.first_states(entering),
+            cu_seqlens=past.cu_seqlens,
+            document_ids=past.ids,
+        )[0][0]
 
     def tensor_parallel(self, prefix: str) -> dict[str, TensorWord]:
         """Channels split with the heads."""
@@ -125,8 +136,7 @@ def token_shift(x: Tensor, past: Past, name: str = "shift") -> Tensor:
     if isinstance(past, Empty):
         return ops.token_shift(x[None], document_ids=past.ids)[0][0]
     if isinstance(past, Spanned):
-        state = past.first_states(entering_inputs(x, past.ids, past.spans, 1))
-        return ops.token_shift(x[None], initial_state=state, cu_seqlens=past.cu_seqlens, document_ids=past.ids)[0][0]
+        return _spanned_shift(x, past)
     state = past.state[name]
     if past.stepping:
         before, last = step.token_shift_step(x, state)
@@ -142,6 +152,12 @@ def token_shift(x: Tensor, past: Past, name: str = "shift") -> Tensor:
     assert last is not None
     past.after[name] = last.to(state.dtype)
     return before
+
+
+@outside_graphs
+def _spanned_shift(x: Tensor, past: Spanned) -> Tensor:
+    state = past.first_states(entering_inputs(x, past.ids, past.spans, 1))
+    return ops.token_shift(x[None], initial_state=state, cu_seqlens=past.cu_seqlens, document_ids=past.ids)[0][0]
 
 
 class GatedHeadNorm(nn.Module):

@@ -118,7 +118,7 @@ class Decoder(nn.Module):
         shape = tokens.shape
         if documents is None:
             documents = _documents_of(tokens, cu_seqlens)
-        context = Context(documents, documents.positions, self.shared_outputs(), totals)
+        context = Context(documents, documents.whole_positions, self.shared_outputs(), totals)
         h, _ = self._run(tokens.reshape(-1), context, None)
         if labels is not None:
             return self.project(h, labels.reshape(-1))

@@ -208,7 +208,12 @@ class ParallelRecipe:
     tensor: int = 1
     """Tensor-parallel ranks."""
     context: int = 1
-    """Ranks that share a sequence."""
+    """Ranks that share a sequence, each with one contiguous span of it."""
+    context_attention: Literal["auto", "gather", "heads"] = "auto"
+    """How softmax layers see other spans: `gather` keys and values, or trade spans for `heads`, where the key-value
+    heads divide; `auto` takes heads where it can."""
+    context_states: Literal["float32", "bfloat16"] = "float32"
+    """Type in which the states of linear layers travel between spans."""
     expert: int = 1
     """Ranks that share the experts; borrowed from data_shard x context x tensor."""
     pipeline: int = 1

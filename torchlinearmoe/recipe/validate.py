@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torchlinearmoe.errors import RecipeError, divisors, nearest
 from torchlinearmoe.mixers import MIXERS
+from torchlinearmoe.mixers.base import Transition
 from torchlinearmoe.recipe.layers import used_mixers
 from torchlinearmoe.recipe.schema import ModelRecipe, MoERecipe, Recipe
 
@@ -162,10 +163,6 @@ def _parallel(recipe: Recipe) -> None:
     for name in ("data_replicate", "tensor", "context", "expert", "pipeline"):
         if getattr(parallel, name) < 1:
             raise RecipeError(f"parallel.{name} = {getattr(parallel, name)}: must be at least 1")
-    for name in ("context",):
-        degree = getattr(parallel, name)
-        if degree != 1:
-            raise RecipeError(f"parallel.{name} = {degree}: this axis is not available in this version; legal: 1")
     if parallel.pipeline > 1:
         _pipeline(recipe)
     if parallel.data_shard < 1 and parallel.data_shard != -1:
@@ -176,8 +173,28 @@ def _parallel(recipe: Recipe) -> None:
         raise RecipeError(
             f"parallel.expert = {parallel.expert}: must divide moe.num_experts = {experts}; legal: {divisors(experts)}"
         )
+    if parallel.context > 1:
+        _context(recipe)
     if parallel.tensor > 1:
         _tensor(recipe)
+
+
+def _context(recipe: Recipe) -> None:
+    """Spans must be equal, and heads must come out even where they are traded for spans."""
+    model, length, parallel = recipe.model, recipe.training.sequence_length, recipe.parallel
+    if length % parallel.context:
+        raise RecipeError(
+            f"parallel.context = {parallel.context}: must divide training.sequence_length = {length}; "
+            f"legal: {divisors(length)}"
+        )
+    for name in used_mixers(model) if parallel.context_attention == "heads" else ():
+        if MIXERS[name].transition is Transition.ATTENTION:
+            groups, count = MIXERS[name].head_groups(model.mixer_options[name], model)
+            if count % (parallel.context * parallel.tensor):
+                raise RecipeError(
+                    f"parallel.context_attention = 'heads': context x tensor = {parallel.context} x {parallel.tensor} "
+                    f"must divide {groups} of {name} = {count}; use 'gather', or legal: {divisors(count)}"
+                )
 
 
 def _tensor(recipe: Recipe) -> None:

@@ -1,0 +1,60 @@
+"""Runs whose ranks share their sequences have the losses and gradients of one process."""
+
+from pathlib import Path
+
+import pytest
+from harness import RankPool
+from tiny_run import Result, Settings, assert_same_training, run, settings, write_corpus
+
+MIXED = ["hgrn2", "hgrn2", "gated_delta_net", "rwkv6", "softmax_attention"]
+BASE: Settings = {
+    "model": {"mixers": MIXED, "num_layers": len(MIXED), "num_kv_heads": 2},
+    "mixer": {"hgrn2": {"conv": 3}},
+    "training": {"steps": 2, "micro_batch_size": 2, "tokens_per_step": 8 * 48},
+}
+COMPILED: Settings = {"training": {"compile": True, "compile_backend": "aot_eager"}}
+LAYOUTS: dict[str, tuple[int, Settings]] = {
+    "two spans, compiled": (2, {"parallel": {"context": 2}} | COMPILED),
+    "four spans, heads stay": (4, {"parallel": {"context": 4, "context_attention": "gather"}}),
+    "two spans, shards and heads traded": (
+        4,
+        {"parallel": {"context": 2, "data_shard": 2, "context_attention": "heads"}},
+    ),
+    "two spans, replicas, global balance": (
+        4,
+        {"parallel": {"context": 2, "data_replicate": 2}, "moe": {"balance_scope": "global"}},
+    ),
+    "two spans, heads and experts split": (4, {"parallel": {"context": 2, "tensor": 2, "expert": 2}}),
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"), documents=60)
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: RankPool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    """One process, by the scope of the balance loss."""
+    folder = tmp_path_factory.mktemp("alone")
+    scopes: dict[str, Settings] = {scope: {"moe": {"balance_scope": scope}} for scope in ("sequence", "global")}
+    return {scope: ranks(1, run, settings(corpus, folder / scope, BASE, moe))[0] for scope, moe in scopes.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_spans_train_as_whole_rows_do(
+    ranks: RankPool, corpus: Path, tmp_path: Path, alone: dict[str, Result], layout: str
+) -> None:
+    size, changes = LAYOUTS[layout]
+    for result in ranks(size, run, settings(corpus, tmp_path / "spans", BASE, changes)):
+        assert_same_training(result, alone["global" if "global" in layout else "sequence"])
+        assert (result.graphs > 10) == ("compiled" in layout)
+
+
+def test_states_in_bfloat16_change_the_loss_a_little(
+    ranks: RankPool, corpus: Path, tmp_path: Path, alone: dict[str, Result]
+) -> None:
+    half: Settings = {"parallel": {"context": 2, "context_states": "bfloat16"}}
+    rounded = ranks(2, run, settings(corpus, tmp_path / "rounded", BASE, half))[0].gradients
+    distances = [(rounded[name] - g).norm() / g.norm() for name, g in alone["sequence"].gradients.items()]
+    assert 1e-4 < max(distances) < 2e-2
