@@ -86,8 +86,8 @@ def gather_statistics(
     """The sums [2E + 4] of every router since they were last reset, by KIND/PATH of its layer, on the host.
 
     Resets them. One all-reduce over `group` (all ranks whose tokens make up a step, of one pipeline stage; every one of
-    them has to call) and one transfer to the host, for all layers together. `parts` are what this rank has of the model, `stages`
-    the ranks that have the rest of its layers. Layers that saw no token are left out.
+    them has to call) and one transfer to the host, for all layers together. `parts` are what this rank has of the
+    model, `stages` the ranks that have the rest of its layers. Layers that saw no token are left out.
     """
     layers = [
         (f"{module.kind}/{path.rpartition('.')[0]}", module)
