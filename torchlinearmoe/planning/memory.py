@@ -161,7 +161,7 @@ def mixer_elements(mixer: Mixer, width: int) -> int:
         word = words.get(name)
         if parameter.dim() == 3 and word is not None and word.kind == "column":
             total += mixer.write_rows * parameter.shape[0]
-        if parameter.dim() == 2 and name.endswith("weight") and word is not None and word.kind in ("column", "row"):
+        if parameter.dim() == 2 and not name.endswith("bias") and word is not None and word.kind in ("column", "row"):
             total += parameter.shape[0] if word.kind == "column" else parameter.shape[1]
     return total
 
