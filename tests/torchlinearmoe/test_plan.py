@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 DENSE = {"num_experts": 0, "top_k": 0}
 MODELS: dict[str, dict[str, Any]] = {
     "experts": {"model": {"mixer": "hgrn2", "layout": "LLN", "num_layers": 5}, "moe": {"shared_hidden_size": 32}},
+    "memories": {"model": {"mixer": "mom_gla", "layout": "LN"}},
     "dense, tied": {"model": {"mixer": "gated_delta_net", "tie_embeddings": True}, "moe": DENSE},
 }
 
