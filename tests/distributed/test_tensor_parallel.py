@@ -104,7 +104,10 @@ RUNS: dict[str, tuple[Settings, list[tuple[int, Settings]]]] = {
         {**DEEP, **LOSS},
         [(2, {"parallel": {"tensor": 2}}), (4, {"parallel": {"tensor": 2, "data_replicate": 2}})],
     ),
-    "gated_delta_net, balance over the step": ({**HYBRID, **GLOBAL}, [(4, {"parallel": {"tensor": 2, "expert": 4}})]),
+    "gated_delta_net, balance over the step, first layer dense": (
+        {**HYBRID, "moe": {**GLOBAL["moe"], "first_dense_layers": 1}},
+        [(4, {"parallel": {"tensor": 2, "expert": 4}})],
+    ),
     "retention, balance by bias": (
         {"model": {**HYBRID["model"], "mixer": "retention"}, **BIAS},
         [(4, {"parallel": {"tensor": 2, "expert": 2}})],

@@ -205,9 +205,9 @@ def _tensor(recipe: Recipe) -> None:
     for name in used_mixers(model):
         groups, count = MIXERS[name].head_groups(model.mixer_options[name], model)
         shared_out.append((f"{groups} of {name}", count))
-    if not model.moe.num_experts:
+    if not model.moe.num_experts or model.moe.first_dense_layers:
         shared_out.append(("model.ffn_hidden_size", model.ffn_hidden_size))
-    elif model.moe.shared_hidden_size:
+    if model.moe.num_experts:
         shared_out.append(("moe.shared_hidden_size", model.moe.shared_hidden_size))
     for name, count in shared_out:
         if count % degree:
