@@ -55,13 +55,15 @@ class Job:
 
 
 @contextmanager
-def job(log: Path, *arguments: str, ranks: int = 0) -> Iterator[Job]:
+def job(log: Path, *arguments: str, ranks: int = 0, gpus: bool = False) -> Iterator[Job]:
     """`python ARGUMENTS`, or `torchrun ARGUMENTS` with `ranks`; killed on the way out if it still runs."""
     command = [sys.executable]
     if ranks:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    if not gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     with log.open("w") as stream:
         process = subprocess.Popen(
