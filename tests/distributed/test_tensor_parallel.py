@@ -76,8 +76,11 @@ def built(recipe: ModelRecipe, spread: bool) -> Decoder:
 
 
 def spread_results(rank: int, cases: list[tuple[str, dict[str, Any]]], chunk: int) -> list[dict[str, Tensor]]:
-    cross_entropy.CHUNK_ELEMENTS = chunk
-    return [results_of(built(model_recipe(*case), spread=True)) for case in cases]
+    usual, cross_entropy.CHUNK_ELEMENTS = cross_entropy.CHUNK_ELEMENTS, chunk
+    try:
+        return [results_of(built(model_recipe(*case), spread=True)) for case in cases]
+    finally:
+        cross_entropy.CHUNK_ELEMENTS = usual
 
 
 @pytest.mark.parametrize("degree", [2, 3, 4])
