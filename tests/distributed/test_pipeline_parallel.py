@@ -12,6 +12,7 @@ FOUR: Settings = {"model": {"layout": "LLLN", "num_layers": 4}}
 EIGHT: Settings = {"model": {"layout": "LLLN", "num_layers": 8}}
 CARRIED: Settings = {"model": {"mixers": MIXED, "num_layers": 6}}
 TIED: Settings = {"model": {"tie_embeddings": True}}
+PAIRS: Settings = {"model": {"num_kv_heads": 2}}
 LONG: Settings = {"training": {"tokens_per_step": 8 * 48}}
 BIAS: Settings = {"moe": {"balance": "bias", "bias_rate": 0.01}}
 GLOBAL: Settings = {"moe": {"balance_scope": "global"}}
@@ -36,6 +37,11 @@ CASES: dict[str, tuple[int, tuple[Settings, ...]]] = {
     "zero bubble, carried tensors": (2, (CARRIED, ZERO_BUBBLE)),
     "zero bubble, experts spread, bias": (4, (FOUR, LONG, BIAS, ZERO_BUBBLE, {"parallel": {"expert": 2}})),
     "zero bubble, tied embedding, shards": (4, (FOUR, LONG, TIED, ZERO_BUBBLE)),
+    "1f1b, carried tensors, heads split": (4, (CARRIED, PAIRS, ONE_F_ONE_B, {"parallel": {"tensor": 2}})),
+    "zero bubble, tied embedding, heads split, experts spread over them": (
+        4,
+        (FOUR, LONG, PAIRS, TIED, ZERO_BUBBLE, {"parallel": {"tensor": 2, "expert": 2}}),
+    ),
 }
 
 
@@ -61,11 +67,13 @@ def joined(results: list[Result]) -> Result:
 def test_a_pipeline_trains_as_one_process_does(ranks: RankPool, corpus: Path, tmp_path: Path, case: str) -> None:
     size, changes = CASES[case]
     short: Settings = {"training": {"steps": 3}}
-    alone: Settings = {"parallel": dict.fromkeys(("pipeline", "pipeline_schedule", "expert", "data_replicate"))}
+    degrees = ("pipeline", "pipeline_schedule", "tensor", "expert", "data_replicate")
+    alone: Settings = {"parallel": dict.fromkeys(degrees)}
     (one,) = ranks(1, run, settings(corpus, tmp_path / "one", short, *changes, alone))
     found = joined(ranks(size, run, settings(corpus, tmp_path / "many", short, *changes)))
     assert one.gradients.keys() == one.state.keys() - {name for name in one.state if name.endswith("expert_bias")}
-    assert_same_training(found, one)
+    # RWKV7 magnifies the float32 rounding of sums over ranks a hundredfold.
+    assert_same_training(found, one, 5e-5 if case == "1f1b, carried tensors, heads split" else 1e-5)
     assert found.state.keys() == one.state.keys()
     for key in ("moe/max_load", "moe/balance_loss", "moe/z_loss", "moe/entropy"):
         assert found.column(key) == pytest.approx(one.column(key), rel=1e-5), key
