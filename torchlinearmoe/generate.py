@@ -44,6 +44,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="text to continue, '-' for standard input; several are decoded together; left out: a new document",
     )
+    add("--chat", action="store_true", help="each prompt is a message to a finetuned model, written in its template")
+    add("--system", default="", metavar="TEXT", help="with --chat, the system message before it")
     add("--max-tokens", type=int, default=200, metavar="N", help="longest continuation, in tokens (default 200)")
     add(
         "--temperature",
@@ -82,23 +84,40 @@ def _generate(options: argparse.Namespace) -> int:
         model = load_model(options.checkpoint)
     cast_weights(model, dtype)
     tokenizer = checkpoint_tokenizer(options.checkpoint)
-    # In training, documents begin with the end-of-text token.
-    prompts = [[tokenizer.end_of_text, *tokenizer.encode(text)] for text in texts]
+    prompts, stop = _encode(options, tokenizer, texts)
     generation = generate(
         model,
         prompts,
         options.max_tokens,
         sampling=sampling,
-        stop=tokenizer.end_of_text,
+        stop=stop,
         vocab_size=tokenizer.vocab_size,
     )
-    shown = ["" if options.hide_prompt else text for text in texts]
+    shown = ["" if options.hide_prompt or options.chat else text for text in texts]
     try:
         _write(generation, tokenizer, shown)
     except BrokenPipeError:
         # The reader has gone; nothing can be written any more, not even when Python closes the stream.
         sys.stdout = None
     return 0
+
+
+def _encode(options: argparse.Namespace, tokenizer: Tokenizer, texts: list[str]) -> tuple[list[list[int]], int]:
+    """The ids of every prompt, and the id that ends a continuation."""
+    from torchlinearmoe.checkpoint.model import checkpoint_template
+    from torchlinearmoe.data.chat_template import Message
+
+    if not options.chat:
+        if options.system:
+            raise Failure("--system: only a conversation has a system message; add --chat")
+        # In training, documents begin with the end-of-text token.
+        return [[tokenizer.end_of_text, *tokenizer.encode(text)] for text in texts], tokenizer.end_of_text
+    if options.prompt is None:
+        raise Failure("--chat: give the message with --prompt")
+    template = checkpoint_template(options.checkpoint)
+    before = [Message("system", options.system)] if options.system else []
+    prompts = [template.prompt([*before, Message("user", text)], tokenizer) for text in texts]
+    return prompts, template.end_id(tokenizer)
 
 
 def _prompts(given: list[str] | None) -> list[str]:

@@ -53,6 +53,24 @@ def with_tokens_per_step(recipe: Recipe, tokens: int) -> Recipe:
     return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, tokens_per_step=tokens))
 
 
+def with_tokenizer(recipe: Recipe) -> Recipe:
+    """The recipe with `data.tokenizer` written out where it is the one of `checkpoint.init_from`.
+
+    Raises RecipeError when there is none: weights mean nothing under another tokenizer.
+    """
+    from torchlinearmoe.checkpoint.model import find_tokenizer
+
+    source = recipe.checkpoint.init_from
+    if recipe.data.tokenizer or not source:
+        return recipe
+    found = find_tokenizer(Path(source).expanduser())
+    if found is None:
+        raise RecipeError(
+            f"data.tokenizer = '': checkpoint.init_from = '{source}' holds no tokenizer; name the file of its tokenizer"
+        )
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, tokenizer=str(found)))
+
+
 def write_recipe(recipe: Recipe, folder: Path) -> None:
     """Write `recipe.toml`, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -26,12 +26,13 @@ def _train(path: str, overrides: Sequence[str]) -> int:
     from torchlinearmoe.parallel.mesh import resolve_degrees, tokens_per_step
     from torchlinearmoe.parallel.pipeline import check_micro_batches
     from torchlinearmoe.recipe import load_recipe
-    from torchlinearmoe.run_folder import with_tokens_per_step
+    from torchlinearmoe.run_folder import with_tokenizer, with_tokens_per_step
     from torchlinearmoe.runtime import choose_device, process_group, world_size
 
     # Everything that can be refused without other ranks is refused before they are needed.
     recipe = load_recipe(path, overrides)
     degrees = resolve_degrees(recipe.parallel, world_size())
+    recipe = with_tokenizer(recipe)
     recipe = with_tokens_per_step(recipe, tokens_per_step(recipe.training, degrees))
     check_micro_batches(recipe, degrees)
     device = choose_device(recipe.training)

@@ -20,8 +20,9 @@ from torchlinearmoe.checkpoint.manager import CheckpointManager
 from torchlinearmoe.checkpoint.model import model_files
 from torchlinearmoe.data.baselines import Baselines, baseline_losses
 from torchlinearmoe.data.loader import build_loader, build_validation_loader
+from torchlinearmoe.data.open import open_data
 from torchlinearmoe.data.packing import MicroBatch
-from torchlinearmoe.data.splits import Splits, open_splits
+from torchlinearmoe.data.splits import Splits
 from torchlinearmoe.data.tokenizer import check_vocabulary, load_tokenizer
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.evaluation import first_bad_layer, held_out_loss, silent_mixers
@@ -299,16 +300,8 @@ class Trainer:
         return source
 
     def _open_data(self) -> Splits:
-        """The corpus, tokenised by rank 0 while the others wait."""
-        data = self.recipe.data
-        return rank_0_first(
-            lambda: open_splits(
-                data.paths,
-                tokenizer=self.tokenizer,
-                validation_fraction=data.validation_fraction,
-                cache=data.cache or self.folder / "cache",
-            )
-        )
+        """The data, tokenised by rank 0 while the others wait."""
+        return rank_0_first(lambda: open_data(self.recipe.data, self.tokenizer, self.folder / "cache"))
 
     def _begin(self) -> Baselines | None:
         parameters = sum(p.numel() for p in self.whole.parameters())
@@ -320,9 +313,9 @@ class Trainer:
         )
         if self.resumed_from is not None:
             self.metrics.message(f"resumed from {self.resumed_from} after step {self.step}")
-        if self.initial_weights is not None:
-            for line in self.initial_weights.describe():
-                self.metrics.message(line)
+        lines = self.initial_weights.describe() if self.initial_weights is not None else []
+        for line in filter(None, [*lines, self.splits.train.note(self.recipe.training.sequence_length)]):
+            self.metrics.message(line)
         if not self.recipe.metrics.baselines or not len(self.splits.validation) or self.rank != 0:
             return None
         found = baseline_losses(self.splits.train, self.splits.validation, self.tokenizer.vocab_size)
@@ -417,4 +410,5 @@ class Trainer:
             curves += f", tensorboard --logdir {self.folder / 'tensorboard'}"
         self.metrics.message(f"checkpoint: {last}")
         self.metrics.message(f"curves: {curves}")
-        self.metrics.message(f'next: python -m torchlinearmoe.generate {last} --prompt "In the beginning"')
+        chat = " --chat" if self.recipe.data.format == "messages" else ""
+        self.metrics.message(f'next: python -m torchlinearmoe.generate {last}{chat} --prompt "In the beginning"')

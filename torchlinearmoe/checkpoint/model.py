@@ -8,17 +8,21 @@ import torch
 
 from torchlinearmoe.checkpoint.load import load_model_weights
 from torchlinearmoe.checkpoint.storage import CheckpointError
+from torchlinearmoe.data.chat_template import ChatTemplate, load_template, parse_template
 from torchlinearmoe.data.tokenizer import Tokenizer, load_tokenizer
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.recipe import Recipe, dump, load_recipe
 
 RECIPE_FILE = "recipe.toml"
 TOKENIZER_FOLDER = "tokenizer"
+TEMPLATE_FILE = "chat_template.toml"
 
 
 def model_files(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, str | bytes]:
     """The small files a checkpoint needs to be used by itself, by name."""
     files: dict[str, str | bytes] = {RECIPE_FILE: dump(recipe)}
+    if recipe.data.format == "messages":
+        files[TEMPLATE_FILE] = load_template(recipe.data.chat_template).source
     for path in _tokenizer_files(tokenizer):
         files[f"{TOKENIZER_FOLDER}/{path.name}"] = path.read_bytes()
     return files
@@ -41,13 +45,25 @@ def checkpoint_recipe(path: str | Path) -> Recipe:
 
 def checkpoint_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer a checkpoint was trained with."""
-    folder = Path(path) / TOKENIZER_FOLDER
-    if (folder / "tokenizer.json").is_file():
-        return load_tokenizer(folder)
-    found = [file for file in folder.glob("*") if file.suffix != ".json"]
-    if len(found) != 1:
-        raise CheckpointError(f"{folder}: must hold one tokenizer file, holds {len(found)}")
-    return load_tokenizer(found[0])
+    found = find_tokenizer(path)
+    if found is None:
+        raise CheckpointError(f"{Path(path) / TOKENIZER_FOLDER}: holds no tokenizer.json and no tiktoken file")
+    return load_tokenizer(found)
+
+
+def find_tokenizer(path: str | Path) -> Path | None:
+    """The tokenizer's file in a checkpoint or a Hugging Face directory, if there is one."""
+    for folder in (Path(path) / TOKENIZER_FOLDER, Path(path)):
+        for pattern in ("tokenizer.json", "*.tiktoken"):
+            for file in sorted(folder.glob(pattern)):
+                return file
+    return None
+
+
+def checkpoint_template(path: str | Path) -> ChatTemplate:
+    """The chat template a checkpoint was finetuned with; `chatml` for one that was not."""
+    file = Path(path) / TEMPLATE_FILE
+    return parse_template(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else load_template("chatml")
 
 
 def load_model(path: str | Path) -> Decoder:

@@ -66,6 +66,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(vocabulary.values()) + 1
         end_of_text = self._find_end_of_text(vocabulary)
         self.end_of_text = vocabulary[end_of_text]
+        added = [token for token in described.get("added_tokens", ()) if token.get("special")]
+        self.special_tokens = {token["content"]: token["id"] for token in added}
         self._bytes = _token_bytes(described, vocabulary, path)
         self.fingerprint = hashlib.blake2b(content + end_of_text.encode(), digest_size=16).hexdigest()
 

@@ -27,8 +27,8 @@ from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from torchlinearmoe.data.order import SampleOrder
-from torchlinearmoe.data.packing import MicroBatch, Samples, collate
-from torchlinearmoe.data.splits import TokenStream
+from torchlinearmoe.data.packing import MicroBatch, SampleSource, collate
+from torchlinearmoe.data.splits import Stream
 from torchlinearmoe.errors import UserError
 
 
@@ -92,7 +92,7 @@ class ValidationLoader:
 
 
 def build_loader(
-    stream: TokenStream,
+    stream: Stream,
     *,
     sequence_length: int,
     micro_batch_size: int,
@@ -110,12 +110,9 @@ def build_loader(
     `workers` processes read ahead (0: read when asked). Raises UserError when the stream is shorter than one sample,
     and when a step is not whole micro-batches on every rank.
     """
-    samples = Samples(stream, sequence_length)
+    samples = stream.samples(sequence_length)
     if not len(samples):
-        raise UserError(
-            f"training.sequence_length = {sequence_length}: the training text has only {len(stream)} tokens; "
-            "shorten it or bring more text in data.paths"
-        )
+        raise UserError(f"training.sequence_length = {sequence_length}: {stream.shortage()}")
     accumulation, rest = divmod(samples_per_step, micro_batch_size * ranks)
     if rest or not accumulation:
         raise UserError(
@@ -134,7 +131,7 @@ def build_loader(
 
 
 def build_validation_loader(
-    stream: TokenStream,
+    stream: Stream,
     *,
     sequence_length: int,
     micro_batch_size: int,
@@ -144,7 +141,7 @@ def build_validation_loader(
     pin_memory: bool = False,
 ) -> ValidationLoader:
     """Held-out micro-batches of data rank `rank` of `ranks`; every label of the stream is in exactly one of them."""
-    samples = Samples(stream, sequence_length, tail=True)
+    samples = stream.samples(sequence_length, tail=True)
     batches = _ValidationBatches(samples, micro_batch_size, rank, ranks)
     return ValidationLoader(batches, -(-len(samples) // (micro_batch_size * ranks)), workers, pin_memory)
 
@@ -152,7 +149,7 @@ def build_validation_loader(
 class _TrainingBatches(Dataset[MicroBatch]):
     """Micro-batch number s * A + a of this rank, of any step s and accumulation a."""
 
-    def __init__(self, samples: Samples, order: SampleOrder, micro_batch_size: int, rank: int, ranks: int) -> None:
+    def __init__(self, samples: SampleSource, order: SampleOrder, micro_batch_size: int, rank: int, ranks: int) -> None:
         self.samples, self.order = samples, order
         self.micro_batch_size, self.rank, self.ranks = micro_batch_size, rank, ranks
 
@@ -165,7 +162,7 @@ class _TrainingBatches(Dataset[MicroBatch]):
 class _ValidationBatches(Dataset[MicroBatch]):
     """Micro-batch number `index` of this rank; samples beyond the last are ignored ones."""
 
-    def __init__(self, samples: Samples, micro_batch_size: int, rank: int, ranks: int) -> None:
+    def __init__(self, samples: SampleSource, micro_batch_size: int, rank: int, ranks: int) -> None:
         self.samples, self.micro_batch_size, self.rank, self.ranks = samples, micro_batch_size, rank, ranks
 
     def __getitem__(self, index: int) -> MicroBatch:

@@ -16,13 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torchlinearmoe.data.splits import TokenStream
 from torchlinearmoe.documents import Documents
+
+if TYPE_CHECKING:
+    from torchlinearmoe.data.splits import TokenStream
 
 IGNORED = -100
 """The label of a position that is not scored."""
@@ -38,6 +41,18 @@ class Sample:
     """int64 [L], IGNORED where there is nothing to predict."""
     starts: list[int]
     """Where its documents start; the first is 0."""
+
+
+class SampleSource(Protocol):
+    """Samples of one length, by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def ignored(self) -> Sample:
+        """A sample that counts for nothing."""
+        ...
 
 
 class Samples:
@@ -68,9 +83,14 @@ class Samples:
         return Sample(tokens, labels, starts)
 
     def ignored(self) -> Sample:
-        """A sample that counts for nothing: one document of end-of-text markers without labels."""
-        tokens = np.full(self.length, self.stream.end_of_text, dtype=np.int64)
-        return Sample(tokens, np.full(self.length, IGNORED, dtype=np.int64), [0])
+        """A sample that counts for nothing."""
+        return ignored_sample(self.length, self.stream.end_of_text)
+
+
+def ignored_sample(length: int, end_of_text: int) -> Sample:
+    """One document of end-of-text markers without labels."""
+    tokens = np.full(length, end_of_text, dtype=np.int64)
+    return Sample(tokens, np.full(length, IGNORED, dtype=np.int64), [0])
 
 
 @dataclass(frozen=True, eq=False)

@@ -76,7 +76,8 @@ def _collect(path: Path, files: list[Path], stores: list[Path]) -> None:
                 _collect(path / name, files, stores)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, text) of every line. Raises UserError for one that is not UTF-8."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -87,7 +88,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _read_text(path: Path) -> Iterator[str]:
     document: list[str] = []
-    for _, line in _lines(path):
+    for _, line in read_lines(path):
         first, *others = line.split(END_OF_TEXT)
         document.append(first)
         for part in others:
@@ -97,7 +98,7 @@ def _read_text(path: Path) -> Iterator[str]:
 
 
 def _read_json_lines(path: Path) -> Iterator[str]:
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         if not line.strip():
             continue
         try:

@@ -15,9 +15,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
+from torchlinearmoe.data.packing import Samples, SampleSource
 from torchlinearmoe.data.sources import find_sources, read_documents
 from torchlinearmoe.data.store import Progress, TokenStore, cached_store
 from torchlinearmoe.data.tokenizer import Tokenizer
@@ -53,6 +55,18 @@ class TokenStream:
         """Ids in the stream, the last marker included; 0 when no document belongs to it."""
         return int(self._starts[-1]) + 1 if self.num_documents else 0
 
+    def samples(self, length: int, tail: bool = False) -> Samples:
+        """The stream cut every `length` tokens; with `tail` a last, shorter piece too."""
+        return Samples(self, length, tail)
+
+    def shortage(self) -> str:
+        """Why there may be no sample of some length."""
+        return f"the training text has only {len(self)} tokens; shorten it or bring more text in data.paths"
+
+    def note(self, length: int) -> str | None:
+        """Nothing: every token is trained."""
+        return None
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """int64 [stop - start]: the ids at places start .. stop - 1."""
         assert 0 <= start <= stop <= len(self), (start, stop, len(self))
@@ -70,12 +84,36 @@ class TokenStream:
         return out
 
 
+class Stream(Protocol):
+    """One split of the data: what it can be cut into."""
+
+    num_documents: int
+    end_of_text: int
+
+    def __len__(self) -> int: ...
+
+    def samples(self, length: int, tail: bool = False) -> SampleSource:
+        """Packed sequences of `length` tokens; with `tail` nothing is left over at the end."""
+        ...
+
+    def shortage(self) -> str:
+        """Why there may be no sample of some length."""
+        ...
+
+    def note(self, length: int) -> str | None:
+        """What is worth knowing before it is trained on in sequences of `length` tokens."""
+        ...
+
+
+S = TypeVar("S", bound=Stream)
+
+
 @dataclass(frozen=True)
-class Splits:
+class Splits(Generic[S]):
     """The two streams of one corpus. `validation` is empty when nothing is held out."""
 
-    train: TokenStream
-    validation: TokenStream
+    train: S
+    validation: S
 
 
 def open_splits(
@@ -85,7 +123,7 @@ def open_splits(
     validation_fraction: float,
     cache: str | Path | None = None,
     progress: Progress | None = None,
-) -> Splits:
+) -> Splits[TokenStream]:
     """The corpus under `paths` (none: the one that ships), tokenised and split.
 
     Text is tokenised once into `cache` (default ~/.cache/torchlinearmoe); `progress` is called with (documents, tokens)
@@ -107,11 +145,12 @@ def open_splits(
     bound = int(validation_fraction * 2**64)
     held_out = [store.keys < bound for store in stores]
     splits = Splits(TokenStream(stores, [~mask for mask in held_out]), TokenStream(stores, held_out))
-    _check_not_empty(splits, validation_fraction)
+    check_not_empty(splits, validation_fraction)
     return splits
 
 
-def _check_not_empty(splits: Splits, fraction: float) -> None:
+def check_not_empty(splits: Splits, fraction: float) -> None:
+    """Raise UserError when there is nothing to train on, or nothing held out that should be."""
     total = splits.train.num_documents + splits.validation.num_documents
     counted = f"data.validation_fraction = {fraction} leaves no document (of {total})"
     if not splits.train.num_documents:

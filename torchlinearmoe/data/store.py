@@ -4,6 +4,7 @@
                     and its tokens
     offsets.npy     int64 [documents + 1]: document d is tokens[offsets[d] : offsets[d + 1]]
     keys.npy        uint64 [documents]: hash of the document's text; decides which split it belongs to
+    trained.npy     uint8 like tokens, where not all are trained: 1 for those that are
     store.json      format, tokenizer, counts
 
 Folders are written aside and renamed, so a folder that exists is complete, and several processes may write the same one
@@ -17,10 +18,11 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -34,6 +36,17 @@ BATCH_CHARACTERS = 4_000_000
 
 Progress = Callable[[int, int], None]
 """Called with (documents, tokens) done so far."""
+
+
+class Encoded(NamedTuple):
+    """One document, ready to be written."""
+
+    key: int
+    """64 bits that decide its split."""
+    ids: Sequence[int]
+    """Start marker and tokens."""
+    trained: Sequence[bool] | None = None
+    """Which ids are trained; None for all. The same kind for all documents of a store."""
 
 
 class TokenStore:
@@ -68,6 +81,11 @@ class TokenStore:
         """uint64 [num_documents], memory-mapped."""
         return np.load(self.folder / "keys.npy", mmap_mode="r")
 
+    @cached_property
+    def trained(self) -> np.ndarray:
+        """uint8 [num_tokens], memory-mapped: 1 for a token that is trained. Only stores of conversations have it."""
+        return np.load(self.folder / "trained.npy", mmap_mode="r")
+
     def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
         return TokenStore, (self.folder,)
 
@@ -81,13 +99,20 @@ def write_store(
     folder: Path, documents: Iterable[str], tokenizer: Tokenizer, progress: Progress | None = None
 ) -> TokenStore:
     """Tokenises `documents` into `folder`, which appears when all is done. Raises UserError when there are none."""
+    return write_encoded(folder, encode_texts(documents, tokenizer), tokenizer, progress)
+
+
+def write_encoded(
+    folder: Path, batches: Iterable[list[Encoded]], tokenizer: Tokenizer, progress: Progress | None = None
+) -> TokenStore:
+    """Writes encoded documents into `folder`, which appears when all is done. Raises UserError when there are none."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
         raise UserError(f"cannot write tokens to '{folder.parent}': {error.strerror}") from None
     try:
-        _write(aside, documents, tokenizer, progress)
+        _write(aside, batches, tokenizer, progress)
         os.chmod(aside, 0o755)  # mkdtemp keeps others out
         try:
             aside.rename(folder)
@@ -99,24 +124,37 @@ def write_store(
     return TokenStore(folder)
 
 
+def encode_texts(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[Encoded]]:
+    """Texts to documents whose every token is trained, batch by batch."""
+    for texts in _batches(documents):
+        ids = tokenizer.encode_batch(texts)
+        yield [Encoded(document_key(text), [tokenizer.end_of_text, *found]) for text, found in zip(texts, ids)]
+
+
 def cached_store(
     files: Sequence[Path],
-    read: Callable[[Sequence[Path]], Iterable[str]],
+    read: Callable[[Sequence[Path]], Iterable[Any]],
     tokenizer: Tokenizer,
     cache: Path,
     progress: Progress | None = None,
+    *,
+    encode: Callable[[Iterable[Any], Tokenizer], Iterable[list[Encoded]]] = encode_texts,
+    told: str = "",
 ) -> TokenStore:
-    """The tokens of `files`, from `cache` if they are there, else tokenised into it.
+    """The tokens of `files`, from `cache` if they are there, else read and encoded into it.
 
-    The folder's name is a hash of the tokenizer and of every file's path, size and time of change. Any number of
-    processes may ask at once; to do the work once, let one ask before the others.
+    The folder's name is a hash of the tokenizer, of every file's path, size and time of change, and of `told`, which
+    stands for everything else that `encode` depends on. Any number of processes may ask at once; to do the work once,
+    let one ask before the others.
     """
-    told = [str(FORMAT), tokenizer.fingerprint]
+    known = [str(FORMAT), tokenizer.fingerprint, *([told] if told else [])]
     for file in files:
         state = file.stat()
-        told.append(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}")
-    folder = cache / hashlib.blake2b("\n".join(told).encode(), digest_size=12).hexdigest()
-    return TokenStore(folder) if is_store(folder) else write_store(folder, read(files), tokenizer, progress)
+        known.append(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}")
+    folder = cache / hashlib.blake2b("\n".join(known).encode(), digest_size=12).hexdigest()
+    if is_store(folder):
+        return TokenStore(folder)
+    return write_encoded(folder, encode(read(files), tokenizer), tokenizer, progress)
 
 
 def document_key(text: str) -> int:
@@ -124,22 +162,27 @@ def document_key(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def _write(folder: Path, documents: Iterable[str], tokenizer: Tokenizer, progress: Progress | None) -> None:
+def _write(folder: Path, batches: Iterable[list[Encoded]], tokenizer: Tokenizer, progress: Progress | None) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     num_documents = num_tokens = 0
-    with (
-        _GrowingArray(folder / "tokens.npy", dtype) as tokens,
-        _GrowingArray(folder / "offsets.npy", np.dtype(np.int64)) as offsets,
-        _GrowingArray(folder / "keys.npy", np.dtype(np.uint64)) as keys,
-    ):
+    with ExitStack() as open_files:
+
+        def array(name: str, kind: np.dtype | type) -> _GrowingArray:
+            return open_files.enter_context(_GrowingArray(folder / f"{name}.npy", np.dtype(kind)))
+
+        tokens, offsets, keys = array("tokens", dtype), array("offsets", np.int64), array("keys", np.uint64)
+        trained: _GrowingArray | None = None
         offsets.append([0])
-        for texts in _batches(documents):
-            for text, ids in zip(texts, tokenizer.encode_batch(texts)):
-                tokens.append([tokenizer.end_of_text, *ids])
-                num_tokens += 1 + len(ids)
+        for batch in batches:
+            for document in batch:
+                tokens.append(document.ids)
+                num_tokens += len(document.ids)
                 offsets.append([num_tokens])
-                keys.append([document_key(text)])
-            num_documents += len(texts)
+                keys.append([document.key])
+                if document.trained is not None:
+                    trained = trained or array("trained", np.uint8)
+                    trained.append(document.trained)
+            num_documents += len(batch)
             if progress is not None:
                 progress(num_documents, num_tokens)
     if num_documents == 0:

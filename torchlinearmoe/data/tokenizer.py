@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,6 +50,8 @@ class Tokenizer(ABC):
     """The largest id plus one, special tokens included."""
     end_of_text: int
     """The id that starts every document and ends the last."""
+    special_tokens: Mapping[str, int] = {}
+    """Tokens that no text encodes to, by their spelling."""
     fingerprint: str
     """Hash of everything that decides ids; part of the name of cached tokens."""
 
@@ -108,6 +110,7 @@ class TiktokenTokenizer(Tokenizer):
         self._known = {*ranks.values(), *special.values()}
         self.vocab_size = self._encoding.max_token_value + 1
         self.end_of_text = special[end_of_text]
+        self.special_tokens = special
         told = json.dumps([pattern, special, end_of_text], sort_keys=True)
         self.fingerprint = hashlib.blake2b(path.read_bytes() + told.encode(), digest_size=16).hexdigest()
 

@@ -126,9 +126,15 @@ class DataRecipe:
     """`[data]`: text and tokenizer."""
 
     paths: tuple[str, ...] = ()
-    """Files or folders of text, JSONL or parquet; empty: the corpus that ships with the project."""
+    """Files or folders of text, JSONL or parquet; empty: the corpus, or the instructions, that ship with the
+    project."""
+    format: Literal["text", "messages"] = "text"
+    """Text, every token of which is trained, or JSONL of messages, of which the responses are."""
+    chat_template: str = "chatml"
+    """How messages are written: `chatml`, `plain`, or a template file."""
     tokenizer: str = ""
-    """A tiktoken-format file or a Hugging Face `tokenizer.json`; empty: the BPE that ships with the project."""
+    """A tiktoken-format file or a Hugging Face `tokenizer.json`; empty: the one that lies with
+    `checkpoint.init_from`, else the BPE that ships with the project."""
     validation_fraction: float = 0.05
     """Share of the documents held out from training."""
     workers: int = 0

@@ -57,6 +57,8 @@ def _positive(recipe: Recipe) -> None:
                 raise RecipeError(f"{section}.{name} = {getattr(owner, name)}: must not be negative")
     if not 0 < recipe.data.validation_fraction < 1:
         raise RecipeError(f"data.validation_fraction = {recipe.data.validation_fraction}: must lie between 0 and 1")
+    if recipe.data.format == "messages" and recipe.metrics.baselines:
+        raise RecipeError("metrics.baselines = true: there are no count models of messages; set it to false")
     if not 0 < recipe.optimizer.decay_fraction <= 1:
         raise RecipeError(f"optimizer.decay_fraction = {recipe.optimizer.decay_fraction}: must lie in (0, 1]")
     if not all(0 <= beta < 1 for beta in recipe.optimizer.betas):

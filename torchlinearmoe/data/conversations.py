@@ -1,0 +1,198 @@
+"""Finetuning data: JSONL files, one conversation a line.
+
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+    {"prompt": "Hi", "response": "Hello."}
+
+Roles are system, user and assistant. Every line has at least one turn of the assistant, else nothing is trained on it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torchlinearmoe.data.chat_template import ROLES, ChatTemplate, Message
+from torchlinearmoe.data.packing import IGNORED, Sample, ignored_sample
+from torchlinearmoe.data.sources import find_sources, read_lines
+from torchlinearmoe.data.splits import DEFAULT_CACHE, Splits, check_not_empty
+from torchlinearmoe.data.store import Encoded, Progress, TokenStore, cached_store, document_key
+from torchlinearmoe.data.tokenizer import Tokenizer
+from torchlinearmoe.errors import UserError
+
+DEFAULT_INSTRUCTIONS = Path(__file__).parent / "instructions"
+BATCH = 1000
+"""Conversations encoded at once."""
+
+Conversation = list[Message]
+
+
+class Conversations:
+    """The conversations of one split."""
+
+    def __init__(self, store: TokenStore, chosen: np.ndarray) -> None:
+        """`chosen`: bool [documents], the conversations of `store` that belong to the split."""
+        self.store = store
+        self.end_of_text = store.end_of_text
+        self.documents = np.flatnonzero(chosen)
+        self.num_documents = len(self.documents)
+        self._lengths = np.diff(store.offsets)[self.documents]
+
+    def __len__(self) -> int:
+        """Tokens in all."""
+        return int(self._lengths.sum())
+
+    def samples(self, length: int, tail: bool = False) -> PackedConversations:
+        """Packed sequences of `length` tokens; the last one is never short, so `tail` changes nothing."""
+        return PackedConversations(self.store, self.documents, self._lengths, length)
+
+    def shortage(self) -> str:
+        """Why there may be no sample of some length."""
+        return f"the shortest conversation has {int(self._lengths.min()) - 1} tokens; lengthen it"
+
+    def note(self, length: int) -> str | None:
+        """How they are packed, and how many are not."""
+        packed = self.samples(length)
+        text = f"{len(packed.documents)} conversations in {len(packed)} sequences of {length} tokens"
+        if packed.left_out:
+            text += f"; {packed.left_out} longer than training.sequence_length are left out"
+        return text
+
+
+class PackedConversations:
+    """Sequences of `length` tokens, each of whole conversations in the order of the data, the rest ignored.
+
+    A conversation of n tokens takes n - 1 places: its last token is only predicted. One that does not fit into a
+    sequence is left out.
+    """
+
+    def __init__(self, store: TokenStore, documents: np.ndarray, lengths: np.ndarray, length: int) -> None:
+        fits = lengths - 1 <= length
+        self.store, self.length = store, length
+        self.documents = documents[fits]
+        self.left_out = int(len(documents) - fits.sum())
+        """Conversations longer than a sequence."""
+        firsts, used = [], length
+        for index, places in enumerate((lengths[fits] - 1).tolist()):
+            if used + places > length:
+                firsts.append(index)
+                used = 0
+            used += places
+        self._firsts = np.array([*firsts, len(self.documents)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._firsts) - 1
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.ignored()
+        starts, place = [], 0
+        for document in self.documents[self._firsts[index] : self._firsts[index + 1]]:
+            start, stop = self.store.offsets[document : document + 2]
+            ids = self.store.tokens[start:stop].astype(np.int64)
+            end = place + len(ids) - 1
+            sample.tokens[place:end] = ids[:-1]
+            sample.labels[place:end] = np.where(self.store.trained[start + 1 : stop], ids[1:], IGNORED)
+            starts.append(place)
+            place = end
+        if place < self.length:
+            starts.append(place)
+        return Sample(sample.tokens, sample.labels, starts)
+
+    def ignored(self) -> Sample:
+        """A sample that counts for nothing."""
+        return ignored_sample(self.length, self.store.end_of_text)
+
+
+def open_conversations(
+    paths: Sequence[str | Path] = (),
+    *,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    validation_fraction: float,
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Splits:
+    """The conversations under `paths` (none: those that ship), encoded once into `cache` and split.
+
+    A conversation is held out by the hash of its messages. Raises UserError, one line that names the file and line.
+    """
+    found = find_sources(paths or [DEFAULT_INSTRUCTIONS])
+    if found.stores:
+        raise UserError(f"data.paths: '{found.stores[0]}' holds tokens, not messages; give JSONL files")
+    for file in found.files:
+        if file.suffix not in (".jsonl", ".json"):
+            raise UserError(f"data.paths: '{file}': data.format = 'messages' needs JSONL files")
+    store = cached_store(
+        found.files,
+        read_conversations,
+        tokenizer,
+        Path(cache or DEFAULT_CACHE).expanduser(),
+        progress,
+        encode=partial(_encode, template=template),
+        told=template.source,
+    )
+    held_out = store.keys < int(validation_fraction * 2**64)
+    splits = Splits(Conversations(store, ~held_out), Conversations(store, held_out))
+    check_not_empty(splits, validation_fraction)
+    return splits
+
+
+def read_conversations(files: Sequence[Path]) -> Iterator[Conversation]:
+    """The conversations of `files`, line after line. Raises UserError that names file and line."""
+    for path in files:
+        for number, line in read_lines(path):
+            if not line.strip():
+                continue
+            try:
+                yield parse_conversation(json.loads(line))
+            except ValueError as error:  # also what json raises
+                raise UserError(f"{path}, line {number}: {error}") from None
+
+
+def parse_conversation(entry: Any) -> Conversation:
+    """The messages of one line. Raises ValueError that names what is wrong with it."""
+    if not isinstance(entry, dict):
+        raise ValueError("not an object")
+    if "messages" in entry:
+        turns = entry["messages"]
+        if not isinstance(turns, list):
+            raise ValueError('"messages" is not a list')
+        messages = [_message(turn, f"messages[{index}]") for index, turn in enumerate(turns)]
+    elif "prompt" in entry and "response" in entry:
+        pairs = (("user", "prompt"), ("assistant", "response"))
+        messages = [_message({"role": role, "content": entry[key]}, key) for role, key in pairs]
+    else:
+        raise ValueError('neither "messages" nor "prompt" and "response"')
+    if not any(message.role == "assistant" for message in messages):
+        raise ValueError("no message of the assistant: nothing to train on")
+    return messages
+
+
+def _message(turn: Any, where: str) -> Message:
+    if not isinstance(turn, dict):
+        raise ValueError(f"{where} is not an object")
+    role, content = turn.get("role"), turn.get("content")
+    if role not in ROLES:
+        raise ValueError(f"{where}: role {role!r}; legal: {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise ValueError(f"{where}: the content is not a string")
+    # JSON can spell half a character, which has no UTF-8 form.
+    return Message(role, content.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+
+def _encode(
+    conversations: Iterable[Conversation], tokenizer: Tokenizer, template: ChatTemplate
+) -> Iterator[list[Encoded]]:
+    batch: list[Encoded] = []
+    for messages in conversations:
+        ids, trained = template.encode(messages, tokenizer)
+        batch.append(Encoded(document_key(json.dumps(messages)), ids, trained))
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

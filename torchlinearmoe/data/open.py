@@ -1,0 +1,24 @@
+"""What `[data]` names, opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torchlinearmoe.data.chat_template import load_template
+from torchlinearmoe.data.conversations import open_conversations
+from torchlinearmoe.data.splits import Splits, open_splits
+from torchlinearmoe.data.tokenizer import Tokenizer
+from torchlinearmoe.recipe.schema import DataRecipe
+
+
+def open_data(data: DataRecipe, tokenizer: Tokenizer, cache: Path) -> Splits[Any]:
+    """The two splits of a recipe's data, tokenised into `data.cache`, else into `cache`. Raises UserError."""
+    where = {
+        "tokenizer": tokenizer,
+        "validation_fraction": data.validation_fraction,
+        "cache": data.cache or cache,
+    }
+    if data.format == "messages":
+        return open_conversations(data.paths, template=load_template(data.chat_template), **where)
+    return open_splits(data.paths, **where)
