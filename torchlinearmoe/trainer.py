@@ -98,8 +98,7 @@ class Trainer:
             extra = self.checkpoints.load(source, self.parts, self.optimizer)
             self.step, self.tokens, self.skipped_steps = extra["step"], extra["tokens"], extra["skipped_steps"]
         elif self.initial_weights is not None:
-            for part in self.parts:
-                self.initial_weights.load(part, dist.group.WORLD)
+            self.initial_weights.load(self.parts, dist.group.WORLD)
         self.loader = build_loader(
             self.splits.train,
             sequence_length=training.sequence_length,

@@ -25,7 +25,7 @@ def publish(folder: Path, *, sparse: bool) -> Path:
         "hidden_size": 32,
         "num_hidden_layers": 4,
         "num_attention_heads": 2,
-        "num_key_value_heads": 1,
+        "num_key_value_heads": 2,
         "intermediate_size": 40,
         "max_position_embeddings": 1024,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
@@ -42,9 +42,9 @@ def publish(folder: Path, *, sparse: bool) -> Path:
 
 
 def started(rank: int, tables: Settings) -> dict[str, Tensor]:
-    """Whole parameters of a fresh run."""
+    """Whole parameters of a fresh run, of the layers that this rank has a part of."""
     trainer = build(tables)
-    state = {name: whole(value) for name, value in trainer.model.state_dict().items()}
+    state = {name: whole(value) for part in trainer.parts for name, value in part.state_dict().items()}
     trainer.metrics.close()
     return state
 
@@ -54,18 +54,20 @@ def train(rank: int, tables: Settings) -> None:
 
 
 @pytest.mark.parametrize("sparse", [True, False])
-def test_two_ranks_start_where_one_does(ranks: RankPool, tmp_path: Path, sparse: bool) -> None:
+def test_any_layout_starts_where_one_process_does(ranks: RankPool, tmp_path: Path, sparse: bool) -> None:
     source = publish(tmp_path / "published", sparse=sparse)
     corpus = write_corpus(tmp_path, documents=40)
-    states = []
-    for world_size in (1, 2):
-        checkpoint = {"init_from": str(source), "upcycle_noise": 0.0 if sparse else 0.02}
-        change: Settings = {"moe": SPARSE if sparse else UPCYCLED, "checkpoint": checkpoint}
-        tables = settings(corpus, tmp_path / f"run-{world_size}", change)
-        states.append(ranks(world_size, started, tables)[0])
-    assert states[0].keys() == states[1].keys()
-    for name, value in states[0].items():
-        assert torch.equal(states[1][name], value), name
+    checkpoint = {"init_from": str(source), "upcycle_noise": 0.0 if sparse else 0.02}
+    moe = SPARSE if sparse else UPCYCLED
+    change: Settings = {"model": {"num_kv_heads": 2}, "moe": moe, "checkpoint": checkpoint}
+    (expected,) = ranks(1, started, settings(corpus, tmp_path / "one", change))
+    for axes in ({"data_shard": 2}, {"expert": 2}, {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "data_shard": 2}):
+        world_size = 4 if len(axes) > 1 else 2
+        tables = settings(corpus, tmp_path / "-".join(axes), change, {"parallel": axes})
+        states = ranks(world_size, started, tables)
+        assert set[str]().union(*states) == expected.keys()
+        for name, value in ((name, value) for state in states for name, value in state.items()):
+            assert torch.equal(value, expected[name]), (axes, name)
 
 
 @pytest.mark.parametrize("layout", ["N", "LLLN"])
@@ -75,7 +77,7 @@ def test_what_two_ranks_trained_from_a_directory_is_a_directory_again(
     source = publish(tmp_path / "published", sparse=True)
     corpus = write_corpus(tmp_path, documents=40)
     change: Settings = {
-        "model": {"layout": layout},
+        "model": {"layout": layout, "num_kv_heads": 2},
         "moe": SPARSE,
         "training": {"steps": 3},
         "checkpoint": {"init_from": str(source)},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torchlinearmoe.checkpoint.boxes import read_box
 from torchlinearmoe.checkpoint.huggingface.directory import is_directory
 from torchlinearmoe.checkpoint.huggingface.weights import PublishedWeights, model_shapes
-from torchlinearmoe.checkpoint.state import plain_name
+from torchlinearmoe.checkpoint.state import MODEL, as_parts, model_tensors
 from torchlinearmoe.checkpoint.stream import SavedWeights, Weights
 from torchlinearmoe.checkpoint.transplant import describe, plan_transplant
 from torchlinearmoe.errors import RecipeError, UserError
@@ -42,16 +42,17 @@ class InitialWeights:
         return describe(self.plan, str(self.weights.path))
 
     @torch.no_grad()
-    def load(self, model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-        """Fill an initialised model in place; its tensors may be DTensors of any layout.
+    def load(self, model: nn.Module | Sequence[nn.Module], group: dist.ProcessGroup | None = None) -> None:
+        """Fill an initialised model in place, or the parts of it that this rank holds, DTensors of any layout.
 
         Every rank of `group` calls it. Raises UserError on all of them when one cannot read.
         """
         problem = None
         try:
-            for name, tensor in _tensors(model):
-                if name in self.plan.copies:
-                    self._fill(name, tensor)
+            for part in as_parts(model):
+                for key, tensor in model_tensors(part).items():
+                    if (name := key.removeprefix(MODEL)) in self.plan.copies:
+                        self._fill(name, tensor)
         except (UserError, OSError) as error:
             problem = str(error)
         for found in _exchange(problem, group):
@@ -75,11 +76,6 @@ def open_weights(path: str | Path) -> Weights:
     if not path.is_dir():
         raise UserError(f"checkpoint.init_from = '{path}': no such folder")
     return PublishedWeights(path) if is_directory(path) else SavedWeights(path)
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, value in model.state_dict().items():
-        yield plain_name(name), value
 
 
 def _exchange(problem: str | None, group: dist.ProcessGroup | None) -> list[str | None]:
