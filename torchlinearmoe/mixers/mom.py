@@ -93,6 +93,7 @@ class MoM(Mixer):
 
     memory: ClassVar[str]
     """The mixer whose options `Options` has."""
+    projections = {"q": "inner.q_proj", "o": "inner.o_proj"}
     regions = ("query", "write", "inner.read", "inner.output", "dispatcher.dispatch", "dispatcher.combine")
 
     def __init__(self, options: MemoryOptions, model: ModelDims, place: Place) -> None:
