@@ -73,7 +73,7 @@ class _Start(torch.autograd.Function):
         ctx.pending = pending
         size = dist.get_world_size(pending.group)
         gathered = collectives.all_gather_into_tensor(x.contiguous(), size, pending.group.group_name)
-        traffic.add("all-gather", gathered.nbytes)
+        traffic.add("all-gather, forward", gathered.nbytes)
         return gathered
 
     @staticmethod
@@ -93,7 +93,7 @@ class _Finish(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         pending, size = ctx.pending, grad.shape[0]
-        traffic.add("reduce-scatter", grad.nbytes)
+        traffic.add("reduce-scatter, backward", grad.nbytes)
         whole = grad.contiguous().flatten(0, 1)
         share = collectives.reduce_scatter_tensor(whole, "sum", size, pending.group.group_name)
         pending.share = share
@@ -104,15 +104,15 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
-        return _exchanged(x, group)
+        return _exchanged(x, group, "forward")
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _exchanged(grad, ctx.group), None
+        return _exchanged(grad, ctx.group, "backward"), None
 
 
-def _exchanged(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    traffic.add("all-to-all", x.nbytes)
+def _exchanged(x: Tensor, group: dist.ProcessGroup, way: str) -> Tensor:
+    traffic.add(f"all-to-all, {way}", x.nbytes)
     ones = [1] * x.shape[0]
     return collectives.wait_tensor(collectives.all_to_all_single(x.contiguous(), ones, ones, group.group_name))

@@ -1,6 +1,5 @@
 """Every mixer over spans of its rows on several ranks computes what one process does, with every gradient."""
 
-import math
 from collections.abc import Sequence
 
 import pytest
@@ -11,7 +10,7 @@ from mixer_cases import CASES, Case, make_stack, random_inputs
 from torch import Tensor
 
 from torchlinearmoe.documents import Documents
-from torchlinearmoe.parallel.spans import cut_spans
+from torchlinearmoe.parallel.spans import Exchange, cut_spans
 
 ROWS = {
     # Cut at 70 (two ranks) or at 35, 70, 105 (four): a document over three ranks; one that ends and one that starts at
@@ -22,14 +21,14 @@ ROWS = {
 }
 
 
-def compare(rank: int, cases: Sequence[Case], layout: str) -> dict[str, float]:
+def compare(rank: int, cases: Sequence[Case], layout: str, attention: str = "auto") -> dict[str, float]:
     """The largest relative error of outputs and of all gradients, by case and name."""
     errors: dict[str, float] = {}
     for number, case in enumerate(cases):
         row_length, borders = ROWS[layout]
         x_TD, weights_TD = random_inputs(borders[-1]), random_inputs(borders[-1], seed=3)
         stack = make_stack(case)
-        found = spanned_run(stack, x_TD, weights_TD, borders, row_length)
+        found = spanned_run(stack, x_TD, weights_TD, borders, row_length, attention)
         if rank == number % dist.get_world_size():
             expected = run(stack, Documents.packed(borders, row_length), x_TD, weights_TD)
             for name, value in expected.items():
@@ -49,11 +48,13 @@ def run(stack, documents: Documents, x_TD: Tensor, weights_TD: Tensor, positions
     return results | {name: p.grad.clone() for name, p in stack.named_parameters() if p.grad is not None}
 
 
-def spanned_run(stack, x_TD: Tensor, weights_TD: Tensor, borders: Sequence[int], row_length: int):
+def spanned_run(
+    stack, x_TD: Tensor, weights_TD: Tensor, borders: Sequence[int], row_length: int, attention: str
+) -> dict[str, Tensor]:
     """The same, made by all ranks; gradients of parameters are summed, outputs joined."""
     group = dist.group.WORLD
     assert group is not None
-    spans = cut_spans(borders, row_length, group)
+    spans = cut_spans(borders, row_length, group, exchange=Exchange(attention=attention))
     own_x, own_weights = (
         x.view(-1, spans.size, spans.length, 64)[:, spans.rank].flatten(0, 1) for x in (x_TD, weights_TD)
     )
@@ -72,9 +73,23 @@ def spanned_run(stack, x_TD: Tensor, weights_TD: Tensor, borders: Sequence[int],
 
 @pytest.mark.parametrize("world_size, layout", [(2, "long"), (4, "long"), (4, "short"), (4, "one document")])
 def test_spans_of_rows_on_several_ranks_equal_whole_rows(ranks: RankPool, world_size: int, layout: str) -> None:
-    errors: dict[str, float] = {}
-    for part in ranks(world_size, compare, CASES, layout, timeout=300):
-        errors |= part
-    assert len({name.split(" ")[0] for name in errors}) == len(CASES)
-    wrong = {name: error for name, error in errors.items() if not error < 1e-9 or math.isnan(error)}
+    assert_equal(ranks(world_size, compare, CASES, layout, timeout=300), CASES)
+
+
+SOFTMAX = [
+    Case("softmax_attention", {"heads": 8, "head_dim": 8, "kv_heads": 4, **more})
+    for more in ({}, {"window": 9}, {"window": 80, "conv": 3})
+]
+
+
+@pytest.mark.parametrize("attention", ["gather", "heads"])
+def test_softmax_attention_sees_other_spans_either_way(ranks: RankPool, attention: str) -> None:
+    assert_equal(ranks(4, compare, SOFTMAX, "long", attention), SOFTMAX)
+
+
+def assert_equal(parts: Sequence[dict[str, float]], cases: Sequence[Case]) -> None:
+    """Every case was compared, and agreed."""
+    errors = {name: error for part in parts for name, error in part.items()}
+    assert len({name.split(" ")[0] for name in errors}) == len(cases)
+    wrong = {name: error for name, error in errors.items() if not error < 1e-9}
     assert not wrong

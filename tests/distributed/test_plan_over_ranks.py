@@ -9,11 +9,12 @@ from harness import RankPool
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchlinearmoe.checkpoint.state import model_tensors, optimizer_tensors
-from torchlinearmoe.documents import Documents
+from torchlinearmoe.data.packing import MicroBatch
 from torchlinearmoe.moe.balance import counting_pass, needs_counting_pass
 from torchlinearmoe.moe.totals import StepTotals
 from torchlinearmoe.optim.build import build_optimizer
 from torchlinearmoe.parallel.apply import build_parallel_model
+from torchlinearmoe.parallel.context import own_part
 from torchlinearmoe.parallel.fsdp import set_gradient_sync
 from torchlinearmoe.parallel.mesh import Meshes, resolve_degrees
 from torchlinearmoe.parallel.tensor import sum_partial_gradients
@@ -60,6 +61,28 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
             "training": {"tokens_per_step": 2 * 2 * LENGTH, "dtype": "bfloat16"},
         },
     ),
+    "spans, keys gathered, counted first": (
+        4,
+        {
+            "model": {
+                "mixers": ["hgrn2", "kda", "softmax_attention", "mom_gla", "rwkv7", "rwkv7"],
+                "num_layers": 6,
+                "num_kv_heads": 1,
+            },
+            "mixer": {"mom_gla": {"balance_coefficient": 0.0}},
+            "moe": {"balance_scope": "global"},
+            "parallel": {"context": 2},
+            "training": {"tokens_per_step": 2 * 2 * LENGTH, "dtype": "bfloat16"},
+        },
+    ),
+    "spans, their heads split and traded": (
+        4,
+        {
+            "model": {"mixer": "mamba2", "num_layers": 2, "layout": "LN", "num_heads": 4, "num_kv_heads": 4},
+            "moe": {"balance_scope": "global"},
+            "parallel": {"context": 2, "tensor": 2},
+        },
+    ),
     "heads split, dense, tied": (
         2,
         {
@@ -83,8 +106,15 @@ class Recorded(TorchDispatchMode):
 
     # Which argument of torch's collective operators is the whole buffer.
     BUFFER = {"_allgather_base_": 0, "_reduce_scatter_base_": 1, "allreduce_": 0, "alltoall_base_": 1}
-    # Our own operators, inside which nothing is seen.
-    OPERATORS = {"gather_rows": "_allgather_base_", "scatter_rows": "_reduce_scatter_base_", "sum_over": "allreduce_"}
+    # Operators inside which nothing is seen.
+    OPERATORS = {
+        "torchlinearmoe::gather_rows": "_allgather_base_",
+        "torchlinearmoe::scatter_rows": "_reduce_scatter_base_",
+        "torchlinearmoe::sum_over": "allreduce_",
+        "_c10d_functional::all_gather_into_tensor": "_allgather_base_",
+        "_c10d_functional::reduce_scatter_tensor": "_reduce_scatter_base_",
+        "_c10d_functional::all_to_all_single": "alltoall_base_",
+    }
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,8 +129,8 @@ class Recorded(TorchDispatchMode):
             group = next(dist.ProcessGroup.unbox(x) for x in args if isinstance(x, torch.ScriptObject))
             if group.size() > 1 and buffers[0].is_floating_point():
                 self.add(name, buffers)
-        elif namespace == "torchlinearmoe" and name in self.OPERATORS:
-            self.add(self.OPERATORS[name], [max(args[0], result, key=torch.numel)])
+        elif func._schema.name in self.OPERATORS:
+            self.add(self.OPERATORS[func._schema.name], [max(args[0], result, key=torch.numel)])
         return result
 
     def add(self, name: str, buffers: list[torch.Tensor]) -> None:
@@ -118,11 +148,12 @@ def held_and_sent(rank: int, name: str) -> dict[str, Any]:
     tokens_per_step = recipe.training.tokens_per_step or LENGTH * data_ranks
     batches = tokens_per_step // (LENGTH * data_ranks)
     totals = StepTotals(tokens_per_step, tokens_per_step // LENGTH)
-    documents = Documents.packed([0, 11, LENGTH], LENGTH)
+    borders = [0, 11, LENGTH]
 
     def loss() -> torch.Tensor:
         tokens = torch.randint(recipe.model.vocab_size, (LENGTH,))
-        return model(tokens, labels=tokens.roll(-1), documents=documents, totals=totals)
+        batch = own_part(MicroBatch(tokens, tokens.roll(-1), borders, LENGTH, LENGTH), meshes, recipe.parallel)
+        return model(batch.tokens, labels=batch.labels, documents=batch.documents(), totals=totals)
 
     with Recorded() as recorded:
         if batches > 1 and needs_counting_pass(model):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.kernels import attention
-from torchlinearmoe.kernels.attention import cached_attention, choose_backend, packed_attention
+from torchlinearmoe.kernels.attention import cached_attention, choose_backend, continued_attention, packed_attention
 
 SCALE = 0.31
 
@@ -113,3 +113,54 @@ def test_gpu_backends_see_the_same_window(backend: str, window: int):
     sizes = [theirs[2 if window == 1 else i].norm() for i in range(3)]
     for a, b, size in zip(mine, theirs, sizes):
         assert (a.cpu().double() - b).norm() < 2e-2 * size
+
+
+def _continued(qkv: list[Tensor], lengths: tuple[int, ...], row: int, skip: int, window: int, backend: str) -> Tensor:
+    """The last row - skip tokens of every row, seeing before them what their first document and the window reach."""
+    documents = Documents.packed([0, *accumulate(lengths)], row)
+    history, borders, queries, keys = [], [], [], []
+    for start in range(0, sum(lengths), row):
+        first, end = start + skip, start + row
+        before = int(documents.positions[first])
+        history.append(min(before, window - 1) if window else before)
+        inside = [b for b in accumulate(lengths) if first < b < end]
+        borders += [len(queries) * (row - skip) + b - first for b in (first, *inside)]
+        queries.append(slice(first, end))
+        keys.append(slice(first - history[-1], end))
+    q = torch.cat([qkv[0][part] for part in queries])
+    k, v = (torch.cat([x[part] for part in keys]) for x in qkv[1:])
+    borders.append(q.shape[0])
+    ids = torch.cat([documents.ids[part] for part in queries]).to(q.device)
+    return continued_attention(
+        q, k, v, ids=ids, borders=borders, history=history, scale=SCALE, backend=backend, window=window
+    )
+
+
+@pytest.mark.parametrize(("lengths", "row"), [((9,), 9), ((6, 2, 1, 7, 1, 1), 9), ((3, 2, 4, 8, 1), 9)], ids=str)
+@pytest.mark.parametrize("skip", [1, 4, 8])
+@pytest.mark.parametrize("window", [0, 1, 3])
+def test_attention_continues_a_document_as_if_it_had_not_been_cut(lengths, row, skip: int, window: int):
+    documents = Documents.packed([0, *accumulate(lengths)], row)
+    qkv = [x.requires_grad_() for x in _inputs(sum(lengths), 4, 2)]
+    actual = _continued(qkv, lengths, row, skip, window, "sdpa")
+    expected = _packed(qkv, documents, window).unflatten(0, (-1, row))[:, skip:].flatten(0, 1)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+    weights = torch.randn(actual.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for mine, theirs in zip(*(torch.autograd.grad((o * weights).sum(), qkv) for o in (actual, expected))):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "flex", "sdpa"])
+@pytest.mark.parametrize("window", [0, 50])
+def test_gpu_backends_continue_documents(backend: str, window: int):
+    lengths, row, skip = (200, 1, 55, 129, 127), 256, 128
+    exact = [x.requires_grad_() for x in _inputs(sum(lengths), 4, 2, width=64)]
+    qkv = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in exact]
+    actual = _continued(qkv, lengths, row, skip, window, backend)
+    reference = _continued(exact, lengths, row, skip, window, "sdpa")
+    assert (actual.cpu().double() - reference).norm() < 1e-2 * reference.norm()
+    weights = torch.randn(reference.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    mine = torch.autograd.grad((actual * weights.to(actual)).sum(), qkv)
+    for a, b in zip(mine, torch.autograd.grad((reference * weights).sum(), exact)):
+        assert (a.cpu().double() - b).norm() < 2e-2 * b.norm()

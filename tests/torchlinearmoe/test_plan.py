@@ -177,3 +177,23 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], arguments: li
     assert stopped.value.code == 1 and out == ""
     assert err.count("\n") == 1 and err.startswith("error: ") and told in err
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_linear_layers_exchange_as_much_for_long_sequences_as_for_short_ones(mixer: str) -> None:
+    def between_spans(length: int, context: int) -> list[dict[str, Any]]:
+        tables = {
+            "model": {"mixer": mixer, "layout": "L", "num_layers": 2},
+            "parallel": {"context": context},
+            "training": {"steps": 1, "sequence_length": length},
+        }
+        return plan(recipe_of(tables), context, torch.float32)["communication"]["spans"]
+
+    (*_, short), (*_, long), (*_, wide) = between_spans(64, 2), between_spans(128, 2), between_spans(64, 4)
+    assert short["calls"] == long["calls"] and sum(short["bytes"].values()) > 0
+    if MIXERS[mixer].transition is Transition.ATTENTION:
+        assert all(long["bytes"][operation] == 2 * size for operation, size in short["bytes"].items())
+    else:
+        assert short["bytes"] == long["bytes"]
+        assert all(wide["bytes"][operation] == 2 * size for operation, size in short["bytes"].items())
+    assert between_spans(64, 1) == []

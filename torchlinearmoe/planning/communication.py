@@ -10,7 +10,7 @@ Expert parallelism. A layer exchanges a row for each token and choice, there and
 backward. How many go to which rank the routers decide; the buffers here are those of an even load, which is what they
 are summed over the ranks. Assignments over a capacity stay at home, but are counted.
 
-Tensor parallelism: see `tensor.py`.
+Tensor parallelism: see `tensor.py`. Context parallelism: see `context.py`.
 
 Not counted: scalars (loss, token counts, gradient norm) and the counts of the routers, some kilobytes a step.
 """
@@ -18,6 +18,7 @@ Not counted: scalars (loss, token counts, gradient norm) and the counts of the r
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.moe.balance import needs_counting_pass
 from torchlinearmoe.moe.layer import MoE
 from torchlinearmoe.parallel.expert import ExchangeDispatch
+from torchlinearmoe.planning.context import SpanTraffic
 from torchlinearmoe.planning.tensor import add_tensor_collectives
 
 
@@ -125,20 +127,27 @@ def _unit(group, name: str) -> Unit:
 
 
 def step_collectives(
-    model: Decoder, accumulation: int, tokens: int, dtype: torch.dtype, tensor_ranks: int = 1
+    model: Decoder,
+    accumulation: int,
+    tokens: int,
+    dtype: torch.dtype,
+    tensor_ranks: int = 1,
+    context_ranks: int = 1,
+    spans: Sequence[SpanTraffic] = (),
 ) -> list[Collective]:
     """What a rank takes part in during one optimizer step of `accumulation` micro-batches.
 
-    tokens: of a micro-batch on `tensor_ranks` ranks together; dtype: of the hidden states.
+    tokens: of a micro-batch on `tensor_ranks` ranks together; dtype: of the hidden states; spans: what `span_traffic`
+    counts for `context_ranks`.
     """
     # A global balance loss needs the whole step's counts first: one more forward of every micro-batch.
     counting = accumulation if accumulation > 1 and needs_counting_pass(model) else 0
     totals: dict[tuple[str, int, str], list[int]] = {}
 
-    def add(axis: str, ranks: int, operation: str, count: int, size: int) -> None:
+    def add(axis: str, ranks: int, operation: str, count: int, size: int, calls: int = 1) -> None:
         if ranks > 1 and count:
             entry = totals.setdefault((axis, ranks, operation), [0, 0])
-            entry[0] += count
+            entry[0] += count * calls
             entry[1] += count * size
 
     units = fsdp_units(model)
@@ -163,6 +172,10 @@ def step_collectives(
             add("ep", ranks, "all-to-all, backward", 2 * accumulation, rows)
     if tensor_ranks > 1:
         add_tensor_collectives(model, tensor_ranks, tokens, dtype, accumulation + counting, accumulation, add)
+    for kind in spans:
+        for operation, calls in kind.calls.items():
+            passes = accumulation + counting if operation.endswith("forward") else accumulation
+            add("context", context_ranks, operation, kind.layers * passes, kind.bytes[operation], calls)
     return [
         Collective(axis, ranks, operation, count, size, _ring(operation, ranks, size))
         for (axis, ranks, operation), (count, size) in totals.items()

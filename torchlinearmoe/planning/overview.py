@@ -14,6 +14,7 @@ from torchlinearmoe.parallel.apply import lay_out_model
 from torchlinearmoe.parallel.mesh import Meshes, resolve_degrees, tokens_per_step
 from torchlinearmoe.parallel.pipeline import check_micro_batches
 from torchlinearmoe.planning.communication import fsdp_units, step_collectives
+from torchlinearmoe.planning.context import span_traffic
 from torchlinearmoe.planning.layers import count_parameters, forward_flop_terms
 from torchlinearmoe.planning.memory import Memory, checkpoint_bytes, optimizer_states, rank_memory
 from torchlinearmoe.planning.world import pretended_world
@@ -38,7 +39,8 @@ def plan(recipe: Recipe, world_size: int, dtype: torch.dtype, rank: int = 0) -> 
     accumulation = training.tokens_per_step // (micro_batch * degrees.data_ranks)
     steps = training.steps or math.ceil((training.tokens or 0) / training.tokens_per_step)
     with pretended_world(world_size, rank):
-        (model,) = lay_out_model(recipe, Meshes(degrees, "cpu"), dtype)
+        meshes = Meshes(degrees, "cpu")
+        (model,) = lay_out_model(recipe, meshes, dtype)
         parameters = count_parameters(model)
         length = training.sequence_length
         flops = {
@@ -47,7 +49,9 @@ def plan(recipe: Recipe, world_size: int, dtype: torch.dtype, rank: int = 0) -> 
             "training_per_token": training_flops_per_token(model, length),
             "forward_terms": [dataclasses.asdict(term) for term in forward_flop_terms(model, length)],
         }
-        collectives = step_collectives(model, accumulation, micro_batch // degrees.context, dtype, degrees.tensor)
+        spans = span_traffic(recipe, meshes, dtype)
+        tokens = micro_batch // degrees.context
+        collectives = step_collectives(model, accumulation, tokens, dtype, degrees.tensor, degrees.context, spans)
         states = optimizer_states(model, recipe.optimizer)
         own = rank_memory(model, states, training, degrees, dtype)
         checkpoint = checkpoint_bytes(model, states)
@@ -83,6 +87,7 @@ def plan(recipe: Recipe, world_size: int, dtype: torch.dtype, rank: int = 0) -> 
             "sent_bytes": sum(collective.sent_bytes for collective in collectives),
             "units": len(units),
             "padding_factor": padding,
+            "spans": [dataclasses.asdict(kind) for kind in spans],
         },
         "checkpoint_bytes": checkpoint,
     }

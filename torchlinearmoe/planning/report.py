@@ -26,7 +26,7 @@ def print_plan(plan: dict[str, Any], stream: TextIO) -> None:
 
     # In a pipe the tables keep their width, so that nothing is cut.
     console = Console(file=stream, highlight=False, width=None if stream.isatty() else 110)
-    for table in (_parameters(plan), _flops(plan), _step(plan), _memory(plan), _communication(plan)):
+    for table in (_parameters(plan), _flops(plan), _step(plan), _memory(plan), *_communication(plan)):
         console.print(table)
 
 
@@ -118,7 +118,7 @@ def _memory(plan: dict[str, Any]):
     return table
 
 
-def _communication(plan: dict[str, Any]):
+def _communication(plan: dict[str, Any]) -> list:
     communication = plan["communication"]
     sent = format_bytes(communication["sent_bytes"])
     caption = f"{communication['units']} units; a rank sends {sent} a step; scalars and expert counts not counted"
@@ -137,4 +137,15 @@ def _communication(plan: dict[str, Any]):
             format_bytes(entry["sent_bytes"]),
             entry["operation"],
         )
+    return [table, _spans(plan)] if communication["spans"] else [table]
+
+
+def _spans(plan: dict[str, Any]):
+    caption = "where a document crosses from rank to rank; else nothing is sent"
+    title = "Between spans, a layer, micro-batch and rank"
+    table = _table(title, "mixer", "layers", "count", "buffers", "collective", caption=caption)
+    for kind in plan["communication"]["spans"]:
+        for operation, count in kind["calls"].items():
+            size = format_bytes(kind["bytes"][operation])
+            table.add_row(kind["mixer"], str(kind["layers"]), str(count), size, operation)
     return table

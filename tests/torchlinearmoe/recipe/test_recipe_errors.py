@@ -282,3 +282,20 @@ def _random_value(chance: random.Random, hint: Any) -> Any:
             if hint is kind or kind in typing.get_args(hint):
                 return chance.choice(pool)
     return chance.choice([*whole, *number, *text, True, [], [0.5, 0.5], ["hgrn2"] * 4, [[1]], {}, {"a": 1}])
+
+
+def test_spans_must_be_equal_and_heads_come_out_even_where_they_are_traded():
+    length = {"training": {"steps": 1, "sequence_length": 48}}
+    message = _refused({"parallel": {"context": 5}, **length})
+    assert message.startswith("parallel.context = 5: must divide training.sequence_length = 48; legal: 1, 2, 3, 4, 6")
+    softmax = {"model": {"layout": "LN", "num_layers": 2, "num_kv_heads": 2}, **length}
+    message = _refused({"parallel": {"context": 4, "context_attention": "heads"}, **softmax})
+    assert message == (
+        "parallel.context_attention = 'heads': context x tensor = 4 x 1 must divide kv_heads of softmax_attention = 2; "
+        "use 'gather', or legal: 1, 2"
+    )
+    message = _refused({"parallel": {"context_attention": "ring"}, **softmax})
+    assert message.startswith("parallel.context_attention")
+    linear = {"model": {"layout": "L", "num_layers": 2, "num_kv_heads": 2}, **length}
+    for tables in ({"parallel": {"context": 4, "context_attention": "heads"}, **linear}, softmax):
+        resolve(tables)

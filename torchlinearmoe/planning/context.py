@@ -1,0 +1,83 @@
+"""What context parallelism exchanges, counted by the exchanges themselves.
+
+Each kind of mixer runs once, forward and backward, on the meta device: nothing is computed, but the collectives count
+their buffers as they do in training. Counted for rows that are one document; a micro-batch in which no document crosses
+from rank to rank sends nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from torchlinearmoe.documents import Documents
+from torchlinearmoe.mixers.base import Context, Mixer
+from torchlinearmoe.models.decoder import Decoder
+from torchlinearmoe.parallel.context import exchange_of
+from torchlinearmoe.parallel.gather import traffic
+from torchlinearmoe.parallel.local import shadow
+from torchlinearmoe.parallel.mesh import Meshes
+from torchlinearmoe.parallel.spans import cut_spans
+from torchlinearmoe.parallel.tensor import apply_tensor_parallel
+from torchlinearmoe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class SpanTraffic:
+    """The collectives of one layer and micro-batch on one rank."""
+
+    mixer: str
+    layers: int
+    """Layers that are alike."""
+    calls: dict[str, int]
+    """By operation, such as `all-gather, forward`."""
+    bytes: dict[str, int]
+    """Summed size of the whole buffers."""
+
+
+def span_traffic(recipe: Recipe, meshes: Meshes, dtype: torch.dtype) -> list[SpanTraffic]:
+    """The exchanges of every kind of layer; none without context parallelism. Needs a (pretended) process group."""
+    if meshes.degrees.context == 1:
+        return []
+    training, found = recipe.training, {}
+    with torch.device("meta"):
+        model = Decoder(recipe.model)
+        if meshes.degrees.tensor > 1:
+            apply_tensor_parallel(model, meshes.tensor)
+        rows, length = training.micro_batch_size, training.sequence_length
+        borders = [row * length for row in range(rows + 1)]
+        spans = cut_spans(borders, length, meshes.context_group, "meta", exchange_of(recipe.parallel))
+        documents = Documents.packed(spans.borders, spans.length, "meta", spans)
+        for shared in model.shared.values():
+            shadow(shared)
+        context = Context(documents, spans.positions, model.shared_outputs())
+        tokens = rows * length // meshes.degrees.context // meshes.degrees.tensor
+        carried: dict[str, Tensor] = {}
+        for layer in model.layers.values():
+            mixer = layer.mixer
+            assert isinstance(mixer, Mixer)
+            kind = (mixer.name, tuple(p.shape for p in mixer.parameters()))
+            if kind not in found:
+                _cast(mixer, dtype)
+                shadow(mixer)
+                traffic.clear()
+                x_TD = torch.zeros(tokens, recipe.model.hidden_size, dtype=dtype, requires_grad=True)
+                y_TD, _, carried = mixer(x_TD, context, None, carried)
+                y_TD.sum().backward(retain_graph=True)  # layers have the graph of their shared outputs in common
+                carried = {name: value.detach() for name, value in carried.items()}
+                found[kind] = SpanTraffic(mixer.name, 0, dict(traffic.calls), dict(traffic.bytes))
+            before = found[kind]
+            found[kind] = SpanTraffic(before.mixer, before.layers + 1, before.calls, before.bytes)
+    traffic.clear()
+    return list(found.values())
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters in the type in which they compute."""
+    exact = getattr(module, "keep_fp32", False)
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        setattr(module, name, nn.Parameter(parameter.detach().to(torch.float32 if exact else dtype)))
+    for child in module.children():
+        _cast(child, torch.float32 if exact else dtype)
