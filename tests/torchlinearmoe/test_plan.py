@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from torchlinearmoe import build_model
 from torchlinearmoe.mixers import MIXERS
+from torchlinearmoe.mixers.base import Transition
 from torchlinearmoe.plan import main
 from torchlinearmoe.planning import plan
 from torchlinearmoe.recipe import Recipe, layer_mixers, resolve
