@@ -66,7 +66,8 @@ class _ShiftedProducts(torch.autograd.Function):
         for lag in range(1, W):
             shifted = padded[:, W - 1 - lag : W - 1 - lag + T]
             tap = taps[W - 1 - lag]
-            y.addcmul_(shifted, tap if masks is None else tap * masks[lag])
+            # Not in place: torch 2.11 would compile a wrong backward.
+            y = torch.addcmul(y, shifted, tap if masks is None else tap * masks[lag])
         return y
 
     @staticmethod

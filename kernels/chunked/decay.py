@@ -72,7 +72,9 @@ def decayed(scores: Tensor, matrix: Tensor, to: Tensor, since: Tensor | None = N
 class _Decayed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores, matrix, to, since):
-        out = (scores * matrix).to(scores.dtype)
+        out = scores * matrix
+        # torch 2.11 compiles a wrong backward for a function that ends with an operation that returns its own input.
+        out = out if out.dtype == scores.dtype else out.to(scores.dtype)
         ctx.save_for_backward(matrix, out)
         ctx.to_shape, ctx.since_shape = to.shape, None if since is None else since.shape
         return out

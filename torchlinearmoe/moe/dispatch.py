@@ -71,7 +71,8 @@ class _WeightedSum(torch.autograd.Function):
         total_TD = rows_RD.index_select(0, rows_T) * weight_T.unsqueeze(1)
         for weight_T, rows_T in parts:
             total_TD = total_TD + rows_RD.index_select(0, rows_T) * weight_T.unsqueeze(1)
-        return total_TD.to(rows_RD.dtype)
+        # Without a conversion to the same type: torch 2.11 would compile a wrong backward.
+        return total_TD if total_TD.dtype == rows_RD.dtype else total_TD.to(rows_RD.dtype)
 
     @staticmethod
     def backward(ctx, *grads):

@@ -27,7 +27,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx, gate_up):
         ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate).mul_(up)
+        return F.silu(gate) * up  # not in place: torch 2.11 would compile a wrong backward
 
     @staticmethod
     def backward(ctx, *grads):
