@@ -319,7 +319,15 @@ def token_shift(
 
 
 def _choose(operator: str, backend: str, q: Tensor) -> Backend:
-    name, refusal = choose(operator, backend, q.device.type, q.dtype, bool(q.shape[-1] > 256), torch.is_grad_enabled())
+    name, refusal = choose(
+        operator,
+        backend,
+        q.device.type,
+        q.dtype,
+        bool(q.shape[-1] > 256),
+        torch.is_grad_enabled(),
+        torch.compiler.is_compiling(),
+    )
     if refusal:
         raise UserError(refusal)
     return BACKENDS[name]

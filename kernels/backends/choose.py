@@ -26,14 +26,18 @@ def chosen_backends() -> dict[str, tuple[str, str]]:
 
 @torch.compiler.assume_constant_result
 def choose(
-    operator: str, requested: str, device: str, dtype: torch.dtype, wide: bool, gradients: bool
+    operator: str, requested: str, device: str, dtype: torch.dtype, wide: bool, gradients: bool, compiling: bool = False
 ) -> tuple[str, str]:
     """The backend for a call and an empty string, or any name and the one line that says why `requested` is refused.
 
-    The arguments are the fields of `Call`, spelled out because torch.compile takes the answer for a constant of them.
+    The arguments are the fields of `Call`, spelled out because torch.compile takes the answer for a constant of them,
+    and `compiling`: inside torch.compile "auto" takes "torch", whose operations the compiler fuses with what is around
+    them, where a package's kernels would break the graph at every layer.
     """
     call = Call(operator, device, dtype, wide, gradients)
-    if requested == "auto":
+    if requested == "auto" and compiling:
+        name, reason = "torch", "torch.compile fuses it"
+    elif requested == "auto":
         name, reason = _automatic(call)
     elif requested not in NAMES:
         return "", f"model.kernel_backend = {requested!r}: legal: {', '.join(('auto', *NAMES))}"

@@ -54,6 +54,20 @@ def test_the_miscompile_bars_backward_passes_only_but_auto_stays_with_what_train
     assert guards.refusal("fla", facts, OLD_TRITON, auto=True) is not None
 
 
+def test_auto_stays_with_what_the_compiler_can_fuse(monkeypatch):
+    assert choose_on(monkeypatch, HOPPER, "auto", call("scalar"))[0] == "fla"
+    facts = call("scalar")
+    arguments = facts.operator, facts.device, facts.dtype, facts.wide, facts.gradients
+    assert choose.choose(arguments[0], "auto", *arguments[1:], compiling=True)[0] == "torch"
+    assert choose.choose(arguments[0], "fla", *arguments[1:], compiling=True)[0] == "fla"
+    seen = []
+    monkeypatch.setattr(ops, "choose", lambda *arguments: (seen.append(arguments[-1]), ("torch", ""))[1])
+    q, k, v = torch.randn(3, 1, 8, 1, 16).unbind(0)
+    torch.compile(lambda *x: ops.linear_recurrence(*x)[0], backend="aot_eager")(q, k, v)
+    ops.linear_recurrence(q, k, v)
+    assert seen == [True, False]
+
+
 @pytest.mark.parametrize("operator", [*(name for name in LINEAR if name != "scalar"), *DELTA, *OTHERS])
 def test_ungated_kernels_are_not_barred_by_it(operator):
     barred = guards.refusal("fla", call(operator), OLD_TRITON, auto=False) is not None

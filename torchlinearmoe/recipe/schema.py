@@ -114,7 +114,7 @@ class ModelRecipe:
     """Kernel of the softmax layers: torch SDPA with masks, FlashAttention over packed documents, or FlexAttention."""
     kernel_backend: Literal["auto", "torch", "reference", "fla", "mamba_ssm"] = "auto"
     """Kernels of the linear mixers: chunk-parallel PyTorch, the definitions token by token, flash-linear-attention or
-    mamba-ssm; `auto` decides operator by operator."""
+    mamba-ssm; `auto` decides operator by operator, and takes `torch` inside torch.compile."""
     moe: MoERecipe
     """The `[moe]` section."""
     mixer_options: dict[str, Any] = field(default_factory=dict)
