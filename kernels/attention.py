@@ -3,7 +3,7 @@
 Backends: `sdpa` (torch scaled_dot_product_attention; block-diagonal masks by rows of the packed stream, any device),
 `varlen` (FlashAttention over cu_seqlens, CUDA in half precision), `flex` (FlexAttention, CUDA). A window of w tokens
 lets a query see itself and the w - 1 tokens before it; 0 stands for no window. Shapes: T tokens, H query heads, G
-key-value heads (G divides H), d head width, B sequences, M cache length.
+key-value heads (G divides H), d width of a query and key head, v of a value head, B sequences, M cache length.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def packed_attention(
 ) -> Tensor:
     """Causal attention inside each document, over the last `window` tokens where it is not 0.
 
-    q: [T, H, d]; k, v: [T, G, d]; ids: [T] document of each token; cu_seqlens: int32 [N + 1]; `longest` document in
-    tokens; no document crosses a multiple of `row_length`. Returns [T, H, d].
+    q: [T, H, d]; k: [T, G, d]; v: [T, G, v]; ids: [T] document of each token; cu_seqlens: int32 [N + 1]; `longest`
+    document in tokens; no document crosses a multiple of `row_length`. Returns [T, H, v].
     """
     window = 0 if window >= longest else window
     chosen = choose_backend(backend, q.device, q.dtype, window > 0)
@@ -140,9 +140,9 @@ def cached_attention(
 ) -> Tensor:
     """Attention of new tokens over a cache that already holds their keys and values.
 
-    q: [B, T, H, d]; k_cache, v_cache: [B, M, G, d]; query_positions: [B, T], each query sees the keys up to its own
-    position, the last `window` of them where it is not 0; key_positions: [B, M], default 0 .. M - 1, negative for
-    entries that hold nothing. Returns [B, T, H, d].
+    q: [B, T, H, d]; k_cache: [B, M, G, d]; v_cache: [B, M, G, v]; query_positions: [B, T], each query sees the keys up
+    to its own position, the last `window` of them where it is not 0; key_positions: [B, M], default 0 .. M - 1,
+    negative for entries that hold nothing. Returns [B, T, H, v].
     """
     queries = query_positions[:, None, :, None]
     if key_positions is None:
@@ -185,7 +185,11 @@ def _varlen(
     """borders: of queries and of keys; a document's last key belongs to its last query."""
     from torch.nn.attention.varlen import varlen_attn
 
-    knows = _varlen_parameters()
+    knows, value_width = _varlen_parameters(), v.shape[-1]
+    if q.shape[-1] != value_width:
+        # FlashAttention wants one width. Channels of zeros change no score and come back as zeros.
+        width = max(q.shape[-1], value_width)
+        q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     options: dict[str, object] = {"window_size": (window - 1, 0)} if "window_size" in knows else {"is_causal": True}
     if k.shape[1] != q.shape[1]:
         if "enable_gqa" in knows:
@@ -196,7 +200,9 @@ def _varlen(
         options["scale"] = scale
     else:
         q = q * (scale * q.shape[-1] ** 0.5)
-    return varlen_attn(q, k, v, *borders, *longest, **options)  # pyright: ignore
+    out = varlen_attn(q, k, v, *borders, *longest, **options)  # pyright: ignore
+    assert isinstance(out, Tensor)
+    return out[..., :value_width]
 
 
 @functools.cache

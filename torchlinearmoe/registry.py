@@ -1,4 +1,4 @@
-"""A registry: names to things, iterated by name, with aliases that resolve but are not iterated."""
+"""A registry: names to things, iterated by name; aliases and unlisted names resolve but are not iterated."""
 
 from __future__ import annotations
 
@@ -15,15 +15,22 @@ class Registry(Mapping[str, T], Generic[T]):
         self.kind = kind
         self._things: dict[str, T] = {}
         self._aliases: dict[str, str] = {}
+        self._unlisted: set[str] = set()
 
-    def add(self, name: str, thing: T, aliases: tuple[str, ...] = ()) -> T:
-        """Register `thing`; a name can be taken only once."""
+    def add(self, name: str, thing: T, aliases: tuple[str, ...] = (), listed: bool = True) -> T:
+        """Register `thing`; a name can be taken only once. Unlisted, it is found by name and not iterated."""
         for key in (name, *aliases):
             if key in self._things or key in self._aliases:
                 raise ValueError(f"{self.kind} '{key}' is registered twice")
         self._things[name] = thing
         self._aliases.update(dict.fromkeys(aliases, name))
+        if not listed:
+            self._unlisted.add(name)
         return thing
+
+    def names(self) -> list[str]:
+        """Every registered name, unlisted ones too; no aliases."""
+        return list(self._things)
 
     def canonical(self, name: str) -> str:
         """The registered name behind an alias; any other name unchanged."""
@@ -39,7 +46,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return isinstance(name, str) and self.canonical(name) in self._things
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._things)
+        return (name for name in self._things if name not in self._unlisted)
 
     def __len__(self) -> int:
-        return len(self._things)
+        return len(self._things) - len(self._unlisted)

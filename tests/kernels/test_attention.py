@@ -17,7 +17,7 @@ SCALE = 0.31
 def _naive(q: Tensor, k: Tensor, v: Tensor, offset: int = 0) -> Tensor:
     """One document: q [T, H, d] at positions offset, offset + 1, ... over k, v [S, G, d]."""
     groups = q.shape[1] // k.shape[1]
-    out = torch.zeros_like(q)
+    out = q.new_zeros(*q.shape[:2], v.shape[-1])
     for h in range(q.shape[1]):
         for t in range(q.shape[0]):
             seen = slice(0, offset + t + 1)
@@ -26,9 +26,11 @@ def _naive(q: Tensor, k: Tensor, v: Tensor, offset: int = 0) -> Tensor:
     return out
 
 
-def _inputs(tokens: int, heads: int, groups: int, width: int = 6, **kind) -> list[Tensor]:
+def _inputs(
+    tokens: int, heads: int, groups: int, width: int = 6, value_width: int | None = None, **kind
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(tokens)
-    shapes = [(tokens, heads, width), (tokens, groups, width), (tokens, groups, width)]
+    shapes = [(tokens, heads, width), (tokens, groups, width), (tokens, groups, value_width or width)]
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(**kind) for shape in shapes]
 
 
@@ -49,12 +51,12 @@ LAYOUTS = [((1,), 1), ((5, 1, 7), 13), ((4, 4, 4), 4), ((3, 1, 4, 2, 2), 4), ((6
 
 
 @pytest.mark.parametrize(("lengths", "row"), LAYOUTS, ids=str)
-@pytest.mark.parametrize(("heads", "groups"), [(2, 2), (4, 2), (3, 1)])
-def test_packed_documents_equal_each_alone(lengths: tuple[int, ...], row: int, heads: int, groups: int):
+@pytest.mark.parametrize(("heads", "groups", "values"), [(2, 2, 6), (4, 2, 6), (3, 1, 6), (2, 2, 4), (4, 2, 9)])
+def test_packed_documents_equal_each_alone(lengths: tuple[int, ...], row: int, heads: int, groups: int, values: int):
     documents = Documents.packed([0, *accumulate(lengths)], row)
-    qkv = [x.requires_grad_() for x in _inputs(sum(lengths), heads, groups)]
-    weights = torch.randn(qkv[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    qkv = [x.requires_grad_() for x in _inputs(sum(lengths), heads, groups, value_width=values)]
     actual = _packed(qkv, documents)
+    weights = torch.randn(actual.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected = torch.cat([_naive(*part) for part in zip(*(x.split(lengths) for x in qkv))])
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
     grads = [torch.autograd.grad((o * weights).sum(), qkv) for o in (actual, expected)]
@@ -62,12 +64,12 @@ def test_packed_documents_equal_each_alone(lengths: tuple[int, ...], row: int, h
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize(("heads", "groups"), [(2, 2), (4, 2), (3, 1)])
-def test_cached_attention_sees_each_sequence_up_to_the_querys_position(heads: int, groups: int):
+@pytest.mark.parametrize(("heads", "groups", "values"), [(2, 2, 6), (4, 2, 6), (3, 1, 6), (3, 1, 4)])
+def test_cached_attention_sees_each_sequence_up_to_the_querys_position(heads: int, groups: int, values: int):
     starts, new, room = (0, 3, 5), 2, 9
     caches, queries, expected = [], [], []
     for n, start in enumerate(starts):
-        q, k, v = (x[: start + new] for x in _inputs(20 + n, heads, groups))
+        q, k, v = (x[: start + new] for x in _inputs(20 + n, heads, groups, value_width=values))
         expected.append(_naive(q[start:], k, v, start))
         queries.append(q[start:])
         # What lies behind a sequence's own tokens is garbage and must not be seen.
@@ -96,14 +98,14 @@ def test_a_backend_that_cannot_run_here_is_refused_by_name():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["varlen", "flex", "sdpa"])
-@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2)])
-def test_gpu_backends_equal_each_document_alone(backend: str, heads: int, groups: int):
+@pytest.mark.parametrize(("heads", "groups", "width", "values"), [(4, 4, 64, 64), (4, 2, 64, 64), (4, 4, 192, 128)])
+def test_gpu_backends_equal_each_document_alone(backend: str, heads: int, groups: int, width: int, values: int):
     lengths, row = (200, 1, 55, 129, 127), 256
     documents = Documents.packed([0, *accumulate(lengths)], row, "cuda")
-    exact = [x.requires_grad_() for x in _inputs(sum(lengths), heads, groups, width=64)]
+    exact = [x.requires_grad_() for x in _inputs(sum(lengths), heads, groups, width, values)]
     qkv = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in exact]
-    weights = torch.randn(qkv[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     actual = _packed(qkv, documents, backend)
+    weights = torch.randn(actual.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     reference = torch.cat(
         [_packed(list(p), Documents.batch(1, p[0].shape[0])) for p in zip(*(x.split(lengths) for x in exact))]
     )

@@ -41,7 +41,8 @@ def test_the_registries_hold_the_published_names():
     assert {"linear_attention", "delta_net", "gated_delta_net", "kda", "hgrn2", "softmax_attention"} <= set(MIXERS)
     assert "lasp2" in MIXERS and "lasp2" not in set(MIXERS)
     assert MIXERS["lasp2"] is MIXERS["linear_attention"]
-    assert all(MIXERS[name].name == name for name in MIXERS)
+    assert "mla" in MIXERS and "mla" not in set(MIXERS)
+    assert all(MIXERS[name].name == name for name in MIXERS.names())
     assert "qwen2" in set(FAMILIES) and all("debug" in FAMILIES[name].presets for name in FAMILIES)
 
 

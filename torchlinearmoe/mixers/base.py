@@ -387,12 +387,12 @@ M = TypeVar("M", bound=Mixer)
 MIXERS: Registry[type[Mixer]] = Registry("mixer")
 
 
-def register(name: str, *aliases: str):
-    """Class decorator: put a mixer into MIXERS under `name`."""
+def register(name: str, *aliases: str, listed: bool = True):
+    """Class decorator: put a mixer into MIXERS under `name`; a family's own attention is not listed."""
 
     def decorate(cls: type[M]) -> type[M]:
         cls.name = name
-        MIXERS.add(name, cls, aliases)
+        MIXERS.add(name, cls, aliases, listed)
         return cls
 
     return decorate

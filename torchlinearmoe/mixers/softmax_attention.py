@@ -40,6 +40,7 @@ from torchlinearmoe.mixers.base import (
     rope_scaling,
     row,
 )
+from torchlinearmoe.mixers.cache import append_to_cache, padded_queries
 from torchlinearmoe.mixers.tail import Convolutions
 from torchlinearmoe.models.rope import rotate
 
@@ -161,18 +162,11 @@ class SoftmaxAttention(Mixer):
 
     def _attend_cache(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: State) -> tuple[Tensor, State]:
         """Write the new keys and values into the cache (in place) and attend over it."""
-        documents, positions = context.documents, context.positions
-        ids = documents.ids.long()
-        state["keys"][ids, positions] = k.to(state["keys"].dtype)
-        state["values"][ids, positions] = v.to(state["values"].dtype)
-        batch, longest = len(documents.lengths), max(documents.lengths)
-        rows = q.new_zeros(batch, longest, *q.shape[1:])
-        row_positions = torch.zeros(batch, longest, dtype=torch.long, device=q.device)
-        rows[ids, documents.positions] = q
-        row_positions[ids, documents.positions] = positions
-        keys, values = (state[name][:, : context.history].to(q.dtype) for name in ("keys", "values"))
-        out = cached_attention(rows, keys, values, row_positions, self.head_dim**-0.5)
-        return out[ids, documents.positions], {name: state[name] for name in ("keys", "values")}
+        keys, values = append_to_cache(state, context, keys=k, values=v)
+        rows, positions = padded_queries(q, context)
+        out = cached_attention(rows, keys, values, positions, self.head_dim**-0.5)
+        kept = {name: state[name] for name in ("keys", "values")}
+        return out[context.documents.ids.long(), context.documents.positions], kept
 
     def _attend_ring(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: State) -> tuple[Tensor, State]:
         """Attend over the ring and the new tokens; the ring then holds each sequence's last W tokens."""

@@ -98,15 +98,19 @@ def resolve(file: Mapping[str, Any], command_line: Mapping[str, Any] | None = No
         if all(key in merged[section] for key in keys):
             raise RecipeError(f"{section}.{keys[0]} and {section}.{keys[1]} exclude each other; give one")
 
-    preset = _preset(merged["model"])
+    family, size = _preset(merged["model"])
+    preset = family.preset(size)
     model = {**preset["model"], **merged["model"]}
     moe = {**preset["moe"], **merged["moe"]}
     if model.get("mixers") and "num_layers" not in merged["model"] and isinstance(model["mixers"], list):
         model["num_layers"] = len(model["mixers"])
     if "head_dim" not in model:
         model["head_dim"] = _default_head_dim(model)
+    brought = {family.attention: family.attention_options(size)}
+    sources = (brought, file.get("mixer", {}), command_line.get("mixer", {}))
     mixer_tables = {
-        name: {**file.get("mixer", {}).get(name, {}), **command_line.get("mixer", {}).get(name, {})} for name in MIXERS
+        name: {key: value for source in sources for key, value in source.get(name, {}).items()}
+        for name in MIXERS.names()
     }
     options = {name: build(MIXERS[name].Options, table, f"mixer.{name}") for name, table in mixer_tables.items()}
     sections = {name: build(SECTIONS[name], merged[name], name) for name in SECTIONS if name not in ("model", "moe")}
@@ -144,7 +148,7 @@ def _check_sections(source: Mapping[str, Any]) -> None:
             raise RecipeError(f"{name}: must be a section [{name}], not the value {section!r}")
     for name, table in source.get("mixer", {}).items():
         if name not in MIXERS:
-            raise RecipeError(f"[mixer.{name}]: unknown mixer; {nearest(name, MIXERS)}")
+            raise RecipeError(f"[mixer.{name}]: unknown mixer; {nearest(name, MIXERS.names())}")
         if MIXERS.canonical(name) != name:
             raise RecipeError(f"[mixer.{name}]: its options are those of [mixer.{MIXERS.canonical(name)}]; write that")
         if not isinstance(table, Mapping):
@@ -157,6 +161,10 @@ def _drop_replaced(file: dict[str, Any], command_line: Mapping[str, Any]) -> Non
     if "family" in model or "size" in model:
         for section, keys in Family.dimensions().items():
             file[section] = {key: value for key, value in file.get(section, {}).items() if key not in keys}
+        for mixer, keys in Family.mixer_dimensions().items():
+            table = file.get("mixer", {}).get(mixer, {})
+            kept = {key: value for key, value in table.items() if key not in keys}
+            file["mixer"] = {**file.get("mixer", {}), mixer: kept}
     for section, first, second in (*EXCLUSIVE, ("model", "layout", "mixers")):
         mine = command_line.get(section, {})
         for key, other in ((first, second), (second, first)):
@@ -164,7 +172,8 @@ def _drop_replaced(file: dict[str, Any], command_line: Mapping[str, Any]) -> Non
                 file.get(section, {}).pop(other, None)
 
 
-def _preset(model: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _preset(model: Mapping[str, Any]) -> tuple[Family, str]:
+    """The family and the size whose preset it is."""
     family = model.get("family", "qwen2")
     size = model.get("size", "debug")
     if not isinstance(family, str) or family not in FAMILIES:
@@ -173,7 +182,7 @@ def _preset(model: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         raise RecipeError(
             f"model.size = {size!r}: no such size of {family}; {nearest(str(size), FAMILIES[family].presets)}"
         )
-    return FAMILIES[family].preset(size)
+    return FAMILIES[family], size
 
 
 def _default_head_dim(model: Mapping[str, Any]) -> Any:

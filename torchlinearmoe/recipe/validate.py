@@ -73,10 +73,10 @@ def _layers(recipe: Recipe) -> None:
     if not model.layout or set(model.layout) - {"L", "N"}:
         raise RecipeError(f"model.layout = '{model.layout}': must be a non-empty string over L and N")
     if model.mixer not in MIXERS:
-        raise RecipeError(f"model.mixer = '{model.mixer}': unknown mixer; {nearest(model.mixer, MIXERS)}")
+        raise RecipeError(f"model.mixer = '{model.mixer}': unknown mixer; {nearest(model.mixer, MIXERS.names())}")
     for index, name in enumerate(model.mixers):
         if name not in MIXERS:
-            raise RecipeError(f"model.mixers[{index}] = '{name}': unknown mixer; {nearest(name, MIXERS)}")
+            raise RecipeError(f"model.mixers[{index}] = '{name}': unknown mixer; {nearest(name, MIXERS.names())}")
     if model.mixers and len(model.mixers) != model.num_layers:
         raise RecipeError(
             f"model.num_layers = {model.num_layers}: model.mixers names {len(model.mixers)} layers; make them equal"

@@ -69,7 +69,7 @@ class Case:
         return "-".join([self.name, *(f"{key}={value}" for key, value in self.overrides.items())])
 
 
-CASES = [Case(name, overrides) for name in MIXERS for overrides in ({}, *MIXERS[name].variants)]
+CASES = [Case(name, overrides) for name in MIXERS.names() for overrides in ({}, *MIXERS[name].variants)]
 every_mixer = pytest.mark.parametrize("case", CASES, ids=str)
 
 

@@ -150,7 +150,7 @@ def test_initial_values_keep_the_residual_stream_alive(case: Case):
     assert 1e-5 < change < 1.0
 
 
-@pytest.mark.parametrize("name", list(MIXERS))
+@pytest.mark.parametrize("name", MIXERS.names())
 def test_negative_counts_and_impossible_heads_are_refused(name: str):
     mixer, dims = MIXERS[name], Dims()
     assert mixer.check(mixer.Options(), dims) is None

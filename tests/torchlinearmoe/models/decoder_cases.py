@@ -14,9 +14,9 @@ from torchlinearmoe.recipe import ModelRecipe, resolve
 VOCAB = 61
 
 LAYOUTS: list[dict[str, Any]] = [
-    *({"mixer": name, "layout": "L", "num_layers": 2} for name in MIXERS),
-    *({"mixer": name, "layout": "LLLN", "num_layers": 4} for name in MIXERS),
-    {"mixers": list(MIXERS)},
+    *({"mixer": name, "layout": "L", "num_layers": 2} for name in MIXERS.names()),
+    *({"mixer": name, "layout": "LLLN", "num_layers": 4} for name in MIXERS.names()),
+    {"mixers": MIXERS.names()},
 ]
 
 

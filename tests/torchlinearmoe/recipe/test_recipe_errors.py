@@ -180,6 +180,9 @@ def test_dense_layers_need_a_width():
         ("softmax_attention", {"kv_heads": 3}, "mixer.softmax_attention.kv_heads = 3"),
         ("softmax_attention", {"heads": -4}, "mixer.softmax_attention.heads = -4"),
         ("softmax_attention", {"head_dim": 7}, "mixer.softmax_attention.head_dim = 7"),
+        ("mla", {"qk_rope_head_dim": 7}, "mixer.mla.qk_rope_head_dim = 7: must be even"),
+        ("mla", {"kv_lora_rank": 0}, "mixer.mla.kv_lora_rank = 0"),
+        ("mla", {"q_lora_rank": -1}, "mixer.mla.q_lora_rank = -1"),
     ],
 )
 def test_mixer_options_that_cannot_be_built_are_named(mixer: str, options: dict[str, Any], field: str):
@@ -254,7 +257,7 @@ def _keys(section: str) -> list[tuple[str, Any]]:
 def _random_tree(chance: random.Random, entries: int) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for _ in range(entries):
-        section = chance.choice([*SECTIONS, *(f"mixer.{name}" for name in MIXERS)])
+        section = chance.choice([*SECTIONS, *(f"mixer.{name}" for name in MIXERS.names())])
         key, hint = chance.choice(_keys(section))
         if chance.random() < 0.05:
             key = chance.choice(["", "x\ny", "steps", "é", "heads", "moe"])

@@ -96,6 +96,38 @@ def test_every_family_brings_exactly_the_declared_dimensions():
         assert set(brought["moe"]) == declared["moe"]
 
 
+def test_softmax_attention_means_the_familys_own_everywhere(tmp_path: Path):
+    def layers(**model: Any) -> list[str]:
+        return layer_mixers(resolve({"model": {"family": "deepseek_v2", **model}, **STEPS}).model)
+
+    assert layers(layout="LN", num_layers=3, mixer="gla") == ["gla", "mla", "gla"]
+    assert layers(mixer="softmax_attention", num_layers=2) == layers(mixer="mla", num_layers=2) == ["mla"] * 2
+    assert layers(mixers=["softmax_attention", "hgrn2"]) == ["mla", "hgrn2"]
+    assert layer_mixers(resolve({"model": {"mixers": ["mla", "softmax_attention"]}, **STEPS}).model) == [
+        "mla",
+        "softmax_attention",
+    ]
+
+
+def test_a_size_brings_the_dimensions_of_the_familys_attention(tmp_path: Path):
+    text = (
+        '[model]\nfamily = "deepseek_v2"\nsize = "A21B"\nlayout = "N"\n'
+        "[mixer.mla]\nkv_lora_rank = 256\n[training]\nsteps = 1\n"
+    )
+
+    def ranks(*overrides: str, text: str = text) -> tuple[int, int]:
+        recipe = _load(tmp_path, text, *overrides)
+        assert _load(tmp_path, dump(recipe)) == recipe
+        options = recipe.model.mixer_options["mla"]
+        return options.kv_lora_rank, options.q_lora_rank
+
+    assert ranks() == (256, 1536)
+    assert ranks("--mixer.mla.q_lora_rank=0") == (256, 0)
+    assert ranks("--model.size=A2.4B") == (512, 0)
+    assert ranks("--model.size=debug", "--mixer.mla.q_lora_rank=0") == (32, 0)
+    assert ranks("--model.family=qwen2", "--model.size=debug", "--model.mixer=mla", "--model.layout=L") == (512, 0)
+
+
 @pytest.mark.parametrize(
     ("section", "mine", "other"),
     [
@@ -157,8 +189,8 @@ def test_tables_of_mixers_not_in_use_are_checked_and_otherwise_ignored():
 
 def test_the_recipe_carries_the_options_of_every_mixer():
     model = resolve(STEPS).model
-    assert set(model.mixer_options) == set(MIXERS)
-    assert all(isinstance(model.mixer_options[name], MIXERS[name].Options) for name in MIXERS)
+    assert list(model.mixer_options) == MIXERS.names()
+    assert all(isinstance(model.mixer_options[name], MIXERS[name].Options) for name in MIXERS.names())
 
 
 def test_the_softmax_head_width_follows_the_models_unless_given():

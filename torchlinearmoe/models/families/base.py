@@ -97,20 +97,34 @@ class Family:
     """Mixer of the `N` layers."""
     common: Mapping[str, Any]
     """`[model]` values of every size."""
-    presets: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]
-    """Size to (`[model]` values, `[moe]` values)."""
+    presets: Mapping[str, tuple[Mapping[str, Any], ...]]
+    """Size to (`[model]` values, `[moe]` values), then the options of `attention` where it has its own dimensions."""
     published: tuple[Architecture, ...] = ()
     """The Hugging Face architectures whose weights the family reads and writes."""
 
     def preset(self, size: str) -> dict[str, dict[str, Any]]:
         """The `[model]` and `[moe]` values that `size` brings."""
-        model, moe = self.presets[size]
+        model, moe, *_ = self.presets[size]
         return {"model": {**PLAIN_ROPE, **self.common, **model}, "moe": {**DENSE, **moe}}
+
+    def attention_options(self, size: str) -> dict[str, Any]:
+        """The options of `attention` that `size` brings, `[mixer.ATTENTION]`."""
+        _, _, *options = self.presets[size]
+        return dict(options[0]) if options else {}
 
     @staticmethod
     def dimensions() -> dict[str, tuple[str, ...]]:
         """The keys a preset brings, by section; a new family or size on the command line replaces the file's."""
         return {"model": MODEL_DIMENSIONS, "moe": MOE_DIMENSIONS}
+
+    @staticmethod
+    def mixer_dimensions() -> dict[str, set[str]]:
+        """The same of `[mixer.NAME]`, by mixer."""
+        brought: dict[str, set[str]] = {}
+        for family in FAMILIES.values():
+            for size in family.presets:
+                brought.setdefault(family.attention, set()).update(family.attention_options(size))
+        return brought
 
 
 FAMILIES: Registry[Family] = Registry("family")

@@ -1,0 +1,216 @@
+"""Multi-head latent attention (DeepSeek-AI 2024, DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+The `N` layers of DeepSeek-V2. Keys and values of all heads are read from one latent vector a token, and only that and
+one rotated key for all heads are kept:
+
+    c = norm(x Wc)                 k_r = rotate(x Wr)             the state: c and k_r, 512 + 64 numbers a token
+    q_h = [q_n, rotate(q_r)]       k_h = [c Wk_h, k_r]            v_h = c Wv_h
+    o_h = softmax(f (n + r)^(-1/2) q_h k_h^T) v_h                 f: YaRN's factor of the scores, 1 without
+
+A step does not make keys and values again: q_n k_n = (q_n Wk_h^T) c, so queries are taken to the latent, attend there
+as one head with the key [c, k_r] and the value c, and Wv_h follows (appendix C).
+
+Published weights come in unpermuted: the rotated channels are interleaved, pairs (2i, 2i + 1), as they are there. Names
+in Hugging Face's `DeepseekV2Attention`: `q_proj` (without query compression) or `q_a_proj`, `q_a_layernorm` (here
+`q_a_norm`), `q_b_proj`; `kv_a_proj_with_mqa` (`kv_a_proj`), `kv_a_layernorm` (`kv_a_norm`), `kv_b_proj`, `o_proj`;
+rows of `kv_a_proj` are [c, k_r], of a head in `q_proj` or `q_b_proj` [q_n, q_r], of a head in `kv_b_proj` [k_n, v].
+
+Shapes: T tokens, D width, H heads, Q query latent, C key-value latent, n and r unrotated and rotated channels of a
+query or key, v of a value, B sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.initialize import linear
+from torchlinearmoe.kernels.attention import cached_attention, packed_attention
+from torchlinearmoe.mixers.base import (
+    REPLICATED_SUMMED,
+    Carried,
+    Carry,
+    Context,
+    Mixer,
+    MixerOptions,
+    ModelDims,
+    Place,
+    State,
+    StateSpec,
+    TensorWord,
+    Transition,
+    column,
+    register,
+    rope_scaling,
+    row,
+)
+from torchlinearmoe.mixers.cache import append_to_cache, padded_queries
+from torchlinearmoe.models.norm import RMSNorm
+from torchlinearmoe.models.rope import rotate_interleaved
+
+LATENT_EPS = 1e-6
+"""Of the norms on the latents, whatever the model's own, as in the published code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(MixerOptions):
+    """`[mixer.mla]`; defaults as in DeepSeek-V2-Lite, `heads = 0` takes the family's."""
+
+    head_dim: int = 128
+    """Unrotated channels of a head's queries and keys (qk_nope_head_dim)."""
+    qk_rope_head_dim: int = 64
+    """Rotated channels of a head's queries; those of the key are shared by all heads."""
+    v_head_dim: int = 128
+    """Width of a head's values."""
+    kv_lora_rank: int = 512
+    """Width of the latent that keys and values are made of."""
+    q_lora_rank: int = 0
+    """Width of the latent that queries are made of; 0 makes them of the input itself."""
+
+
+@register("mla", listed=False)
+class MLA(Mixer):
+    """Softmax attention over keys and values that share one latent a token."""
+
+    transition = Transition.ATTENTION
+    Options = Options
+    variants = (
+        {"head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "kv_lora_rank": 24},
+        {"heads": 3, "head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 16, "kv_lora_rank": 20, "q_lora_rank": 14},
+    )
+    regions = ("project", "expand", "output")
+
+    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+        super().__init__()
+        self.heads = options.heads or model.num_heads
+        self.key_dim, self.rope_dim, self.value_dim = options.head_dim, options.qk_rope_head_dim, options.v_head_dim
+        self.latent_dim = options.kv_lora_rank
+        self.theta, self.scaling = model.rope_theta, rope_scaling(model)
+        self.scale = (self.key_dim + self.rope_dim) ** -0.5 * (self.scaling.score_factor if self.scaling else 1.0)
+        self.backend = model.attention_backend
+        width, std, query_latent = model.hidden_size, model.init_std, options.q_lora_rank
+        queries = self.heads * (self.key_dim + self.rope_dim)
+        if query_latent:
+            self.q_a_proj = linear(width, query_latent, std)
+            self.q_a_norm = RMSNorm(query_latent, LATENT_EPS)
+            self.q_b_proj = linear(query_latent, queries, std)
+        else:
+            self.q_proj = linear(width, queries, std)
+        self.compressed = query_latent > 0
+        self.kv_a_proj = linear(width, self.latent_dim + self.rope_dim, std)
+        self.kv_a_norm = RMSNorm(self.latent_dim, LATENT_EPS)
+        self.kv_b_proj = linear(self.latent_dim, self.heads * (self.key_dim + self.value_dim), std)
+        self.o_proj = linear(self.heads * self.value_dim, width, std / (2 * model.num_layers) ** 0.5)
+
+    @classmethod
+    def check(cls, options: Any, model: ModelDims) -> None:
+        cls.check_counts(options)
+        for name in ("head_dim", "v_head_dim", "kv_lora_rank"):
+            if not getattr(options, name):
+                raise RecipeError(f"mixer.mla.{name} = 0: must be at least 1")
+        if options.qk_rope_head_dim % 2 or not options.qk_rope_head_dim:
+            raise RecipeError(f"mixer.mla.qk_rope_head_dim = {options.qk_rope_head_dim}: must be even and not 0")
+
+    @classmethod
+    def num_parameters(cls, options: Any, model: ModelDims) -> int:
+        """q: D H (n + r), or Q (D + 1 + H (n + r)); D (C + r) + C; C H (n + v); H v D."""
+        width, heads, latent = model.hidden_size, options.heads or model.num_heads, options.kv_lora_rank
+        queries = heads * (options.head_dim + options.qk_rope_head_dim)
+        rank = options.q_lora_rank
+        return (
+            (rank * (width + 1 + queries) if rank else width * queries)
+            + width * (latent + options.qk_rope_head_dim)
+            + latent
+            + latent * heads * (options.head_dim + options.v_head_dim)
+            + heads * options.v_head_dim * width
+        )
+
+    def state_spec(self) -> dict[str, StateSpec]:
+        """The normed latent and the rotated key, one entry a token."""
+        return {
+            "latent": StateSpec((self.latent_dim,), Carry.APPEND, fp32=False),
+            "rope_key": StateSpec((self.rope_dim,), Carry.APPEND, fp32=False),
+        }
+
+    def tensor_parallel(self) -> dict[str, TensorWord]:
+        """Latents are replicated; what is made of them is split by heads."""
+        if self.compressed:
+            words = {"q_a_proj.weight": REPLICATED_SUMMED, "q_a_norm.weight": REPLICATED_SUMMED}
+            words["q_b_proj.weight"] = column()
+        else:
+            words = {"q_proj.weight": column()}
+        words |= {f"{name}.weight": REPLICATED_SUMMED for name in ("kv_a_proj", "kv_a_norm")}
+        return words | {"kv_b_proj.weight": column(), "o_proj.weight": row()}
+
+    def mixing_flops(self, length: int) -> float:
+        """Scores and values, 2 H (n + r + v) a token seen, (length + 1) / 2 of them."""
+        return 2.0 * self.heads * (self.key_dim + self.rope_dim + self.value_dim) * (length + 1) / 2
+
+    def project(self, x_TD: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, H, n + r], the latent [T, C] and the shared key [T, r], rotated where they are."""
+        q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_TD))) if self.compressed else self.q_proj(x_TD)
+        q_n, q_r = q.unflatten(-1, (-1, self.key_dim + self.rope_dim)).split((self.key_dim, self.rope_dim), -1)
+        latent, k_r = self.kv_a_proj(x_TD).split((self.latent_dim, self.rope_dim), -1)
+        q = torch.cat([q_n, rotate_interleaved(q_r, cosines, sines)], -1)
+        return q, self.kv_a_norm(latent), rotate_interleaved(k_r[:, None], cosines, sines)[:, 0]
+
+    def expand(self, latent: Tensor, k_r: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [..., H, n + r] and values [..., H, v] of latents [..., C] and shared keys [..., r]."""
+        k_n, v = (
+            self.kv_b_proj(latent)
+            .unflatten(-1, (-1, self.key_dim + self.value_dim))
+            .split((self.key_dim, self.value_dim), -1)
+        )
+        k_r = k_r.unsqueeze(-2).expand(*k_n.shape[:-1], self.rope_dim)
+        return torch.cat([k_n, k_r], -1), v
+
+    def output(self, o: Tensor) -> Tensor:
+        """[T, H, v] -> [T, D]."""
+        return self.o_proj(o.flatten(-2))
+
+    def forward(
+        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
+    ) -> tuple[Tensor, State | None, Carried]:
+        tables = context.rotary(self.rope_dim, self.theta, x_TD.dtype, self.scaling)
+        q, latent, k_r = self.project(x_TD, *tables)
+        if state is None:
+            documents = context.documents
+            k, v = self.expand(latent, k_r)
+            o = packed_attention(
+                q,
+                k,
+                v,
+                ids=documents.ids,
+                cu_seqlens=documents.cu_seqlens,
+                longest=max(documents.lengths),
+                row_length=documents.row_length,
+                scale=self.scale,
+                backend=self.backend,
+            )
+            return self.output(o), None, carried or {}
+        latents, keys = append_to_cache(state, context, latent=latent, rope_key=k_r)
+        attend = self._attend_latents if context.stepping else self._attend_expanded
+        return self.output(attend(q, latents, keys, context)), state, carried or {}
+
+    def _attend_expanded(self, q: Tensor, latents: Tensor, keys: Tensor, context: Context) -> Tensor:
+        """Several tokens a sequence over keys and values made of the cache."""
+        k, v = self.expand(latents, keys)
+        rows, positions = padded_queries(q, context)
+        out = cached_attention(rows, k, v, positions, self.scale)
+        return out[context.documents.ids.long(), context.documents.positions]
+
+    def _attend_latents(self, q_BHd: Tensor, latents: Tensor, keys: Tensor, context: Context) -> Tensor:
+        """One token a sequence over the cache itself, whose single head all query heads read as if they were tokens."""
+        k_weight, v_weight = self.kv_b_proj.weight.unflatten(0, (-1, self.key_dim + self.value_dim)).split(
+            (self.key_dim, self.value_dim), 1
+        )
+        q_n, q_r = q_BHd.split((self.key_dim, self.rope_dim), -1)
+        queries = torch.cat([torch.einsum("bhn,hnc->bhc", q_n, k_weight), q_r], -1)[:, :, None]
+        positions = context.positions[:, None].expand(-1, queries.shape[1])
+        cached = torch.cat([latents, keys], -1)[:, :, None]
+        o_BHC = cached_attention(queries, cached, latents[:, :, None], positions, self.scale)[:, :, 0]
+        return torch.einsum("bhc,hvc->bhv", o_BHC, v_weight)
