@@ -24,7 +24,7 @@ from torchlinearmoe.recipe import resolve
 from torchlinearmoe.recipe.schema import ModelRecipe
 
 T, V = 36, 24
-CASES = [(name, overrides) for name in MIXERS for overrides in ({}, *MIXERS[name].variants)]
+CASES = [(name, overrides) for name in MIXERS.names() for overrides in ({}, *MIXERS[name].variants)]
 
 
 def model_recipe(name: str, overrides: dict[str, Any]) -> ModelRecipe:
@@ -87,7 +87,7 @@ def spread_results(rank: int, cases: list[tuple[str, dict[str, Any]]], chunk: in
 def test_every_mixer_split_over_its_heads_equals_the_whole(ranks: RankPool, degree: int) -> None:
     cases = [case for case in CASES if degree in degrees(*case)]
     if degree == 2:
-        assert {name for name, _ in cases} == set(MIXERS)
+        assert {name for name, _ in cases} == set(MIXERS.names())
     else:
         cases = list({name: (name, overrides) for name, overrides in cases}.values())  # one of each mixer
     found = ranks(degree, spread_results, cases, 3 * V // degree)

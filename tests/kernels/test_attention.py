@@ -75,8 +75,8 @@ def test_cached_attention_sees_each_sequence_up_to_the_querys_position(heads: in
         # What lies behind a sequence's own tokens is garbage and must not be seen.
         caches.append([torch.cat([x, torch.full((room - start - new, *x.shape[1:]), 1e3).double()]) for x in (k, v)])
     positions = torch.tensor(starts)[:, None] + torch.arange(new)
-    keys, values = (torch.stack([cache[i] for cache in caches]) for i in (0, 1))
-    actual = cached_attention(torch.stack(queries), keys, values, positions, SCALE)
+    k_cache, v_cache = (torch.stack([cache[i] for cache in caches]) for i in (0, 1))
+    actual = cached_attention(torch.stack(queries), k_cache, v_cache, positions, SCALE)
     torch.testing.assert_close(actual, torch.stack(expected), rtol=1e-10, atol=1e-12)
 
 

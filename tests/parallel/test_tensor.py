@@ -44,6 +44,11 @@ def test_a_degree_that_everything_divides_by_is_taken() -> None:
         ),
         (
             3,
+            {"moe": {"first_dense_layers": 1}, "model": {"ffn_hidden_size": 64}},
+            r"must divide model.ffn_hidden_size = 64; legal: 1, 2",
+        ),
+        (
+            3,
             {"moe": DENSE, "model": {"ffn_hidden_size": 64}},
             r"must divide model.ffn_hidden_size = 64; legal: 1, 2",
         ),

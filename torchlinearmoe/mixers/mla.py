@@ -90,7 +90,8 @@ class MLA(Mixer):
         self.key_dim, self.rope_dim, self.value_dim = options.head_dim, options.qk_rope_head_dim, options.v_head_dim
         self.latent_dim = options.kv_lora_rank
         self.theta, self.scaling = model.rope_theta, rope_scaling(model)
-        self.scale = (self.key_dim + self.rope_dim) ** -0.5 * (self.scaling.score_factor if self.scaling else 1.0)
+        factor = 1.0 if self.scaling is None else self.scaling.score_factor
+        self.scale = factor * (self.key_dim + self.rope_dim) ** -0.5
         self.backend = model.attention_backend
         width, std, query_latent = model.hidden_size, model.init_std, options.q_lora_rank
         queries = self.heads * (self.key_dim + self.rope_dim)
@@ -128,6 +129,10 @@ class MLA(Mixer):
             + latent * heads * (options.head_dim + options.v_head_dim)
             + heads * options.v_head_dim * width
         )
+
+    @classmethod
+    def head_groups(cls, options: Any, model: ModelDims) -> tuple[str, int]:
+        return "heads", options.heads or model.num_heads
 
     def state_spec(self) -> dict[str, StateSpec]:
         """The normed latent and the rotated key, one entry a token."""

@@ -138,7 +138,9 @@ def make_stack(case: Case, seed: int = 0, dtype: torch.dtype = torch.float64, **
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in stack.parameters():
-            parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
+            # Matrices of many inputs get less, so that their outputs are as large as others'.
+            std = 0.15 * (128 / max(parameter.shape[-1], 128) if parameter.dim() == 2 else 1.0) ** 0.5
+            parameter.add_(std * torch.randn(parameter.shape, generator=generator))
     return stack.to(dtype)
 
 

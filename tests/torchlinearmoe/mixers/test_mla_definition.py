@@ -80,6 +80,9 @@ def test_steps_over_the_latent_equal_the_parallel_forward(scaling: dict[str, Any
 
 
 def test_yarn_multiplies_the_scores_by_mscale_squared():
-    plain, yarn = (make_stack(Case("mla", MLA.variants[0]), **more).layers[0] for more in ({}, YARN))
-    assert isinstance(plain, MLA) and isinstance(yarn, MLA)
-    assert yarn.scale == pytest.approx(plain.scale * (0.09 * math.log(8) + 1) ** 2)
+    scales = []
+    for more in ({}, YARN):
+        mixer = make_stack(Case("mla", MLA.variants[0]), **more).layers[0]
+        assert isinstance(mixer, MLA)
+        scales.append(mixer.scale)
+    assert scales[1] == pytest.approx(scales[0] * (0.09 * math.log(8) + 1) ** 2)
