@@ -89,8 +89,8 @@ def continued_attention(
     """`packed_attention` of rows whose first documents started before them.
 
     Rows are of equal length, and `history[r]` keys stand before row r's own. q: [T, H, d]; k, v: [T + all history, G,
-    d], row after row; ids: [T]; borders: where documents start in the T tokens, 0 .. T, rows' starts among them.
-    Returns [T, H, d].
+    d or v], row after row; ids: [T]; borders: where documents start in the T tokens, 0 .. T, rows' starts among them.
+    Returns [T, H, v].
     """
     length = q.shape[0] // len(history)
     # What follows a document's border may see its own tokens and, in a row's first document, the history.

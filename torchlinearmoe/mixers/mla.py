@@ -27,9 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.kernels.attention import cached_attention, packed_attention
+from torchlinearmoe.kernels.attention import cached_attention
+from torchlinearmoe.mixers.attention import attend, attend_to_history, with_history
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
     Carried,
@@ -183,23 +185,19 @@ class MLA(Mixer):
         tables = context.rotary(self.rope_dim, self.theta, x_TD.dtype, self.scaling)
         q, latent, k_r = self.project(x_TD, *tables)
         if state is None:
-            documents = context.documents
-            k, v = self.expand(latent, k_r)
-            o = packed_attention(
-                q,
-                k,
-                v,
-                ids=documents.ids,
-                cu_seqlens=documents.cu_seqlens,
-                longest=max(documents.lengths),
-                row_length=documents.row_length,
-                scale=self.scale,
-                backend=self.backend,
-            )
-            return self.output(o), None, carried or {}
+            return self.output(self._attend_packed(q, latent, k_r, context.documents)), None, carried or {}
         latents, keys = append_to_cache(state, context, latent=latent, rope_key=k_r)
-        attend = self._attend_latents if context.stepping else self._attend_expanded
-        return self.output(attend(q, latents, keys, context)), state, carried or {}
+        attend_cache = self._attend_latents if context.stepping else self._attend_expanded
+        return self.output(attend_cache(q, latents, keys, context)), state, carried or {}
+
+    def _attend_packed(self, q: Tensor, latent: Tensor, k_r: Tensor, documents: Documents) -> Tensor:
+        """Documents that start empty. Context-parallel ranks gather latents, unless heads are asked for."""
+        spans = documents.spans
+        if spans is None or spans.exchange.attention == "heads":
+            return attend(q, *self.expand(latent, k_r), documents, scale=self.scale, backend=self.backend)
+        both = with_history(torch.cat([latent, k_r], -1), spans)
+        k, v = self.expand(*both.split((self.latent_dim, self.rope_dim), -1))
+        return attend_to_history(q, k, v, documents, scale=self.scale, backend=self.backend)
 
     def _attend_expanded(self, q: Tensor, latents: Tensor, keys: Tensor, context: Context) -> Tensor:
         """Several tokens a sequence over keys and values made of the cache."""
