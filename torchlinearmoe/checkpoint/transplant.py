@@ -66,9 +66,8 @@ def plan_transplant(target: ModelRecipe, shapes: Mapping[str, Place], source: We
 def check_recipes(target: ModelRecipe, source: ModelRecipe, where: str) -> None:
     """Raise RecipeError for the first field by which taken weights would compute something else."""
     keys = [("model", key) for key in ALWAYS]
-    attention = {FAMILIES[source.family].attention}
-    pairs = list(zip(layer_mixers(target), layer_mixers(source)))
-    if any(ours == theirs and ours in attention for ours, theirs in pairs):
+    common = {ours for ours, theirs in zip(layer_mixers(target), layer_mixers(source)) if ours == theirs}
+    if FAMILIES[source.family].attention in common:
         scaling = [key for key in vars(source) if key.startswith("rope_") and key != "rope_scaling"]
         rope = ("rope_theta", "rope_scaling", *(scaling if source.rope_scaling != "none" else ()))
         keys += [("model", key) for key in (*ATTENTION, *rope)]
@@ -77,6 +76,9 @@ def check_recipes(target: ModelRecipe, source: ModelRecipe, where: str) -> None:
     for section, key in keys:
         ours, theirs = (getattr(recipe.moe if section == "moe" else recipe, key) for recipe in (target, source))
         _equal(f"{section}.{key}", ours, theirs, where)
+    for name in sorted(common):
+        for key, theirs in vars(source.mixer_options[name]).items():
+            _equal(f"mixer.{name}.{key}", getattr(target.mixer_options[name], key), theirs, where)
     if not source.moe.num_experts:
         if target.moe.num_experts:
             _equal("moe.hidden_size", target.moe.hidden_size, source.ffn_hidden_size, where)

@@ -78,6 +78,7 @@ class Options(MixerOptions):
 class MLA(Mixer):
     """Softmax attention over keys and values that share one latent a token."""
 
+    projections = {}
     transition = Transition.ATTENTION
     Options = Options
     variants = (

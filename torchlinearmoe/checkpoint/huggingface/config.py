@@ -86,11 +86,12 @@ def read_recipe(path: Path, config: Config) -> Recipe:
     for target, value in architecture.implied.items():
         _put(tables, target, value)
     _read_rope(where, config, tables)
-    if architecture.read is not None:
-        architecture.read(config, tables)
-    tables["model"]["size"] = _size(family, tables)
     try:
-        return resolve({**tables, "training": {"steps": 1}})
+        if architecture.read is not None:
+            architecture.read(config, tables)
+        tables["model"]["size"] = _size(family, tables)
+        mixers = {name.removeprefix("mixer."): table for name, table in tables.items() if name.startswith("mixer.")}
+        return resolve({"model": tables["model"], "moe": tables["moe"], "mixer": mixers, "training": {"steps": 1}})
     except RecipeError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -102,13 +103,15 @@ def write_config(model: ModelRecipe) -> Config | None:
     """
     tables = _tables(model)
     for architecture in FAMILIES[model.family].published:
+        if architecture.sparse != (model.moe.num_experts > 0):
+            continue
         config: Config = {"architectures": [architecture.name], "model_type": architecture.model_type}
         config |= {key: _get(tables, target) for key, target in architecture.keys.items()}
         config |= architecture.fixed
         _write_rope(tables, config)
-        if architecture.write is not None:
-            architecture.write(tables, config)
         try:
+            if architecture.write is not None:
+                architecture.write(tables, config)
             again = read_recipe(Path(), config).model
         except UserError:
             continue
@@ -132,12 +135,10 @@ def _essence(model: ModelRecipe) -> dict[str, Any]:
 
 
 def _tables(model: ModelRecipe) -> Tables:
-    flat = flatten(model)
-    tables: Tables = {"model": {}, "moe": {}}
-    for key, value in flat.items():
+    tables: Tables = {}
+    for key, value in flatten(model).items():
         section, _, name = key.rpartition(".")
-        if section in ("", "moe"):
-            tables[section or "model"][name] = value
+        tables.setdefault(section.replace("mixer_options", "mixer") or "model", {})[name] = value
     return tables
 
 
@@ -196,10 +197,10 @@ def _size(family: Family, tables: Tables) -> str:
 
 
 def _put(tables: Tables, target: str, value: Any) -> None:
-    section, key = target.split(".")
-    tables[section][key] = value
+    section, _, key = target.rpartition(".")
+    tables.setdefault(section, {})[key] = value
 
 
 def _get(tables: Tables, target: str) -> Any:
-    section, key = target.split(".")
+    section, _, key = target.rpartition(".")
     return tables[section][key]

@@ -23,7 +23,12 @@ from torchlinearmoe.checkpoint.huggingface.config import architecture_of, write_
 from torchlinearmoe.checkpoint.huggingface.directory import CONFIG, INDEX, WEIGHTS
 from torchlinearmoe.checkpoint.huggingface.own import MODELING, float32_names, own_config, own_copies
 from torchlinearmoe.checkpoint.huggingface.weights import name_copies
-from torchlinearmoe.checkpoint.model import TOKENIZER_FOLDER, checkpoint_tokenizer
+from torchlinearmoe.checkpoint.model import (
+    TEMPLATE_FILE,
+    TOKENIZER_FOLDER,
+    checkpoint_template,
+    checkpoint_tokenizer,
+)
 from torchlinearmoe.checkpoint.stream import Progress, SavedWeights
 from torchlinearmoe.models.families.huggingface import Config
 
@@ -116,13 +121,22 @@ def _read(weights: SavedWeights, parts: Sequence[Part]) -> Iterator[tuple[str, T
         yield copy.source, tensor.to(dtype).contiguous()
 
 
+def _ends(checkpoint: Path) -> int | list[int]:
+    """The id, or ids, after which generation stops: the end of text, and of a response after finetuning."""
+    tokenizer = checkpoint_tokenizer(checkpoint)
+    ends = {tokenizer.end_of_text}
+    if (checkpoint / TEMPLATE_FILE).is_file():
+        ends.add(checkpoint_template(checkpoint).end_id(tokenizer))
+    return tokenizer.end_of_text if len(ends) == 1 else sorted(ends)
+
+
 def _write_small_files(folder: Path, weights: SavedWeights, config: Config) -> None:
     tokenizer = weights.path / TOKENIZER_FOLDER
     generation: Config = {}
     if tokenizer.is_dir():
         for file in tokenizer.iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
-        generation["eos_token_id"] = checkpoint_tokenizer(weights.path).end_of_text
+        generation["eos_token_id"] = _ends(weights.path)
     if "auto_map" in config:
         (folder / MODELING).write_bytes((Path(__file__).parent / MODELING).read_bytes())
     for name, content in ((CONFIG, config | generation), ("generation_config.json", generation)):

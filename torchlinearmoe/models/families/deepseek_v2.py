@@ -9,7 +9,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.models.families.base import FAMILIES, Family, model_size, moe_size
+from torchlinearmoe.models.families.huggingface import (
+    MODEL_DEFAULTS,
+    MODEL_FIXED,
+    MODEL_KEYS,
+    OUTER,
+    Architecture,
+    Config,
+    Name,
+    Tables,
+    experts,
+    swiglu,
+)
 
 
 def _yarn(factor: float, original: int) -> dict[str, Any]:
@@ -60,6 +73,98 @@ PRESETS = {
     ),
 }
 
+ROUTING = {"greedy": False, "group_limited_greedy": True}
+"""`topk_method`: whether a token chooses groups of experts first."""
+LATENT = {
+    "q_proj": "q_proj",
+    "q_a_proj": "q_a_proj",
+    "q_a_norm": "q_a_layernorm",
+    "q_b_proj": "q_b_proj",
+    "kv_a_proj": "kv_a_proj_with_mqa",
+    "kv_a_norm": "kv_a_layernorm",
+    "kv_b_proj": "kv_b_proj",
+    "o_proj": "o_proj",
+}
+
+
+def _read(config: Config, tables: Tables) -> None:
+    """Shared experts as one, groups only where they are used, queries compressed unless said otherwise."""
+    method = config.get("topk_method") or "greedy"
+    if method not in ROUTING:
+        raise RecipeError(f"topk_method = {method!r}: not supported; legal: {', '.join(ROUTING)}")
+    moe, grouped = tables["moe"], ROUTING[method]
+    moe["shared_hidden_size"] = moe["hidden_size"] * (config.get("n_shared_experts", 2) or 0)
+    if "q_lora_rank" not in config:  # null means without
+        tables["mixer.mla"]["q_lora_rank"] = 1536
+    moe["num_groups"] = config.get("n_group") if grouped else 0
+    moe["top_k_groups"] = config.get("topk_group") if grouped else 0
+
+
+def _write(tables: Tables, config: Config) -> None:
+    moe = tables["moe"]
+    grouped = moe["num_groups"] > 0
+    shared, rest = divmod(moe["shared_hidden_size"], moe["hidden_size"])
+    if rest or not shared:
+        raise RecipeError("moe.shared_hidden_size: not a number of experts")
+    config |= {
+        "q_lora_rank": config["q_lora_rank"] or None,
+        "n_shared_experts": shared,
+        "topk_method": "group_limited_greedy" if grouped else "greedy",
+        "n_group": moe["num_groups"] if grouped else None,
+        "topk_group": moe["top_k_groups"] if grouped else None,
+    }
+
+
+PUBLISHED = Architecture(
+    name="DeepseekV2ForCausalLM",
+    model_type="deepseek_v2",
+    keys={
+        **{key: target for key, target in MODEL_KEYS.items() if key != "head_dim"},
+        "intermediate_size": "model.ffn_hidden_size",
+        "first_k_dense_replace": "moe.first_dense_layers",
+        "n_routed_experts": "moe.num_experts",
+        "num_experts_per_tok": "moe.top_k",
+        "moe_intermediate_size": "moe.hidden_size",
+        "routed_scaling_factor": "moe.routed_scaling",
+        "aux_loss_alpha": "moe.balance_coefficient",
+        "qk_nope_head_dim": "mixer.mla.head_dim",
+        "qk_rope_head_dim": "mixer.mla.qk_rope_head_dim",
+        "v_head_dim": "mixer.mla.v_head_dim",
+        "kv_lora_rank": "mixer.mla.kv_lora_rank",
+        "q_lora_rank": "mixer.mla.q_lora_rank",
+    },
+    names=(
+        *OUTER,
+        *(
+            Name(f"layers.{{layer}}.mixer.{ours}.weight", f"model.layers.{{layer}}.self_attn.{theirs}.weight")
+            for ours, theirs in LATENT.items()
+        ),
+        *swiglu("ffn", "mlp"),
+        Name("layers.{layer}.ffn.router.weight", "model.layers.{layer}.mlp.gate.weight"),
+        *experts("mlp.experts", "gate_proj", "up_proj", "down_proj"),
+        *swiglu("ffn.shared", "mlp.shared_experts"),
+    ),
+    defaults={
+        **MODEL_DEFAULTS,
+        "first_k_dense_replace": 0,
+        "routed_scaling_factor": 1.0,
+        "aux_loss_alpha": 0.001,
+        "q_lora_rank": 0,
+    },
+    fixed={
+        **MODEL_FIXED,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "norm_topk_prob": False,
+        "scoring_func": "softmax",
+        "moe_layer_freq": 1,
+        "rope_interleave": True,
+    },
+    implied={"model.qkv_bias": False, "moe.renormalize": False, "moe.shared_gate": False},
+    read=_read,
+    write=_write,
+)
+
 FAMILIES.add(
     "deepseek_v2",
     Family(
@@ -73,5 +178,6 @@ FAMILIES.add(
             "init_std": 0.006,
         },
         presets=PRESETS,
+        published=(PUBLISHED,),
     ),
 )

@@ -13,7 +13,7 @@ from typing import Any, Literal
 Config = dict[str, Any]
 """A parsed `config.json`."""
 Tables = dict[str, dict[str, Any]]
-"""A recipe as nested tables: `{"model": {...}, "moe": {...}}`."""
+"""A recipe as tables by section: `{"model": {...}, "moe": {...}, "mixer.mla": {...}}`."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Architecture:
     name: str
     model_type: str
     keys: Mapping[str, str]
-    """`config.json` key to recipe key `section.key`."""
+    """`config.json` key to recipe key `section.key` (`mixer.NAME.key` for the options of a mixer)."""
     names: tuple[Name, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What a `config.json` means that leaves a key of `keys` out."""
@@ -46,9 +46,14 @@ class Architecture:
     implied: Mapping[str, Any] = field(default_factory=dict)
     """Recipe keys that every model of the architecture has in common."""
     read: Callable[[Config, Tables], None] | None = None
-    """Adds to the recipe's tables what no single key tells."""
+    """Adds to the recipe's tables what no single key tells. Raises RecipeError."""
     write: Callable[[Tables, Config], None] | None = None
-    """The same the other way."""
+    """The same the other way. Raises RecipeError for what the architecture does not have."""
+
+    @property
+    def sparse(self) -> bool:
+        """Whether its models have experts."""
+        return "moe.num_experts" in self.keys.values()
 
 
 MODEL_KEYS = {

@@ -35,6 +35,26 @@ SCALED: dict[str, Any] = {
     "original_max_position_embeddings": 24,
 }
 YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
+GROUPS: dict[str, Any] = {
+    "topk_method": "group_limited_greedy",
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+}
+MSCALE: dict[str, Any] = {"mscale": 0.8, "mscale_all_dim": 0.5}
 WIDE: dict[str, Any] = {"head_dim": 12}
 
 
@@ -55,6 +75,13 @@ PUBLISHED: dict[str, Callable[[], Any]] = {
     "llama 3": lambda: transformers.LlamaConfig(**DIMENSIONS, rope_parameters=rope()),
     "llama 3.1": lambda: transformers.LlamaConfig(**DIMENSIONS, rope_parameters=rope(**SCALED)),
     "llama yarn": lambda: transformers.LlamaConfig(**DIMENSIONS, rope_parameters=rope(**YARN)),
+    "deepseek_v2": lambda: transformers.DeepseekV2Config(**{**DIMENSIONS, **LATENT}, rope_parameters=rope()),
+    "deepseek_v2 uncompressed": lambda: transformers.DeepseekV2Config(
+        **{**DIMENSIONS, **LATENT, "q_lora_rank": None, "n_shared_experts": 1}, rope_parameters=rope(**YARN, **MSCALE)
+    ),
+    "deepseek_v2 grouped": lambda: transformers.DeepseekV2Config(
+        **{**DIMENSIONS, **LATENT, **GROUPS}, rope_parameters=rope(**YARN)
+    ),
 }
 """`config.json` of each case."""
 

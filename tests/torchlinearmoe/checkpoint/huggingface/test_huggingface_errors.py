@@ -91,6 +91,29 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("topk_method", "noaux_tc", "topk_method = 'noaux_tc': not supported; legal: greedy, group_limited_greedy"),
+        ("norm_topk_prob", True, "norm_topk_prob = True: not supported"),
+        ("n_group", 3, "moe.num_groups = 3"),
+        ("n_group", None, "moe.num_groups = None"),
+        ("rope_interleave", False, "rope_interleave = False: not supported"),
+        (
+            "q_lora_rank",
+            None,
+            "'model.layers.0.self_attn.q_a_proj.weight' has shape [12, 32], by config.json it should be [1536, 32]",
+        ),
+    ],
+)
+def test_a_latent_model_that_is_not_built_here_is_named(key: str, value: Any, wanted: str, tmp_path: Path) -> None:
+    folder = save(make("deepseek_v2 grouped"), tmp_path / "directory")
+    config(**{key: value})(folder)
+    with pytest.raises(UserError) as caught:
+        import_directory(folder, tmp_path / "checkpoint")
+    assert wanted in str(caught.value) and str(folder) in str(caught.value)
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_directory_is_named_and_leaves_nothing(damage: str, sound: Path, tmp_path: Path) -> None:
     folder = tmp_path / "directory"

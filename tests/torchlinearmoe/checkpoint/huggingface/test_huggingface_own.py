@@ -27,6 +27,8 @@ from torchlinearmoe.recipe import resolve
 MODELS = {
     "linear": {"model": {"mixer": "gated_delta_net", "layout": "L"}},
     "hybrid": {"model": {"mixer": "hgrn2", "layout": "LN"}},
+    "latent hybrid": {"model": {"family": "deepseek_v2", "mixer": "gla", "layout": "LN"}},
+    "dense experts' family": {"model": {"family": "mixtral", "layout": "N"}, "moe": {"num_experts": 0}},
     "biased selection": {"model": {"layout": "N"}, "moe": {"balance": "bias"}},
     "dropping in evaluation": {"model": {"layout": "N"}, "moe": {"eval_capacity_factor": 1.5}},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,28 @@ def test_what_would_compute_something_else_is_named(
 ) -> None:
     with pytest.raises(RecipeError, match=wanted):
         InitialWeights(recipe_of(sparse, {**MOE, **moe}, **model))
+
+
+def test_a_mixer_with_other_options_is_named(sparse: Path) -> None:
+    tables = {"model": {**MODEL, "layout": "N"}, "moe": MOE, "mixer": {"softmax_attention": {"window": 8}}}
+    recipe = resolve({**tables, "training": {"steps": 1}, "checkpoint": {"init_from": str(sparse)}})
+    with pytest.raises(RecipeError, match="mixer.softmax_attention.window = 8: .* has 0"):
+        InitialWeights(recipe)
+
+
+def test_a_hybrid_of_latent_attention_takes_its_latent_layers(tmp_path: Path) -> None:
+    source = save(make("deepseek_v2"), tmp_path / "latent")
+    import_directory(source, tmp_path / "checkpoint")
+    whole = load_model(tmp_path / "checkpoint")
+    tables = tomllib.loads((tmp_path / "checkpoint" / "recipe.toml").read_text())
+    tables["model"] |= {"mixer": "gla", "layout": "LN"}
+    tables["mixer"]["gla"] = HEADS
+    tables["checkpoint"]["init_from"] = str(source)
+    model, initial = start(resolve(tables))
+    for name, value in whole.state_dict().items():
+        if not name.startswith("layers.0.mixer."):
+            assert torch.equal(model.state_dict()[name], value), name
+    assert all(name.startswith("layers.0.mixer.") for name in initial.plan.fresh)
 
 
 def test_linear_layers_need_no_heads_like_the_source(sparse: Path) -> None:
