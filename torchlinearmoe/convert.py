@@ -47,7 +47,10 @@ def _from_hf(options: argparse.Namespace) -> int:
     with _progress("importing") as progress:
         recipe = import_directory(options.source, options.destination, progress)
     print(f"{options.destination}: {recipe.model.family}, {recipe.model.num_layers} layers; recipe beside the weights")
-    print(f'next: python -m torchlinearmoe.generate {options.destination} --prompt "In the beginning"')
+    if recipe.data.tokenizer:
+        print(f'next: python -m torchlinearmoe.generate {options.destination} --prompt "In the beginning"')
+    else:
+        print(f"{options.source} holds no tokenizer: training from it needs data.tokenizer, generating is from Python")
     return 0
 
 

@@ -18,7 +18,20 @@ SPARSE = {"num_experts": 4, "hidden_size": 16, "shared_hidden_size": 16, "shared
 UPCYCLED = {"num_experts": 4, "hidden_size": 40, "shared_hidden_size": 0, "shared_gate": False}
 
 
-def publish(folder: Path, *, sparse: bool) -> Path:
+LATENT: Settings = {
+    "model": {
+        "family": "deepseek_v2",
+        "rope_scaling": "none",
+        "rope_theta": 1e4,
+        "ffn_hidden_size": 40,
+        "num_kv_heads": 2,
+    },
+    "moe": {**SPARSE, "shared_gate": False, "num_groups": 2, "top_k_groups": 1, "first_dense_layers": 1},
+    "mixer": {"mla": {"head_dim": 12, "qk_rope_head_dim": 4, "v_head_dim": 16, "kv_lora_rank": 20, "q_lora_rank": 14}},
+}
+
+
+def publish(folder: Path, kind: str) -> Path:
     """A random published model of the shape of the tiny runs."""
     dimensions: dict[str, Any] = {
         "vocab_size": 1024,
@@ -30,13 +43,17 @@ def publish(folder: Path, *, sparse: bool) -> Path:
         "max_position_embeddings": 1024,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     }
-    experts: dict[str, Any] = {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 16,
-    }
-    config = transformers.Qwen2MoeConfig(**dimensions, **experts) if sparse else transformers.Qwen2Config(**dimensions)
+    if kind == "dense":
+        config: Any = transformers.Qwen2Config(**dimensions)
+    elif kind == "sparse":
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 16}
+        config = transformers.Qwen2MoeConfig(**dimensions, **experts, moe_intermediate_size=16)
+    else:
+        experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1}
+        groups = {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1}
+        latent = {**LATENT["mixer"]["mla"]}
+        latent["qk_nope_head_dim"] = latent.pop("head_dim")
+        config = transformers.DeepseekV2Config(**dimensions, **experts, **groups, **latent, moe_intermediate_size=16)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
@@ -53,12 +70,12 @@ def train(rank: int, tables: Settings) -> None:
     build(tables).run()
 
 
-@pytest.mark.parametrize("sparse", [True, False])
-def test_any_layout_starts_where_one_process_does(ranks: RankPool, tmp_path: Path, sparse: bool) -> None:
-    source = publish(tmp_path / "published", sparse=sparse)
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+def test_any_layout_starts_where_one_process_does(ranks: RankPool, tmp_path: Path, kind: str) -> None:
+    source = publish(tmp_path / "published", kind)
     corpus = write_corpus(tmp_path, documents=40)
-    checkpoint = {"init_from": str(source), "upcycle_noise": 0.0 if sparse else 0.02}
-    moe = SPARSE if sparse else UPCYCLED
+    checkpoint = {"init_from": str(source), "upcycle_noise": 0.0 if kind == "sparse" else 0.02}
+    moe = SPARSE if kind == "sparse" else UPCYCLED
     change: Settings = {"model": {"num_kv_heads": 2}, "moe": moe, "checkpoint": checkpoint}
     (expected,) = ranks(1, started, settings(corpus, tmp_path / "one", change))
     for axes in ({"data_shard": 2}, {"expert": 2}, {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "data_shard": 2}):
@@ -71,26 +88,29 @@ def test_any_layout_starts_where_one_process_does(ranks: RankPool, tmp_path: Pat
 
 
 @pytest.mark.parametrize("layout", ["N", "LLLN"])
+@pytest.mark.parametrize("kind", ["sparse", "latent"])
 def test_what_two_ranks_trained_from_a_directory_is_a_directory_again(
-    ranks: RankPool, tmp_path: Path, layout: str
+    ranks: RankPool, tmp_path: Path, kind: str, layout: str
 ) -> None:
-    source = publish(tmp_path / "published", sparse=True)
+    source = publish(tmp_path / "published", kind)
     corpus = write_corpus(tmp_path, documents=40)
+    base = LATENT if kind == "latent" else {"model": {"num_kv_heads": 2}, "moe": SPARSE}
     change: Settings = {
-        "model": {"layout": layout, "num_kv_heads": 2},
-        "moe": SPARSE,
+        **base,
+        "model": {**base["model"], "layout": layout},
         "training": {"steps": 3},
         "checkpoint": {"init_from": str(source)},
+        "parallel": {"tensor": 2 if kind == "latent" else 1},
     }
     ranks(2, train, settings(corpus, tmp_path / "run", change))
     checkpoint = tmp_path / "run" / "checkpoints" / "step-3"
     ours = load_model(checkpoint)
     export_checkpoint(checkpoint, tmp_path / "exported")
     load: Any = transformers.AutoModelForCausalLM.from_pretrained
-    theirs = load(tmp_path / "exported", trust_remote_code=layout != "N")
-    assert type(theirs).__name__ == ("Qwen2MoeForCausalLM" if layout == "N" else "TorchLinearMoEForCausalLM")
+    before, theirs = load(source), load(tmp_path / "exported", trust_remote_code=layout != "N")
+    assert type(theirs).__name__ == (type(before).__name__ if layout == "N" else "TorchLinearMoEForCausalLM")
     tokens = torch.randint(1024, (2, 30))
     torch.testing.assert_close(theirs(tokens).logits, ours(tokens), atol=1e-4, rtol=0)
-    assert (load(source)(tokens).logits - theirs(tokens).logits).abs().max() > 1e-2  # it was trained
+    assert (before(tokens).logits - theirs(tokens).logits).abs().max() > 1e-2  # it was trained
     found = theirs.generate(tokens, max_new_tokens=8, do_sample=False, eos_token_id=None)
     assert found[:, 30:].t().tolist() == list(generate(ours, tokens.tolist(), 8))

@@ -78,7 +78,7 @@ class Options(MixerOptions):
 class MLA(Mixer):
     """Softmax attention over keys and values that share one latent a token."""
 
-    projections = {}
+    projections = {"q": "q_proj", "o": "o_proj"}
     transition = Transition.ATTENTION
     Options = Options
     variants = (

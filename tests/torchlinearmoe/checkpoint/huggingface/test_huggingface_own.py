@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 import runpy
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +20,7 @@ from torchlinearmoe.checkpoint.huggingface.exporting import export_checkpoint
 from torchlinearmoe.checkpoint.huggingface.importing import import_directory
 from torchlinearmoe.checkpoint.huggingface.own import MODELING
 from torchlinearmoe.checkpoint.model import checkpoint_tokenizer, model_files
-from torchlinearmoe.data.tokenizer import load_tokenizer
+from torchlinearmoe.data.tokenizer import DEFAULT_TOKENIZER, load_tokenizer
 from torchlinearmoe.generation import generate
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.recipe import resolve
@@ -124,6 +125,23 @@ def test_an_exported_model_comes_back_as_the_same_checkpoint(kind: str, tmp_path
     for name, value in ours.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
     assert checkpoint_tokenizer(tmp_path / "again").fingerprint == checkpoint_tokenizer(source).fingerprint
+
+
+def test_generation_ends_where_a_finetuned_response_does(tmp_path: Path) -> None:
+    """At the end of text, and at the marker that the chat template ends its turns with."""
+    file = tmp_path / "marked.tiktoken"
+    file.write_bytes(DEFAULT_TOKENIZER.read_bytes())
+    markers = {"<|endoftext|>": 1023, "<|im_start|>": 1024, "<|im_end|>": 1025}
+    file.with_name(f"{file.name}.json").write_text(json.dumps({"special_tokens": markers}))
+    model = {"num_layers": 1, "vocab_size": 1026}
+    for template, ends in (("chatml", [1023, 1025]), ("plain", 1023)):
+        data = {"format": "messages", "chat_template": template, "tokenizer": str(file)}
+        recipe = resolve({"model": model, "data": data, "training": {"steps": 1}})
+        files = model_files(recipe, load_tokenizer(file))
+        run = CheckpointManager(tmp_path / template, keep=1)
+        run.save(1, build_model(recipe.model), None, {"tokens": 0, "skipped_steps": 0}, files, blocking=True)
+        export_checkpoint(tmp_path / template / "step-1", tmp_path / f"{template} exported")
+        assert load(tmp_path / f"{template} exported").generation_config.eos_token_id == ends
 
 
 def test_without_the_package_the_modeling_file_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,19 +177,25 @@ def test_a_mixer_with_other_options_is_named(sparse: Path) -> None:
         InitialWeights(recipe)
 
 
-def test_a_hybrid_of_latent_attention_takes_its_latent_layers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("width", [6, 8])
+def test_a_hybrid_of_latent_attention_takes_its_latent_layers(width: int, tmp_path: Path) -> None:
+    """And the output projection of the others, where the values of all heads are as wide."""
     source = save(make("deepseek_v2"), tmp_path / "latent")
     import_directory(source, tmp_path / "checkpoint")
-    whole = load_model(tmp_path / "checkpoint")
+    whole = load_model(tmp_path / "checkpoint").state_dict()
     tables = tomllib.loads((tmp_path / "checkpoint" / "recipe.toml").read_text())
     tables["model"] |= {"mixer": "gla", "layout": "LN"}
-    tables["mixer"]["gla"] = HEADS
+    tables["mixer"]["gla"] = {"heads": 4, "head_dim": width}
     tables["checkpoint"]["init_from"] = str(source)
     model, initial = start(resolve(tables))
-    for name, value in whole.state_dict().items():
-        if not name.startswith("layers.0.mixer."):
+    output = "layers.0.mixer.o_proj.weight"
+    for name, value in whole.items():
+        if not name.startswith("layers.0.mixer.") or (name == output and width == 6):
             assert torch.equal(model.state_dict()[name], value), name
-    assert all(name.startswith("layers.0.mixer.") for name in initial.plan.fresh)
+    others = {name for name in model.state_dict() if name.startswith("layers.0.mixer.")}
+    assert initial.plan.fresh.keys() == others - ({output} if width == 6 else set())
+    if width == 8:
+        assert initial.plan.fresh[output] == "mla has [32, 24], not [32, 32]"
 
 
 def test_linear_layers_need_no_heads_like_the_source(sparse: Path) -> None:
