@@ -149,7 +149,9 @@ def read_conversations(files: Sequence[Path]) -> Iterator[Conversation]:
                 continue
             try:
                 yield parse_conversation(json.loads(line))
-            except ValueError as error:  # also what json raises
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}") from None
+            except ValueError as error:
                 raise UserError(f"{path}, line {number}: {error}") from None
 
 

@@ -166,7 +166,7 @@ GOOD = {"prompt": "a", "response": "b"}
 @pytest.mark.parametrize(
     ("line", "wanted"),
     [
-        ("{not json", "line 2: Expecting"),
+        ("{not json", "line 2: not JSON: Expecting .* at column 2"),
         ("[]", "line 2: not an object"),
         ({"text": "a"}, 'line 2: neither "messages" nor "prompt" and "response"'),
         ({"prompt": "a"}, "line 2: neither"),

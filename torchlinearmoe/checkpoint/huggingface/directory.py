@@ -53,7 +53,8 @@ class Directory:
         self.shapes: dict[str, Place] = {}
         """Of every tensor."""
         self.dtypes: dict[str, torch.dtype] = {}
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, str] = {}
+        self._kept: tuple[str, Any] = ("", None)
         listed = self._listed()
         for file in dict.fromkeys(listed.values()) if listed else [WEIGHTS]:
             self._open(file)
@@ -62,11 +63,17 @@ class Directory:
                 raise UserError(f"{self.path / file}: holds no '{name}', which {INDEX} says is there")
 
     def read(self, name: str, start: Place, shape: Place) -> Tensor:
-        """A box of a tensor, in the type it is stored in; nothing else is read."""
-        tensor = self._files[name]
+        """A box of a tensor, in the type it is stored in; nothing else is read.
+
+        Only the file of the last tensor is kept mapped: what was touched of a mapped file counts as memory.
+        """
+        file = self._files[name]
+        if self._kept[0] != file:
+            self._kept = (file, _map(self.path / file))
+        mapped = self._kept[1]
         if not shape:
-            return tensor.get_tensor(name)
-        return tensor.get_slice(name)[slices(start, shape)]
+            return mapped.get_tensor(name)
+        return mapped.get_slice(name)[slices(start, shape)]
 
     def _listed(self) -> dict[str, str]:
         """Tensor to file, from the index; empty without one."""
@@ -86,18 +93,22 @@ class Directory:
         path = self.path / file
         if not path.is_file():
             raise UserError(f"{path}: the file is missing, but {INDEX} names it")
-        try:
-            opened: Any = safe_open(path, framework="pt")
-            names = list(opened.keys())
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{path}: not a safetensors file, or cut short: {error}") from None
-        for name in names:
+        opened = _map(path)
+        for name in list(opened.keys()):
             described = opened.get_slice(name)
             dtype = DTYPES.get(described.get_dtype())
             if dtype is None:
                 raise UserError(f"{path}: '{name}' is {described.get_dtype()}; legal: {', '.join(DTYPES)}")
             self.shapes[name], self.dtypes[name] = tuple(described.get_shape()), dtype
-            self._files[name] = opened
+            self._files[name] = file
+
+
+def _map(path: Path) -> Any:
+    """An open safetensors file. Raises UserError."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a safetensors file, or cut short: {error}") from None
 
 
 def read_config(path: Path) -> dict[str, Any]:

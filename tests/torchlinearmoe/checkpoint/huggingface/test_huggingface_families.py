@@ -117,3 +117,17 @@ def test_an_import_never_holds_more_than_a_few_tensors(tmp_path: Path, monkeypat
     monkeypatch.setattr(PublishedWeights, "read", watched)
     import_directory(tmp_path / "published", tmp_path / "checkpoint")
     assert len(sizes) > 50 and held[0] <= 3 * max(sizes) < sum(sizes) / 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs Linux's list of mapped files")
+def test_an_import_maps_one_file_at_a_time(tmp_path: Path) -> None:
+    save(make("qwen2_moe"), tmp_path / "published", max_shard_size="20KB")
+    assert len(list((tmp_path / "published").glob("*.safetensors"))) > 4
+    seen: list[int] = []
+
+    def watch(done: int, total: int) -> None:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        seen.append(len({line.split()[-1] for line in lines if f"{tmp_path}/published/" in line}))
+
+    import_directory(tmp_path / "published", tmp_path / "checkpoint", watch)
+    assert len(seen) > 50 and max(seen) == 1
