@@ -56,13 +56,27 @@ def process_group(device: torch.device) -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=30)
     if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        _join(backend, timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    """Meet the other ranks of a launcher.
+
+    torchrun keeps its store when it starts a failed group again, with the addresses of dead ranks in it (torch 2.13),
+    so each attempt meets under a name of its own.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    attempt = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
 
 
 def rank_0_first(action: Callable[[], T]) -> T:

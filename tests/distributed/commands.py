@@ -55,11 +55,20 @@ class Job:
 
 
 @contextmanager
-def job(log: Path, *arguments: str, ranks: int = 0, gpus: bool = False) -> Iterator[Job]:
-    """`python ARGUMENTS`, or `torchrun ARGUMENTS` with `ranks`; killed on the way out if it still runs."""
+def job(log: Path, *arguments: str, ranks: int = 0, restarts: int = 0, gpus: bool = False) -> Iterator[Job]:
+    """`python ARGUMENTS`, or `torchrun ARGUMENTS` with `ranks`; killed on the way out if it still runs.
+
+    restarts: how often torchrun starts its ranks again when one of them fails.
+    """
     command = [sys.executable]
     if ranks:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command += [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={ranks}",
+            f"--max-restarts={restarts}",
+        ]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     if not gpus:

@@ -1,7 +1,9 @@
 """A killed run goes on as if nothing had happened: the same losses bit for bit, every step once."""
 
+import os
 import random
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -103,3 +105,21 @@ def test_two_killed_ranks_go_on_exactly(ranks: RankPool, corpus: Path, tmp_path:
 
     results = ranks(1, run, settings(corpus, tmp_path / "one", LONG), False)
     expect_other_layout_goes_on(results, never_killed, reached)
+
+
+def test_torchrun_starts_a_killed_rank_s_group_again_and_the_run_goes_on_exactly(
+    ranks: RankPool, corpus: Path, tmp_path: Path
+) -> None:
+    never_killed = ranks(2, run, settings(corpus, tmp_path / "whole", LONG), False)
+    folder = tmp_path / "run"
+    recipe = str(write_recipe(settings(corpus, folder, LONG), tmp_path / "run.toml"))
+    with job(tmp_path / "log", SLOW_SAVE, "0.3", recipe, ranks=2, restarts=1) as torchrun:
+        torchrun.wait_for(lambda: saving(folder, 4))
+        first = torchrun.workers()
+        assert steps_logged(folder) < STEPS
+        os.kill(first[1], signal.SIGKILL)
+        torchrun.wait_for(lambda: len(torchrun.workers()) == 2 and not {*first} & {*torchrun.workers()})
+        assert torchrun.status() == 0, torchrun.log.read_text()
+    log = torchrun.log.read_text()
+    assert f"resumed from {folder / 'checkpoints/step-4'} after step 4" in log
+    expect_same_bits(folder, never_killed[0])
