@@ -1,7 +1,7 @@
 """The order in which parallelism is applied; the tour of this folder starts here.
 
 pipeline stages of this rank, on meta -> tensor parallelism -> expert parallelism -> compile regions -> FSDP
--> plain tensors inside forwards -> allocate this rank's shards -> draw their initial values
+-> plain tensors inside forwards -> activation checkpointing -> allocate this rank's shards -> draw their initial values
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torchlinearmoe.initialize import initialize
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.moe.balance import Balance, TokenLayout
+from torchlinearmoe.parallel.checkpointing import checkpoint_blocks
 from torchlinearmoe.parallel.compile import compile_regions
 from torchlinearmoe.parallel.expert import apply_expert_parallel
 from torchlinearmoe.parallel.fsdp import apply_fsdp
@@ -76,6 +77,7 @@ def _lay_out(model: Decoder, recipe: Recipe, meshes: Meshes, dtype: torch.dtype)
         compile_regions(model, recipe.training.compile_backend)
     apply_fsdp(model, meshes.fsdp, meshes.efsdp, dtype, reshard_after_forward=recipe.parallel.reshard_after_forward)
     shadow_split_parameters(model)
+    checkpoint_blocks(model, recipe.training)
     return model
 
 

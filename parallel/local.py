@@ -46,18 +46,20 @@ def shadow(unit: nn.Module) -> None:
     if not owned:
         return
 
-    def enter(module: nn.Module, args: Any) -> None:
+    forward = unit.forward
+
+    def shadowed(*args: Any, **kwargs: Any) -> Any:
         for owner, name in owned:
             parameter = owner._parameters[name]  # as FSDP has gathered it
             assert isinstance(parameter, DTensor)
             owner.__dict__[name] = parameter.to_local()
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            for owner, name in owned:
+                owner.__dict__.pop(name, None)
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        for owner, name in owned:
-            owner.__dict__.pop(name, None)
-
-    unit.register_forward_pre_hook(enter)
-    unit.register_forward_hook(leave, always_call=True)
+    unit.forward = shadowed
 
 
 def _without_inner_units(module: nn.Module) -> Iterator[nn.Module]:

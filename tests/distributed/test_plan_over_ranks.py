@@ -75,6 +75,31 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
             "training": {"tokens_per_step": 2 * 2 * LENGTH, "dtype": "bfloat16"},
         },
     ),
+    "spans, keys gathered, experts spread, every second layer run again": (
+        2,
+        {
+            "model": {"mixers": ["rwkv7", "softmax_attention", "hgrn2"], "num_layers": 3, "num_kv_heads": 1},
+            "moe": {"balance_scope": "global"},
+            "parallel": {"context": 2, "expert": 2},
+            "training": {
+                "tokens_per_step": 2 * LENGTH,
+                "activation_checkpointing": "selective",
+                "activation_checkpointing_every": 2,
+            },
+        },
+    ),
+    **{
+        f"heads split, experts spread over them, shared expert, layers run again: {mode}": (
+            2,
+            {
+                "model": {"mixer": "hgrn2", "num_layers": 3, "layout": "LLN"},
+                "moe": {"balance_scope": "global", "shared_hidden_size": 32, "first_dense_layers": 1},
+                "parallel": {"tensor": 2, "expert": 2},
+                "training": {"dtype": "bfloat16", "activation_checkpointing": mode},
+            },
+        )
+        for mode in ("full", "selective")
+    },
     "spans, their heads split and traded": (
         4,
         {

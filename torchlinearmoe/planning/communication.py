@@ -12,6 +12,9 @@ are summed over the ranks. Assignments over a capacity stay at home, but are cou
 
 Tensor parallelism: see `tensor.py`. Context parallelism: see `context.py`.
 
+Activation checkpointing. What lies inside a checkpointed layer runs its forward again, but for sums over
+tensor-parallel ranks that `selective` keeps. FSDP gathers nothing more: the layer's weights are there for its backward.
+
 Not counted: scalars (loss, token counts, gradient norm) and the counts of the routers, some kilobytes a step.
 """
 
@@ -28,9 +31,11 @@ from torch.distributed.fsdp import FSDPModule
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.moe.balance import needs_counting_pass
 from torchlinearmoe.moe.layer import MoE
+from torchlinearmoe.parallel.checkpointing import is_checkpointed
 from torchlinearmoe.parallel.expert import ExchangeDispatch
 from torchlinearmoe.planning.context import SpanTraffic
 from torchlinearmoe.planning.tensor import add_tensor_collectives
+from torchlinearmoe.recipe.schema import TrainingRecipe
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,7 @@ def step_collectives(
     accumulation: int,
     tokens: int,
     dtype: torch.dtype,
+    training: TrainingRecipe,
     tensor_ranks: int = 1,
     context_ranks: int = 1,
     spans: Sequence[SpanTraffic] = (),
@@ -164,18 +170,22 @@ def step_collectives(
         # FSDP still knows the order of the counting forwards: at the end of the first backward it fetches, in vain, the
         # unit that came last in them. The root, where it has weights of its own, is that unit and is still there.
         add(units[-1].shard_axis, units[-1].shard_ranks, "all-gather, backward", 1, units[-1].gathered_bytes)
-    for layer in model.modules():
-        if isinstance(layer, MoE) and isinstance(layer.dispatcher, ExchangeDispatch):
-            rows = tokens // tensor_ranks * layer.router.top_k * layer.router.weight.shape[1] * dtype.itemsize
-            ranks = layer.dispatcher.group.size()
-            add("ep", ranks, "all-to-all, forward", 2 * (accumulation + counting), rows)
+    for index, layer in model.layers.items():
+        moe = layer.ffn
+        if isinstance(moe, MoE) and isinstance(moe.dispatcher, ExchangeDispatch):
+            rows = tokens // tensor_ranks * moe.router.top_k * moe.router.weight.shape[1] * dtype.itemsize
+            ranks = moe.dispatcher.group.size()
+            again = accumulation * is_checkpointed(training, int(index))
+            add("ep", ranks, "all-to-all, forward", 2 * (accumulation + counting + again), rows)
             add("ep", ranks, "all-to-all, backward", 2 * accumulation, rows)
     if tensor_ranks > 1:
-        add_tensor_collectives(model, tensor_ranks, tokens, dtype, accumulation + counting, accumulation, add)
+        add_tensor_collectives(model, training, tensor_ranks, tokens, dtype, accumulation + counting, accumulation, add)
     for kind in spans:
         for operation, calls in kind.calls.items():
-            passes = accumulation + counting if operation.endswith("forward") else accumulation
-            add("context", context_ranks, operation, kind.layers * passes, kind.bytes[operation], calls)
+            passes = kind.layers * accumulation
+            if operation.endswith("forward"):
+                passes += kind.layers * counting + kind.again * accumulation
+            add("context", context_ranks, operation, passes, kind.bytes[operation], calls)
     return [
         Collective(axis, ranks, operation, count, size, _ring(operation, ranks, size))
         for (axis, ranks, operation), (count, size) in totals.items()

@@ -7,7 +7,7 @@ from rank to rank sends nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.mixers.base import Context, Mixer
 from torchlinearmoe.models.decoder import Decoder
+from torchlinearmoe.parallel.checkpointing import is_checkpointed
 from torchlinearmoe.parallel.context import exchange_of
 from torchlinearmoe.parallel.gather import traffic
 from torchlinearmoe.parallel.local import shadow
@@ -31,6 +32,8 @@ class SpanTraffic:
     mixer: str
     layers: int
     """Layers that are alike."""
+    again: int
+    """Of them, those whose forward runs again in the backward."""
     calls: dict[str, int]
     """By operation, such as `all-gather, forward`."""
     bytes: dict[str, int]
@@ -55,7 +58,7 @@ def span_traffic(recipe: Recipe, meshes: Meshes, dtype: torch.dtype) -> list[Spa
         context = Context(documents, spans.positions, model.shared_outputs())
         tokens = rows * length // meshes.degrees.context // meshes.degrees.tensor
         carried: dict[str, Tensor] = {}
-        for layer in model.layers.values():
+        for index, layer in model.layers.items():
             mixer = layer.mixer
             assert isinstance(mixer, Mixer)
             kind = (mixer.name, tuple(p.shape for p in mixer.parameters()))
@@ -67,9 +70,9 @@ def span_traffic(recipe: Recipe, meshes: Meshes, dtype: torch.dtype) -> list[Spa
                 y_TD, _, carried = mixer(x_TD, context, None, carried)
                 y_TD.sum().backward(retain_graph=True)  # layers have the graph of their shared outputs in common
                 carried = {name: value.detach() for name, value in carried.items()}
-                found[kind] = SpanTraffic(mixer.name, 0, dict(traffic.calls), dict(traffic.bytes))
-            before = found[kind]
-            found[kind] = SpanTraffic(before.mixer, before.layers + 1, before.calls, before.bytes)
+                found[kind] = SpanTraffic(mixer.name, 0, 0, dict(traffic.calls), dict(traffic.bytes))
+            before, again = found[kind], is_checkpointed(training, int(index))
+            found[kind] = replace(before, layers=before.layers + 1, again=before.again + again)
     traffic.clear()
     return list(found.values())
 

@@ -23,6 +23,7 @@ from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.models.mlp import SwiGLU
 from torchlinearmoe.moe.layer import MoE
 from torchlinearmoe.optim.build import build_optimizer
+from torchlinearmoe.parallel.checkpointing import is_checkpointed
 from torchlinearmoe.parallel.mesh import Degrees
 from torchlinearmoe.planning.communication import Unit, fsdp_units
 from torchlinearmoe.recipe.schema import OptimizerRecipe, TrainingRecipe
@@ -77,7 +78,7 @@ def rank_memory(
         optimizer=local_bytes(states),
         gathered_weights=sum(unit.gathered_bytes for unit in units if unit.kept) + sum(sizes[:2]),
         gradient_buffers=max(buffers),
-        activations=activation_bytes(model, tokens, dtype, degrees.tensor),
+        activations=activation_bytes(model, training, tokens, dtype, degrees.tensor),
         loss=loss_bytes(model, tokens, dtype, degrees.tensor),
     )
 
@@ -122,7 +123,9 @@ def _blocks(units: list[Unit], kept: bool = False) -> list[list[Unit]]:
     return list(blocks.values())
 
 
-def activation_bytes(model: Decoder, tokens: int, dtype: torch.dtype, tensor_ranks: int = 1) -> int:
+def activation_bytes(
+    model: Decoder, training: TrainingRecipe, tokens: int, dtype: torch.dtype, tensor_ranks: int = 1
+) -> int:
     """An estimate of what the forward of `tokens` tokens keeps for the backward, over all layers.
 
     A layer counts, per token: its input and the stream after the mixer (2 D) and both norms' outputs (2 D); the output
@@ -131,23 +134,41 @@ def activation_bytes(model: Decoder, tokens: int, dtype: torch.dtype, tensor_ran
     last norm's. Attention is taken not to keep its scores, recurrences not to keep their states between tokens, and no
     compiler to recompute; what a mixer keeps beyond its projections (gates, feature maps) is not counted.
 
+    A checkpointed layer keeps its input, under `selective` also what its dense matrices give; the largest of them is
+    there as a whole while its backward runs.
+
     Tensor-parallel ranks share all of it, but what is gathered, D before each mixer, dense feed-forward and the head,
     each keeps whole.
     """
     width = model.recipe.hidden_size * dtype.itemsize
-    total, gathered = 2 * width, 1 + len(model.layers)
-    for layer in model.layers.values():
+    split, gathered, running = 2 * width, 1, (0, 0)
+    for index, layer in model.layers.items():
         mixer, ffn = layer.mixer, layer.ffn
         assert isinstance(mixer, Mixer) and isinstance(ffn, nn.Module)
-        total += (
-            4 * width
-            + mixer_elements(mixer, model.recipe.hidden_size) * dtype.itemsize
-            + feed_forward_bytes(ffn, dtype)
-        )
-        gathered += sum(isinstance(module, SwiGLU) for module in ffn.modules())
+        projections = mixer_elements(mixer, model.recipe.hidden_size) * dtype.itemsize
+        whole = 4 * width + projections + feed_forward_bytes(ffn, dtype)
+        gathers = 1 + sum(isinstance(module, SwiGLU) for module in ffn.modules())
+        if not is_checkpointed(training, int(index)):
+            split, gathered = split + whole, gathered + gathers
+            continue
+        running = max(running, (whole, gathers))
+        split += width
+        if training.activation_checkpointing == "selective":
+            split += projections + dense_bytes(ffn, dtype)
+    split, gathered = split + running[0], gathered + running[1]
     if tensor_ranks == 1:
-        return tokens * total
-    return tokens * (total // tensor_ranks + gathered * width)
+        return tokens * split
+    return tokens * (split // tensor_ranks + gathered * width)
+
+
+def dense_bytes(ffn: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes a token leaves at the outputs of a feed-forward's dense matrices: 2 F + D, and E float32 of a router."""
+    if isinstance(ffn, MoE):
+        shared = 0 if ffn.shared is None else dense_bytes(ffn.shared, dtype)
+        return shared + ffn.router.num_experts * torch.float32.itemsize
+    assert isinstance(ffn, SwiGLU)
+    width, hidden = ffn.down_proj.weight.shape
+    return (2 * hidden + width) * dtype.itemsize
 
 
 def mixer_elements(mixer: Mixer, width: int) -> int:

@@ -51,7 +51,9 @@ def plan(recipe: Recipe, world_size: int, dtype: torch.dtype, rank: int = 0) -> 
         }
         spans = span_traffic(recipe, meshes, dtype)
         tokens = micro_batch // degrees.context
-        collectives = step_collectives(model, accumulation, tokens, dtype, degrees.tensor, degrees.context, spans)
+        collectives = step_collectives(
+            model, accumulation, tokens, dtype, training, degrees.tensor, degrees.context, spans
+        )
         states = optimizer_states(model, recipe.optimizer)
         own = rank_memory(model, states, training, degrees, dtype)
         checkpoint = checkpoint_bytes(model, states)

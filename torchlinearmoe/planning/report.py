@@ -13,7 +13,7 @@ MEMORY = {
     "optimizer": "its states",
     "gathered_weights": "{dtype}; kept units and two blocks",
     "gradient_buffers": "of the largest block",
-    "activations": "estimate: projections, norms, experts; no scores, no recomputation",
+    "activations": "estimate: projections, norms, experts; no scores",
     "loss": "estimate: logits of a chunk, gradients of head and hidden states",
     "total": "the sum; not all of it is held at once",
 }

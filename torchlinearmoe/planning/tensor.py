@@ -12,20 +12,30 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from torchlinearmoe.kernels.cross_entropy import chunk_rows
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.models.mlp import SwiGLU
 from torchlinearmoe.models.norm import RMSNorm
+from torchlinearmoe.parallel.checkpointing import is_checkpointed
 from torchlinearmoe.parallel.tensor import partial_gradients
+from torchlinearmoe.recipe.schema import TrainingRecipe
 
 Add = Callable[[str, int, str, int, int], None]
 """(axis, ranks, operation, how many, bytes of each)."""
 
 
 def add_tensor_collectives(
-    model: Decoder, ranks: int, tokens: int, dtype: torch.dtype, forwards: int, backwards: int, add: Add
+    model: Decoder,
+    training: TrainingRecipe,
+    ranks: int,
+    tokens: int,
+    dtype: torch.dtype,
+    forwards: int,
+    backwards: int,
+    add: Add,
 ) -> None:
     """Add a step of `forwards` and `backwards` micro-batches of `tokens` tokens, split over `ranks` ranks."""
     width, number = model.recipe.hidden_size, tokens * torch.float32.itemsize
@@ -35,14 +45,26 @@ def add_tensor_collectives(
         # One more of each: of the head and the embedding in the forward, and of each other's in the backward.
         add("tensor", ranks, f"all-gather, tokens {direction}", (parts + 1) * passes, hidden)
         add("tensor", ranks, f"reduce-scatter, tokens {direction}", (parts + 1) * passes, hidden)
-        spanning = sum(isinstance(module, RMSNorm) and _is_split(module.weight) for module in model.modules())
-        add("tensor", ranks, f"all-reduce, norms {direction}", spanning * passes, number)
+        add("tensor", ranks, f"all-reduce, norms {direction}", _spanning_norms(model) * passes, number)
+    again = [layer for index, layer in model.layers.items() if is_checkpointed(training, int(index))]
+    for layer in again:
+        # The last sum of a layer is not computed again: nothing in its backward asks for it.
+        gathers = 1 + sum(isinstance(module, SwiGLU) for module in layer.modules())
+        add("tensor", ranks, "all-gather, tokens forward", gathers * backwards, hidden)
+        if training.activation_checkpointing == "full":
+            add("tensor", ranks, "reduce-scatter, tokens forward", backwards, hidden)
+            add("tensor", ranks, "all-reduce, norms forward", _spanning_norms(layer) * backwards, number)
     rows = chunk_rows(tokens, model.recipe.vocab_size // ranks)
     for start in range(0, tokens, rows):
         chunk = min(rows, tokens - start)
         add("tensor", ranks, "all-gather, loss", forwards, 2 * ranks * chunk * torch.float32.itemsize)
     local = sum(gradient.to_local().numel() for gradient in partial_gradients(model))
     add("tensor", ranks, "all-reduce, gradients", 1, local * torch.float32.itemsize)
+
+
+def _spanning_norms(module: nn.Module) -> int:
+    """Norms whose mean square is taken over the heads of all ranks."""
+    return sum(isinstance(part, RMSNorm) and _is_split(part.weight) for part in module.modules())
 
 
 def _is_split(parameter: torch.Tensor) -> bool:

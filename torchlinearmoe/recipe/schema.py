@@ -169,6 +169,11 @@ class TrainingRecipe:
     """Compile the model's regions with torch.compile."""
     compile_backend: Literal["inductor", "aot_eager", "eager"] = "inductor"
     """Backend of torch.compile."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """What is computed again in the backward to save memory: nothing, whole layers, or layers but for their dense
+    matrix products, attention and routing."""
+    activation_checkpointing_every: int = 1
+    """Checkpoint every n-th layer, the first one included."""
     max_skipped_steps: int = 10
     """Stop after this many steps in a row with a non-finite loss or gradient."""
     deterministic: bool = False

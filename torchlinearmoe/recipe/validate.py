@@ -23,7 +23,7 @@ def _positive(recipe: Recipe) -> None:
     model, training = recipe.model, recipe.training
     for section, owner, names in (
         ("model", model, "hidden_size num_layers num_heads num_kv_heads head_dim vocab_size max_length"),
-        ("training", training, "sequence_length micro_batch_size max_skipped_steps"),
+        ("training", training, "sequence_length micro_batch_size activation_checkpointing_every max_skipped_steps"),
         ("metrics", recipe.metrics, "interval memory_snapshot_step"),
         ("checkpoint", recipe.checkpoint, "keep"),
     ):
@@ -237,6 +237,11 @@ def _pipeline(recipe: Recipe) -> None:
             raise RecipeError(
                 "parallel.pipeline_schedule = 'zero_bubble': torch cannot split the backward of compiled regions; "
                 "set training.compile = false or take '1f1b' or 'interleaved'"
+            )
+        if recipe.training.activation_checkpointing != "none":
+            raise RecipeError(
+                "parallel.pipeline_schedule = 'zero_bubble': both parts of a backward would run the layers again, the "
+                "second once a weight; set training.activation_checkpointing = 'none' or take '1f1b' or 'interleaved'"
             )
         if parallel.reshard_after_forward:
             raise RecipeError(
