@@ -21,7 +21,7 @@ Not counted: scalars (loss, token counts, gradient norm) and the counts of the r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -131,66 +131,99 @@ def _unit(group, name: str) -> Unit:
     )
 
 
-def step_collectives(
-    model: Decoder,
-    accumulation: int,
-    tokens: int,
-    dtype: torch.dtype,
-    training: TrainingRecipe,
-    tensor_ranks: int = 1,
-    context_ranks: int = 1,
-    spans: Sequence[SpanTraffic] = (),
-) -> list[Collective]:
-    """What a rank takes part in during one optimizer step of `accumulation` micro-batches.
+@dataclass(frozen=True)
+class Passes:
+    """How a step's micro-batches go through the model, or a pipeline stage, of a rank."""
 
-    tokens: of a micro-batch on `tensor_ranks` ranks together; dtype: of the hidden states; spans: what `span_traffic`
-    counts for `context_ranks`.
-    """
-    # A global balance loss needs the whole step's counts first: one more forward of every micro-batch.
-    counting = accumulation if accumulation > 1 and needs_counting_pass(model) else 0
-    totals: dict[tuple[str, int, str], list[int]] = {}
+    micro_batches: int
+    tokens: int
+    """Of a micro-batch, on all tensor-parallel ranks together."""
+    dtype: torch.dtype
+    """Of the hidden states."""
+    training: TrainingRecipe
+    tensor_ranks: int = 1
+    context_ranks: int = 1
+    spans: Sequence[SpanTraffic] = ()
+    """What `span_traffic` counts for the layers at hand."""
+    gathers: Callable[[bool], tuple[int, int]] | None = None
+    """Of a stage: how often a unit is gathered for forwards and backwards, given whether it is kept between them."""
 
-    def add(axis: str, ranks: int, operation: str, count: int, size: int, calls: int = 1) -> None:
+
+class Collectives:
+    """Adds up the collectives of a rank by axis, ranks and operation."""
+
+    def __init__(self) -> None:
+        self._totals: dict[tuple[str, int, str], list[int]] = {}
+
+    def add(self, axis: str, ranks: int, operation: str, count: int, size: int, calls: int = 1) -> None:
+        """`count` times `calls` collectives, the calls of `size` bytes together."""
         if ranks > 1 and count:
-            entry = totals.setdefault((axis, ranks, operation), [0, 0])
+            entry = self._totals.setdefault((axis, ranks, operation), [0, 0])
             entry[0] += count * calls
             entry[1] += count * size
 
+    def listed(self) -> list[Collective]:
+        """All of them."""
+        return [
+            Collective(axis, ranks, operation, count, size, _ring(operation, ranks, size))
+            for (axis, ranks, operation), (count, size) in self._totals.items()
+        ]
+
+
+def counting_forwards(model: Decoder, micro_batches: int) -> int:
+    """Forwards by themselves: a global balance loss needs the whole step's counts first."""
+    return micro_batches if micro_batches > 1 and needs_counting_pass(model) else 0
+
+
+def add_step(model: Decoder, passes: Passes, counting: int, found: Collectives) -> None:
+    """Add what a rank takes part in during one optimizer step of `model`, the whole or a stage of it."""
+    accumulation, training, add = passes.micro_batches, passes.training, found.add
     units = fsdp_units(model)
     for unit in units:
-        # A kept unit is still gathered when the first micro-batch comes after the counting.
-        forwards = accumulation if unit.kept else accumulation + counting
-        backwards = 0 if unit.kept else accumulation
+        if passes.gathers is not None:
+            forwards, backwards = passes.gathers(unit.kept)
+        else:
+            # A kept unit is still gathered when the first micro-batch comes after the counting.
+            forwards = accumulation if unit.kept else accumulation + counting
+            backwards = 0 if unit.kept else accumulation
         shard = unit.shard_axis, unit.shard_ranks
         add(*shard, "all-gather, forward", forwards, unit.gathered_bytes)
         add(*shard, "all-gather, backward", backwards, unit.gathered_bytes)
         add(*shard, "reduce-scatter, gradients", 1, unit.scattered_bytes)
         add(unit.replica_axis, unit.replica_ranks, "all-reduce, gradients", 1, unit.shard_bytes)
-    if counting and all(unit.name for unit in units):
+    if counting and model.holds_last and all(unit.name for unit in units):
         # FSDP still knows the order of the counting forwards: at the end of the first backward it fetches, in vain, the
         # unit that came last in them. The root, where it has weights of its own, is that unit and is still there.
         add(units[-1].shard_axis, units[-1].shard_ranks, "all-gather, backward", 1, units[-1].gathered_bytes)
     for index, layer in model.layers.items():
         moe = layer.ffn
         if isinstance(moe, MoE) and isinstance(moe.dispatcher, ExchangeDispatch):
-            rows = tokens // tensor_ranks * moe.router.top_k * moe.router.weight.shape[1] * dtype.itemsize
+            rows = passes.tokens // passes.tensor_ranks * moe.router.top_k
+            size = rows * moe.router.weight.shape[1] * passes.dtype.itemsize
             ranks = moe.dispatcher.group.size()
             again = accumulation * is_checkpointed(training, int(index))
-            add("ep", ranks, "all-to-all, forward", 2 * (accumulation + counting + again), rows)
-            add("ep", ranks, "all-to-all, backward", 2 * accumulation, rows)
-    if tensor_ranks > 1:
-        add_tensor_collectives(model, training, tensor_ranks, tokens, dtype, accumulation + counting, accumulation, add)
-    for kind in spans:
+            add("ep", ranks, "all-to-all, forward", 2 * (accumulation + counting + again), size)
+            add("ep", ranks, "all-to-all, backward", 2 * accumulation, size)
+    if passes.tensor_ranks > 1:
+        add_tensor_collectives(
+            model,
+            training,
+            passes.tensor_ranks,
+            passes.tokens,
+            passes.dtype,
+            accumulation + counting,
+            accumulation,
+            add,
+        )
+    for kind in passes.spans:
         for operation, calls in kind.calls.items():
-            passes = kind.layers * accumulation
+            times = kind.layers * accumulation
             if operation.endswith("forward"):
-                passes += kind.layers * counting + kind.again * accumulation
-            add("context", context_ranks, operation, passes, kind.bytes[operation], calls)
-    return [
-        Collective(axis, ranks, operation, count, size, _ring(operation, ranks, size))
-        for (axis, ranks, operation), (count, size) in totals.items()
-    ]
+                times += kind.layers * counting + kind.again * accumulation
+            add("context", passes.context_ranks, operation, times, kind.bytes[operation], calls)
 
 
 def _ring(operation: str, ranks: int, size: int) -> int:
+    if operation.startswith("send"):
+        return size
     return (2 if operation.startswith("all-reduce") else 1) * size * (ranks - 1) // ranks

@@ -7,6 +7,7 @@ from rank to rank sends nothing.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,8 +41,11 @@ class SpanTraffic:
     """Summed size of the whole buffers."""
 
 
-def span_traffic(recipe: Recipe, meshes: Meshes, dtype: torch.dtype) -> list[SpanTraffic]:
-    """The exchanges of every kind of layer; none without context parallelism. Needs a (pretended) process group."""
+def span_traffic(recipe: Recipe, meshes: Meshes, dtype: torch.dtype, held: Collection[str]) -> list[SpanTraffic]:
+    """The exchanges of every kind of layer, counted for the layers `held`; none without context parallelism.
+
+    Needs a (pretended) process group.
+    """
     if meshes.degrees.context == 1:
         return []
     training, found = recipe.training, {}
@@ -72,9 +76,10 @@ def span_traffic(recipe: Recipe, meshes: Meshes, dtype: torch.dtype) -> list[Spa
                 carried = {name: value.detach() for name, value in carried.items()}
                 found[kind] = SpanTraffic(mixer.name, 0, 0, dict(traffic.calls), dict(traffic.bytes))
             before, again = found[kind], is_checkpointed(training, int(index))
-            found[kind] = replace(before, layers=before.layers + 1, again=before.again + again)
+            if index in held:
+                found[kind] = replace(before, layers=before.layers + 1, again=before.again + again)
     traffic.clear()
-    return list(found.values())
+    return [kind for kind in found.values() if kind.layers]
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:

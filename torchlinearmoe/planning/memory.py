@@ -42,7 +42,7 @@ class Memory:
     optimizer: int
     """All tensors of the optimizer's state."""
     gathered_weights: int
-    """In the compute type: units that stay gathered, and two blocks, the one at work and the next."""
+    """In the compute type: units that stay gathered, and two blocks, the one at work and the next; all of a stage."""
     gradient_buffers: int
     """Of the largest block: its gradient in the compute type, and the float32 copy that is reduce-scattered."""
     activations: int
@@ -53,6 +53,10 @@ class Memory:
         """Sum of all of it."""
         return sum(vars(self).values())
 
+    def __add__(self, other: Memory) -> Memory:
+        """Of two stages of one rank."""
+        return Memory(**{name: size + getattr(other, name) for name, size in vars(self).items()})
+
 
 def rank_memory(
     model: Decoder, states: Iterable[Tensor], training: TrainingRecipe, degrees: Degrees, dtype: torch.dtype
@@ -62,6 +66,7 @@ def rank_memory(
     `states` are those of the optimizer (`optimizer_states`); `training.tokens_per_step` is resolved.
     """
     units = fsdp_units(model)
+    staged = degrees.pipeline > 1  # keeps its weights gathered between micro-batches
     tokens = training.sequence_length * training.micro_batch_size // degrees.context
     assert training.tokens_per_step is not None
     accumulates = training.tokens_per_step > training.sequence_length * training.micro_batch_size * degrees.data_ranks
@@ -76,10 +81,10 @@ def rank_memory(
         padding=padded - parameters,
         gradients=whole if accumulates else padded,
         optimizer=local_bytes(states),
-        gathered_weights=sum(unit.gathered_bytes for unit in units if unit.kept) + sum(sizes[:2]),
+        gathered_weights=sum(unit.gathered_bytes for unit in units if unit.kept) + sum(sizes[: None if staged else 2]),
         gradient_buffers=max(buffers),
         activations=activation_bytes(model, training, tokens, dtype, degrees.tensor),
-        loss=loss_bytes(model, tokens, dtype, degrees.tensor),
+        loss=loss_bytes(model, tokens, dtype, degrees.tensor) if model.holds_last else 0,
     )
 
 
@@ -141,7 +146,7 @@ def activation_bytes(
     each keeps whole.
     """
     width = model.recipe.hidden_size * dtype.itemsize
-    split, gathered, running = 2 * width, 1, (0, 0)
+    split, gathered, running = (model.holds_first + model.holds_last) * width, int(model.holds_last), (0, 0)
     for index, layer in model.layers.items():
         mixer, ffn = layer.mixer, layer.ffn
         assert isinstance(mixer, Mixer) and isinstance(ffn, nn.Module)

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import torch
 
-from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.models.flops import forward_flops_per_token, training_flops_per_token
 from torchlinearmoe.parallel.apply import lay_out_model
-from torchlinearmoe.parallel.mesh import Meshes, resolve_degrees, tokens_per_step
-from torchlinearmoe.parallel.pipeline import check_micro_batches
-from torchlinearmoe.planning.communication import fsdp_units, step_collectives
-from torchlinearmoe.planning.context import span_traffic
+from torchlinearmoe.parallel.mesh import Degrees, Meshes, resolve_degrees, tokens_per_step
+from torchlinearmoe.parallel.pipeline import check_micro_batches, micro_batches, stage_layers
+from torchlinearmoe.parallel.stage import Stage
+from torchlinearmoe.planning.communication import (
+    Collective,
+    Collectives,
+    Passes,
+    add_step,
+    counting_forwards,
+    fsdp_units,
+)
+from torchlinearmoe.planning.context import SpanTraffic, span_traffic
 from torchlinearmoe.planning.layers import count_parameters, forward_flop_terms
 from torchlinearmoe.planning.memory import Memory, checkpoint_bytes, optimizer_states, rank_memory
+from torchlinearmoe.planning.pipeline import add_pipeline_transfers, gathers, most_in_flight, rank_order
 from torchlinearmoe.planning.world import pretended_world
 from torchlinearmoe.recipe import Recipe
 from torchlinearmoe.run_folder import with_tokens_per_step
@@ -31,68 +41,101 @@ def plan(recipe: Recipe, world_size: int, dtype: torch.dtype, rank: int = 0) -> 
     degrees = resolve_degrees(recipe.parallel, world_size)
     recipe = with_tokens_per_step(recipe, tokens_per_step(recipe.training, degrees))
     check_micro_batches(recipe, degrees)
-    if degrees.pipeline > 1:
-        raise RecipeError(f"parallel.pipeline = {degrees.pipeline}: a pipeline cannot be planned yet, only trained")
     training = recipe.training
     assert training.tokens_per_step is not None
-    micro_batch = training.sequence_length * training.micro_batch_size
-    accumulation = training.tokens_per_step // (micro_batch * degrees.data_ranks)
+    accumulation = micro_batches(recipe, degrees)
     steps = training.steps or math.ceil((training.tokens or 0) / training.tokens_per_step)
-    with pretended_world(world_size, rank):
-        meshes = Meshes(degrees, "cpu")
-        (model,) = lay_out_model(recipe, meshes, dtype)
-        parameters = count_parameters(model)
-        length = training.sequence_length
-        flops = {
-            "document_length": length,
-            "forward_per_token": forward_flops_per_token(model, length),
-            "training_per_token": training_flops_per_token(model, length),
-            "forward_terms": [dataclasses.asdict(term) for term in forward_flop_terms(model, length)],
-        }
-        spans = span_traffic(recipe, meshes, dtype)
-        tokens = micro_batch // degrees.context
-        collectives = step_collectives(
-            model, accumulation, tokens, dtype, training, degrees.tensor, degrees.context, spans
-        )
-        states = optimizer_states(model, recipe.optimizer)
-        own = rank_memory(model, states, training, degrees, dtype)
-        checkpoint = checkpoint_bytes(model, states)
-        units = fsdp_units(model)
-    padding = sum(u.local_elements * u.shard_ranks for u in units) / sum(u.elements for u in units)
-    largest_rank, largest = rank, own
-    # Torch gives the lower ranks of an axis the larger pieces, so rank 0 holds at least as much as any other.
-    if rank != 0:
-        with pretended_world(world_size, 0):
-            (first,) = lay_out_model(recipe, Meshes(degrees, "cpu"), dtype)
-            largest_rank = 0
-            largest = rank_memory(first, optimizer_states(first, recipe.optimizer), training, degrees, dtype)
+    length = training.sequence_length
+    with torch.device("meta"):
+        whole = Decoder(recipe.model)
+    flops = {
+        "document_length": length,
+        "forward_per_token": forward_flops_per_token(whole, length),
+        "training_per_token": training_flops_per_token(whole, length),
+        "forward_terms": [dataclasses.asdict(term) for term in forward_flop_terms(whole, length)],
+    }
+    own = _rank_plan(recipe, degrees, dtype, rank, counting_forwards(whole, accumulation))
+    # Torch gives the lower ranks of an axis the larger pieces, so the first rank of a stage holds as much as any of it.
+    largest_rank, largest = rank, own.memory
+    for first in range(0, world_size, world_size // degrees.pipeline):
+        if first != rank:
+            other = _rank_plan(recipe, degrees, dtype, first, 0).memory
+            if other.total > largest.total or (degrees.pipeline == 1 and other.total == largest.total):
+                largest_rank, largest = first, other
+    collectives = own.collectives
     return {
         "world_size": world_size,
         "dtype": str(dtype).removeprefix("torch."),
         "mesh": dataclasses.asdict(degrees),
-        "parameters": dataclasses.asdict(parameters),
+        "parameters": dataclasses.asdict(count_parameters(whole)),
         "flops": flops,
         "step": {
             "tokens": training.tokens_per_step,
             "sequence_length": length,
             "micro_batch_size": training.micro_batch_size,
             "accumulation": accumulation,
+            "stages": [[layers.start, layers.stop] for layers in stage_layers(recipe)] if degrees.pipeline > 1 else [],
             "flops_per_rank": flops["training_per_token"] * training.tokens_per_step / world_size,
         },
         "run": {"steps": steps, "tokens": steps * training.tokens_per_step},
         "memory": {
-            "rank": {"rank": rank, **_as_dict(own)},
+            "rank": {"rank": rank, **_as_dict(own.memory)},
             "largest": {"rank": largest_rank, **_as_dict(largest)},
         },
         "communication": {
             "collectives": [dataclasses.asdict(collective) for collective in collectives],
             "sent_bytes": sum(collective.sent_bytes for collective in collectives),
-            "units": len(units),
-            "padding_factor": padding,
-            "spans": [dataclasses.asdict(kind) for kind in spans],
+            "units": own.units,
+            "padding_factor": own.padding_factor,
+            "spans": [dataclasses.asdict(kind) for kind in own.spans],
         },
-        "checkpoint_bytes": checkpoint,
+        "checkpoint_bytes": checkpoint_bytes(whole, optimizer_states(whole, recipe.optimizer)),
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class _RankPlan:
+    memory: Memory
+    collectives: list[Collective]
+    spans: list[SpanTraffic]
+    units: int
+    padding_factor: float
+
+
+def _rank_plan(recipe: Recipe, degrees: Degrees, dtype: torch.dtype, rank: int, counting: int) -> _RankPlan:
+    """What `rank` holds and sends in a step, after `counting` forwards by themselves."""
+    training = recipe.training
+    accumulation = micro_batches(recipe, degrees)
+    tokens = training.sequence_length * training.micro_batch_size // degrees.context
+    found = Collectives()
+    memories: list[Memory] = []
+    held: dict[int, int] = {}
+    with pretended_world(degrees.world_size, rank):
+        meshes = Meshes(degrees, "cpu")
+        parts = lay_out_model(recipe, meshes, dtype)
+        stages = [part for part in parts if isinstance(part, Stage)]
+        order = rank_order(stages, recipe, meshes, dtype) if stages else []
+        layers = {index for part in parts for index in part.layers}
+        spans = span_traffic(recipe, meshes, dtype, layers)
+        passes = Passes(accumulation, tokens, dtype, training, degrees.tensor, degrees.context)
+        for part in parts:
+            stage = part.index if isinstance(part, Stage) else None
+            own_spans = spans if len(parts) == 1 else span_traffic(recipe, meshes, dtype, set(part.layers))
+            gathered = None if stage is None else partial(gathers, order, stage, counting=counting)
+            add_step(part, dataclasses.replace(passes, spans=own_spans, gathers=gathered), counting, found)
+            memories.append(rank_memory(part, optimizer_states(part, recipe.optimizer), training, degrees, dtype))
+            if stage is not None:
+                held[stage] = memories[-1].activations
+        if stages:
+            add_pipeline_transfers(stages, recipe, dtype, accumulation + counting, accumulation, found)
+        units = [unit for part in parts for unit in fsdp_units(part)]
+    memory = memories[0]
+    for other in memories[1:]:
+        memory += other
+    if stages:
+        memory = dataclasses.replace(memory, activations=most_in_flight(order, held))
+    padding = sum(u.local_elements * u.shard_ranks for u in units) / sum(u.elements for u in units)
+    return _RankPlan(memory, found.listed(), spans, len(units), padding)
 
 
 def _as_dict(memory: Memory) -> dict[str, int]:

@@ -11,7 +11,7 @@ MEMORY = {
     "padding": "equal shards on all ranks",
     "gradients": "float32 shards",
     "optimizer": "its states",
-    "gathered_weights": "{dtype}; kept units and two blocks",
+    "gathered_weights": "{dtype}; kept units and two blocks, or a pipeline stage",
     "gradient_buffers": "of the largest block",
     "activations": "estimate: projections, norms, experts; no scores",
     "loss": "estimate: logits of a chunk, gradients of head and hidden states",
@@ -93,6 +93,8 @@ def _step(plan: dict[str, Any]):
     degrees = " x ".join(f"{axis} {size}" for axis, size in mesh.items() if axis != "expert")
     table = _table("Layout and run", "", "")
     table.add_row("mesh", f"{degrees} = {plan['world_size']} ranks, expert {mesh['expert']}")
+    if step["stages"]:
+        table.add_row("stages", "layers " + ", ".join(f"{start}-{stop - 1}" for start, stop in step["stages"]))
     table.add_row("compute type", plan["dtype"])
     table.add_row(
         "tokens a step",

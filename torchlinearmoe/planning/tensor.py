@@ -41,10 +41,14 @@ def add_tensor_collectives(
     width, number = model.recipe.hidden_size, tokens * torch.float32.itemsize
     parts = len(model.layers) + sum(isinstance(module, SwiGLU) for module in model.modules())
     hidden = tokens * width * dtype.itemsize
-    for direction, passes in (("forward", forwards), ("backward", backwards)):
-        # One more of each: of the head and the embedding in the forward, and of each other's in the backward.
-        add("tensor", ranks, f"all-gather, tokens {direction}", (parts + 1) * passes, hidden)
-        add("tensor", ranks, f"reduce-scatter, tokens {direction}", (parts + 1) * passes, hidden)
+    first, last = int(model.holds_first), int(model.holds_last)
+    for direction, passes, gathered, scattered in (
+        ("forward", forwards, last, first),
+        ("backward", backwards, first, last),
+    ):
+        # Besides the layers: the head gathers, the embedding scatters, and each does the reverse in the backward.
+        add("tensor", ranks, f"all-gather, tokens {direction}", (parts + gathered) * passes, hidden)
+        add("tensor", ranks, f"reduce-scatter, tokens {direction}", (parts + scattered) * passes, hidden)
         add("tensor", ranks, f"all-reduce, norms {direction}", _spanning_norms(model) * passes, number)
     again = [layer for index, layer in model.layers.items() if is_checkpointed(training, int(index))]
     for layer in again:
@@ -55,7 +59,7 @@ def add_tensor_collectives(
             add("tensor", ranks, "reduce-scatter, tokens forward", backwards, hidden)
             add("tensor", ranks, "all-reduce, norms forward", _spanning_norms(layer) * backwards, number)
     rows = chunk_rows(tokens, model.recipe.vocab_size // ranks)
-    for start in range(0, tokens, rows):
+    for start in range(0, tokens if model.holds_last else 0, rows):
         chunk = min(rows, tokens - start)
         add("tensor", ranks, "all-gather, loss", forwards, 2 * ranks * chunk * torch.float32.itemsize)
     local = sum(gradient.to_local().numel() for gradient in partial_gradients(model))
