@@ -28,29 +28,29 @@ def test_a_degree_that_everything_divides_by_is_taken() -> None:
     "degree, changes, told",
     [
         (0, {}, r"parallel.tensor = 0: must be at least 1"),
-        (4, {}, r"parallel.tensor = 4: must divide model.vocab_size = 1026; legal: 1, 2, 3, 6, 9, "),
+        (4, {}, r"parallel.tensor = 4: must divide model.vocab_size = 1026; legal: 1, 3$"),
         (6, {}, r"parallel.tensor = 6: must divide kv_heads of softmax_attention = 3; legal: 1, 3$"),
         (9, {"model": {"layout": "L"}}, r"parallel.tensor = 9: must divide heads of hgrn2 = 6; legal: 1, 2, 3, 6$"),
-        (3, {"training": {"sequence_length": 10}}, r"must divide tokens of a micro-batch .* = 10; legal: 1, 2, 5, 10$"),
+        (3, {"training": {"sequence_length": 10}}, r"must divide tokens of a micro-batch .* = 10; legal: 1$"),
         (
             3,
             {"model": {"layout": "L", "mixer": "mamba2"}, "mixer": {"mamba2": {"heads": 12, "groups": 4}}},
-            r"parallel.tensor = 3: must divide groups of mamba2 = 4; legal: 1, 2, 4$",
+            r"parallel.tensor = 3: must divide groups of mamba2 = 4; legal: 1, 2$",
         ),
         (
             3,
             {"moe": {"shared_hidden_size": 32}},
-            r"must divide moe.shared_hidden_size = 32; legal: 1, 2, 4",
+            r"must divide moe.shared_hidden_size = 32; legal: 1$",
         ),
         (
             3,
             {"moe": {"first_dense_layers": 1}, "model": {"ffn_hidden_size": 64}},
-            r"must divide model.ffn_hidden_size = 64; legal: 1, 2",
+            r"must divide model.ffn_hidden_size = 64; legal: 1$",
         ),
         (
             3,
             {"moe": DENSE, "model": {"ffn_hidden_size": 64}},
-            r"must divide model.ffn_hidden_size = 64; legal: 1, 2",
+            r"must divide model.ffn_hidden_size = 64; legal: 1$",
         ),
     ],
 )

@@ -211,9 +211,10 @@ def _tensor(recipe: Recipe) -> None:
         shared_out.append(("model.ffn_hidden_size", model.ffn_hidden_size))
     if model.moe.num_experts:
         shared_out.append(("moe.shared_hidden_size", model.moe.shared_hidden_size))
+    legal = divisors(*(count for _, count in shared_out))  # of all of them
     for name, count in shared_out:
         if count % degree:
-            raise RecipeError(f"parallel.tensor = {degree}: must divide {name} = {count}; legal: {divisors(count)}")
+            raise RecipeError(f"parallel.tensor = {degree}: must divide {name} = {count}; legal: {legal}")
 
 
 def _pipeline(recipe: Recipe) -> None:

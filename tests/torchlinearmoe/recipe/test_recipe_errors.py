@@ -302,3 +302,51 @@ def test_spans_must_be_equal_and_heads_come_out_even_where_they_are_traded():
     linear = {"model": {"layout": "L", "num_layers": 2, "num_kv_heads": 2}, **length}
     for tables in ({"parallel": {"context": 4, "context_attention": "heads"}, **linear}, softmax):
         resolve(tables)
+
+
+@pytest.mark.parametrize("mixer", MIXERS.names())
+def test_heads_that_do_not_come_out_even_name_the_mixer_and_the_legal_degrees(mixer: str):
+    tables = {"model": {"mixer": mixer, "layout": "L", "vocab_size": 1024, "num_kv_heads": 4}}
+    message = _refused({"parallel": {"tensor": 16}, **tables}, "parallel.tensor = 16: must divide ", f" of {mixer} = ")
+    for degree in message.partition("legal: ")[2].split(", "):
+        resolve({**STEPS, "parallel": {"tensor": int(degree)}, **tables})
+
+
+def test_legal_degrees_are_those_that_everything_allows():
+    tables = {"model": {"vocab_size": 1020}, "training": {"sequence_length": 96}}
+    message = _refused({"parallel": {"tensor": 3}, **tables}, "must divide heads of hgrn2 = 4")
+    assert message.endswith("legal: 1, 2, 4")
+    message = _refused({"parallel": {"tensor": 4}, **tables, "moe": {"shared_hidden_size": 34}})
+    assert message == "parallel.tensor = 4: must divide moe.shared_hidden_size = 34; legal: 1, 2"
+
+
+@pytest.mark.parametrize(
+    ("parallel", "told"),
+    [
+        ({"expert": 3}, "parallel.expert = 3: must divide moe.num_experts = 4; legal: 1, 2, 4"),
+        ({"pipeline": 5}, "parallel.pipeline = 5: 1 stages a rank need at least 5 layers, model.num_layers = 4; legal"),
+        (
+            {"pipeline": 3, "pipeline_schedule": "interleaved"},
+            "parallel.pipeline = 3: 2 stages a rank need at least 6 layers, model.num_layers = 4; legal: 1 to 2",
+        ),
+        (
+            {"pipeline": 2, "pipeline_stages_per_rank": 2},
+            "parallel.pipeline_stages_per_rank = 2: pipeline_schedule = '1f1b' needs 1",
+        ),
+        (
+            {"pipeline": 2, "pipeline_schedule": "zero_bubble"},
+            "parallel.pipeline_schedule = 'zero_bubble': the weights must stay gathered",
+        ),
+        ({"context": 3}, "parallel.context = 3: must divide training.sequence_length = 2048; legal: 1, 2, 4"),
+        ({"tensor": 0}, "parallel.tensor = 0: must be at least 1"),
+    ],
+)
+def test_degrees_that_cannot_be_are_named_with_the_legal_ones(parallel: dict[str, Any], told: str):
+    assert _refused({"parallel": parallel}).startswith(told)
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen2"])
+def test_a_dense_model_has_no_experts_to_spread(family: str):
+    moe = {"num_experts": 0, "top_k": 0} if family == "qwen2" else {}
+    message = _refused({"model": {"family": family}, "moe": moe, "parallel": {"expert": 2}})
+    assert message == "parallel.expert = 2: there are no experts (moe.num_experts = 0); legal: 1"
