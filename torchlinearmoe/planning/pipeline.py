@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch.distributed.pipelining.schedules import _Action, _ComputationType
@@ -28,7 +29,7 @@ ENDS = (_ComputationType.FULL_BACKWARD, _ComputationType.BACKWARD_WEIGHT)
 
 def rank_order(stages: Sequence[Stage], recipe: Recipe, meshes: Meshes, dtype: torch.dtype) -> list[_Action]:
     """The forwards and backwards of this rank's stages in a step, one after the other."""
-    schedule = Pipeline(list(stages), recipe, meshes, torch.device("meta"), dtype).schedule
+    schedule: Any = Pipeline(list(stages), recipe, meshes, torch.device("meta"), dtype).schedule
     orders = getattr(schedule, "pipeline_order", None) or schedule._get_pipeline_order()
     assert orders is not None
     return [action for action in orders[meshes.pipeline_rank] if action is not None]
