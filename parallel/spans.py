@@ -38,7 +38,8 @@ class Exchange:
     states: torch.dtype | None = None
     """The type in which states travel; None for the one that they have, float32."""
     attention: str = "auto"
-    """Softmax attention's way: `gather`, `heads`, or `auto` for heads where the key-value heads divide."""
+    """Softmax attention's way: `gather`, `heads`, or `auto` for heads where the key-value heads divide and no window
+    makes the gather small."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +81,15 @@ class Spans:
     cache: dict[str, Any] = field(default_factory=dict)
     """What layers have in common, made when the first one asks."""
 
-    def by_heads(self, kv_heads: int) -> bool:
+    def by_heads(self, kv_heads: int, window: int = 0) -> bool:
         """Whether softmax attention with so many key-value heads on this rank trades spans for heads."""
-        divides = kv_heads % self.size == 0
-        return divides if self.exchange.attention == "auto" else self.exchange.attention == "heads"
+        if self.exchange.attention != "auto":
+            return self.exchange.attention == "heads"
+        return kv_heads % self.size == 0 and not self.one_rank_back(window)
+
+    def one_rank_back(self, window: int) -> bool:
+        """A window of so many tokens, 0 for none, that reaches no further than the rank before."""
+        return 0 < window <= self.length + 1
 
     @property
     def whole(self) -> Documents:

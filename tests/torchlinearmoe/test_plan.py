@@ -198,3 +198,18 @@ def test_linear_layers_exchange_as_much_for_long_sequences_as_for_short_ones(mix
         assert short["bytes"] == long["bytes"]
         assert all(wide["bytes"][operation] == 2 * size for operation, size in short["bytes"].items())
     assert between_spans(64, 1) == []
+
+
+def test_a_window_is_gathered_and_not_the_whole_sequence() -> None:
+    def gathered(length: int, window: int) -> int:
+        tables = {
+            "model": {"layout": "N", "num_layers": 1},
+            "mixer": {"softmax_attention": {"window": window}},
+            "parallel": {"context": 2},
+            "training": {"steps": 1, "sequence_length": length},
+        }
+        (layer,) = plan(recipe_of(tables), 2, torch.float32)["communication"]["spans"]
+        return layer["bytes"].get("all-gather, forward", 0)
+
+    assert gathered(64, 17) == gathered(128, 17) == 16 * gathered(64, 2)
+    assert gathered(64, 1) == 0

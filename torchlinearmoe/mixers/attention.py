@@ -31,7 +31,7 @@ def attend(
     spans = documents.spans
     if spans is None:
         return _whole(q, k, v, documents, scale, backend, window)
-    if spans.by_heads(k.shape[1]):
+    if spans.by_heads(k.shape[1], window):
         q, k, v = _whole_rows((q, k, v), spans)
         return _own_spans(_whole(q, k, v, spans.whole, scale, backend, window), spans)
     k, v = with_history(torch.cat([k, v], -1), spans, window).split((k.shape[-1], v.shape[-1]), -1)
@@ -41,12 +41,22 @@ def attend(
 def with_history(x: Tensor, spans: Spans, window: int = 0) -> Tensor:
     """x [T, ...] with, before each row's span, what earlier ranks have of the document that it begins with.
 
-    [T + h_1 + ... + h_R, ...], row after row, h_r being `history` of the row.
+    [T + h_1 + ... + h_R, ...], row after row, h_r being `history` of the row. A window that reaches no further than
+    the rank before takes the last window - 1 tokens of each span, whatever the spans' length.
     """
-    end = (spans.rank + 1) * spans.length
-    gathered = finish_gather(start_gather(x.unflatten(0, (spans.rows, spans.length)), spans.group))
-    rows = (row.flatten(0, 1) for row in gathered.unbind(1))
-    return torch.cat([row[end - spans.length - h : end] for row, h in zip(rows, history(spans, window))])
+    if window == 1:
+        return x
+    rows, reach = x.unflatten(0, (spans.rows, spans.length)), window - 1
+    near = spans.one_rank_back(window)
+    gathered = finish_gather(start_gather(rows[:, -reach:] if near else rows, spans.group))
+    parts: list[Tensor] = []
+    for row, (whole, h) in enumerate(zip(gathered.unbind(1), history(spans, window))):
+        if near:
+            parts += [whole[max(spans.rank - 1, 0)][reach - h :], rows[row]]
+        else:
+            end = (spans.rank + 1) * spans.length
+            parts.append(whole.flatten(0, 1)[end - spans.length - h : end])
+    return torch.cat(parts)
 
 
 def history(spans: Spans, window: int = 0) -> list[int]:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from torchlinearmoe.kernels import ops
 from torchlinearmoe.kernels.backends.call import outside_graphs
@@ -140,7 +141,9 @@ def quadratic_attention(
     assert final is not None
     (state,) = StateExchange(past.spans, [final.index_select(0, past.spans.last_R)], None).entering()
     phi = QuadraticFeatures(kind, q.shape[-1], q.shape[-1] ** -0.5, q.device)
-    wide = in_float32(o[0]) + in_float32(_read(phi.features(q), state, past))
+    # Features are many times as wide as queries: the backward pass makes them once more.
+    passed = checkpoint(lambda q, state: _read(phi.features(q), state, past), q, state, use_reentrant=False)
+    wide = in_float32(o[0]) + in_float32(passed)
     return (wide[..., :-1] / (wide[..., -1:] + eps)).to(q.dtype)
 
 

@@ -222,7 +222,7 @@ class ParallelRecipe:
     """Ranks that share a sequence, each with one contiguous span of it."""
     context_attention: Literal["auto", "gather", "heads"] = "auto"
     """How softmax layers see other spans: `gather` keys and values, or trade spans for `heads`, where the key-value
-    heads divide; `auto` takes heads where it can."""
+    heads divide; `auto` takes heads where it can, unless a window makes the gather small."""
     context_states: Literal["float32", "bfloat16"] = "float32"
     """Type in which the states of linear layers travel between spans."""
     expert: int = 1
