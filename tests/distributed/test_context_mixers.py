@@ -13,9 +13,9 @@ from torchlinearmoe.documents import Documents
 from torchlinearmoe.parallel.spans import Exchange, cut_spans
 
 ROWS = {
-    # Cut at 70 (two ranks) or at 35, 70, 105 (four). First row: a document with one token on its second rank, one inside
-    # a rank, one with one token on its first rank that ends at a border of ranks, a single token, and the rest. Second
-    # row: a document that passes through two whole ranks, then single tokens.
+    # Cut at 70 (two ranks) or at 35, 70, 105 (four). First row: a document with one token on its second rank, one
+    # inside a rank, one with one token on its first rank that ends at a border of ranks, a single token, and the rest.
+    # Second row: a document that passes through two whole ranks, then single tokens.
     "long": (140, [0, 36, 69, 105, 106, 140, 150, 278, 279, 280]),
     # Spans of two tokens, shorter than a convolution reaches.
     "short": (8, [0, 7, 8]),
