@@ -54,7 +54,9 @@ def build_parallel_model(recipe: Recipe, meshes: Meshes, device: torch.device, d
 
 def lay_out_model(recipe: Recipe, meshes: Meshes, dtype: torch.dtype) -> list[Decoder]:
     """This rank's part of the model, or its parts, on the meta device: every layout decision taken, no memory."""
-    return [_lay_out(part, recipe, meshes, dtype) for part in _parts(recipe, meshes)]
+    parts = _parts(recipe, meshes)
+    wide = [part.double() for part in parts] if dtype == torch.float64 else parts
+    return [_lay_out(part, recipe, meshes, dtype) for part in wide]
 
 
 def _parts(recipe: Recipe, meshes: Meshes) -> list[Decoder]:

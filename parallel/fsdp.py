@@ -1,9 +1,9 @@
 """Fully sharded data parallelism with sums and nothing but sums.
 
 Losses arrive divided by the whole step's tokens, so gradients are summed over ranks and never averaged: FSDP's own
-division is off everywhere. Master weights are float32. Modules marked `keep_fp32` (decays, routers, lower bounds) are
-units of their own that compute in float32; all others compute in the run's type. Experts are a unit of their own,
-because they are sharded over fewer ranks than the rest where other ranks hold other experts.
+division is off everywhere. Master weights are float32 (float64 stays). Modules marked `keep_fp32` (decays, routers,
+lower bounds) are units of their own that compute in float32; all others compute in the run's type. Experts are a unit
+of their own, because they are sharded over fewer ranks than the rest where other ranks hold other experts.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ def apply_fsdp(
 
     Experts are sharded over `expert_mesh` ([efsdp], or [data_replicate, efsdp]).
     """
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    wide = torch.promote_types(dtype, torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
+    exact = MixedPrecisionPolicy(param_dtype=wide, reduce_dtype=wide, cast_forward_inputs=False)
 
     def shard(module: nn.Module | list[nn.Module], policy: MixedPrecisionPolicy, reshard: bool) -> None:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)  # pyright: ignore

@@ -7,9 +7,12 @@ import torch
 import torch.distributed as dist
 from harness import RankPool
 from mixer_cases import CASES, Case, make_stack, random_inputs
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchlinearmoe.documents import Documents
+from torchlinearmoe.mixers import MIXERS
+from torchlinearmoe.mixers.mom import MoM
+from torchlinearmoe.moe.router import Router
 from torchlinearmoe.parallel.spans import Exchange, cut_spans
 
 ROWS = {
@@ -19,16 +22,25 @@ ROWS = {
     "long": (140, [0, 36, 69, 105, 106, 140, 150, 278, 279, 280]),
     # Spans of two tokens, shorter than a convolution reaches.
     "short": (8, [0, 7, 8]),
+    # Six tokens a rank of four.
+    "six": (24, [0, 24]),
 }
 
 
-def compare(rank: int, cases: Sequence[Case], layout: str, attention: str = "auto") -> dict[str, float]:
-    """The largest relative error of outputs and of all gradients, by case and name."""
+def compare(
+    rank: int, cases: Sequence[Case], layout: str, attention: str = "auto", lone: int | None = None
+) -> dict[str, float]:
+    """The largest relative error of outputs and of all gradients, by case and name.
+
+    lone: the one token that the last memory of the first layer is given.
+    """
     errors: dict[str, float] = {}
     for number, case in enumerate(cases):
         row_length, borders = ROWS[layout]
         x_TD, weights_TD = random_inputs(borders[-1]), random_inputs(borders[-1], seed=3)
         stack = make_stack(case)
+        if lone is not None:
+            give_one_token(stack.layers[0].get_submodule("router"), x_TD, lone)
         found = spanned_run(stack, x_TD, weights_TD, borders, row_length, attention)
         if rank == number % dist.get_world_size():
             expected = run(stack, Documents.packed(borders, row_length), x_TD, weights_TD)
@@ -36,6 +48,17 @@ def compare(rank: int, cases: Sequence[Case], layout: str, attention: str = "aut
                 scale = max(float(value.norm()), 1e-6)
                 errors[f"{case} {name}"] = float((found[name] - value).norm()) / scale
     return errors
+
+
+@torch.no_grad()
+def give_one_token(router: nn.Module, x_TD: Tensor, token: int) -> None:
+    """Let a router send this token, and no other, to its last memory."""
+    logits_T = torch.full((len(x_TD), 1), -30.0, dtype=x_TD.dtype)
+    logits_T[token] = 30.0
+    assert isinstance(router, Router)
+    router.weight[-1] = torch.linalg.lstsq(x_TD, logits_T).solution[:, 0]
+    given = (router(x_TD).topk_ids_Tk == router.num_experts - 1).any(-1)
+    assert given.nonzero().tolist() == [[token]]
 
 
 def run(stack, documents: Documents, x_TD: Tensor, weights_TD: Tensor, positions: Tensor | None = None):
@@ -75,6 +98,20 @@ def spanned_run(
 @pytest.mark.parametrize("world_size, layout", [(2, "long"), (4, "long"), (4, "short")])
 def test_spans_of_rows_on_several_ranks_equal_whole_rows(ranks: RankPool, world_size: int, layout: str) -> None:
     assert_equal(ranks(world_size, compare, CASES, layout, timeout=300), CASES)
+
+
+CONVOLVED = [Case(name, {"conv": 4}) for name in MIXERS if hasattr(MIXERS[name].Options(), "conv")]
+MEMORIES = [case for case in CONVOLVED if issubclass(case.mixer, MoM)]
+
+
+def test_convolutions_reach_over_spans_of_six_tokens(ranks: RankPool) -> None:
+    assert_equal(ranks(4, compare, CONVOLVED, "six"), CONVOLVED)
+
+
+@pytest.mark.parametrize("token", [0, 10, 23])
+def test_a_memory_may_be_given_a_single_token_of_all_ranks(ranks: RankPool, token: int) -> None:
+    assert len(MEMORIES) >= 2
+    assert_equal(ranks(4, compare, MEMORIES, "six", "auto", token), MEMORIES)
 
 
 SOFTMAX = [

@@ -16,7 +16,12 @@ from torchlinearmoe.errors import UserError
 
 @contextmanager
 def pretended_world(size: int, rank: int) -> Iterator[None]:
-    """A default process group in which this process is `rank` of `size`; collectives return at once."""
+    """A default process group in which this process is `rank` of `size`; collectives return at once.
+
+    Nothing of it is left for the next one: torch keeps shardings with the mesh, and the rank in it, that they were made
+    for, and another rank's equal mesh finds them.
+    """
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if not 0 <= rank < size:
@@ -26,3 +31,4 @@ def pretended_world(size: int, rank: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()

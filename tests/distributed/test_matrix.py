@@ -1,0 +1,152 @@
+"""Every mixer and every family under every kind of parallelism trains as one process does.
+
+`pytest -m distributed_full` runs all of it and prints the table: the greatest relative error of the losses and the
+first gradients, and that of the last gradients, or why a recipe is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+from harness import RankPool
+from matrix_run import LENGTH, Trace, distance, joined, trace
+from matrix_table import Table
+from tiny_run import Settings, settings, write_corpus
+
+from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.mixers import MIXERS
+from torchlinearmoe.models.families import FAMILIES
+from torchlinearmoe.parallel.mesh import resolve_degrees, tokens_per_step
+from torchlinearmoe.parallel.pipeline import check_micro_batches
+from torchlinearmoe.recipe import resolve
+from torchlinearmoe.run_folder import with_tokens_per_step
+
+Layout = tuple[int, dict[str, int]]
+
+SINGLE: dict[str, Layout] = {
+    "fsdp 2": (2, {}),
+    "hsdp 2x2": (4, {"data_replicate": 2}),
+    "tp 2": (2, {"tensor": 2}),
+    "cp 2": (2, {"context": 2}),
+    "cp 4": (4, {"context": 4}),
+    "ep 2": (2, {"expert": 2}),
+    "pp 2": (2, {"pipeline": 2}),
+}
+COMPOSED: dict[str, Layout] = {
+    "fsdp 2, cp 2, tp 2, ep 4": (8, {"data_shard": 2, "context": 2, "tensor": 2, "expert": 4}),
+    "pp 2, tp 2, fsdp 2, ep 4": (8, {"pipeline": 2, "data_shard": 2, "tensor": 2, "expert": 4}),
+}
+LAYOUTS = SINGLE | COMPOSED
+WIDE = ["fsdp 2", "hsdp 2x2", "tp 2", "cp 4", "ep 2", "pp 2"]
+COMPILED = ["fsdp 2", "tp 2", "cp 2", "ep 2"]
+
+LIMITS = {"float32": (1e-5, 1e-4), "float64": (1e-9, 1e-9)}
+"""Of the losses and first gradients, and of the last gradients."""
+
+pytestmark = pytest.mark.distributed_full
+
+
+def of_mixer(name: str) -> Settings:
+    """Two layers of the mixer around softmax attention, all with experts; wide enough for two heads of any mixer."""
+    return {"model": {"mixer": name, "layout": "LNL", "num_layers": 3, "num_kv_heads": 2, "hidden_size": 64}}
+
+
+def of_family(name: str) -> Settings:
+    """The family as it comes, but for its number of layers."""
+    dimensions = dict.fromkeys(("hidden_size", "num_heads", "num_kv_heads"))
+    return {
+        "model": {"family": name, "size": "debug", "layout": "NLN", "num_layers": 3, **dimensions},
+        "moe": dict.fromkeys(("num_experts", "top_k", "hidden_size", "shared_hidden_size", "shared_gate")),
+    }
+
+
+Cell = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def cell(ranks: RankPool, table: Table, tmp_path_factory: pytest.TempPathFactory) -> Cell:
+    """`cell(row, model, layout)` compares a layout with one process and writes it into the table."""
+    folder = tmp_path_factory.mktemp("matrix")
+    corpus = write_corpus(folder, documents=60)
+
+    models: dict[str, Settings] = {}
+
+    def tables_of(row: str, wide: bool, *changes: Settings) -> Settings:
+        steps: Settings = {
+            "training": {"sequence_length": LENGTH, "tokens_per_step": 4 * LENGTH},
+            "optimizer": {"lr": 1e-3, "min_lr": 1e-3, "schedule": "constant", "warmup_steps": 0},
+        }
+        loop: Settings = {"moe": {"backend": "loop"}} if wide else {}
+        return settings(corpus, folder / "run", steps, models[row], loop, *changes)
+
+    @cache
+    def alone(row: str, wide: bool) -> Trace:
+        return joined(ranks(1, trace, tables_of(row, wide), wide))
+
+    def compare(row: str, model: Settings, layout: str, wide: bool = False, compiled: bool = False) -> None:
+        models[row] = model
+        size, degrees = LAYOUTS[layout]
+        changes: Settings = {"parallel": degrees}
+        if compiled:
+            changes["training"] = {"compile": True, "compile_backend": "aot_eager"}
+        tables = tables_of(row, wide, changes)
+        column = layout + ", fp64" * wide + ", compiled" * compiled
+        if reason := refusal(tables, size):
+            table.add(row, column, f"refused: {reason}")
+            return
+        try:
+            found = joined(ranks(size, trace, tables, wide, timeout=300))
+            error = distance(found, alone(row, wide))
+        except AssertionError as problem:
+            table.add(row, column, f"failed: {str(problem).splitlines()[-1]}")
+            raise
+        table.add(row, column, f"{max(error.losses, error.first[0]):.0e} {error.last[0]:.0e}")
+        start, end = LIMITS["float64" if wide else "float32"]
+        assert error.losses < start and error.first[0] < start and error.last[0] < end, error
+        assert (found.graphs >= 10) == compiled, found.graphs
+
+    return compare
+
+
+def refusal(tables: Settings, size: int) -> str:
+    """Why a recipe is refused on so many ranks before any of them starts; empty where it is not."""
+    try:
+        recipe = resolve(tables)
+        degrees = resolve_degrees(recipe.parallel, size)
+        recipe = with_tokens_per_step(recipe, tokens_per_step(recipe.training, degrees))
+        check_micro_batches(recipe, degrees)
+    except RecipeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("layout", SINGLE)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_mixer_trains_alike_under_every_axis(cell: Cell, mixer: str, layout: str) -> None:
+    cell(mixer, of_mixer(mixer), layout)
+
+
+@pytest.mark.parametrize("layout", WIDE)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_mixer_is_the_same_function_under_every_axis(cell: Cell, mixer: str, layout: str) -> None:
+    cell(mixer, of_mixer(mixer), layout, wide=True)
+
+
+@pytest.mark.parametrize("layout", COMPOSED)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_hybrid_trains_alike_under_axes_together(cell: Cell, mixer: str, layout: str) -> None:
+    cell(mixer, of_mixer(mixer), layout)
+
+
+@pytest.mark.parametrize("layout", COMPILED)
+@pytest.mark.parametrize("mixer", ["hgrn2", "gated_delta_net", "mamba2"])
+def test_compiled_mixers_train_alike_under_every_axis(cell: Cell, mixer: str, layout: str) -> None:
+    cell(mixer, of_mixer(mixer), layout, compiled=True)
+
+
+@pytest.mark.parametrize("layout", SINGLE)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_alike_under_every_axis(cell: Cell, family: str, layout: str) -> None:
+    cell(f"family {family}", of_family(family), layout)
