@@ -57,7 +57,7 @@ def of_family(name: str) -> Settings:
     """The family as it comes, but for its number of layers."""
     dimensions = dict.fromkeys(("hidden_size", "num_heads", "num_kv_heads"))
     return {
-        "model": {"family": name, "size": "debug", "layout": "NLN", "num_layers": 3, **dimensions},
+        "model": {"family": name, "size": "debug", "layout": "LNL", "num_layers": 3, **dimensions},
         "moe": dict.fromkeys(("num_experts", "top_k", "hidden_size", "shared_hidden_size", "shared_gate")),
     }
 
