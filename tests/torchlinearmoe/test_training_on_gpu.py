@@ -46,7 +46,7 @@ def _losses(folder, mixer: str, compiled: bool, dtype: str) -> list[float]:
 @pytest.mark.parametrize("mixer", ["hgrn2", "gated_delta_net", "kda", "linear_attention"])
 def test_bfloat16_and_compiled_training_follow_float32(mixer: str, tmp_path):
     exact = _losses(tmp_path, mixer, False, "float32")
-    assert exact[-1] < exact[0] - 0.2
+    assert exact[-1] < exact[0] - 0.1
     for compiled in (False, True):
         torch._dynamo.reset()
         losses = _losses(tmp_path, mixer, compiled, "bfloat16")
