@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,7 +123,11 @@ def _note_choices(model: torch.nn.Module, chosen: dict[str, list[Tensor]]) -> No
 
     for name, module in model.named_modules():
         if isinstance(module, Router):
-            module.register_forward_hook(lambda _, __, routing, name=name: chosen[name].append(routing.topk_ids_Tk))
+            module.register_forward_hook(partial(_note, chosen, name))
+
+
+def _note(chosen: dict[str, list[Tensor]], name: str, _: Any, __: Any, routing: Any) -> None:
+    chosen[name].append(routing.topk_ids_Tk)
 
 
 def joined(parts: list[Part]) -> Trace:

@@ -46,7 +46,7 @@ def publish(folder: Path, kind: str) -> Path:
     if kind == "dense":
         config: Any = transformers.Qwen2Config(**dimensions)
     elif kind == "sparse":
-        experts = {"num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 16}
+        experts: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 16}
         config = transformers.Qwen2MoeConfig(**dimensions, **experts, moe_intermediate_size=16)
     else:
         experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1}

@@ -56,14 +56,13 @@ def test_the_miscompile_bars_backward_passes_only_but_auto_stays_with_what_train
 
 def test_auto_stays_with_what_the_compiler_can_fuse(monkeypatch):
     assert choose_on(monkeypatch, HOPPER, "auto", call("scalar"))[0] == "fla"
-    facts = call("scalar")
-    arguments = facts.operator, facts.device, facts.dtype, facts.wide, facts.gradients
-    assert choose.choose(arguments[0], "auto", *arguments[1:], compiling=True)[0] == "torch"
-    assert choose.choose(arguments[0], "fla", *arguments[1:], compiling=True)[0] == "fla"
+    facts = ("cuda", torch.bfloat16, False, True)
+    assert choose.choose("scalar", "auto", *facts, compiling=True)[0] == "torch"
+    assert choose.choose("scalar", "fla", *facts, compiling=True)[0] == "fla"
     seen = []
     monkeypatch.setattr(ops, "choose", lambda *arguments: (seen.append(arguments[-1]), ("torch", ""))[1])
     q, k, v = torch.randn(3, 1, 8, 1, 16).unbind(0)
-    torch.compile(lambda *x: ops.linear_recurrence(*x)[0], backend="aot_eager")(q, k, v)
+    torch.compile(lambda q, k, v: ops.linear_recurrence(q, k, v)[0], backend="aot_eager")(q, k, v)
     ops.linear_recurrence(q, k, v)
     assert seen == [True, False]
 
