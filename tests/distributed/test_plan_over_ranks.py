@@ -6,21 +6,25 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import RankPool
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchlinearmoe.checkpoint.state import model_tensors, optimizer_tensors
 from torchlinearmoe.data.packing import MicroBatch
+from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.moe.balance import counting_pass, needs_counting_pass
 from torchlinearmoe.moe.totals import StepTotals
 from torchlinearmoe.optim.build import build_optimizer
 from torchlinearmoe.parallel.apply import build_parallel_model
 from torchlinearmoe.parallel.context import own_part
-from torchlinearmoe.parallel.fsdp import set_gradient_sync
-from torchlinearmoe.parallel.mesh import Meshes, resolve_degrees
+from torchlinearmoe.parallel.inputs import Inputs
+from torchlinearmoe.parallel.mesh import Meshes, resolve_degrees, tokens_per_step
+from torchlinearmoe.parallel.pipeline import micro_batches
 from torchlinearmoe.parallel.tensor import sum_partial_gradients
 from torchlinearmoe.planning import plan
 from torchlinearmoe.planning.memory import local_bytes
 from torchlinearmoe.recipe import Recipe, resolve
+from torchlinearmoe.run_folder import with_tokens_per_step
 
 LENGTH = 32
 ODD = {"mixer": "hgrn2", "layout": "LN", "num_layers": 3, "hidden_size": 80, "num_heads": 5, "num_kv_heads": 1}
@@ -116,6 +120,24 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
             "parallel": {"tensor": 2},
         },
     ),
+    "two stages, heads split, tied, counted first, bfloat16": (
+        4,
+        {
+            "model": {"mixer": "hgrn2", "num_layers": 4, "layout": "LLLN", "tie_embeddings": True},
+            "moe": {"balance_scope": "global"},
+            "parallel": {"pipeline": 2, "tensor": 2},
+            "training": {"tokens_per_step": 3 * LENGTH, "dtype": "bfloat16"},
+        },
+    ),
+    "two stages a rank, carried tensors, shards": (
+        4,
+        {
+            "model": {"mixers": ["rwkv7", "softmax_attention", "rwkv7", "rwkv7"], "num_layers": 4},
+            "moe": {"num_experts": 0, "top_k": 0},
+            "parallel": {"pipeline": 2, "pipeline_schedule": "zero_bubble", "reshard_after_forward": False},
+            "training": {"tokens_per_step": 2 * 2 * LENGTH},
+        },
+    ),
 }
 
 
@@ -123,6 +145,7 @@ def recipe_of(name: str) -> tuple[int, Recipe, torch.dtype]:
     size, tables = CASES[name]
     training = {"steps": 1, "sequence_length": LENGTH, "dtype": "float32", "device": "cpu"} | tables.get("training", {})
     recipe = resolve(tables | {"training": training})
+    recipe = with_tokens_per_step(recipe, tokens_per_step(recipe.training, resolve_degrees(recipe.parallel, size)))
     return size, recipe, torch.float32 if training["dtype"] == "float32" else torch.bfloat16
 
 
@@ -130,7 +153,7 @@ class Recorded(TorchDispatchMode):
     """Adds up the buffers of collectives, by operation, while it is entered; only those of more than one rank."""
 
     # Which argument of torch's collective operators is the whole buffer.
-    BUFFER = {"_allgather_base_": 0, "_reduce_scatter_base_": 1, "allreduce_": 0, "alltoall_base_": 1}
+    BUFFER = {"_allgather_base_": 0, "_reduce_scatter_base_": 1, "allreduce_": 0, "alltoall_base_": 1, "send": 0}
     # Operators inside which nothing is seen.
     OPERATORS = {
         "torchlinearmoe::gather_rows": "_allgather_base_",
@@ -152,7 +175,7 @@ class Recorded(TorchDispatchMode):
             buffer = args[self.BUFFER[name]]
             buffers = buffer if isinstance(buffer, list) else [buffer]
             group = next(dist.ProcessGroup.unbox(x) for x in args if isinstance(x, torch.ScriptObject))
-            if group.size() > 1 and buffers[0].is_floating_point():
+            if group.size() > 1 and buffers[0].is_floating_point() and buffers[0].dim():
                 self.add(name, buffers)
         elif func._schema.name in self.OPERATORS:
             self.add(self.OPERATORS[func._schema.name], [max(args[0], result, key=torch.numel)])
@@ -167,39 +190,63 @@ class Recorded(TorchDispatchMode):
 def held_and_sent(rank: int, name: str) -> dict[str, Any]:
     size, recipe, dtype = recipe_of(name)
     meshes = Meshes(resolve_degrees(recipe.parallel, size), "cpu")
-    (model,) = build_parallel_model(recipe, meshes, torch.device("cpu"), dtype).parts
-    optimizer = build_optimizer(model, lr=1e-3)
-    data_ranks = meshes.degrees.data_ranks
-    tokens_per_step = recipe.training.tokens_per_step or LENGTH * data_ranks
-    batches = tokens_per_step // (LENGTH * data_ranks)
-    totals = StepTotals(tokens_per_step, tokens_per_step // LENGTH)
-    borders = [0, 11, LENGTH]
+    built = build_parallel_model(recipe, meshes, torch.device("cpu"), dtype)
+    modules = nn.ModuleList(built.parts)
+    optimizer = build_optimizer(modules, lr=1e-3)
+    degrees = meshes.degrees
+    assert recipe.training.tokens_per_step is not None
+    totals = StepTotals(recipe.training.tokens_per_step, recipe.training.tokens_per_step // LENGTH)
 
-    def loss() -> torch.Tensor:
+    def inputs() -> Inputs:
         tokens = torch.randint(recipe.model.vocab_size, (LENGTH,))
-        batch = own_part(MicroBatch(tokens, tokens.roll(-1), borders, LENGTH, LENGTH), meshes, recipe.parallel)
-        return model(batch.tokens, labels=batch.labels, documents=batch.documents(), totals=totals)
+        batch = MicroBatch(tokens, tokens.roll(-1), [0, 11, LENGTH], LENGTH, LENGTH)
+        own = own_part(batch, meshes, recipe.parallel)
+        return Inputs(own.tokens, own.labels, own.documents(), totals)
 
+    batches = [inputs() for _ in range(micro_batches(recipe, degrees))]
+    with torch.device("meta"):
+        counts_first = len(batches) > 1 and needs_counting_pass(Decoder(recipe.model))
     with Recorded() as recorded:
-        if batches > 1 and needs_counting_pass(model):
-            with counting_pass(model):
-                for _ in range(batches):
-                    loss()
-        for index in range(batches):
-            set_gradient_sync(model, index == batches - 1)
-            loss().backward()
-        sum_partial_gradients(model)
-    gradients = local_bytes(p.grad for p in model.parameters() if p.grad is not None)
+        if counts_first:
+            with counting_pass(modules):
+                built.passes.forward(batches)
+        built.passes.forward_backward(batches, torch.tensor(recipe.training.tokens_per_step))
+        sum_partial_gradients(modules)
+        if built.shared is not None:
+            built.shared.sum_gradients()
+    gradients = local_bytes(p.grad for p in modules.parameters() if p.grad is not None)
     optimizer.step()
     states = local_bytes(value for state in optimizer.state.values() for value in state.values())
-    saved = model_tensors(model) | optimizer_tensors([model], [optimizer])[0]
+    saved: dict[str, torch.Tensor] = {}
+    for part in built.parts:
+        saved |= model_tensors(part)
+    saved |= optimizer_tensors(built.parts, [optimizer])[0]
     return {
-        "checkpoint": sum(tensor.numel() * tensor.element_size() for tensor in saved.values()),
-        "parameters": local_bytes(model.parameters()),
+        "checkpoint": {key: tensor.numel() * tensor.element_size() for key, tensor in saved.items()},
+        "parameters": local_bytes(modules.parameters()),
         "gradients": gradients,
         "optimizer": states,
         "sent": recorded.sums,
     }
+
+
+CALLED = {
+    "all-gather": "_allgather_base_",
+    "reduce-scatter": "_reduce_scatter_base_",
+    "all-to-all": "alltoall_base_",
+    "all-reduce": "allreduce_",
+    "send": "send",
+}
+
+
+def planned_sums(collectives: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Count and bytes by torch's operation."""
+    sums: dict[str, list[int]] = {}
+    for entry in collectives:
+        total = sums.setdefault(CALLED[entry["operation"].partition(",")[0]], [0, 0])
+        total[0] += entry["count"]
+        total[1] += entry["bytes"]
+    return sums
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -207,27 +254,18 @@ def test_a_real_step_holds_and_sends_what_was_planned(ranks: RankPool, name: str
     size, recipe, dtype = recipe_of(name)
     real = ranks(size, held_and_sent, name)
     planned = [plan(recipe, size, dtype, rank) for rank in range(size)]
+    checkpoint = {key: size for entry in real for key, size in entry["checkpoint"].items()}  # of all stages
     for rank in range(size):
         own = planned[rank]["memory"]["rank"]
         assert own["parameters"] == real[rank]["parameters"] == real[rank]["gradients"]
         assert own["optimizer"] == real[rank]["optimizer"]
-        assert planned[rank]["checkpoint_bytes"] == real[rank]["checkpoint"]
-        assert planned[rank]["communication"] == planned[0]["communication"]
-    expected: dict[str, list[int]] = {}
-    called = {
-        "all-gather": "_allgather_base_",
-        "reduce-scatter": "_reduce_scatter_base_",
-        "all-to-all": "alltoall_base_",
-        "all-reduce": "allreduce_",
-    }
-    for entry in planned[0]["communication"]["collectives"]:
-        total = expected.setdefault(called[entry["operation"].partition(",")[0]], [0, 0])
-        total[0] += entry["count"]
-        total[1] += entry["bytes"]
-    if "alltoall_base_" in expected:  # uneven: only the sum over the ranks is known
-        exchanged = [real[rank]["sent"].pop("alltoall_base_") for rank in range(size)]
-        count, bytes_ = expected.pop("alltoall_base_")
-        assert [entry[0] for entry in exchanged] == [count] * size
-        assert sum(entry[1] for entry in exchanged) == bytes_ * size
-    for rank in range(size):
-        assert real[rank]["sent"] == expected
+        assert planned[rank]["checkpoint_bytes"] == sum(checkpoint.values())
+        if recipe.parallel.pipeline == 1:
+            assert planned[rank]["communication"] == planned[0]["communication"]
+    found = [entry["sent"] for entry in real]
+    expected = [planned_sums(entry["communication"]["collectives"]) for entry in planned]
+    exchanged = [[sums.pop("alltoall_base_", [0, 0]) for sums in every] for every in (found, expected)]
+    assert [count for count, _ in exchanged[0]] == [count for count, _ in exchanged[1]]
+    # Uneven: only the sum over the ranks is known.
+    assert sum(sent for _, sent in exchanged[0]) == sum(sent for _, sent in exchanged[1])
+    assert found == expected
