@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from torchlinearmoe.models.decoder import Decoder
@@ -102,7 +102,9 @@ class _Keep(_Selective):
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         output = func(*args, **kwargs)
-        self.outputs[func].append(tree_map_only(Tensor, Tensor.detach, output))
+        # A compiled graph has them written into buffers, which it uses again.
+        keep = Tensor.clone if func._schema.is_mutable else Tensor.detach
+        self.outputs[func].append(tree_map_only(Tensor, keep, output))
         return output
 
 
@@ -112,4 +114,10 @@ class _Reuse(_Selective):
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if not self.outputs[func]:
             raise RuntimeError(f"{func} runs more often in a recomputation than in the forward, or backward runs twice")
-        return self.outputs[func].pop(0)
+        output = self.outputs[func].pop(0)
+        if not func._schema.is_mutable:
+            return output
+        written = [kwargs[argument.name] for argument in func._schema.arguments if argument.is_out]
+        for buffer, value in zip(written, tree_leaves(output), strict=True):
+            buffer.copy_(value)
+        return written[0] if len(written) == 1 else tuple(written)

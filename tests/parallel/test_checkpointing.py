@@ -8,12 +8,13 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from torchlinearmoe import build_model
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.moe.router import Router
-from torchlinearmoe.parallel.checkpointing import checkpoint_blocks
+from torchlinearmoe.parallel.checkpointing import checkpoint_blocks, selective_contexts
 from torchlinearmoe.planning import plan
 from torchlinearmoe.recipe import Recipe, resolve
 
@@ -104,6 +105,37 @@ def test_selective_takes_the_choice_of_the_forward_even_if_scores_have_moved() -
     router.score = lambda logits: (-logits).softmax(-1)  # type: ignore[method-assign]
     loss.backward()
     assert len(choices) == 2 and torch.equal(*choices)
+
+
+class Buffered(torch.autograd.Function):
+    """A matrix product as compiled graphs compute it: into a buffer, which they use again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        buffer = torch.full((len(x), weight.shape[1]), torch.nan)
+        product = torch.mm(x, weight, out=buffer).clone()
+        buffer.zero_()
+        ctx.save_for_backward(product.sigmoid(), x, weight)
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, x, weight = ctx.saved_tensors
+        return (grads[0] * gate) @ weight.T, x.T @ (grads[0] * gate)
+
+
+def test_selective_writes_into_the_buffers_of_compiled_graphs() -> None:
+    def block(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return Buffered.apply(x.sin(), weight).tanh()  # type: ignore[no-any-return]
+
+    values = torch.randn(16, 8), torch.randn(8, 12)
+    gradients = []
+    for options in ({}, {"context_fn": selective_contexts}):
+        x, weight = (value.clone().requires_grad_() for value in values)
+        checkpoint(block, x, weight, use_reentrant=False, **options).sum().backward()
+        gradients.append((x.grad, weight.grad))
+    for plain, selective in zip(*gradients, strict=True):
+        assert torch.equal(plain, selective)
 
 
 def test_names_and_evaluation_stay_as_they_are() -> None:
