@@ -29,7 +29,7 @@ nodes=${SLURM_JOB_NUM_NODES:?start this with sbatch}
 ranks=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:?set RANKS_PER_NODE or --gpus-per-node}}
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a fresh store for every restart, whichever node it begins on
-# How long torchrun waits for its ranks to save when it is asked to end (torch 2.12 and newer; before, 30 seconds).
+# How long torchrun waits for its ranks to save when it is asked to end (torch 2.13; 2.11 waits 30 seconds).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-540}
 
 srun --kill-on-bad-exit=1 torchrun \

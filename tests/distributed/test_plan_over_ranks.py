@@ -28,6 +28,7 @@ from torchlinearmoe.run_folder import with_tokens_per_step
 
 LENGTH = 32
 ODD = {"mixer": "hgrn2", "layout": "LN", "num_layers": 3, "hidden_size": 80, "num_heads": 5, "num_kv_heads": 1}
+STAGED = {"mixer": "hgrn2", "layout": "LLN", "num_layers": 5, "num_kv_heads": 2}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "odd experts": (2, {"model": ODD, "moe": {"num_experts": 5}}),
     "dense, tied, kept": (
@@ -136,6 +137,36 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
             "moe": {"num_experts": 0, "top_k": 0},
             "parallel": {"pipeline": 2, "pipeline_schedule": "zero_bubble", "reshard_after_forward": False},
             "training": {"tokens_per_step": 2 * 2 * LENGTH},
+        },
+    ),
+    "two stages, shards": (
+        4,
+        {"model": STAGED, "parallel": {"pipeline": 2}, "training": {"tokens_per_step": 2 * 4 * LENGTH}},
+    ),
+    "two stages, experts spread, counted first, layers run again": (
+        4,
+        {
+            "model": STAGED,
+            "moe": {"balance_scope": "global"},
+            "parallel": {"pipeline": 2, "expert": 2},
+            "training": {"tokens_per_step": 2 * 3 * LENGTH, "activation_checkpointing": "full"},
+        },
+    ),
+    "two stages, spans, carried tensors": (
+        4,
+        {
+            "model": STAGED | {"mixer": "rwkv7"},
+            "moe": {"balance": "none"},  # the routers' counts are no part of a plan
+            "parallel": {"pipeline": 2, "context": 2},
+            "training": {"tokens_per_step": 2 * LENGTH},
+        },
+    ),
+    "two interleaved stages a rank": (
+        4,
+        {
+            "model": STAGED,
+            "parallel": {"pipeline": 2, "pipeline_schedule": "interleaved"},
+            "training": {"tokens_per_step": 2 * 4 * LENGTH},
         },
     ),
 }

@@ -22,7 +22,7 @@ def _losses(folder, mixer: str, compiled: bool, dtype: str) -> list[float]:
             | {"kernel_backend": "torch"},  # the packages' kernels have tests of their own
             "data": {"cache": str(folder / "cache")},
             "training": {
-                "steps": 8,
+                "steps": 16,
                 "sequence_length": 256,
                 "micro_batch_size": 4,
                 "output_dir": str(folder / f"{mixer}-{compiled}-{dtype}"),
@@ -46,7 +46,7 @@ def _losses(folder, mixer: str, compiled: bool, dtype: str) -> list[float]:
 @pytest.mark.parametrize("mixer", ["hgrn2", "gated_delta_net", "kda", "linear_attention"])
 def test_bfloat16_and_compiled_training_follow_float32(mixer: str, tmp_path):
     exact = _losses(tmp_path, mixer, False, "float32")
-    assert exact[-1] < exact[0] - 0.1
+    assert exact[-1] < exact[0] - 0.2
     for compiled in (False, True):
         torch._dynamo.reset()
         losses = _losses(tmp_path, mixer, compiled, "bfloat16")

@@ -142,7 +142,9 @@ def quadratic_attention(
     (state,) = StateExchange(past.spans, [final.index_select(0, past.spans.last_R)], None).entering()
     phi = QuadraticFeatures(kind, q.shape[-1], q.shape[-1] ** -0.5, q.device)
     # Features are many times as wide as queries: the backward pass makes them once more.
-    passed = checkpoint(lambda q, state: _read(phi.features(q), state, past), q, state, use_reentrant=False)
+    passed = checkpoint(
+        lambda q, state: _read(phi.features(q), state, past), q, state, use_reentrant=False, preserve_rng_state=False
+    )
     wide = in_float32(o[0]) + in_float32(passed)
     return (wide[..., :-1] / (wide[..., -1:] + eps)).to(q.dtype)
 
