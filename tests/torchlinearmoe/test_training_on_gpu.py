@@ -1,4 +1,4 @@
-"""A few real training steps on one GPU: bfloat16, compiled and not, learn the same."""
+"""A few real training steps on one GPU: bfloat16, compiled or not, with layers run again or not, learn the same."""
 
 import math
 
@@ -13,7 +13,7 @@ from torchlinearmoe.runtime import choose_device, process_group
 pytestmark = pytest.mark.gpu
 
 
-def _losses(folder, mixer: str, compiled: bool, dtype: str) -> list[float]:
+def _losses(folder, mixer: str, dtype: str, compiled: bool = False, checkpointing: str = "none") -> list[float]:
     from torchlinearmoe.trainer import Trainer
 
     recipe = resolve(
@@ -25,8 +25,9 @@ def _losses(folder, mixer: str, compiled: bool, dtype: str) -> list[float]:
                 "steps": 16,
                 "sequence_length": 256,
                 "micro_batch_size": 4,
-                "output_dir": str(folder / f"{mixer}-{compiled}-{dtype}"),
+                "output_dir": str(folder / f"{mixer}-{dtype}-{compiled}-{checkpointing}"),
                 "compile": compiled,
+                "activation_checkpointing": checkpointing,
                 "dtype": dtype,
             },
             "optimizer": {"lr": 1e-3, "warmup_steps": 2},
@@ -44,10 +45,10 @@ def _losses(folder, mixer: str, compiled: bool, dtype: str) -> list[float]:
 
 
 @pytest.mark.parametrize("mixer", ["hgrn2", "gated_delta_net", "kda", "linear_attention"])
-def test_bfloat16_and_compiled_training_follow_float32(mixer: str, tmp_path):
-    exact = _losses(tmp_path, mixer, False, "float32")
+def test_bfloat16_compiled_and_checkpointed_training_follow_float32(mixer: str, tmp_path):
+    exact = _losses(tmp_path, mixer, "float32")
     assert exact[-1] < exact[0] - 0.2
-    for compiled in (False, True):
+    for more in ({}, {"compiled": True}, {"compiled": True, "checkpointing": "selective"}):
         torch._dynamo.reset()
-        losses = _losses(tmp_path, mixer, compiled, "bfloat16")
+        losses = _losses(tmp_path, mixer, "bfloat16", **more)
         assert all(math.isclose(a, b, rel_tol=1e-2) for a, b in zip(losses, exact, strict=True)), (losses, exact)
