@@ -8,7 +8,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from torchlinearmoe import build_model
 from torchlinearmoe.errors import RecipeError
@@ -130,9 +130,9 @@ def test_selective_writes_into_the_buffers_of_compiled_graphs() -> None:
 
     values = torch.randn(16, 8), torch.randn(8, 12)
     gradients = []
-    for options in ({}, {"context_fn": selective_contexts}):
+    for contexts in (noop_context_fn, selective_contexts):
         x, weight = (value.clone().requires_grad_() for value in values)
-        checkpoint(block, x, weight, use_reentrant=False, **options).sum().backward()
+        checkpoint(block, x, weight, use_reentrant=False, context_fn=contexts).sum().backward()
         gradients.append((x.grad, weight.grad))
     for plain, selective in zip(*gradients, strict=True):
         assert torch.equal(plain, selective)

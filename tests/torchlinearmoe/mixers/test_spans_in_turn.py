@@ -11,6 +11,7 @@ from spans_in_turn import in_turn
 from torch import Tensor, nn
 
 from torchlinearmoe.documents import Documents
+from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.parallel.spans import Exchange, cut_spans
 
 ROW = 512
@@ -73,16 +74,27 @@ def test_turns_are_what_ranks_would_do(name: str, size: int, attention: str, mon
         assert relative(found[key], value) < 1e-9, key
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("size", [2, 4, 8])
-@every_mixer
-def test_gpu_kernels_over_spans_equal_the_whole(case: Case, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    stack = make_stack(case).cuda()
+def check_on_gpu(case: Case, backend: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spans in bfloat16 are as near to the whole in float64 as bfloat16 allows."""
+    stack = make_stack(case, kernel_backend="torch").cuda()
     exact = whole_run(stack, "cuda", torch.float64)
-    stack = in_half(stack.float())
+    stack = in_half(make_stack(case, dtype=torch.float32, kernel_backend=backend).cuda())
     whole = whole_run(stack, "cuda", torch.bfloat16)
     found = spanned_run(stack, "cuda", torch.bfloat16, size, "auto", monkeypatch)
     errors = {key: (relative(found[key], exact[key]), relative(whole[key], exact[key])) for key in exact}
-    print(f"{case}, {size} spans:", *("{} {:.1e} {:.1e}".format(key, *pair) for key, pair in errors.items()))
+    print(f"{case}, {size} spans:", *(f"{key} {a:.1e} {b:.1e}" for key, (a, b) in errors.items()))
     wrong = {key: pair for key, pair in errors.items() if not pair[0] < max(2e-2, 1.5 * pair[1])}
     assert not wrong
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [2, 4, 8])
+@every_mixer
+def test_spans_on_a_gpu_equal_the_whole(case: Case, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_on_gpu(case, "torch", size, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MIXERS)
+def test_spans_by_the_kernels_of_packages_equal_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_on_gpu(Case(name, {}), "auto", 4, monkeypatch)
