@@ -22,7 +22,9 @@ Results = dict[str, Tensor]
 
 
 def inputs(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return tuple(random_inputs(BORDERS[-1], seed, dtype).to(device) for seed in (0, 3))  # pyright: ignore[reportReturnType]
+    """Tokens and the weights of their outputs, all of which bfloat16 can tell."""
+    x_TD, weights_TD = (random_inputs(BORDERS[-1], seed, torch.bfloat16).to(device, dtype) for seed in (0, 3))
+    return x_TD, weights_TD
 
 
 def results_of(stack: Stack, y_TD: Tensor, x_TD: Tensor, weights_TD: Tensor) -> Results:
@@ -76,9 +78,10 @@ def test_turns_are_what_ranks_would_do(name: str, size: int, attention: str, mon
 
 def check_on_gpu(case: Case, backend: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spans in bfloat16 are as near to the whole in float64 as bfloat16 allows."""
-    stack = make_stack(case, kernel_backend="torch").cuda()
-    exact = whole_run(stack, "cuda", torch.float64)
     stack = in_half(make_stack(case, dtype=torch.float32, kernel_backend=backend).cuda())
+    wide = make_stack(case, kernel_backend="torch").cuda()
+    wide.load_state_dict(stack.state_dict())
+    exact = whole_run(wide, "cuda", torch.float64)
     whole = whole_run(stack, "cuda", torch.bfloat16)
     found = spanned_run(stack, "cuda", torch.bfloat16, size, "auto", monkeypatch)
     errors = {key: (relative(found[key], exact[key]), relative(whole[key], exact[key])) for key in exact}
