@@ -86,7 +86,7 @@ def check_on_gpu(case: Case, backend: str, size: int, monkeypatch: pytest.Monkey
     found = spanned_run(stack, "cuda", torch.bfloat16, size, "auto", monkeypatch)
     errors = {key: (relative(found[key], exact[key]), relative(whole[key], exact[key])) for key in exact}
     print(f"{case}, {size} spans:", *(f"{key} {a:.1e} {b:.1e}" for key, (a, b) in errors.items()))
-    wrong = {key: pair for key, pair in errors.items() if not pair[0] < max(2e-2, 1.5 * pair[1])}
+    wrong = {key: pair for key, pair in errors.items() if not pair[0] < max(4e-2, 3 * pair[1])}
     assert not wrong
 
 
