@@ -324,7 +324,7 @@ def _choose(operator: str, backend: str, q: Tensor) -> Backend:
         backend,
         q.device.type,
         q.dtype,
-        bool(q.shape[-1] > 256),
+        q.shape[-1],
         torch.is_grad_enabled(),
         torch.compiler.is_compiling(),
     )

@@ -36,8 +36,8 @@ class Call:
     """The type of the tensors' device."""
     dtype: torch.dtype
     """Of queries, keys and values."""
-    wide: bool
-    """Keys of more than 256 channels."""
+    channels: int
+    """Of a head's queries and keys."""
     gradients: bool
     """Gradients are recorded."""
 

@@ -26,7 +26,13 @@ def chosen_backends() -> dict[str, tuple[str, str]]:
 
 @torch.compiler.assume_constant_result
 def choose(
-    operator: str, requested: str, device: str, dtype: torch.dtype, wide: bool, gradients: bool, compiling: bool = False
+    operator: str,
+    requested: str,
+    device: str,
+    dtype: torch.dtype,
+    channels: int,
+    gradients: bool,
+    compiling: bool = False,
 ) -> tuple[str, str]:
     """The backend for a call and an empty string, or any name and the one line that says why `requested` is refused.
 
@@ -34,7 +40,7 @@ def choose(
     and `compiling`: inside torch.compile "auto" takes "torch", whose operations the compiler fuses with what is around
     them, where a package's kernels would break the graph at every layer.
     """
-    call = Call(operator, device, dtype, wide, gradients)
+    call = Call(operator, device, dtype, channels, gradients)
     if requested == "auto" and compiling:
         name, reason = "torch", "torch.compile fuses it"
     elif requested == "auto":

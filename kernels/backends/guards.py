@@ -66,6 +66,8 @@ class Defect:
     backward_only: bool
     reason: str
     way_out: str
+    channels: int = 2**30
+    """Only calls with keys of at most so many channels."""
 
 
 DEFECTS = (
@@ -78,6 +80,17 @@ DEFECTS = (
         reason="Triton 3.4.0 to 3.7.0 miscompiles its backward pass on Hopper GPUs "
         "(https://github.com/fla-org/flash-linear-attention/issues/640)",
         way_out="install Triton 3.7.1 or newer, or use 'auto' or 'torch'",
+    ),
+    Defect(
+        backend="fla",
+        operators=frozenset(("identity", "constant", "delta")),
+        capability=((9, 0), (10, 0)),
+        triton=((3, 4, 0), (3, 7, 1)),
+        backward_only=True,
+        # Seen with Triton 3.6.0, 32 channels of keys and 64 of values, under some of the tuner's configurations.
+        reason="the same backward pass reads outside its tensors for keys of at most 32 channels on Hopper GPUs",
+        way_out="install Triton 3.7.1 or newer, or use 'auto' or 'torch'",
+        channels=32,
     ),
 )
 
@@ -99,12 +112,13 @@ def refusal(backend: str, call: Call, machine: Machine, *, auto: bool) -> str | 
     if call.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"it does not take {_name(call.dtype)}; use 'auto' or 'torch'"
     operator = _lowered(backend, call)
-    if call.wide and operator in (*DELTA, "dplr_rule"):
+    if call.channels > 256 and operator in (*DELTA, "dplr_rule"):
         return "its delta rule takes keys of at most 256 channels; use 'auto' or 'torch'"
     for defect in DEFECTS:
         if (
             defect.backend == backend
             and operator in defect.operators
+            and call.channels <= defect.channels
             and defect.capability[0] <= machine.capability < defect.capability[1]
             and defect.triton[0] <= machine.triton < defect.triton[1]
             and (call.gradients or auto or not defect.backward_only)

@@ -18,13 +18,13 @@ OLD_TRITON = replace(HOPPER, triton=(3, 6, 0))
 
 
 def call(operator: str, **changes) -> Call:
-    return replace(Call(operator, "cuda", torch.bfloat16, False, True), **changes)
+    return replace(Call(operator, "cuda", torch.bfloat16, 64, True), **changes)
 
 
 def choose_on(monkeypatch, machine: guards.Machine, requested: str, facts: Call) -> tuple[str, str]:
     monkeypatch.setattr(guards, "this_machine", lambda: machine)
     monkeypatch.setattr(choose, "_chosen", {})
-    return choose.choose(facts.operator, requested, facts.device, facts.dtype, facts.wide, facts.gradients)
+    return choose.choose(facts.operator, requested, facts.device, facts.dtype, facts.channels, facts.gradients)
 
 
 @pytest.mark.parametrize("operator", ["scalar", "gated_delta", "ssd"])
@@ -56,7 +56,7 @@ def test_the_miscompile_bars_backward_passes_only_but_auto_stays_with_what_train
 
 def test_auto_stays_with_what_the_compiler_can_fuse(monkeypatch):
     assert choose_on(monkeypatch, HOPPER, "auto", call("scalar"))[0] == "fla"
-    facts = ("cuda", torch.bfloat16, False, True)
+    facts = ("cuda", torch.bfloat16, 64, True)
     assert choose.choose("scalar", "auto", *facts, compiling=True)[0] == "torch"
     assert choose.choose("scalar", "fla", *facts, compiling=True)[0] == "fla"
     seen = []
@@ -73,6 +73,17 @@ def test_ungated_kernels_are_not_barred_by_it(operator):
     assert barred == (operator == "gated_delta")
 
 
+@pytest.mark.parametrize("operator", ["identity", "constant", "delta"])
+@pytest.mark.parametrize(
+    "channels, machine, barred", [(32, OLD_TRITON, True), (33, OLD_TRITON, False), (32, HOPPER, False)]
+)
+def test_narrow_keys_are_kept_from_a_backward_pass_that_reads_elsewhere(operator, channels, machine, barred):
+    facts = call(operator, channels=channels)
+    for auto in (False, True):
+        assert (guards.refusal("fla", facts, machine, auto=auto) is not None) == barred
+    assert guards.refusal("fla", replace(facts, gradients=False), machine, auto=False) is None
+
+
 def test_the_float32_delta_rule_goes_by_the_gated_kernel_and_is_barred_with_it():
     facts = call("delta", dtype=torch.float32)
     assert guards.refusal("fla", facts, HOPPER, auto=False) is None
@@ -85,8 +96,8 @@ def test_the_float32_delta_rule_goes_by_the_gated_kernel_and_is_barred_with_it()
         ("fla", call("identity", device="cpu"), HOPPER, "needs a CUDA device, the tensors are on the cpu"),
         ("fla", call("identity"), replace(HOPPER, packages=frozenset(["triton", "einops"])), "fla cannot be imported"),
         ("fla", call("identity", dtype=torch.float64), HOPPER, "does not take float64"),
-        ("fla", call("delta", wide=True), HOPPER, "at most 256 channels"),
-        ("fla", call("dplr_rule", wide=True), HOPPER, "at most 256 channels"),
+        ("fla", call("delta", channels=257), HOPPER, "at most 256 channels"),
+        ("fla", call("dplr_rule", channels=257), HOPPER, "at most 256 channels"),
         ("fla", call("quadratic_attention"), HOPPER, "it computes"),
         ("mamba_ssm", call("scalar"), HOPPER, "it computes ssd"),
         ("mamba_ssm", call("ssd"), replace(HOPPER, packages=frozenset(["triton"])), "pip install --no-build-isolation"),
@@ -100,7 +111,7 @@ def test_what_cannot_be_computed_is_refused_with_a_way_out(monkeypatch, backend,
 
 
 def test_wide_keys_are_refused_by_the_delta_rule_only():
-    assert guards.refusal("fla", call("diagonal", wide=True), HOPPER, auto=False) is None
+    assert guards.refusal("fla", call("diagonal", channels=257), HOPPER, auto=False) is None
 
 
 @pytest.mark.parametrize(

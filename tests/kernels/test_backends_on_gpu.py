@@ -4,8 +4,6 @@ A backend is skipped, with its reason, where its package is missing or the guard
 The inputs are bfloat16 numbers, so that only the arithmetic differs from the definition.
 """
 
-import importlib
-
 import pytest
 import torch
 from oracle import FAMILIES, random_call, relative_error
@@ -15,22 +13,14 @@ from torchlinearmoe.kernels import ops
 from torchlinearmoe.kernels.backends import guards
 from torchlinearmoe.kernels.backends.call import Call
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("little_tuning")]
 TOLERANCE = 2e-2
 """Two to three roundings to bfloat16 (2^-9 each) of values that add up without order."""
 LENGTHS = {"rows": None, "even": (64, 64, 64), "ragged": (1, 63, 0, 64, 130, 7)}
 
 
-@pytest.fixture(autouse=True)
-def little_tuning(monkeypatch):
-    """Two tuning configurations a kernel: what is computed does not depend on them, and all of them cost minutes."""
-    tuner = importlib.import_module("triton.runtime.autotuner").Autotuner
-    prune = tuner.prune_configs
-    monkeypatch.setattr(tuner, "prune_configs", lambda self, *args, **kwargs: prune(self, *args, **kwargs)[:2])
-
-
 def need(backend: str, operator: str) -> None:
-    facts = Call(operator, "cuda", torch.bfloat16, wide=False, gradients=True)
+    facts = Call(operator, "cuda", torch.bfloat16, channels=64, gradients=True)
     reason = guards.refusal(backend, facts, guards.this_machine(), auto=False)
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")

@@ -98,6 +98,7 @@ def test_spans_on_a_gpu_equal_the_whole(case: Case, size: int, monkeypatch: pyte
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("little_tuning")
 @pytest.mark.parametrize("name", MIXERS)
 def test_spans_by_the_kernels_of_packages_equal_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check_on_gpu(Case(name, {}), "auto", 4, monkeypatch)
