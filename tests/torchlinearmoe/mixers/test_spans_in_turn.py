@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.mixers import MIXERS
+from torchlinearmoe.mixers.mom import MoM
 from torchlinearmoe.parallel.spans import Exchange, cut_spans
 
 ROW = 512
@@ -78,15 +79,19 @@ def test_turns_are_what_ranks_would_do(name: str, size: int, attention: str, mon
 
 def check_on_gpu(case: Case, backend: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spans in bfloat16 are as near to the whole in float64 as bfloat16 allows."""
-    stack = in_half(make_stack(case, dtype=torch.float32, kernel_backend=backend).cuda())
+    # Rounded to bfloat16, some tokens go to another memory.
+    dtype = torch.float32 if issubclass(case.mixer, MoM) else torch.bfloat16
+    stack = make_stack(case, dtype=torch.float32, kernel_backend=backend).cuda()
+    stack = in_half(stack) if dtype == torch.bfloat16 else stack
     wide = make_stack(case, kernel_backend="torch").cuda()
     wide.load_state_dict(stack.state_dict())
     exact = whole_run(wide, "cuda", torch.float64)
-    whole = whole_run(stack, "cuda", torch.bfloat16)
-    found = spanned_run(stack, "cuda", torch.bfloat16, size, "auto", monkeypatch)
+    whole = whole_run(stack, "cuda", dtype)
+    found = spanned_run(stack, "cuda", dtype, size, "auto", monkeypatch)
     errors = {key: (relative(found[key], exact[key]), relative(whole[key], exact[key])) for key in exact}
     print(f"{case}, {size} spans:", *(f"{key} {a:.1e} {b:.1e}" for key, (a, b) in errors.items()))
-    wrong = {key: pair for key, pair in errors.items() if not pair[0] < max(4e-2, 3 * pair[1])}
+    limit = 4e-2 if dtype == torch.bfloat16 else 1e-3
+    wrong = {key: pair for key, pair in errors.items() if not pair[0] < max(limit, 3 * pair[1])}
     assert not wrong
 
 
