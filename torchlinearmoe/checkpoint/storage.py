@@ -4,13 +4,18 @@ A checkpoint holds tensors only, which torch reads with ``weights_only=True``. T
 pickle; it is read here by an unpickler that knows the few classes such an index is made of and refuses any other.
 """
 
+import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, Metadata
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, Metadata, SavePlan, SavePlanner
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
 from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from torchlinearmoe.errors import UserError
 
@@ -90,6 +95,30 @@ class Writer(FileSystemWriter):
     def storage_meta(self) -> StorageMeta | None:
         """Nothing: the path of the temporary folder says nothing to a reader, and a path is no index class."""
         return None
+
+
+class StreamWriter(Writer):
+    """Holds one tensor at a time, where the base class holds all that it has written into a file."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write each item as soon as the planner has made it."""
+        name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+        results = []
+        with (Path(self.path) / name).open("wb") as stream:
+            for item in plan.items:
+                start = stream.tell()
+                torch.save(_compact(planner.resolve_data(item)), stream)
+                length = stream.tell() - start
+                results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
+            os.fsync(stream.fileno())
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+
+def _compact(tensor: Any) -> Tensor:
+    """The tensor without what else lies in its storage."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 class Reader(FileSystemReader):
