@@ -38,7 +38,24 @@ def _parser() -> argparse.ArgumentParser:
         choices=("float32", "bfloat16", "float16"),
         help="type of the weights (default: the checkpoint's, float32 after training)",
     )
+    out.add_argument(
+        "--shard-size",
+        type=_gigabytes,
+        default=5.0,
+        metavar="GB",
+        help="largest weight file (default: %(default)s)",
+    )
     return parser
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}, legal: numbers above 0, in GB")
+    return size
 
 
 def _from_hf(options: argparse.Namespace) -> int:
@@ -61,7 +78,13 @@ def _to_hf(options: argparse.Namespace) -> int:
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
     with _progress("exporting") as progress:
-        config = export_checkpoint(options.source, options.destination, dtype=dtype, progress=progress)
+        config = export_checkpoint(
+            options.source,
+            options.destination,
+            dtype=dtype,
+            shard_bytes=int(options.shard_size * 1e9),
+            progress=progress,
+        )
     trust = ", trust_remote_code=True" if "auto_map" in config else ""
     print(f"{options.destination}: {config['architectures'][0]}")
     print(f'next: AutoModelForCausalLM.from_pretrained("{options.destination}"{trust})')

@@ -21,18 +21,20 @@ TEMPLATE_FILE = "chat_template.toml"
 def model_files(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, str | bytes]:
     """The small files a checkpoint needs to be used by itself, by name."""
     files: dict[str, str | bytes] = {RECIPE_FILE: dump(recipe)}
+    neighbours = {"tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
     if recipe.data.format == "messages":
         files[TEMPLATE_FILE] = load_template(recipe.data.chat_template).source
-    for path in _tokenizer_files(tokenizer):
+        neighbours.remove("chat_template.jinja")  # another than the one it learned
+    for path in _tokenizer_files(tokenizer, neighbours):
         files[f"{TOKENIZER_FOLDER}/{path.name}"] = path.read_bytes()
     return files
 
 
-def _tokenizer_files(tokenizer: Tokenizer) -> list[Path]:
-    """The tokenizer's file and the neighbours it is read with."""
+def _tokenizer_files(tokenizer: Tokenizer, neighbours: set[str]) -> list[Path]:
+    """The tokenizer's file and what lies beside it: `neighbours` of a tokenizer.json, the names of a tiktoken file."""
     path = tokenizer.path
-    neighbour = "tokenizer_config.json" if path.name == "tokenizer.json" else f"{path.name}.json"
-    return [file for file in (path, path.with_name(neighbour)) if file.is_file()]
+    names = sorted(neighbours) if path.name == "tokenizer.json" else [f"{path.name}.json"]
+    return [file for file in (path, *map(path.with_name, names)) if file.is_file()]
 
 
 def checkpoint_recipe(path: str | Path) -> Recipe:

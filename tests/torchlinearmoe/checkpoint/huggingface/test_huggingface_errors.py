@@ -179,6 +179,11 @@ def test_the_command_converts_both_ways_and_fails_in_one_line(
     assert main(["to-hf", str(tmp_path / "checkpoint"), str(tmp_path / "again"), "--dtype", "bfloat16"]) == 0
     assert "Qwen2MoeForCausalLM" in capsys.readouterr().out
     assert {value.dtype for value in load_file(tmp_path / "again" / "model.safetensors").values()} == {torch.bfloat16}
+    assert main(["to-hf", str(tmp_path / "checkpoint"), str(tmp_path / "cut"), "--shard-size", "3e-5"]) == 0
+    assert len(list((tmp_path / "cut").glob("model-*.safetensors"))) > 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["to-hf", "a", "b", "--shard-size", "0"])
+    assert "--shard-size: '0', legal: numbers above 0" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="1"):
         main(["from-hf", str(tmp_path / "nowhere"), str(tmp_path / "more")])
     error = capsys.readouterr().err

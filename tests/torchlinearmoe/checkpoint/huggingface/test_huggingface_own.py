@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from transformers.dynamic_module_utils import check_imports
@@ -142,6 +143,22 @@ def test_generation_ends_where_a_finetuned_response_does(tmp_path: Path) -> None
         run.save(1, build_model(recipe.model), None, {"tokens": 0, "skipped_steps": 0}, files, blocking=True)
         export_checkpoint(tmp_path / template / "step-1", tmp_path / f"{template} exported")
         assert load(tmp_path / f"{template} exported").generation_config.eos_token_id == ends
+
+
+def test_the_neighbours_of_a_tokenizer_travel_with_it_but_no_template_that_was_not_learned(tmp_path: Path) -> None:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "<|endoftext|>": 2}, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()  # pyright: ignore
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    for name in ("special_tokens_map.json", "chat_template.jinja", "README.md"):
+        (tmp_path / name).write_text("{}")
+    kept = ["tokenizer.json", "special_tokens_map.json", "tokenizer_config.json"]
+    for form, names in (("text", [*kept, "chat_template.jinja"]), ("messages", kept)):
+        recipe = resolve({"data": {"format": form}, "training": {"steps": 1}})
+        files = model_files(recipe, load_tokenizer(tmp_path / "tokenizer.json"))
+        assert {name for name in files if "/" in name} == {f"tokenizer/{name}" for name in names}
 
 
 def test_without_the_package_the_modeling_file_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
