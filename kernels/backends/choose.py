@@ -9,7 +9,7 @@ from torchlinearmoe.kernels.backends.call import DELTA, LINEAR, Call
 
 logger = logging.getLogger("torchlinearmoe.kernels")
 
-NAMES = ("torch", "reference", "fla", "mamba_ssm")
+NAMES = ("torch", "reference", "fla", "mamba_ssm", "triton")
 PREFERENCE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((*LINEAR, *DELTA, "dplr_rule", "slot_attention"), ("fla",)),
     "ssd": ("fla", "mamba_ssm"),

@@ -50,6 +50,7 @@ PACKAGES = {
     "mamba_ssm": Package(
         ("mamba_ssm", "triton", "einops"), "pip install --no-build-isolation mamba-ssm", frozenset(("ssd",))
     ),
+    "triton": Package(("triton",), "pip install triton", frozenset(("identity", "constant", "scalar", "ssd"))),
 }
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from torchlinearmoe.kernels.backends import fla, mamba_ssm, ours
+from torchlinearmoe.kernels.backends import fla, fused, mamba_ssm, ours
 
 
 @dataclass(frozen=True)
@@ -49,4 +49,5 @@ BACKENDS: dict[str, Backend] = {
         slot_attention=fla.slot_attention,
     ),
     "mamba_ssm": Backend(ssd=mamba_ssm.ssd),
+    "triton": Backend(linear_recurrence=fused.linear_recurrence),
 }

@@ -112,7 +112,7 @@ class ModelRecipe:
     """Standard deviation of the initial weights; output projections use it over sqrt(2 num_layers)."""
     attention_backend: Literal["auto", "sdpa", "varlen", "flex"] = "auto"
     """Kernel of the softmax layers: torch SDPA with masks, FlashAttention over packed documents, or FlexAttention."""
-    kernel_backend: Literal["auto", "torch", "reference", "fla", "mamba_ssm"] = "auto"
+    kernel_backend: Literal["auto", "torch", "reference", "fla", "mamba_ssm", "triton"] = "auto"
     """Kernels of the linear mixers: chunk-parallel PyTorch, the definitions token by token, flash-linear-attention or
     mamba-ssm; `auto` decides operator by operator, and takes `torch` inside torch.compile."""
     moe: MoERecipe
