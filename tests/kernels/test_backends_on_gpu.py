@@ -77,6 +77,37 @@ def test_fla_agrees_with_the_definition(family: str, states, packing):
     assert_small(compare(getattr(ops, call.operator), call.inputs, call.options, "fla", "q k v a b"))
 
 
+WIDTHS = [(64, 96), (32, 64), (16, 16), (128, 128), (100, 72), (256, 200)]
+
+
+@pytest.mark.parametrize("packing", LENGTHS)
+@pytest.mark.parametrize("K, V", WIDTHS)
+@pytest.mark.parametrize("family", ["identity", "constant", "scalar"])
+def test_our_kernels_agree_with_the_definition(family: str, K: int, V: int, packing):
+    torch.manual_seed(1)
+    call = random_call(family, T=150, K=K, V=V, lengths=LENGTHS[packing], initial=True, final=True)
+    assert_small(compare(getattr(ops, call.operator), call.inputs, call.options, "triton", "q k v"))
+    # In float32 the products are exact to its rounding.
+    errors = compare(getattr(ops, call.operator), call.inputs, call.options, "triton", "")
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_our_kernels_are_accurate_over_32768_tokens_of_mixed_decays(dtype: torch.dtype, tolerance: float):
+    torch.manual_seed(9)
+    call = random_call("scalar", B=1, T=32768, H=2, K=64, V=64, initial=True, final=True)
+    sizes = torch.tensor([0.0, -1e-6, -1e-3, -0.1, -1.0, -20.0, -1e4, -torch.inf], dtype=torch.float64)
+    weights = torch.tensor([8.0, 8.0, 8.0, 4.0, 2.0, 1.0, 1.0, 1.0])
+    shape = call.inputs["log_decay"].shape
+    call.inputs["log_decay"] = sizes[torch.multinomial(weights, shape.numel(), replacement=True)].view(shape)
+    inputs = {name: (x.to(dtype) if name in "qkv" else x.float()).cuda() for name, x in call.inputs.items()}
+    wide = {name: x.double() for name, x in inputs.items()}
+    expected = results(ops.linear_recurrence, wide, call.options, "torch")
+    found = results(ops.linear_recurrence, inputs, call.options, "triton")
+    errors = {name: relative_error(found[name], expected[name]) for name in expected}
+    assert max(errors.values()) < tolerance, errors
+
+
 @pytest.mark.parametrize("packing", LENGTHS)
 @pytest.mark.parametrize("bound", [-0.6065306597126334, -4.0, None], ids=str)
 def test_fla_agrees_for_bounded_and_strong_decays(bound, packing):
@@ -136,7 +167,7 @@ def test_fla_agrees_for_slot_attention(packing):
 
 @pytest.mark.parametrize("packing", LENGTHS)
 @pytest.mark.parametrize("states", ["", "in", "in out"])
-@pytest.mark.parametrize("backend", ["mamba_ssm", "fla"])
+@pytest.mark.parametrize("backend", ["mamba_ssm", "fla", "triton"])
 def test_ssd_agrees_with_the_definition(backend, states, packing):
     need(backend, "ssd")
     torch.manual_seed(6)
