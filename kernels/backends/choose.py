@@ -12,7 +12,8 @@ logger = logging.getLogger("torchlinearmoe.kernels")
 NAMES = ("torch", "reference", "fla", "mamba_ssm", "triton")
 PREFERENCE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((*LINEAR, *DELTA, "dplr_rule", "slot_attention"), ("fla",)),
-    "ssd": ("fla", "mamba_ssm"),
+    **dict.fromkeys(("identity", "constant", "scalar"), ("fla", "triton")),
+    "ssd": ("fla", "mamba_ssm", "triton"),
 }
 """What "auto" tries before "torch", by operator; an operator that is not here runs on "torch"."""
 

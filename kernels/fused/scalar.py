@@ -14,10 +14,11 @@ from torch.autograd.function import once_differentiable
 
 from torchlinearmoe.kernels.backends.borders import find_borders
 from torchlinearmoe.kernels.backends.call import States, outside_graphs
-from torchlinearmoe.kernels.fused import scalar_kernels as kernels
+from torchlinearmoe.kernels.fused import scalar_kernels
 from torchlinearmoe.kernels.fused.chunks import CHUNK, ChunkTable, chunk_table
 
 LARGEST_TILE = 64
+kernels: Any = scalar_kernels  # Triton turns numbers into its own constants
 
 
 @outside_graphs

@@ -20,8 +20,7 @@ Triton 3.4 to 3.7.0 miscompiles on Hopper GPUs (https://github.com/fla-org/flash
 Tokens of all documents lie one after the other: q, k: [T, H, K]; v: [T, H, V]; g: [T, H]; states [chunks, H, K, V].
 """
 
-# pyright: reportPrivateImportUsage=false, reportIndexIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
-# ruff: noqa: N803, N806
+# pyright: basic, reportIndexIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
 
 import triton
 import triton.language as tl

@@ -128,10 +128,11 @@ def test_auto_leaves_out_what_only_an_explicit_name_asks_for(monkeypatch, facts,
     [
         *[(operator, HOPPER, "fla") for operator in (*LINEAR, *DELTA, *OTHERS, "ssd")],
         ("quadratic_attention", HOPPER, "torch"),
-        ("scalar", OLD_TRITON, "torch"),
+        ("scalar", OLD_TRITON, "triton"),
         ("gated_delta", OLD_TRITON, "torch"),
         ("ssd", OLD_TRITON, "mamba_ssm"),
-        ("ssd", replace(OLD_TRITON, packages=EVERYTHING - {"mamba_ssm"}), "torch"),
+        ("ssd", replace(OLD_TRITON, packages=EVERYTHING - {"mamba_ssm"}), "triton"),
+        ("identity", replace(HOPPER, packages=frozenset(["triton"])), "triton"),
         ("ssd", replace(HOPPER, packages=EVERYTHING - {"fla"}), "mamba_ssm"),
         ("diagonal", replace(HOPPER, packages=frozenset()), "torch"),
     ],
@@ -151,6 +152,13 @@ PREFERRED = {operator: names[0] for operator, names in choose.PREFERENCE.items()
 def test_auto_stays_with_our_own_on_the_cpu(monkeypatch, operator):
     name, _ = choose_on(monkeypatch, HOPPER, "auto", call(operator, device="cpu"))
     assert name == "torch"
+
+
+@pytest.mark.parametrize("change", [{"dtype": torch.float32}, {}])
+def test_auto_takes_our_kernels_where_results_must_be_exact(monkeypatch, change):
+    machine = replace(HOPPER, deterministic=not change)
+    assert choose_on(monkeypatch, machine, "auto", call("scalar", **change)) == ("triton", "")
+    assert "it computes constant, identity, scalar, ssd" in choose_on(monkeypatch, machine, "triton", call("kda"))[1]
 
 
 def test_a_reason_tells_why_without_the_way_out(monkeypatch):
