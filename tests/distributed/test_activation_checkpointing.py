@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from harness import RankPool
-from tiny_run import Result, Settings, assert_same_training, run, settings, write_corpus
+from tiny_run import Result, Settings, assert_same_training, every_run, run, settings, write_corpus
 
 SHORT: Settings = {
     "training": {"steps": 1, "sequence_length": 24, "tokens_per_step": 48},
@@ -34,6 +34,17 @@ LAYOUTS: dict[str, tuple[int, tuple[Settings, ...]]] = {
 }
 
 
+QUICK = every_run(
+    LAYOUTS,
+    "one process",
+    "one process, carried tensors, memories",
+    "shards, experts spread",
+    "one process, compiled",
+    "heads split",
+    "pipeline",
+)
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus"))
@@ -47,7 +58,7 @@ def figures(result: Result) -> list[dict[str, float]]:
     ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", QUICK)
 def test_layers_that_run_again_train_the_same(ranks: RankPool, corpus: Path, tmp_path: Path, layout: str) -> None:
     size, changes = LAYOUTS[layout]
     kept = ranks(size, run, settings(corpus, tmp_path / "kept", SHORT, *changes))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from harness import RankPool
-from tiny_run import Result, Settings, assert_same_training, run, settings, write_corpus
+from tiny_run import Result, Settings, assert_same_training, every_run, run, settings, write_corpus
 
 MIXED = ["hgrn2", "hgrn2", "gated_delta_net", "rwkv6", "softmax_attention"]
 BASE: Settings = {
@@ -29,6 +29,15 @@ LAYOUTS: dict[str, tuple[int, Settings]] = {
 }
 
 
+QUICK = every_run(
+    LAYOUTS,
+    "two spans, compiled",
+    "four spans, heads stay",
+    "two spans, shards and heads traded",
+    "two spans, heads and experts split",
+)
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus"), documents=60)
@@ -42,7 +51,7 @@ def alone(ranks: RankPool, corpus: Path, tmp_path_factory: pytest.TempPathFactor
     return {scope: ranks(1, run, settings(corpus, folder / scope, BASE, moe))[0] for scope, moe in scopes.items()}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", QUICK)
 def test_spans_train_as_whole_rows_do(
     ranks: RankPool, corpus: Path, tmp_path: Path, alone: dict[str, Result], layout: str
 ) -> None:

@@ -29,7 +29,7 @@ MOVES: dict[str, list[str]] = {
     "tensor 2 x fsdp 2, ep 2 x efsdp 2": ["fsdp 2"],
     "one process": ["tensor 2 x replicas 2, ep 2", "pipeline 2"],
     "context 2 x fsdp 2, ep 2 x efsdp 2": ["pipeline 2 x tensor 2, ep 2"],
-    "pipeline 2": ["context 2 x fsdp 2, ep 2 x efsdp 2", "fsdp 2"],
+    "pipeline 2": ["context 2 x fsdp 2, ep 2 x efsdp 2"],
 }
 
 

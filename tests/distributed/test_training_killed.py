@@ -87,6 +87,7 @@ def test_a_process_killed_anywhere_goes_on_exactly(ranks: RankPool, corpus: Path
     expect_other_layout_goes_on(results, never_killed, again)
 
 
+@pytest.mark.distributed_full
 def test_two_killed_ranks_go_on_exactly(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
     never_killed = ranks(2, run, settings(corpus, tmp_path / "whole", LONG), False)
     folder = tmp_path / "run"

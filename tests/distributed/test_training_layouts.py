@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import RankPool
-from tiny_run import Result, Settings, assert_same_training, run, settings, write_corpus
+from tiny_run import Result, Settings, assert_same_training, every_run, run, settings, write_corpus
 
 DEEP: Settings = {"model": {"layout": "LLLN", "num_layers": 4}}
 HYBRID: Settings = {"model": {"layout": "LN", "num_layers": 2}}
@@ -27,7 +27,7 @@ def with_mixer(name: str) -> Settings:
     return {"model": {"mixer": name}}
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", every_run(MIXERS, "hgrn2", "gated_delta_net"))
 def test_shards_and_replicas_train_as_one_process_does(
     ranks: RankPool, corpus: Path, tmp_path: Path, mixer: str
 ) -> None:
@@ -45,13 +45,13 @@ def test_shards_and_replicas_train_as_one_process_does(
             assert sorted(row for result in results for row in result.rows[step]) == sorted(rows)
 
 
-@pytest.mark.parametrize("mixer", [*MIXERS, "rwkv7"])
+@pytest.mark.parametrize("mixer", every_run([*MIXERS, "rwkv7"], "hgrn2", "gated_delta_net", "rwkv7"))
 def test_compiled_regions_under_fsdp_train_as_one_eager_process_does(
     ranks: RankPool, corpus: Path, tmp_path: Path, mixer: str
 ) -> None:
     # Two linear layers: the bounds of a lone HGRN2 layer have no gradient, RWKV7's values go from one to the next.
     layers: Settings = {"model": {"layout": "LLN", "num_layers": 3}}
-    changes = (layers, with_mixer(mixer), {"training": {"steps": 5}})
+    changes = (layers, with_mixer(mixer), {"training": {"steps": 10 if mixer == "hgrn2" else 3}})
     (one,) = ranks(1, run, settings(corpus, tmp_path / "eager", *changes))
     assert one.graphs == 0
     for result in ranks(2, run, settings(corpus, tmp_path / "compiled", *changes, COMPILED)):
@@ -74,17 +74,17 @@ def test_accumulation_and_balance_do_not_depend_on_the_cut(
     def train(size: int, micro_batch_size: int, *changes: Settings) -> Result:
         output = tmp_path / f"{size}-{micro_batch_size}"
         changes = (HYBRID, with_mixer("linear_attention"), BALANCES[balance], *changes)
-        cut: Settings = {"training": {"micro_batch_size": micro_batch_size, "tokens_per_step": 8 * 48, "steps": 6}}
+        cut: Settings = {"training": {"micro_batch_size": micro_batch_size, "tokens_per_step": 8 * 48, "steps": 3}}
         return ranks(size, run, settings(corpus, output, cut, *changes))[0]
 
     whole = train(1, 8)
     biases = [name for name in whole.state if name.endswith("expert_bias")]
     assert len(biases) == (2 if balance == "bias" else 0)
-    cuts = [train(1, 4), train(1, 2), train(2, 2), train(4, 1, {"parallel": {"data_replicate": 2}})]
+    cuts = [train(1, 2), train(2, 2), train(4, 1, {"parallel": {"data_replicate": 2}})]
     for cut in cuts:
         assert_same_training(cut, whole)
         for name in biases:
-            assert whole.state[name].abs().max() > 0.01
+            assert whole.state[name].abs().max() > 0.005
             assert torch.equal(cut.state[name], whole.state[name])
         for key in ("moe/max_load", "moe/balance_loss", "moe/z_loss", "moe/entropy"):
             assert cut.column(key) == pytest.approx(whole.column(key), rel=1e-5), key
@@ -103,7 +103,7 @@ VARIANTS: dict[str, Settings] = {
 def test_every_way_to_group_weights_trains_as_one_process_does(
     ranks: RankPool, corpus: Path, tmp_path: Path, variant: str
 ) -> None:
-    changes = (HYBRID, with_mixer("gated_delta_net"), {"training": {"steps": 4}}, VARIANTS[variant])
+    changes = (HYBRID, with_mixer("gated_delta_net"), {"training": {"steps": 2}}, VARIANTS[variant])
     (one,) = ranks(1, run, settings(corpus, tmp_path / "one", *changes))
     for result in ranks(2, run, settings(corpus, tmp_path / "two", *changes)):
         assert_same_training(result, one)

@@ -30,7 +30,7 @@ def test_memories_train_and_balance_alike_on_every_layout(
     ranks: RankPool, corpus: Path, tmp_path: Path, scope: str
 ) -> None:
     def train(size: int, folder: str, *more: Settings) -> Result:
-        cut: Settings = {"training": {"tokens_per_step": 8 * 48, "steps": 3}}
+        cut: Settings = {"training": {"tokens_per_step": 8 * 48, "steps": 2}}
         return ranks(size, run, settings(corpus, tmp_path / folder, cut, RUNS[scope], *more))[0]
 
     one = train(1, "one", {"training": {"micro_batch_size": 8}})

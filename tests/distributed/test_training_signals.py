@@ -13,7 +13,7 @@ from tiny_run import Result, Settings, read_lines, run, settings, write_corpus
 from torchlinearmoe.checkpoint import find_latest
 from torchlinearmoe.trainer import Trainer
 
-STEPS = 40
+STEPS = 24
 LONG: Settings = {
     "model": {"layout": "L", "num_layers": 2},
     "training": {"steps": STEPS, "tokens_per_step": 2 * 48},
@@ -46,7 +46,9 @@ def signalled(rank: int, tables: Settings, victim: int, number: int) -> Result:
         Trainer._inputs = inputs  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("victim, number", [(0, signal.SIGINT), (1, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    "victim, number", [pytest.param(0, signal.SIGINT, marks=pytest.mark.distributed_full), (1, signal.SIGTERM)]
+)
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
     ranks: RankPool, corpus: Path, tmp_path: Path, never_stopped: Result, victim: int, number: int
 ) -> None:

@@ -47,6 +47,14 @@ class Result(NamedTuple):
         return [line[key] for line in self.lines if key in line]
 
 
+def every_run(cases: Iterable[str], *chosen: str) -> list[Any]:
+    """All cases for `parametrize`; those that are not chosen run with `-m distributed_full` only."""
+    names = list(cases)
+    assert set(chosen) <= set(names)
+    full = pytest.mark.distributed_full
+    return [name if name in chosen else pytest.param(name, marks=full) for name in names]
+
+
 def write_corpus(folder: Path, documents: int = 150) -> Path:
     """A JSONL file of short and long documents, so that packed sequences hold several and documents are cut."""
     chooser = random.Random(5)

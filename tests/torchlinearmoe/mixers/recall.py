@@ -70,13 +70,13 @@ def train_recall(
     for step in range(1, steps + 1):
         tokens, labels = draw(batch, pairs, symbols, generator)
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, step / 50) * (1 - 0.9 * step / steps)
+            group["lr"] = lr * min(1.0, step / 25) * (1 - 0.9 * step / steps)
         loss = model(tokens.flatten(), labels=labels.flatten(), documents=documents) / (batch * pairs)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 50 == 0 or step == steps:
+        if step % 25 == 0 or step == steps:
             accuracy = _accuracy(model, pairs, symbols, generator)
             if accuracy >= enough:
                 break
