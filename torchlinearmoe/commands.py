@@ -23,6 +23,6 @@ def failures_on_one_line() -> Iterator[None]:
     except (UserError, Failure) as error:
         if os.environ.get("RANK", "0") != "0":
             # Rank 0 most likely says the same, and its end is this rank's end: let it speak first.
-            time.sleep(3)
+            time.sleep(10)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(1)
