@@ -6,7 +6,8 @@ optimizer, and every rank of a pipeline knows the loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
     ScheduleZBVZeroBubble,
 )
+from torch.torch_version import TorchVersion
 
 from torchlinearmoe.data.packing import IGNORED
 from torchlinearmoe.models.decoder import Decoder
@@ -29,6 +31,12 @@ from torchlinearmoe.parallel.mesh import Meshes
 from torchlinearmoe.parallel.pipeline import micro_batches, num_stages, passed_between
 from torchlinearmoe.parallel.stage import Stage
 from torchlinearmoe.recipe.schema import Recipe
+
+logger = logging.getLogger(__name__)
+
+# Older ones add up the gradients of all outputs of an operation before they go on to the weights, and fail at a
+# `torch.autograd.Function`.
+SPLITS_BACKWARDS = TorchVersion(torch.__version__) >= "2.13"
 
 
 class Passes(Protocol):
@@ -95,6 +103,12 @@ class Pipeline:
             self.schedule = Schedule1F1B(runner, self.micro_batches, **options)
         else:
             kind = ScheduleInterleaved1F1B if schedule == "interleaved" else ScheduleZBVZeroBubble
+            if schedule == "zero_bubble" and not SPLITS_BACKWARDS:
+                logger.warning(
+                    "parallel.pipeline_schedule = 'zero_bubble': torch %s cannot split a backward, the gradients of "
+                    "weights are computed with those of inputs; torch 2.13 splits it",
+                    torch.__version__,
+                )
             self.schedule = kind(list(runners), self.micro_batches, **options)
 
     def forward_backward(self, batches: list[Inputs], tokens: Tensor) -> Tensor:
@@ -144,18 +158,39 @@ class _Runner(PipelineStage):
     ) -> None:
         passed_in = () if stage.holds_first else passed_between(recipe, stage.span.start, dtype)
         passed_out = (
-            (torch.empty((), device="meta"),) if stage.holds_last else passed_between(recipe, stage.span.stop, dtype)
+            (torch.empty((), dtype=torch.promote_types(dtype, torch.float32), device="meta"),)
+            if stage.holds_last
+            else passed_between(recipe, stage.span.stop, dtype)
         )
-        super().__init__(stage, stage.index, count, device, input_args=passed_in, output_args=passed_out, group=group)
+        super().__init__(
+            stage,
+            stage.index,
+            count,
+            device,
+            input_args=passed_in,
+            output_args=passed_out,
+            group=group,
+            dw_builder=None if SPLITS_BACKWARDS else _nothing_left,
+        )
         self.stage = stage
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         self.stage.micro_batch = fwd_chunk_id
+        if self.has_backward and not self.is_first:
+            # If the first run was without gradients, torch 2.11 receives into buffers without any ever after.
+            for received in self.args_recv_info[fwd_chunk_id]:
+                buffer = getattr(received, "buffer", None)
+                if buffer is not None and buffer.is_floating_point():
+                    buffer.requires_grad_(True)
         return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         self.stage.backward_shared()
         super().perform_reduce_grad(grad_scale_factor)
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        # Two stages of one rank need no connection; gloo has none to itself, and torch 2.11 asks for it.
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.peer != dist.get_rank()]
 
     # Between two stages of one rank torch hands gradients over in a run without any, too.
     def get_local_bwd_output(self, mb_index: int) -> Any:
@@ -164,6 +199,11 @@ class _Runner(PipelineStage):
     def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
         if self.has_backward:
             super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
+
+def _nothing_left() -> Callable[[], None]:
+    """What remains of a micro-batch's backward for the weights once all of it has run with the inputs."""
+    return lambda: None
 
 
 def _zero(device: torch.device) -> Tensor:
