@@ -43,6 +43,8 @@ WIDE = ["fsdp 2", "hsdp 2x2", "tp 2", "cp 4", "ep 2", "pp 2"]
 COMPILED = ["fsdp 2", "tp 2", "cp 2", "ep 2"]
 
 # Outputs near zero make a norm a step function, which magnifies the rounding of sums: 1e4-fold in five steps of GLA.
+# For some 1e-2 still does; with more, others' gradients of queries become so small that rounding shows in them.
+NORM_EPS = {"retention": 1e-1, "rwkv6": 1e-1, "rwkv7": 1e-1}
 MODEL = {"norm_eps": 1e-2, "num_layers": 3, "layout": "LNL"}
 LIMITS = {"float32": (1e-5, 1e-4), "float64": (1e-9, 1e-9)}
 """Of the losses and first gradients, and of the last gradients."""
@@ -52,7 +54,9 @@ pytestmark = pytest.mark.distributed_full
 
 def of_mixer(name: str) -> Settings:
     """Two layers of the mixer around softmax attention, all with experts; wide enough for two heads of any mixer."""
-    return {"model": {"mixer": name, "num_kv_heads": 2, "hidden_size": 64, **MODEL}}
+    return {
+        "model": {"mixer": name, "num_kv_heads": 2, "hidden_size": 64, **MODEL, "norm_eps": NORM_EPS.get(name, 1e-2)}
+    }
 
 
 def of_family(name: str) -> Settings:
