@@ -14,8 +14,8 @@ echo "$@" >> "$CALLS/scontrol"
 [ "$1" = requeue ] || printf 'node7\\nnode8\\n'
 """
 SRUN = """#!/bin/bash
-printf '%s\\n' "$@" > "$CALLS/srun.tmp" && mv "$CALLS/srun.tmp" "$CALLS/srun"
 trap 'sleep 0.2; echo saved > "$CALLS/saved"; exit 143' TERM
+printf '%s\\n' "$@" > "$CALLS/srun.tmp" && mv "$CALLS/srun.tmp" "$CALLS/srun"
 for _ in $(seq "$TICKS"); do sleep 0.05; done
 exit "$STATUS"
 """
