@@ -1,9 +1,14 @@
 """Fixtures of all tests."""
 
+import functools
 import importlib
 import os
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+RANKS = "tests/distributed/"
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -13,6 +18,29 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
         config.option.dist = "no"
         return 0
     return max(2, min(4, (os.cpu_count() or 1) // 4))
+
+
+class RanksInOneWorker(LoadScopeScheduling):
+    """One worker takes all tests over several ranks, which fill two cores alone; the others share what is left."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return RANKS if nodeid.startswith(RANKS) else nodeid
+
+
+@functools.cache
+def give_way() -> None:
+    """Let others have the processor first, from now on."""
+    os.nice(10)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # Ranks that wait for each other lose most by sharing; everything else fills what they leave.
+    if hasattr(item.config, "workerinput") and not item.nodeid.startswith(RANKS):
+        give_way()
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return RanksInOneWorker(config, log)
 
 
 @pytest.fixture

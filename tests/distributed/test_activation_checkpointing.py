@@ -39,7 +39,6 @@ QUICK = every_run(
     "one process",
     "one process, carried tensors, memories",
     "shards, experts spread",
-    "one process, compiled",
     "heads split",
     "pipeline",
 )

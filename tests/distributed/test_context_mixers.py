@@ -95,7 +95,10 @@ def spanned_run(
     return results
 
 
-@pytest.mark.parametrize("world_size, layout", [(2, "long"), (4, "long"), (4, "short")])
+@pytest.mark.parametrize(
+    "world_size, layout",
+    [(2, "long"), (4, "short"), pytest.param(4, "long", marks=pytest.mark.distributed_full)],
+)
 def test_spans_of_rows_on_several_ranks_equal_whole_rows(ranks: RankPool, world_size: int, layout: str) -> None:
     assert_equal(ranks(world_size, compare, CASES, layout, timeout=300), CASES)
 

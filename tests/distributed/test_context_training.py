@@ -31,9 +31,7 @@ LAYOUTS: dict[str, tuple[int, Settings]] = {
 
 QUICK = every_run(
     LAYOUTS,
-    "two spans, compiled",
     "four spans, heads stay",
-    "two spans, shards and heads traded",
     "two spans, heads and experts split",
 )
 

@@ -138,6 +138,7 @@ def test_spread_experts_train_as_one_process_does(ranks: RankPool, corpus: Path,
                 assert result.column(key) == pytest.approx(one.column(key), rel=1e-5), key
 
 
+@pytest.mark.distributed_full
 def test_compiled_spread_experts_train_as_one_eager_process_does(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
     compiled: Settings = {"training": {"compile": True, "compile_backend": "aot_eager"}, "parallel": {"expert": 2}}
     short: Settings = {"training": {"steps": 3}}

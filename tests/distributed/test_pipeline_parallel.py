@@ -49,11 +49,9 @@ QUICK = every_run(
     CASES,
     "1f1b, four stages",
     "1f1b, global balance, replicas",
-    "1f1b, compiled",
     "1f1b, carried tensors, heads split",
     "interleaved, several layers, bias",
     "interleaved, tied embedding, shards",
-    "zero bubble, carried tensors",
     "zero bubble, experts spread, bias",
 )
 

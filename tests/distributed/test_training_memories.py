@@ -25,9 +25,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-@pytest.mark.parametrize("scope", RUNS)
+@pytest.mark.parametrize(
+    "scope, compiles",
+    [*((scope, False) for scope in RUNS), pytest.param("sequence", True, marks=pytest.mark.distributed_full)],
+)
 def test_memories_train_and_balance_alike_on_every_layout(
-    ranks: RankPool, corpus: Path, tmp_path: Path, scope: str
+    ranks: RankPool, corpus: Path, tmp_path: Path, scope: str, compiles: bool
 ) -> None:
     def train(size: int, folder: str, *more: Settings) -> Result:
         cut: Settings = {"training": {"tokens_per_step": 8 * 48, "steps": 2}}
@@ -36,10 +39,13 @@ def test_memories_train_and_balance_alike_on_every_layout(
     one = train(1, "one", {"training": {"micro_batch_size": 8}})
     assert set(FIGURES) <= one.lines[0].keys() and {"moe/max_load", "moe/entropy"} <= one.lines[0].keys()
     compiled: Settings = {"training": {"compile": True, "compile_backend": "aot_eager"}}
-    layouts = [(2, compiled), (4, {"parallel": {"tensor": 2}})] if scope == "sequence" else [(2, {})]
-    for index, (size, layout) in enumerate(layouts):
-        found = train(size, f"{index}", layout)
-        assert_same_training(found, one)
-        for key in FIGURES:
-            assert found.column(key) == pytest.approx(one.column(key), rel=1e-5), key
-        assert not found.graph_breaks and bool(found.graphs) == (layout is compiled)
+    if compiles:
+        found = train(2, "many", compiled)
+    elif scope == "sequence":
+        found = train(4, "many", {"parallel": {"tensor": 2}})
+    else:
+        found = train(2, "many")
+    assert_same_training(found, one)
+    for key in FIGURES:
+        assert found.column(key) == pytest.approx(one.column(key), rel=1e-5), key
+    assert not found.graph_breaks and bool(found.graphs) == compiles

@@ -55,7 +55,7 @@ def every_run(cases: Iterable[str], *chosen: str) -> list[Any]:
     return [name if name in chosen else pytest.param(name, marks=full) for name in names]
 
 
-def write_corpus(folder: Path, documents: int = 150) -> Path:
+def write_corpus(folder: Path, documents: int = 60) -> Path:
     """A JSONL file of short and long documents, so that packed sequences hold several and documents are cut."""
     chooser = random.Random(5)
     words = ["".join(chooser.choices("abcdefghijklmnopqrstuvwxyz", k=chooser.randint(1, 7))) for _ in range(60)]
