@@ -1,6 +1,5 @@
 """Fixtures of all tests."""
 
-import functools
 import importlib
 import os
 from typing import Any
@@ -25,18 +24,6 @@ class RanksInOneWorker(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         return RANKS if nodeid.startswith(RANKS) else nodeid
-
-
-@functools.cache
-def give_way() -> None:
-    """Let others have the processor first, from now on."""
-    os.nice(10)
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    # Ranks that wait for each other lose most by sharing; everything else fills what they leave.
-    if hasattr(item.config, "workerinput") and not item.nodeid.startswith(RANKS):
-        give_way()
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:

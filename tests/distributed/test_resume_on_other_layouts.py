@@ -33,6 +33,7 @@ MOVES: dict[str, list[str]] = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_moves_between_layouts(ranks: RankPool, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path)
 

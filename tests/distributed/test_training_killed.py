@@ -108,6 +108,7 @@ def test_two_killed_ranks_go_on_exactly(ranks: RankPool, corpus: Path, tmp_path:
     expect_other_layout_goes_on(results, never_killed, reached)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_killed_rank_s_group_again_and_the_run_goes_on_exactly(
     ranks: RankPool, corpus: Path, tmp_path: Path
 ) -> None:

@@ -5,13 +5,14 @@ from recall import train_recall
 
 from torchlinearmoe import MIXERS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_every_mixer_recalls_four_pairs(mixer: str):
     assert train_recall(mixer, pairs=4, symbols=8, steps=800, batch=32, lr=5e-3, enough=0.93) >= 0.9
 
 
-@pytest.mark.distributed_full
 def test_delta_net_recalls_more_pairs_than_its_keys_have_channels():
     """Twelve pairs, keys of eight channels: linear attention adds up what clashes, the delta rule corrects it."""
 
