@@ -1,13 +1,15 @@
-"""Fixtures of all tests."""
+"""Fixtures of all tests, how workers share them, and the table that the matrix of layouts fills."""
 
 import importlib
 import os
 from typing import Any
 
 import pytest
+from matrix_table import Table
 from xdist.scheduler import LoadScopeScheduling
 
 RANKS = "tests/distributed/"
+TABLE = Table()
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -26,8 +28,25 @@ class RanksInOneWorker(LoadScopeScheduling):
         return RANKS if nodeid.startswith(RANKS) else nodeid
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
-    return RanksInOneWorker(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
+    """None leaves the choice to pytest-xdist: another `--dist` spreads the ranks over the workers too."""
+    return RanksInOneWorker(config, log) if config.option.dist == "load" else None
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Called where the table is printed, also for what a worker ran."""
+    if report.when == "call":
+        properties: list[tuple[str, Any]] = report.user_properties
+        for name, cell in properties:
+            if name == "cell":
+                TABLE.add(*cell)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if TABLE.cells:
+        terminalreporter.section("largest relative errors: of losses and first gradients, of last gradients")
+        for line in TABLE.lines():
+            terminalreporter.line(line)
 
 
 @pytest.fixture

@@ -7,12 +7,11 @@ first gradients, and that of the last gradients, or why a recipe is refused.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import pytest
 from harness import RankPool
 from matrix_run import LENGTH, Trace, distance, joined, trace
-from matrix_table import Table
 from tiny_run import Settings, settings, write_corpus
 
 from torchlinearmoe.errors import RecipeError
@@ -71,9 +70,15 @@ def of_family(name: str) -> Settings:
 Cell = Callable[..., None]
 
 
-@pytest.fixture(scope="module")
-def cell(ranks: RankPool, table: Table, tmp_path_factory: pytest.TempPathFactory) -> Cell:
+@pytest.fixture
+def cell(compare: Cell, record_property: Callable[[str, object], None]) -> Cell:
     """`cell(row, model, layout)` compares a layout with one process and writes it into the table."""
+    return partial(compare, lambda *texts: record_property("cell", texts))
+
+
+@pytest.fixture(scope="module")
+def compare(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Cell:
+    """`compare(write, row, model, layout)` tells `write` the row, the column and what was found."""
     folder = tmp_path_factory.mktemp("matrix")
     corpus = write_corpus(folder, documents=60)
 
@@ -91,7 +96,14 @@ def cell(ranks: RankPool, table: Table, tmp_path_factory: pytest.TempPathFactory
     def alone(row: str, wide: bool) -> Trace:
         return joined(ranks(1, trace, tables_of(row, wide), wide))
 
-    def compare(row: str, model: Settings, layout: str, wide: bool = False, compiled: bool = False) -> None:
+    def found_in(
+        write: Callable[[str, str, str], None],
+        row: str,
+        model: Settings,
+        layout: str,
+        wide: bool = False,
+        compiled: bool = False,
+    ) -> None:
         models[row] = model
         size, degrees = LAYOUTS[layout]
         changes: Settings = {"parallel": degrees}
@@ -100,20 +112,20 @@ def cell(ranks: RankPool, table: Table, tmp_path_factory: pytest.TempPathFactory
         tables = tables_of(row, wide, changes)
         column = layout + ", fp64" * wide + ", compiled" * compiled
         if reason := refusal(tables, size):
-            table.add(row, column, f"refused: {reason}")
+            write(row, column, f"refused: {reason}")
             return
         try:
             found = joined(ranks(size, trace, tables, wide, timeout=300))
             error = distance(found, alone(row, wide))
         except AssertionError as problem:
-            table.add(row, column, f"failed: {str(problem).splitlines()[-1]}")
+            write(row, column, f"failed: {str(problem).splitlines()[-1]}")
             raise
-        table.add(row, column, f"{max(error.losses, error.first[0]):.0e} {error.last[0]:.0e}")
+        write(row, column, f"{max(error.losses, error.first[0]):.0e} {error.last[0]:.0e}")
         start, end = LIMITS["float64" if wide else "float32"]
         assert error.losses < start and error.first[0] < start and error.last[0] < end, error
         assert (found.graphs >= 10) == compiled, found.graphs
 
-    return compare
+    return found_in
 
 
 def refusal(tables: Settings, size: int) -> str:
