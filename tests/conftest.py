@@ -18,6 +18,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     if not plain:
         config.option.dist = "no"
         return 0
+    # Threads of several processes on the same cores wait for each other; read when a worker imports torch.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     return max(2, min(4, (os.cpu_count() or 1) // 4))
 
 
