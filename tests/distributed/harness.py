@@ -20,6 +20,7 @@ This file imports no torch at its top: a worker sets its environment (one thread
 """
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -30,6 +31,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -37,6 +39,7 @@ from typing import Any, NamedTuple
 
 MAX_RANKS = 8
 TIMEOUT = 120.0
+Cache = type(cache(len))
 GRACE = 3.0  # seconds that the other ranks get to report after one has failed
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -226,8 +229,15 @@ def _forget() -> None:
     torch.set_default_dtype(torch.float32)
     torch.set_default_device(None)
     if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor._redistribute import clear_redistribute_planner_cache
         from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
         _clear_sharding_prop_cache()
+        clear_redistribute_planner_cache()
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+    # Every gloo group that is kept alive keeps its threads; models and meshes are cycles, and caches hold meshes.
+    for found in gc.get_objects():
+        if isinstance(found, Cache) and str(found.__module__).startswith("torch.distributed."):
+            found.cache_clear()
+    gc.collect()
