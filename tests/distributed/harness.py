@@ -238,6 +238,6 @@ def _forget() -> None:
         torch._dynamo.reset()
     # Every gloo group that is kept alive keeps its threads; models and meshes are cycles, and caches hold meshes.
     for found in gc.get_objects():
-        if isinstance(found, Cache) and str(found.__module__).startswith("torch.distributed."):
+        if type(found) is Cache and str(found.__module__).startswith("torch.distributed."):
             found.cache_clear()
     gc.collect()
