@@ -1,15 +1,15 @@
-"""Fixtures of all tests, how workers share them, and the table that the matrix of layouts fills."""
+"""Fixtures of all tests, and how workers share them."""
 
 import importlib
 import os
 from typing import Any
 
 import pytest
-from matrix_table import Table
 from xdist.scheduler import LoadScopeScheduling
 
 RANKS = "tests/distributed/"
-TABLE = Table()
+
+pytest_plugins = ["matrix_table"]
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -18,9 +18,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     if not plain:
         config.option.dist = "no"
         return 0
-    # Threads of several processes on the same cores wait for each other; read when a worker imports torch.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     return max(2, min(4, (os.cpu_count() or 1) // 4))
+
+
+def pytest_xdist_setupnodes() -> None:
+    """Threads of several workers on the same cores wait for each other; read when a worker imports torch."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 class RanksInOneWorker(LoadScopeScheduling):
@@ -33,22 +36,6 @@ class RanksInOneWorker(LoadScopeScheduling):
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
     """None leaves the choice to pytest-xdist: another `--dist` spreads the ranks over the workers too."""
     return RanksInOneWorker(config, log) if config.option.dist == "load" else None
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Called where the table is printed, also for what a worker ran."""
-    if report.when == "call":
-        properties: list[tuple[str, Any]] = report.user_properties
-        for name, cell in properties:
-            if name == "cell":
-                TABLE.add(*cell)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if TABLE.cells:
-        terminalreporter.section("largest relative errors: of losses and first gradients, of last gradients")
-        for line in TABLE.lines():
-            terminalreporter.line(line)
 
 
 @pytest.fixture

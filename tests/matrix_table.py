@@ -1,6 +1,9 @@
-"""The table that the matrix of layouts prints."""
+"""The table that the matrix of layouts prints, a pytest plugin: tests leave `cell` properties, workers' tests too."""
 
 from collections.abc import Iterator
+from typing import Any
+
+import pytest
 
 LONGEST = 16
 """Letters of a cell; longer texts go below."""
@@ -30,3 +33,22 @@ class Table:
             yield "  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip()
         for text, number in notes.items():
             yield f"({number}) {text}"
+
+
+TABLE = Table()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Called where the table is printed, also for what a worker ran."""
+    if report.when == "call":
+        properties: list[tuple[str, Any]] = report.user_properties
+        for name, cell in properties:
+            if name == "cell":
+                TABLE.add(*cell)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if TABLE.cells:
+        terminalreporter.section("largest relative errors: of losses and first gradients, of last gradients")
+        for line in TABLE.lines():
+            terminalreporter.line(line)

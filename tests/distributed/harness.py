@@ -10,7 +10,8 @@
 
 Importing torch costs seconds, so the workers outlive the tests: they start when first needed, each imports torch
 once, and every call gives the first n of them a fresh default process group of world size n. Between calls
-a worker forgets what a dead process group would spoil (sharding caches, compiled graphs, default dtype and device).
+a worker forgets what a dead process group would spoil (sharding caches, compiled graphs, default dtype and device)
+and what would keep a dead group's threads alive.
 
 A call that fails stops the workers that took part; the next call starts new ones. So a rank that raised, died or
 hangs cannot reach into another test. The error carries the traceback of the rank that failed first, and for a
@@ -39,7 +40,6 @@ from typing import Any, NamedTuple
 
 MAX_RANKS = 8
 TIMEOUT = 120.0
-Cache = type(cache(len))
 GRACE = 3.0  # seconds that the other ranks get to report after one has failed
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -48,6 +48,8 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "GLOO_SOCKET_IFNAME": "lo",
 }
+
+CACHE = type(cache(len))
 
 
 class RankError(AssertionError):
@@ -238,6 +240,6 @@ def _forget() -> None:
         torch._dynamo.reset()
     # Every gloo group that is kept alive keeps its threads; models and meshes are cycles, and caches hold meshes.
     for found in gc.get_objects():
-        if type(found) is Cache and str(found.__module__).startswith("torch.distributed."):
+        if type(found) is CACHE and str(found.__module__).startswith("torch.distributed."):
             found.cache_clear()
     gc.collect()

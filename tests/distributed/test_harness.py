@@ -42,6 +42,11 @@ def threads_and_device(rank: int) -> tuple[int, bool, torch.dtype]:
     return torch.get_num_threads(), torch.cuda.is_available(), dtype
 
 
+def threads(rank: int) -> int:
+    """Of this process, those of the call's own group among them."""
+    return len(os.listdir("/proc/self/task"))
+
+
 def column_parallel(rank: int, spare_groups: int) -> torch.Tensor:
     """DTensor work on an equal mesh whose groups get other names each time."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -77,6 +82,14 @@ def test_an_equal_mesh_in_a_later_call_uses_the_living_group(ranks: RankPool) ->
     for spare_groups in (2, 0, 1):
         for result in ranks(2, column_parallel, spare_groups):
             assert torch.equal(result, torch.full((4, 4), 4.0))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are counted in /proc")
+def test_the_threads_of_a_call_s_groups_end_with_it(ranks: RankPool) -> None:
+    before = ranks(2, threads)
+    for spare_groups in (3, 5):
+        ranks(2, column_parallel, spare_groups)
+    assert all(left <= right for left, right in zip(ranks(2, threads), before))
 
 
 def test_a_raising_rank_is_named_with_its_traceback_and_the_pool_recovers(ranks: RankPool) -> None:

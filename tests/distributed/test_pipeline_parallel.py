@@ -9,6 +9,7 @@ from tiny_run import Result, Settings, assert_same_training, every_run, run, set
 
 MIXED = ["softmax_attention", "rwkv7", "gla", "rwkv7", "softmax_attention", "rwkv7"]
 FOUR: Settings = {"model": {"layout": "LLLN", "num_layers": 4}}
+SIX: Settings = {"model": {"layout": "LLN", "num_layers": 6}}
 EIGHT: Settings = {"model": {"layout": "LLLN", "num_layers": 8}}
 CARRIED: Settings = {"model": {"mixers": MIXED, "num_layers": 6}}
 TIED: Settings = {"model": {"tie_embeddings": True}}
@@ -31,6 +32,7 @@ CASES: dict[str, tuple[int, tuple[Settings, ...]]] = {
     "1f1b, tied embedding": (2, (FOUR, TIED, ONE_F_ONE_B)),
     "1f1b, compiled": (2, (FOUR, ONE_F_ONE_B, COMPILED)),
     "interleaved, several layers, bias": (2, (EIGHT, BIAS, INTERLEAVED)),
+    "interleaved, three stages a rank": (2, (SIX, INTERLEAVED, {"parallel": {"pipeline_stages_per_rank": 3}})),
     "interleaved, carried tensors": (2, (CARRIED, INTERLEAVED)),
     "interleaved, tied embedding, shards": (4, (FOUR, LONG, TIED, INTERLEAVED)),
     "zero bubble, several layers, global balance": (2, (EIGHT, GLOBAL, ZERO_BUBBLE)),
@@ -51,6 +53,7 @@ QUICK = every_run(
     "1f1b, global balance, replicas",
     "1f1b, carried tensors, heads split",
     "interleaved, several layers, bias",
+    "interleaved, three stages a rank",
     "interleaved, tied embedding, shards",
     "zero bubble, experts spread, bias",
 )
@@ -78,7 +81,7 @@ def joined(results: list[Result]) -> Result:
 def test_a_pipeline_trains_as_one_process_does(ranks: RankPool, corpus: Path, tmp_path: Path, case: str) -> None:
     size, changes = CASES[case]
     short: Settings = {"training": {"steps": 3}}
-    degrees = ("pipeline", "pipeline_schedule", "tensor", "expert", "data_replicate")
+    degrees = ("pipeline", "pipeline_schedule", "pipeline_stages_per_rank", "tensor", "expert", "data_replicate")
     alone: Settings = {"parallel": dict.fromkeys(degrees)}
     (one,) = ranks(1, run, settings(corpus, tmp_path / "one", short, *changes, alone))
     found = joined(ranks(size, run, settings(corpus, tmp_path / "many", short, *changes)))
