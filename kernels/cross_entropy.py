@@ -74,10 +74,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += chunk
             if d_hidden is not None:
                 torch.mm(gradient, weight, out=d_hidden[start : start + rows])
-            if wants_weight:
-                share = gradient.t() @ part
-                # One chunk keeps its type; several are summed in float32.
-                d_weight = share if d_weight is None else d_weight.to(kind).add_(share)
+            if wants_weight and rows >= hidden.shape[0]:
+                d_weight = gradient.t() @ part
+            elif wants_weight:
+                d_weight = _add_product(d_weight, gradient.t(), part, kind)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -90,5 +90,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if d_hidden is not None:
             d_hidden = d_hidden * grad.to(d_hidden.dtype)
         if d_weight is not None:
-            d_weight = (d_weight * grad.to(d_weight.dtype)).to(ctx.weight_dtype)
+            scaled = torch.empty_like(d_weight, dtype=ctx.weight_dtype)
+            d_weight = torch.mul(d_weight, grad.to(d_weight.dtype), out=scaled)
         return d_hidden, d_weight, None, None
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor, kind: torch.dtype) -> Tensor:
+    """total + a @ b in `kind`, in place; without a total, a new one. One pass where the product can add by itself."""
+    if a.device.type == "cuda" and a.dtype != kind == torch.float32:
+        if total is None:
+            return torch.mm(a, b, out_dtype=kind)  # pyright: ignore[reportCallIssue]
+        return torch.addmm(total, a, b, out_dtype=kind, out=total)  # pyright: ignore[reportCallIssue]
+    product = a @ b
+    return product.to(kind) if total is None else total.add_(product)

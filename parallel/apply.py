@@ -2,6 +2,7 @@
 
 pipeline stages of this rank, on meta -> tensor parallelism -> expert parallelism -> compile regions -> FSDP
 -> plain tensors inside forwards -> activation checkpointing -> allocate this rank's shards -> draw their initial values
+-> bfloat16 weights beside the masters of what is nowhere sharded
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torchlinearmoe.initialize import initialize
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.moe.balance import Balance, TokenLayout
+from torchlinearmoe.optim.masters import hold_masters
 from torchlinearmoe.parallel.checkpointing import checkpoint_blocks
 from torchlinearmoe.parallel.compile import compile_regions
 from torchlinearmoe.parallel.expert import apply_expert_parallel
@@ -45,6 +47,7 @@ def build_parallel_model(recipe: Recipe, meshes: Meshes, device: torch.device, d
     for part in parts:
         part.to_empty(device=device)
         initialize(part, recipe.training.seed)
+        hold_masters(part, dtype)
     stages = [part for part in parts if isinstance(part, Stage)]
     if not stages:
         return ParallelModel(parts, Loop(parts[0]))
@@ -77,7 +80,14 @@ def _lay_out(model: Decoder, recipe: Recipe, meshes: Meshes, dtype: torch.dtype)
         apply_expert_parallel(model, meshes.ep)
     if recipe.training.compile:
         compile_regions(model, recipe.training.compile_backend)
-    apply_fsdp(model, meshes.fsdp, meshes.efsdp, dtype, reshard_after_forward=recipe.parallel.reshard_after_forward)
+    apply_fsdp(
+        model,
+        meshes.fsdp,
+        meshes.efsdp,
+        dtype,
+        reshard_after_forward=recipe.parallel.reshard_after_forward,
+        reduce_dtype=getattr(torch, recipe.parallel.reduce_dtype),
+    )
     shadow_split_parameters(model)
     checkpoint_blocks(model, recipe.training)
     return model

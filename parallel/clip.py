@@ -1,4 +1,4 @@
-"""Gradient clipping by the global norm, over parameters that live on different meshes.
+"""The global norm that gradients are clipped by, over parameters that live on different meshes.
 
 The squared norm of a gradient is the sum of the squared norms of its distinct pieces. A piece is what a rank holds;
 pieces differ along the mesh axes that shard the tensor and repeat along those that replicate it. So each rank sums
@@ -11,8 +11,8 @@ and no others:
     norm,  FSDP + TP       (Shard, Replicate)  all-reduce over dp_shard_cp
     expert                 (Shard, Shard)      all-reduce over efsdp, then ep
 
-torch's own `clip_grad_norm_` refuses such a mixture (pytorch issue 180346). The host never waits: the norm and the
-scale stay on the device.
+torch's own `clip_grad_norm_` refuses such a mixture (pytorch issue 180346). The host never waits: the norm stays on the
+device.
 """
 
 from collections.abc import Collection, Iterable
@@ -22,29 +22,29 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from torchlinearmoe.optim.squares import square_sum
+
 
 @torch.no_grad()
-def clip_gradients(
+def gradient_norm(
     parameters: nn.Module | Iterable[torch.Tensor],
-    max_norm: float | None,
     *,
     pp_group: dist.ProcessGroup | None = None,
     counted_elsewhere: Collection[torch.Tensor] = (),
 ) -> torch.Tensor:
-    """Scale the gradients in place so that their global 2-norm is at most `max_norm`; return the norm before that.
+    """The global 2-norm of the gradients; nothing is scaled, the optimizer takes the factor along.
 
     parameters: a model, or its parameters, in the same order on all ranks of a pipeline stage. Those without a
         gradient count as zero (their rank still takes part in the collectives).
-    max_norm: None or 0 only measures.
     pp_group: the pipeline stages' group; each stage passes its own parameters.
     counted_elsewhere: parameters of this stage whose copy on another stage is counted there (one shared by stages,
-        its gradient already summed over them): scaled here, not added to the norm.
+        its gradient already summed over them): not added to the norm.
     Returns a 0-dim float32 tensor (float64 when a parameter is), equal on all ranks; NaN or infinite when a gradient
     is, and the gradients are then not usable.
     """
     tensors = list(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)
     trainable = [tensor for tensor in tensors if tensor.requires_grad]
-    assert trainable, "no trainable parameter to clip"
+    assert trainable, "no trainable parameter"
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in trainable) else torch.float32
     elsewhere = {id(parameter) for parameter in counted_elsewhere}
 
@@ -60,17 +60,13 @@ def clip_gradients(
 
     square = torch.zeros((), dtype=dtype, device=trainable[0].device)
     for groups, local in pieces.items():
-        part = _square_sum(local, square)
+        part = square_sum(local, square)
         for group in groups:
             dist.all_reduce(part, group=group)
         square += part
     if pp_group is not None:
         dist.all_reduce(square, group=pp_group)
-    norm = square.sqrt()
-
-    if max_norm:
-        _scale([_local_gradient(p) for p in trainable if p.grad is not None], (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+    return square.sqrt()
 
 
 def _sharding_groups(parameter: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
@@ -95,20 +91,3 @@ def _local_gradient(parameter: torch.Tensor) -> torch.Tensor:
         f"a gradient is laid out as {grad.placements}, its parameter otherwise: it was not reduced"
     )
     return grad.to_local()
-
-
-def _square_sum(pieces: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    """Sum of the squares of all elements, accumulated in the dtype of `like`: 0-dim."""
-    if not pieces:
-        return torch.zeros_like(like)
-    norms = torch._foreach_norm(pieces, 2.0, dtype=like.dtype)
-    return torch.stack(norms).square().sum()
-
-
-def _scale(gradients: list[torch.Tensor], factor: torch.Tensor) -> None:
-    """Multiply in place, one multi-tensor kernel for each dtype."""
-    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
-    for gradient in gradients:
-        by_dtype.setdefault(gradient.dtype, []).append(gradient)
-    for dtype, same in by_dtype.items():
-        torch._foreach_mul_(same, factor.to(dtype))

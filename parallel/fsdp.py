@@ -4,6 +4,15 @@ Losses arrive divided by the whole step's tokens, so gradients are summed over r
 division is off everywhere. Master weights are float32 (float64 stays). Modules marked `keep_fp32` (decays, routers,
 lower bounds) are units of their own that compute in float32; all others compute in the run's type. Experts are a unit
 of their own, because they are sharded over fewer ranks than the rest where other ranks hold other experts.
+
+A mesh of one rank has nothing to gather and nothing to reduce: units over it are left out, and their parameters are
+plain, or split over `tensor` and `ep` alone (`optim.masters` keeps their masters):
+
+    ranks                                    dense        experts
+    1; tensor ranks with their experts       plain        plain
+    tensor = 2, expert = 1                   plain        sharded over the two
+    data_shard = 8, expert = 8               sharded      plain, other ones on every rank
+    data_replicate = 2, data_shard = 1       replicated   replicated
 """
 
 from __future__ import annotations
@@ -27,23 +36,30 @@ def apply_fsdp(
     dtype: torch.dtype,
     *,
     reshard_after_forward: bool = True,
+    reduce_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Shard `model` in place over `mesh` ([fsdp], or [data_replicate, fsdp]), computing in `dtype`.
 
-    Experts are sharded over `expert_mesh` ([efsdp], or [data_replicate, efsdp]).
+    Experts are sharded over `expert_mesh` ([efsdp], or [data_replicate, efsdp]). Gradients travel in `reduce_dtype`
+    where they were computed in a narrower type than float32.
     """
+    dense, experts = mesh.size() > 1, expert_mesh.size() > 1
     wide = torch.promote_types(dtype, torch.float32)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=wide, cast_forward_inputs=False)
+    reduced = torch.promote_types(dtype, reduce_dtype)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(param_dtype=wide, reduce_dtype=wide, cast_forward_inputs=False)
+    moes = [layer.ffn for layer in model.layers.values() if isinstance(layer.ffn, MoE)]
+    left_out = {p for moe in moes for p in moe.experts.parameters()} if not experts else set()
 
     def shard(module: nn.Module | list[nn.Module], policy: MixedPrecisionPolicy, reshard: bool) -> None:
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)  # pyright: ignore
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=left_out)  # pyright: ignore
 
-    for module in list(model.modules()):
-        if getattr(module, "keep_fp32", False) and any(True for _ in module.parameters()):
-            shard(module, exact, reshard_after_forward)
+    if dense:
+        for module in list(model.modules()):
+            if getattr(module, "keep_fp32", False) and any(True for _ in module.parameters()):
+                shard(module, exact, reshard_after_forward)
     for layer in model.layers.values():
-        if isinstance(layer.ffn, MoE):
+        if experts and isinstance(layer.ffn, MoE):
             fully_shard(
                 layer.ffn.experts,
                 mesh=expert_mesh,
@@ -51,17 +67,26 @@ def apply_fsdp(
                 reshard_after_forward=reshard_after_forward,
                 shard_placement_fn=partial(expert_placement, ranks=expert_mesh.size(-1)),
             )
+        if not dense:
+            continue
         shard(layer, policy, reshard_after_forward)
-        if isinstance(layer.ffn, MoE) and isinstance(layer, FSDPModule) and isinstance(layer.ffn.experts, FSDPModule):
+        if experts and isinstance(layer.ffn, MoE):
             # The host waits for the counts of an exchange before it comes to the experts: gather them before that.
+            assert isinstance(layer, FSDPModule) and isinstance(layer.ffn.experts, FSDPModule)
             layer.set_modules_to_forward_prefetch([layer.ffn.experts])
-    if not model.recipe.tie_embeddings:
+    if dense and not model.recipe.tie_embeddings:
         if model.holds_first:
             shard(model.embed, policy, reshard_after_forward)
         if model.holds_last:
             # Backward starts with these two: keep them gathered.
             shard([model.norm, model.head], policy, False)
-    shard(model, policy, False)
+    if dense:
+        shard(model, policy, False)
+    elif experts and moes:
+        # A root of the experts' units, without parameters of its own: they share streams and know each other's order.
+        managed = {p for moe in moes for p in moe.experts.parameters()}
+        left_out = {p for p in model.parameters() if p not in managed}
+        shard(model, policy, False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

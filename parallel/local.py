@@ -8,13 +8,15 @@ through it to the DTensor; outside a forward nothing is different.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from torchlinearmoe.models.decoder import Decoder
 
 SPLIT_AXES = ("tensor", "ep")
 
@@ -28,18 +30,21 @@ def split_tensor(tensor: Tensor, mesh: DeviceMesh, dim: int | None) -> DTensor:
     return DTensor.from_local(local, mesh, [placement], run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 
-def shadow_split_parameters(model: nn.Module) -> None:
-    """Shadow the split parameters of every unit that FSDP has made of `model`; call it after FSDP."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            shadow(module)
+def shadow_split_parameters(model: Decoder) -> None:
+    """Shadow the split parameters of every unit of `model`; call it after FSDP.
+
+    Layers are units whether FSDP knows them or not, because a checkpointed one runs again outside the model's forward.
+    """
+    units = {model, *model.layers.values(), *(m for m in model.modules() if isinstance(m, FSDPModule))}
+    for unit in units:
+        shadow(unit, units)
 
 
-def shadow(unit: nn.Module) -> None:
-    """Shadow the split parameters of `unit` while it runs, those of units of FSDP inside it left out."""
+def shadow(unit: nn.Module, units: Collection[nn.Module] = ()) -> None:
+    """Shadow the split parameters of `unit` while it runs, those of other `units` inside it left out."""
     owned = [
         (owner, name)
-        for owner in _without_inner_units(unit)
+        for owner in _without_inner(unit, units)
         for name, parameter in owner.named_parameters(recurse=False)
         if isinstance(parameter, DTensor) and set(parameter.device_mesh.mesh_dim_names or ()) & set(SPLIT_AXES)
     ]
@@ -62,8 +67,8 @@ def shadow(unit: nn.Module) -> None:
     unit.forward = shadowed
 
 
-def _without_inner_units(module: nn.Module) -> Iterator[nn.Module]:
+def _without_inner(module: nn.Module, units: Collection[nn.Module]) -> Iterator[nn.Module]:
     yield module
     for child in module.children():
-        if not isinstance(child, FSDPModule):
-            yield from _without_inner_units(child)
+        if child not in units:
+            yield from _without_inner(child, units)

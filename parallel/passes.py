@@ -25,6 +25,7 @@ from torch.torch_version import TorchVersion
 
 from torchlinearmoe.data.packing import IGNORED
 from torchlinearmoe.models.decoder import Decoder
+from torchlinearmoe.optim.sums import GradientSums, start_sums
 from torchlinearmoe.parallel.fsdp import set_gradient_sync
 from torchlinearmoe.parallel.inputs import Inputs
 from torchlinearmoe.parallel.mesh import Meshes
@@ -60,14 +61,16 @@ class Loop:
     def __init__(self, model: Decoder) -> None:
         self.model = model
         self.parts = [model]
+        self.sums = GradientSums(model)
 
     def forward_backward(self, batches: list[Inputs], tokens: Tensor) -> Tensor:
         total = _zero(tokens.device)
-        for index, batch in enumerate(batches):
-            set_gradient_sync(self.model, index == len(batches) - 1)
-            loss = self.loss(batch)
-            (loss / tokens.to(loss.dtype)).backward()
-            total += loss.detach()
+        with self.sums.over(len(batches)):
+            for index, batch in enumerate(batches):
+                set_gradient_sync(self.model, index == len(batches) - 1)
+                loss = self.loss(batch)
+                (loss / tokens.to(loss.dtype)).backward()
+                total += loss.detach()
         return total
 
     @torch.no_grad()
@@ -113,6 +116,9 @@ class Pipeline:
 
     def forward_backward(self, batches: list[Inputs], tokens: Tensor) -> Tensor:
         self.tokens = tokens
+        if len(batches) > 1:
+            for stage in self.parts:
+                start_sums(stage)
         return self._run(self.schedule.step, batches)
 
     @torch.no_grad()

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from torchlinearmoe.optim.masters import laid_out_like, local_part, rest_of
 from torchlinearmoe.parallel.mesh import Meshes
 from torchlinearmoe.parallel.pipeline import shared_between, stage_ranks
 from torchlinearmoe.parallel.stage import Stage
@@ -54,7 +54,9 @@ class SharedParameters:
 
 
 def _local_gradient(parameter: nn.Parameter) -> Tensor:
-    """This rank's piece of the gradient, shares its memory; zeros where the step gave none."""
+    """This rank's piece of the gradient, at least float32, shares its memory; zeros where the step gave none."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+    if rest_of(parameter) is not None:
+        parameter.grad = laid_out_like(parameter, local_part(parameter.grad).float())
+    return local_part(parameter.grad)

@@ -27,6 +27,7 @@ from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.models.mlp import SwiGLU
 from torchlinearmoe.models.norm import RMSNorm
 from torchlinearmoe.moe.experts import Experts
+from torchlinearmoe.optim.masters import laid_out_like, rest_of
 from torchlinearmoe.parallel.collectives import gather_rows, scatter_rows, sum_over
 from torchlinearmoe.parallel.local import split_tensor
 from torchlinearmoe.parallel.vocabulary import split_vocabulary
@@ -131,7 +132,15 @@ def sum_partial_gradients(model: nn.Module) -> None:
     for parameter in parameters:
         assert isinstance(parameter.grad, DTensor), "every parameter of a training step has a gradient"
         gradients.append(parameter.grad.to_local())
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    flat = torch.cat([gradient.flatten().to(_sum_dtype(gradient)) for gradient in gradients])
     dist.all_reduce(flat, group=parameters[0].device_mesh.get_group("tensor"))
     parts = flat.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients)])
+    for parameter, gradient, part in zip(parameters, gradients, parts):
+        if rest_of(parameter) is None:
+            gradient.copy_(part.view_as(gradient))
+        else:  # a sum stays wider than what it is a sum of
+            parameter.grad = laid_out_like(parameter, part.view_as(gradient))
+
+
+def _sum_dtype(gradient: Tensor) -> torch.dtype:
+    return torch.promote_types(gradient.dtype, torch.float32)

@@ -26,6 +26,7 @@ from torchlinearmoe.data.splits import Splits
 from torchlinearmoe.data.tokenizer import check_vocabulary, load_tokenizer
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.evaluation import first_bad_layer, held_out_loss, silent_mixers
+from torchlinearmoe.late import LateNumbers, to_device
 from torchlinearmoe.metrics.logger import MetricsLogger
 from torchlinearmoe.metrics.meter import Meter, peak_memory_gib
 from torchlinearmoe.metrics.mfu import mfu, peak_flops
@@ -40,7 +41,7 @@ from torchlinearmoe.optim.build import build_optimizer
 from torchlinearmoe.optim.schedule import learning_rate, set_learning_rate
 from torchlinearmoe.optim.step import step_if_finite
 from torchlinearmoe.parallel.apply import build_parallel_model
-from torchlinearmoe.parallel.clip import clip_gradients
+from torchlinearmoe.parallel.clip import gradient_norm
 from torchlinearmoe.parallel.context import own_part
 from torchlinearmoe.parallel.inputs import Inputs
 from torchlinearmoe.parallel.mesh import Degrees, Meshes
@@ -82,12 +83,14 @@ class Trainer:
         self.modules = nn.ModuleList(self.parts)
         self.moe_layers = [module for module in self.modules.modules() if isinstance(module, MoE)]
         self.optimizer = build_optimizer(
-            self.modules,
+            self.parts,
             name=recipe.optimizer.name,
             lr=recipe.optimizer.lr,
             betas=recipe.optimizer.betas,
             eps=recipe.optimizer.eps,
             weight_decay=recipe.optimizer.weight_decay,
+            states=recipe.optimizer.states,
+            seed=training.seed,
         )
         # Saved
         self.step = 0
@@ -130,7 +133,7 @@ class Trainer:
         )
         self.resumed_from = source
         self.stop_signal = 0
-        self._pending: Tensor | None = None
+        self._pending: LateNumbers | None = None
         self._logged_step = self.step
 
     @property
@@ -201,7 +204,7 @@ class Trainer:
         batches = [self._own(batch) for batch in batches]
         group, tokens_group = self.meshes.loss_group, self.meshes.tokens_group
         valid = sum(batch.valid_tokens for batch in batches)
-        counts = torch.tensor([valid, received or 0], dtype=torch.float64).to(self.device, non_blocking=True)
+        counts = to_device(torch.tensor([valid, received or 0], dtype=torch.float64), self.device)
         dist.all_reduce(counts[:1], group=group)
         dist.all_reduce(counts[1:], op=dist.ReduceOp.MAX)
         tokens = counts[0].clamp(min=1)
@@ -214,18 +217,17 @@ class Trainer:
         dist.all_reduce(total, group=group)
         mean = total / tokens
 
-        grad_norm = self._clip()
+        grad_norm = self._gradient_norm()
         lr = self._learning_rate(self.step + 1)
         set_learning_rate(self.optimizer, lr)
-        skipped = step_if_finite(self.optimizer, grad_norm + 0.0 * mean.to(grad_norm.dtype))
+        finite_norm = grad_norm + 0.0 * mean.to(grad_norm.dtype)
+        skipped = step_if_finite(self.optimizer, finite_norm, self.recipe.optimizer.clip_norm)
         self.optimizer.zero_grad(set_to_none=True)
-        for layer in self.moe_layers:
-            layer.step_counts_E *= skipped == 0  # without counts the bias stays
-        update_bias(self.moe_layers, tokens_group)
+        update_bias(self.moe_layers, tokens_group, skipped)
         forget_global_counts(self.modules)
 
         # What happened in a step is read one step later, when it is known without waiting for the device.
-        previous, self._pending = self._pending, torch.stack([skipped.double(), counts[1]])
+        previous, self._pending = self._pending, LateNumbers(torch.stack([skipped.double(), counts[1]]))
         if previous is not None:
             self._note(previous)
         self.step += 1
@@ -240,17 +242,14 @@ class Trainer:
         batch = batch.to(self.device)
         return Inputs(batch.tokens, batch.labels, batch.documents(self.device), self.totals)
 
-    def _clip(self) -> Tensor:
-        """Complete the gradients and clip them; their norm before that, the same on all ranks."""
+    def _gradient_norm(self) -> Tensor:
+        """Complete the gradients; their norm, the same on all ranks."""
         sum_partial_gradients(self.modules)
         if self.shared is None:
-            return clip_gradients(self.modules, self.recipe.optimizer.clip_norm)
+            return gradient_norm(self.modules)
         self.shared.sum_gradients()
-        return clip_gradients(
-            self.modules,
-            self.recipe.optimizer.clip_norm,
-            pp_group=self.meshes.pipeline_group,
-            counted_elsewhere=self.shared.counted_elsewhere,
+        return gradient_norm(
+            self.modules, pp_group=self.meshes.pipeline_group, counted_elsewhere=self.shared.counted_elsewhere
         )
 
     def _learning_rate(self, step: int) -> float:
@@ -268,9 +267,9 @@ class Trainer:
             decay_fraction=optimizer.decay_fraction,
         )
 
-    def _note(self, flags: Tensor) -> None:
+    def _note(self, flags: LateNumbers) -> None:
         """Take in what a step reported: [skipped, signal]."""
-        skipped, received = flags.tolist()
+        skipped, received = flags.read()
         self.skipped_steps += int(skipped)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self.stop_signal = int(received) or self.stop_signal

@@ -13,11 +13,12 @@ from torch.distributed.tensor import DTensor
 from torchlinearmoe.checkpoint.boxes import read_box
 from torchlinearmoe.checkpoint.huggingface.directory import is_directory
 from torchlinearmoe.checkpoint.huggingface.weights import PublishedWeights, model_shapes
-from torchlinearmoe.checkpoint.state import MODEL, as_parts, model_tensors
+from torchlinearmoe.checkpoint.state import MODEL, as_parts, model_entries
 from torchlinearmoe.checkpoint.stream import SavedWeights, Weights
 from torchlinearmoe.checkpoint.transplant import describe, plan_transplant
 from torchlinearmoe.errors import RecipeError, UserError
 from torchlinearmoe.initialize import Normal, add_noise, local_boxes
+from torchlinearmoe.optim.masters import read_master, write_master
 from torchlinearmoe.recipe import Recipe
 
 
@@ -50,9 +51,11 @@ class InitialWeights:
         problem = None
         try:
             for part in as_parts(model):
-                for key, tensor in model_tensors(part).items():
+                for key, entry in model_entries(part).items():
                     if (name := key.removeprefix(MODEL)) in self.plan.copies:
-                        self._fill(name, tensor)
+                        master = read_master(entry)
+                        self._fill(name, master)
+                        write_master(entry, master)
         except (UserError, OSError) as error:
             problem = str(error)
         for found in _exchange(problem, group):

@@ -24,10 +24,11 @@ from torchlinearmoe.checkpoint.state import (
     OptimizerTargets,
     as_optimizers,
     as_parts,
+    model_entries,
     model_tensors,
-    shares_memory,
 )
 from torchlinearmoe.checkpoint.storage import CheckpointError, Reader, missing_data, read_metadata
+from torchlinearmoe.optim.masters import write_master
 
 # torch says so at every save and load of a single process, which is no accident here.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -105,10 +106,9 @@ def load(
         )
     except CheckpointException as error:  # a BaseException
         raise CheckpointError(f"checkpoint {path}: {describe_failure(error)}") from None
-    for part in parts[:-1]:  # the last part with a name was loaded in place
-        for key, tensor in model_tensors(part).items():
-            if not shares_memory(tensor, targets[key]):
-                tensor.copy_(targets[key])
+    for part in parts:  # where it was not loaded in place: halves, and a name that several parts have
+        for key, entry in model_entries(part).items():
+            write_master(entry, targets[key])
     if moments:
         moments.hand_over()
     return read_extra(path)

@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 
 from torchlinearmoe.checkpoint import folder
 from torchlinearmoe.checkpoint.load import describe_failure, load
-from torchlinearmoe.checkpoint.state import Staging, as_optimizers, as_parts, model_tensors, optimizer_tensors
+from torchlinearmoe.checkpoint.state import Staging, as_optimizers, as_parts, model_entries, optimizer_tensors
 from torchlinearmoe.checkpoint.storage import CheckpointError, Writer
 
 T = TypeVar("T")
@@ -110,7 +110,7 @@ class CheckpointManager:
         moments, without = optimizer_tensors(parts, optimizers)
         tensors = dict(moments)
         for part in parts:
-            tensors |= model_tensors(part)
+            tensors |= model_entries(part)
         staged = self._staging.copy(tensors)
         stateless = set(without) if optimizers else None
         arguments = (step, staged, stateless, extra, files)

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from torchlinearmoe.checkpoint.storage import CheckpointError
+from torchlinearmoe.optim.masters import local_part, read_master
 
 MODEL, OPTIMIZER = "model.", "optimizer."
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
@@ -47,14 +48,22 @@ def plain_name(name: str) -> str:
     return name
 
 
-def model_tensors(part: nn.Module) -> dict[str, Tensor]:
-    """The parameters and persistent buffers of ``part`` by checkpoint key; they share memory with the model's."""
-    tensors: dict[str, Tensor] = {}
-    for name, value in part.state_dict().items():
+def model_entries(part: nn.Module) -> dict[str, Tensor]:
+    """The parameters and persistent buffers of ``part`` by checkpoint key, themselves.
+
+    What is saved under a key is the entry's master, see ``read_master``.
+    """
+    entries: dict[str, Tensor] = {}
+    for name, value in part.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"model state '{name}' is a {type(value).__name__}; only tensors are saved")
-        tensors[MODEL + plain_name(name)] = value
-    return tensors
+        entries[MODEL + plain_name(name)] = value
+    return entries
+
+
+def model_tensors(part: nn.Module) -> dict[str, Tensor]:
+    """What is saved of the model by checkpoint key. A master made of halves is a copy, all else shares memory."""
+    return {key: read_master(entry) for key, entry in model_entries(part).items()}
 
 
 def optimized_parameters(
@@ -140,9 +149,8 @@ class OptimizerTargets:
 
 
 def _empty_number(parameter: nn.Parameter, group: dict[str, Any], entry: TensorStorageMetadata) -> Tensor:
-    """A tensor without dimensions, on the device where torch's optimizers keep their step counts."""
-    on_device = group.get("fused") or group.get("capturable")
-    return torch.zeros((), dtype=entry.properties.dtype, device=parameter.device if on_device else "cpu")
+    """A tensor without dimensions, on the device where the optimizer keeps its step counts."""
+    return torch.zeros((), dtype=entry.properties.dtype, device=parameter.device)
 
 
 class Staging:
@@ -156,28 +164,23 @@ class Staging:
 
     @torch.no_grad()
     def copy(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of ``tensors`` as they are now, DTensors with their placements; valid until the next call."""
+        """Copies of ``tensors`` as they are now, DTensors with their placements; valid until the next call.
+
+        Of a weight with a rest, its master, one at a time.
+        """
         copies: dict[str, Tensor] = {}
-        for name, tensor in tensors.items():
+        for name, entry in tensors.items():
+            tensor = read_master(entry)
             buffer = self._buffers.get(name)
             if buffer is None or _layout(buffer) != _layout(tensor):
                 buffer = tensor.detach().to("cpu", copy=True)
             else:
-                _local(buffer).copy_(_local(tensor))
+                local_part(buffer).copy_(local_part(tensor))
             copies[name] = buffer
         self._buffers = copies
         return copies
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def shares_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors, or the local shards of two DTensors, begin at the same address."""
-    return _local(a).data_ptr() == _local(b).data_ptr()
-
-
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
     spec = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else ()
-    return (tensor.shape, tensor.stride(), _local(tensor).shape, tensor.dtype, *spec)
+    return (tensor.shape, tensor.stride(), local_part(tensor).shape, tensor.dtype, *spec)

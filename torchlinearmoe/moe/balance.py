@@ -16,7 +16,7 @@ T local tokens, k experts a token, E experts, S packed sequences, L their length
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -78,42 +78,63 @@ class TokenLayout:
     stream_part: int = 0
 
 
-def _sum_rows(values_TE: Tensor, row_length: int, layout: TokenLayout) -> Tensor:
+def _sum_rows(values_TE: Tensor, row_length: int, parts: int, part: int) -> Tensor:
     """Sums over the local tokens of each row of the uncut stream: [T, E] -> [S, E], zero where no token is local.
 
-    Local tokens 4..7 of a stream of rows of 3, 12 tokens: row = token // 3
+    The local tokens are number `part` of `parts` of the stream. Tokens 4..7 of a stream of rows of 3, 12 tokens:
+    row = token // 3
 
         token    . . . . 4 5 6 7 . . . .        padded to whole rows  [_ 4 5] [6 7 _]   rows 1 and 2 of 4
     """
     T, E = values_TE.shape
-    start = layout.stream_part * T
+    start = part * T
     first, end = start // row_length, -(-(start + T) // row_length)
-    rows = layout.stream_parts * T // row_length
+    rows = parts * T // row_length
     whole_TE = F.pad(values_TE, (0, 0, start - first * row_length, end * row_length - start - T))
     return F.pad(whole_TE.view(end - first, row_length, E).sum(1), (0, 0, first, rows - end))
 
 
+@torch.no_grad()
+def count_rows(topk_ids_Tk: Tensor, probs_TE: Tensor, row_length: int, parts: int, part: int) -> Tensor:
+    """Local assignments of each row to each expert, [S, E] in the probabilities' type."""
+    chosen_TE = torch.zeros_like(probs_TE).scatter_(1, topk_ids_Tk, 1.0)
+    return _sum_rows(chosen_TE, row_length, parts, part)
+
+
+def weigh_rows(counts_SE: Tensor, probs_TE: Tensor, scale: float, row_length: int, parts: int, part: int) -> Tensor:
+    """scale * sum over rows and experts of the counts times the local probabilities, 0-dim."""
+    return (counts_SE * _sum_rows(probs_TE, row_length, parts, part)).sum() * scale
+
+
 def sequence_balance_loss(
-    topk_ids_Tk: Tensor, probs_TE: Tensor, row_length: int, total_sequences: int, layout: TokenLayout | None = None
+    topk_ids_Tk: Tensor,
+    probs_TE: Tensor,
+    row_length: int,
+    total_sequences: int,
+    layout: TokenLayout | None = None,
+    *,
+    coefficient: float = 1.0,
+    count: Callable[..., Tensor] = count_rows,
+    weigh: Callable[..., Tensor] = weigh_rows,
 ) -> Tensor:
-    """Sum over the sequences of E * sum_i f_i P_i, over `total_sequences`: this rank's share.
+    """`coefficient` times the sum over the sequences of E * sum_i f_i P_i, over `total_sequences`: this rank's share.
 
     Shares of all micro-batches and ranks add up to the mean over the sequences. Counts are summed over
-    `layout.group` (no gradient flows through them); probabilities stay local.
+    `layout.group` (no gradient flows through them); probabilities stay local. `count` and `weigh` are its two halves,
+    compiled ones perhaps.
     Raises ValueError when the stream is not whole rows.
     """
     layout = layout or TokenLayout()
     T, E = probs_TE.shape
     if T * layout.stream_parts % row_length:
         raise ValueError(f"row_length = {row_length}: must divide the stream of {T * layout.stream_parts} tokens")
-    with torch.no_grad():
-        chosen_TE = torch.zeros_like(probs_TE).scatter_(1, topk_ids_Tk, 1.0)
-        counts_SE = _sum_rows(chosen_TE, row_length, layout)
-        if layout.group is not None:
-            dist.all_reduce(counts_SE, group=layout.group)
+    place = (row_length, layout.stream_parts, layout.stream_part)
+    counts_SE = count(topk_ids_Tk, probs_TE.detach(), *place)
+    if layout.group is not None:
+        dist.all_reduce(counts_SE, group=layout.group)
     length = row_length * layout.row_parts
-    scale = E / (length * topk_ids_Tk.shape[1] * length * total_sequences)
-    return (counts_SE * _sum_rows(probs_TE, row_length, layout)).sum() * scale
+    scale = coefficient * E / (length * topk_ids_Tk.shape[1] * length * total_sequences)
+    return weigh(counts_SE, probs_TE, scale, *place)
 
 
 def global_balance_loss(counts_E: Tensor, probs_TE: Tensor, top_k: int, total_tokens: int) -> Tensor:
@@ -128,6 +149,8 @@ class Balance(nn.Module):
     kind: "loss" adds the balance loss; "bias" and "none" do not. `z_loss_coefficient` counts under every kind.
     `layout` is set by whoever spreads the model.
     """
+
+    regions = ("count_rows", "weigh_rows")
 
     def __init__(
         self,
@@ -147,6 +170,7 @@ class Balance(nn.Module):
         self.scope = scope
         self.z_loss_coefficient = z_loss_coefficient
         self.layout = TokenLayout()
+        self.count_rows, self.weigh_rows = count_rows, weigh_rows
         self.counting = False
         self.has_global_counts = False
         self.register_buffer("global_counts_E", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
@@ -173,8 +197,15 @@ class Balance(nn.Module):
         if self.coefficient and self.scope == "sequence":
             if row_length is None:
                 raise ValueError("moe.balance_scope = 'sequence' needs row_length, the tokens of a packed sequence")
-            balance = self.coefficient * sequence_balance_loss(
-                routing.topk_ids_Tk, routing.probs_TE, row_length, totals.sequences, self.layout
+            balance = sequence_balance_loss(
+                routing.topk_ids_Tk,
+                routing.probs_TE,
+                row_length,
+                totals.sequences,
+                self.layout,
+                coefficient=self.coefficient,
+                count=self.count_rows,
+                weigh=self.weigh_rows,
             )
         elif self.coefficient:
             balance = self.coefficient * global_balance_loss(
@@ -209,7 +240,7 @@ def needs_counting_pass(model: nn.Module) -> bool:
 def forget_global_counts(model: nn.Module) -> None:
     """Drop what the last `counting_pass` gave every layer: the weights have changed."""
     for balance in model.modules():
-        if isinstance(balance, Balance):
+        if isinstance(balance, Balance) and balance.has_global_counts:
             balance.set_global_counts(None)
 
 
@@ -249,13 +280,16 @@ class BiasedLayer(Protocol):
 
 
 @torch.no_grad()
-def update_bias(layers: Iterable[BiasedLayer], group: ProcessGroup | None = None) -> None:
+def update_bias(
+    layers: Iterable[BiasedLayer], group: ProcessGroup | None = None, skipped: Tensor | None = None
+) -> None:
     """Move every layer's selection bias one step toward balance: bias_i += rate * sign(mean count - count_i).
 
     Once an optimizer step, after its last micro-batch, from the counts of the whole step (which are then reset):
     one all-reduce over `group`, all ranks whose tokens make up the step, for all layers together. Each change is
     recentred to mean zero: a shift of all biases does not alter the selection, but signs need not cancel, so without it
     the biases would drift away from the scores and lose precision. Source: arXiv 2408.15664, algorithm 1.
+    Where `skipped`, 0-dim, is 1 the biases stay and the counts are forgotten.
     """
     layers = [layer for layer in layers if layer.router.expert_bias is not None]
     if not layers:
@@ -266,6 +300,8 @@ def update_bias(layers: Iterable[BiasedLayer], group: ProcessGroup | None = None
     for layer, counts_E in zip(layers, counts.split([layer.step_counts_E.shape[0] for layer in layers])):
         load_E = counts_E.double()
         change_E = layer.bias_rate * (load_E.mean() - load_E).sign()
+        if skipped is not None:
+            change_E = change_E * (1 - skipped)
         assert layer.router.expert_bias is not None
         layer.router.expert_bias += (change_E - change_E.mean()).to(layer.router.expert_bias.dtype)
         layer.step_counts_E.zero_()

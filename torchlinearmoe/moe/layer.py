@@ -116,7 +116,7 @@ class MoE(nn.Module):
         loss, counts_E = account(
             routing, self.balance, self.statistics, totals=totals, row_length=row_length, keep_Tk=keep_Tk
         )
-        if counts_E is not None:
+        if counts_E is not None and self.router.expert_bias is not None:
             self.step_counts_E += counts_E
         return routing if loss is None else routing._replace(topk_weights_Tk=attach_loss(routing.topk_weights_Tk, loss))
 

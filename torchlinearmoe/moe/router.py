@@ -46,6 +46,7 @@ class Router(nn.Module):
     """
 
     keep_fp32 = True
+    regions = ("forward",)
     expert_bias: Tensor | None
 
     def __init__(

@@ -29,6 +29,8 @@ class LoadStatistics(nn.Module):
     kind: the first part of the figures' names, "moe" for experts, "mom" for memories.
     """
 
+    regions = ("record",)
+
     def __init__(self, num_experts: int, kind: str = "moe"):
         super().__init__()
         self.kind = kind

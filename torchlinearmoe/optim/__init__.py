@@ -1,6 +1,11 @@
 """The optimizer's room: which parameters decay, which optimizer runs, what the learning rate is at a step.
 
-Gradient clipping needs the meshes and lives in `torchlinearmoe.parallel.clip`.
+    adamw.py      the optimizer; launches.py, places.py: its one launch over all parameters of a kind
+    masters.py    float32 masters behind bfloat16 weights
+    sums.py       gradients of several micro-batches
+    step.py       clip, and skip what is broken
+
+The norm that gradients are clipped by needs the meshes and lives in `torchlinearmoe.parallel.clip`.
 """
 
 from torchlinearmoe.optim.build import OPTIMIZERS, build_optimizer

@@ -202,6 +202,8 @@ class OptimizerRecipe:
     """Adam's moment decays."""
     eps: float = 1e-8
     """Adam's epsilon."""
+    states: Literal["float32", "bfloat16"] = "float32"
+    """Type of Adam's two moments; bfloat16 halves them, rounded by chance so that small changes are not lost."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices and embeddings (not of norms, biases and decay parameters)."""
     clip_norm: float = 1.0
@@ -236,6 +238,9 @@ class ParallelRecipe:
     """Stages a rank has; 0 takes what the schedule needs: 1, 2 and 2."""
     reshard_after_forward: bool = True
     """Free gathered weights between forward and backward (ZeRO-3); false keeps them (ZeRO-2)."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which gradients of bfloat16 weights are summed over ranks, and over micro-batches before; float32 never
+    loses small ones, bfloat16 sends half as much. Shards and masters stay float32."""
 
     @property
     def stages_per_rank(self) -> int:

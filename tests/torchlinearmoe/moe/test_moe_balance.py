@@ -145,10 +145,7 @@ def test_attached_loss_has_factor_one(compiled: bool) -> None:
 def test_rows_are_summed_wherever_the_stream_is_cut(parts: int, row_length: int) -> None:
     values = stream(8)
     expected = values.view(-1, row_length, D).sum(1)
-    pieces = [
-        _sum_rows(piece, row_length, TokenLayout(stream_parts=parts, stream_part=i))
-        for i, piece in enumerate(values.chunk(parts))
-    ]
+    pieces = [_sum_rows(piece, row_length, parts, i) for i, piece in enumerate(values.chunk(parts))]
     torch.testing.assert_close(sum(pieces), expected)
     assert all(piece.shape == expected.shape for piece in pieces)
 
