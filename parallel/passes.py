@@ -70,6 +70,7 @@ class Loop:
                 set_gradient_sync(self.model, index == len(batches) - 1)
                 loss = self.loss(batch)
                 (loss / tokens.to(loss.dtype)).backward()
+                self.sums.collect()
                 total += loss.detach()
         return total
 

@@ -38,49 +38,47 @@ _HIGH_FACTOR = tl.constexpr(HIGH_FACTOR)
 
 
 @triton.jit
-def _pointer(address, i, kind: tl.constexpr):
-    """Pointers to the elements `i` of the tensor at `address`, which begins at a whole vector."""
-    return tl.multiple_of(address.to(tl.pointer_type(kind)) + i, [16])
+def _load(address, start, i, left, kind: tl.constexpr, FULL: tl.constexpr):
+    """Elements start + i of the tensor at `address`, 0 from `left` on.
 
-
-@triton.jit
-def _load(address, i, count, kind: tl.constexpr, FULL: tl.constexpr):
-    """Elements `i`, 0 from `count` on. Without a mask where all are there: one would keep loads from being vectors."""
-    p = _pointer(address, i, kind)
+    Places within a tile are 32 bits wide, which saves registers. Without a mask where all are there: one would keep
+    loads from being whole vectors.
+    """
+    p = tl.multiple_of(address.to(tl.pointer_type(kind)) + start + i, [16])
     if FULL:
         x = tl.load(p)
     else:
-        x = tl.load(p, mask=i < count, other=0)
+        x = tl.load(p, mask=i < left, other=0)
     return x
 
 
 @triton.jit
-def _store(address, i, count, x, kind: tl.constexpr, FULL: tl.constexpr):
-    p = _pointer(address, i, kind)
+def _store(address, start, i, left, x, kind: tl.constexpr, FULL: tl.constexpr):
+    p = tl.multiple_of(address.to(tl.pointer_type(kind)) + start + i, [16])
     if FULL:
         tl.store(p, x)
     else:
-        tl.store(p, x, mask=i < count)
+        tl.store(p, x, mask=i < left)
 
 
 @triton.jit
-def _read(address, i, count, HALF: tl.constexpr, FULL: tl.constexpr):
+def _read(address, start, i, left, HALF: tl.constexpr, FULL: tl.constexpr):
     """float32 of a float32 or, where HALF, a bfloat16 tensor."""
     if HALF:
-        x = (_load(address, i, count, tl.int16, FULL).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        x = (_load(address, start, i, left, tl.int16, FULL).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
-        x = _load(address, i, count, tl.float32, FULL)
+        x = _load(address, start, i, left, tl.float32, FULL)
     return x
 
 
 @triton.jit
-def _write(address, i, count, x, bits, HALF: tl.constexpr, FULL: tl.constexpr):
+def _write(address, start, i, left, x, bits, HALF: tl.constexpr, FULL: tl.constexpr):
     """Write float32 `x`, as bfloat16 rounded by chance with `bits` where HALF."""
     if HALF:
         whole = x.to(tl.int32, bitcast=True) + bits.to(tl.int32)
-        _store(address, i, count, (whole >> 16).to(tl.int16), tl.int16, FULL)
+        _store(address, start, i, left, (whole >> 16).to(tl.int16), tl.int16, FULL)
     else:
-        _store(address, i, count, x, tl.float32, FULL)
+        _store(address, start, i, left, x, tl.float32, FULL)
 
 
 @triton.jit
@@ -95,64 +93,76 @@ def _square_sum(grads, tensor_of, first, size, sums, HALF: tl.constexpr):
     block = tl.program_id(0)
     n = tl.load(tensor_of + block)
     start = (block - tl.load(first + n)).to(tl.int64) * _BLOCK
-    count = tl.load(size + n)
+    left = tl.minimum(tl.load(size + n) - start, _BLOCK).to(tl.int32)
     grad = tl.load(grads + n)
     total = tl.zeros((_TILE,), tl.float32)
     for offset in range(0, _BLOCK, _TILE):
-        i = start + offset + tl.arange(0, _TILE)
-        if start + offset + _TILE <= count:
-            g = _read(grad, i, count, HALF, _YES)
+        i = offset + tl.arange(0, _TILE)
+        if offset + _TILE <= left:
+            g = _read(grad, start, i, left, HALF, _YES)
         else:
-            g = _read(grad, i, count, HALF, _NO)
+            g = _read(grad, start, i, left, HALF, _NO)
         total += g * g
     tl.store(sums + block, tl.sum(total, 0))
 
 
 @triton.jit
-def _add(total, grad, count, FRESH: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * _TILE + tl.arange(0, _TILE)
-    mask = i < count
-    x = (tl.load(grad + i, mask=mask, other=0).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+def _add_tile(total, grad, start, i, left, FRESH: tl.constexpr, FULL: tl.constexpr):
+    x = _read(grad, start, i, left, _YES, FULL)
     if not FRESH:
-        x += tl.load(total + i, mask=mask, other=0.0)
-    tl.store(total + i, x, mask=mask)
+        x += _load(total, start, i, left, tl.float32, FULL)
+    _store(total, start, i, left, x, tl.float32, FULL)
+
+
+@triton.jit
+def _add(totals, grads, tensor_of, first, size, FRESH: tl.constexpr):
+    block = tl.program_id(0)
+    n = tl.load(tensor_of + block)
+    start = (block - tl.load(first + n)).to(tl.int64) * _BLOCK
+    left = tl.minimum(tl.load(size + n) - start, _BLOCK).to(tl.int32)
+    total, grad = tl.load(totals + n), tl.load(grads + n)
+    for offset in range(0, _BLOCK, _TILE):
+        i = offset + tl.arange(0, _TILE)
+        if offset + _TILE <= left:
+            _add_tile(total, grad, start, i, left, FRESH, _YES)
+        elif offset < left:
+            _add_tile(total, grad, start, i, left, FRESH, _NO)
 
 
 @triton.jit
 def _adamw_tile(
-    row, grad, i, seed, keep, size, spread, clip, beta1, beta2, eps,
+    row, grad, start, i, left, seed, keep, size, spread, clip, beta1, beta2, eps,
     SPLIT: tl.constexpr, HALF_GRAD: tl.constexpr, HALF_STATE: tl.constexpr, PLACES: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    weight, rest = tl.load(row), tl.load(row + 1)
-    exp_avg, exp_avg_sq, count = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
-    g = _read(grad, i, count, HALF_GRAD, FULL) * clip
-    m = _read(exp_avg, i, count, HALF_STATE, FULL)
-    v = _read(exp_avg_sq, i, count, HALF_STATE, FULL)
-    w = _read(weight, i, count, SPLIT, FULL)
+    weight, rest, exp_avg, exp_avg_sq = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    g = _read(grad, start, i, left, HALF_GRAD, FULL) * clip
+    m = _read(exp_avg, start, i, left, HALF_STATE, FULL)
+    v = _read(exp_avg_sq, start, i, left, HALF_STATE, FULL)
+    w = _read(weight, start, i, left, SPLIT, FULL)
     if SPLIT:
-        low = _load(rest, i, count, tl.int16, FULL).to(tl.int32)
+        low = _load(rest, start, i, left, tl.int16, FULL).to(tl.int32)
         w = (w.to(tl.int32, bitcast=True) + low).to(tl.float32, bitcast=True)
     m = m + (1 - beta1) * (g - m)
     v = beta2 * v + (1 - beta2) * g * g
     w = w * keep - size * m / (tl.sqrt(v) * spread + eps)
     low_bits, high_bits = i, i
     if HALF_STATE:
-        place = tl.load(row + 5) + i
+        place = tl.load(row + 5) + start + i
         if PLACES:
             inner = tl.load(row + 6)
             if inner > 0:
-                place = tl.load(row + 5) + i // inner * tl.load(row + 7) + i % inner
+                place = tl.load(row + 5) + (start + i) // inner * tl.load(row + 7) + (start + i) % inner
         bits = _pcg(seed + place.to(tl.uint32) + (place >> 32).to(tl.uint32) * _HIGH_FACTOR)
         low_bits, high_bits = bits & 0xFFFF, bits >> 16
-    _write(exp_avg, i, count, m, low_bits, HALF_STATE, FULL)
-    _write(exp_avg_sq, i, count, v, high_bits, HALF_STATE, FULL)
+    _write(exp_avg, start, i, left, m, low_bits, HALF_STATE, FULL)
+    _write(exp_avg_sq, start, i, left, v, high_bits, HALF_STATE, FULL)
     if SPLIT:
         bits = w.to(tl.int32, bitcast=True)
         upper = (bits + 0x8000) >> 16
-        _store(weight, i, count, upper.to(tl.int16), tl.int16, FULL)
-        _store(rest, i, count, (bits - (upper << 16)).to(tl.int16), tl.int16, FULL)
+        _store(weight, start, i, left, upper.to(tl.int16), tl.int16, FULL)
+        _store(rest, start, i, left, (bits - (upper << 16)).to(tl.int16), tl.int16, FULL)
     else:
-        _store(weight, i, count, w, tl.float32, FULL)
+        _store(weight, start, i, left, w, tl.float32, FULL)
 
 
 @triton.jit
@@ -167,20 +177,21 @@ def _adamw(
     n = tl.load(tensor_of + block)
     start = (block - tl.load(first + n)).to(tl.int64) * _BLOCK
     row = table + n * 9
-    count, grad = tl.load(row + 4), tl.load(grads + n)
+    left = tl.minimum(tl.load(row + 4) - start, _BLOCK).to(tl.int32)
+    grad = tl.load(grads + n)
     keep, size, spread = tl.load(scalars + n * 3), tl.load(scalars + n * 3 + 1), tl.load(scalars + n * 3 + 2)
     clip = tl.load(factor)
     seed = _pcg(tl.load(row + 8).to(tl.uint32) + tl.load(steps + n).to(tl.uint32) * _STEP_FACTOR)
     for offset in range(0, _BLOCK, _TILE):
-        i = start + offset + tl.arange(0, _TILE)
-        if start + offset + _TILE <= count:
+        i = offset + tl.arange(0, _TILE)
+        if offset + _TILE <= left:
             _adamw_tile(
-                row, grad, i, seed, keep, size, spread, clip, beta1, beta2, eps,
+                row, grad, start, i, left, seed, keep, size, spread, clip, beta1, beta2, eps,
                 SPLIT, HALF_GRAD, HALF_STATE, PLACES, _YES,
             )  # fmt: skip
-        elif start + offset < count:
+        elif offset < left:
             _adamw_tile(
-                row, grad, i, seed, keep, size, spread, clip, beta1, beta2, eps,
+                row, grad, start, i, left, seed, keep, size, spread, clip, beta1, beta2, eps,
                 SPLIT, HALF_GRAD, HALF_STATE, PLACES, _NO,
             )  # fmt: skip
 
@@ -199,14 +210,11 @@ def square_sum(blocks: Blocks, grads: Tensor, half: bool) -> Tensor:
     return sums.sum()
 
 
-def add_gradient(total: Tensor | None, grad: Tensor) -> Tensor:
-    """total + grad in place, float32 + bfloat16, both contiguous and of one shape; without a total, a new one."""
-    result = torch.empty_like(grad, dtype=torch.float32) if total is None else total
-    count = grad.numel()
-    kernels["add"][(triton.cdiv(count, TILE),)](
-        result, grad.view(torch.int16), count, FRESH=total is None, num_warps=WARPS
+def add_gradients(blocks: Blocks, totals: Tensor, grads: Tensor, fresh: bool) -> None:
+    """Add bfloat16 gradients to float32 sums, or write them there where the sums are fresh; both as `addresses`."""
+    kernels["add"][(blocks.count,)](
+        totals, grads, blocks.tensor, blocks.first, blocks.size, FRESH=fresh, num_warps=WARPS
     )
-    return result
 
 
 def adamw(

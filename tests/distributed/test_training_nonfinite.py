@@ -38,7 +38,7 @@ def everything(trainer: Trainer) -> list[Tensor]:
 def skip_steps(rank: int, tables: Settings, kind: str, bad_steps: tuple[int, ...]) -> list[bool]:
     """Train with rank 1's loss or gradient spoilt at some steps; whether each step left everything as it was."""
     trainer = build(tables)
-    step, loss, clip = Trainer.train_step, Loop.loss, trainer_module.clip_gradients
+    step, loss, norm = Trainer.train_step, Loop.loss, trainer_module.gradient_norm
     unchanged: list[bool] = []
 
     def spoilt() -> bool:
@@ -58,15 +58,15 @@ def skip_steps(rank: int, tables: Settings, kind: str, bad_steps: tuple[int, ...
         if kind == "gradient" and spoilt():
             gradient = trainer.model.get_parameter("layers.1.ffn.experts.down").grad
             gradient.to_local().view(-1)[0] = math.inf
-        return clip(parameters, *args)
+        return norm(parameters, *args)
 
     Trainer.train_step, Loop.loss = step_watched, spoilt_loss  # type: ignore[method-assign]
-    trainer_module.clip_gradients = spoilt_gradient
+    trainer_module.gradient_norm = spoilt_gradient
     try:
         trainer.run()
     finally:
         Trainer.train_step, Loop.loss = step, loss  # type: ignore[method-assign]
-        trainer_module.clip_gradients = clip
+        trainer_module.gradient_norm = norm
     return unchanged
 
 

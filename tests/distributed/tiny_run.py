@@ -143,25 +143,25 @@ def watched(gradients: dict[str, Tensor], rows: dict[int, list[str]]) -> Iterato
     """Fill `gradients` with the whole gradients of the first step inside, and `rows` with the data of every step."""
     from torchlinearmoe import trainer
 
-    clip, train_step = trainer.clip_gradients, trainer.Trainer.train_step
+    norm, train_step = trainer.gradient_norm, trainer.Trainer.train_step
 
-    def clip_watched(parts: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def norm_watched(parts: Any, *args: Any, **kwargs: Any) -> Tensor:
         if not gradients:
             for name, parameter in parameters_of(parts):
                 assert parameter.grad is not None, name
                 gradients[name] = whole(parameter.grad)
-        return clip(parts, *args, **kwargs)
+        return norm(parts, *args, **kwargs)
 
     def train_step_watched(self: Any, batches: list[Any], received: int | None = None) -> Any:
         pairs = torch.cat([torch.stack((b.tokens, b.labels)).view(2, -1, b.row_length) for b in batches], 1)
         rows[self.step + 1] = [hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in pairs.transpose(0, 1)]
         return train_step(self, batches, received)
 
-    trainer.clip_gradients, trainer.Trainer.train_step = clip_watched, train_step_watched
+    trainer.gradient_norm, trainer.Trainer.train_step = norm_watched, train_step_watched
     try:
         yield
     finally:
-        trainer.clip_gradients, trainer.Trainer.train_step = clip, train_step
+        trainer.gradient_norm, trainer.Trainer.train_step = norm, train_step
 
 
 def build(tables: Settings) -> Any:

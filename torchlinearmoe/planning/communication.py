@@ -191,7 +191,7 @@ def add_step(model: Decoder, passes: Passes, counting: int, found: Collectives) 
         add(*shard, "all-gather, backward", backwards, unit.gathered_bytes)
         add(*shard, "reduce-scatter, gradients", 1, unit.scattered_bytes)
         add(unit.replica_axis, unit.replica_ranks, "all-reduce, gradients", 1, unit.shard_bytes)
-    if counting and model.holds_last and all(unit.name for unit in units):
+    if counting and units and model.holds_last and all(unit.name for unit in units):
         # FSDP still knows the order of the counting forwards: at the end of the first backward it fetches, in vain, the
         # unit that came last in them. The root, where it has weights of its own, is that unit and is still there.
         add(units[-1].shard_axis, units[-1].shard_ranks, "all-gather, backward", 1, units[-1].gathered_bytes)

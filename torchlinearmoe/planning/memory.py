@@ -23,8 +23,10 @@ from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.models.mlp import SwiGLU
 from torchlinearmoe.moe.layer import MoE
 from torchlinearmoe.optim.build import build_optimizer
+from torchlinearmoe.optim.masters import is_sharded, local_part, rest_of
 from torchlinearmoe.parallel.checkpointing import is_checkpointed
 from torchlinearmoe.parallel.mesh import Degrees
+from torchlinearmoe.parallel.tensor import partial_gradients
 from torchlinearmoe.planning.communication import Unit, fsdp_units
 from torchlinearmoe.recipe.schema import OptimizerRecipe, TrainingRecipe
 
@@ -34,11 +36,12 @@ class Memory:
     """Bytes on one rank."""
 
     parameters: int
-    """This rank's shards of the float32 master weights."""
+    """This rank's shards of the float32 master weights; whole masters, as halves, of what is not sharded."""
     padding: int
     """What torch adds to the shards so that all ranks hold the same; 0 where everything divides."""
     gradients: int
-    """Float32 shards; of the whole weights while micro-batches accumulate, since only the last one is reduced."""
+    """Float32 shards; of the whole weights while micro-batches accumulate, since only the last one is reduced. Of
+    weights that are not sharded, in their own type, float32 while micro-batches accumulate."""
     optimizer: int
     """All tensors of the optimizer's state."""
     gathered_weights: int
@@ -70,19 +73,21 @@ def rank_memory(
     tokens = training.sequence_length * training.micro_batch_size // degrees.context
     assert training.tokens_per_step is not None
     accumulates = training.tokens_per_step > training.sequence_length * training.micro_batch_size * degrees.data_ranks
-    parameters = local_bytes(model.parameters())
+    parameters = parameter_bytes(model)
+    shards = local_bytes(parameter for parameter in model.parameters() if is_sharded(parameter))
     padded = sum(unit.local_elements for unit in units) * torch.float32.itemsize
     whole = sum(unit.elements * unit.reduce_dtype.itemsize for unit in units)
+    unsharded = unsharded_gradient_bytes(model, accumulates)
     blocks = _blocks(units)
     sizes = sorted((sum(unit.gathered_bytes for unit in block) for block in blocks), reverse=True)
     buffers = (sum(unit.gathered_bytes + unit.scattered_bytes for unit in block) for block in _blocks(units, kept=True))
     return Memory(
         parameters=parameters,
-        padding=padded - parameters,
-        gradients=whole if accumulates else padded,
+        padding=padded - shards,
+        gradients=(whole if accumulates else padded) + unsharded,
         optimizer=local_bytes(states),
         gathered_weights=sum(unit.gathered_bytes for unit in units if unit.kept) + sum(sizes[: None if staged else 2]),
-        gradient_buffers=max(buffers),
+        gradient_buffers=max(buffers, default=0),
         activations=activation_bytes(model, training, tokens, dtype, degrees.tensor),
         loss=loss_bytes(model, tokens, dtype, degrees.tensor) if model.holds_last else 0,
     )
@@ -94,23 +99,40 @@ def local_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in locals_)
 
 
-def optimizer_states(model: nn.Module, recipe: OptimizerRecipe) -> list[Tensor]:
-    """All tensors that the recipe's optimizer will hold for a meta model: it is built, stepped, and asked.
+def parameter_bytes(model: nn.Module) -> int:
+    """This rank's parts of all masters, halves and wholes."""
+    rests = [rest for parameter in model.parameters() if (rest := rest_of(parameter)) is not None]
+    return local_bytes(model.parameters()) + local_bytes(rests)
 
-    Parameters of one group that are laid out alike have alike states, so one of them is stepped for all.
+
+def unsharded_gradient_bytes(model: nn.Module, accumulates: bool) -> int:
+    """Gradients of what FSDP does not shard; float32 where they are sums of several, of micro-batches or of ranks."""
+    summed = {id(parameter) for parameter in partial_gradients(model)}
+    total = 0
+    for parameter in model.parameters():
+        if not is_sharded(parameter):
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            dtype = wide if accumulates or id(parameter) in summed else parameter.dtype
+            total += local_part(parameter.detach()).numel() * dtype.itemsize
+    return total
+
+
+def optimizer_states(model: nn.Module, recipe: OptimizerRecipe) -> list[Tensor]:
+    """All tensors that the recipe's optimizer will hold for a meta model: it is built and asked.
+
+    Parameters that are laid out alike have alike states, so one of them is asked for all.
     """
-    optimizer = build_optimizer(model, name=recipe.name, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    examples: dict[object, Tensor] = {}
-    alike: list[Tensor] = []
-    for index, group in enumerate(optimizer.param_groups):
+    optimizer = build_optimizer(model, name=recipe.name, lr=recipe.lr, states=recipe.states)
+    examples: dict[object, list[Tensor]] = {}
+    found: list[Tensor] = []
+    for group in optimizer.param_groups:
         for parameter in group["params"]:
             layout = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else ()
-            alike.append(examples.setdefault((index, parameter.shape, parameter.dtype, layout), parameter))
-    for parameter in examples.values():
-        parameter.grad = torch.empty_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return [value for example in alike for value in optimizer.state[example].values() if isinstance(value, Tensor)]
+            kind = (parameter.shape, parameter.dtype, layout)
+            if kind not in examples:
+                examples[kind] = list(optimizer.init_state(parameter).values())
+            found += examples[kind]
+    return found
 
 
 def checkpoint_bytes(model: nn.Module, states: Iterable[Tensor]) -> int:

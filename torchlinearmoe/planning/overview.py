@@ -11,6 +11,7 @@ import torch
 
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.models.flops import forward_flops_per_token, training_flops_per_token
+from torchlinearmoe.optim.masters import hold_masters
 from torchlinearmoe.parallel.apply import lay_out_model
 from torchlinearmoe.parallel.mesh import Degrees, Meshes, resolve_degrees, tokens_per_step
 from torchlinearmoe.parallel.pipeline import check_micro_batches, micro_batches, stage_layers
@@ -113,6 +114,8 @@ def _rank_plan(recipe: Recipe, degrees: Degrees, dtype: torch.dtype, rank: int, 
     with pretended_world(degrees.world_size, rank):
         meshes = Meshes(degrees, "cpu")
         parts = lay_out_model(recipe, meshes, dtype)
+        for part in parts:
+            hold_masters(part, dtype)
         stages = [part for part in parts if isinstance(part, Stage)]
         order = rank_order(stages, recipe, meshes, dtype) if stages else []
         layers = {index for part in parts for index in part.layers}
@@ -134,7 +137,8 @@ def _rank_plan(recipe: Recipe, degrees: Degrees, dtype: torch.dtype, rank: int, 
         memory += other
     if stages:
         memory = dataclasses.replace(memory, activations=most_in_flight(order, held))
-    padding = sum(u.local_elements * u.shard_ranks for u in units) / sum(u.elements for u in units)
+    elements = sum(u.elements for u in units)
+    padding = sum(u.local_elements * u.shard_ranks for u in units) / elements if elements else 1.0
     return _RankPlan(memory, found.listed(), spans, len(units), padding)
 
 

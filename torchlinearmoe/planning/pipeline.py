@@ -86,6 +86,6 @@ def add_pipeline_transfers(
 
 
 def _local_sizes(module: torch.nn.Module) -> list[tuple[int, int]]:
-    """Elements and element size of this rank's part of every parameter."""
+    """Elements and element size, at least float32's, of the gradient of this rank's part of every parameter."""
     parts = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]
-    return [(part.numel(), part.element_size()) for part in parts]
+    return [(part.numel(), torch.promote_types(part.dtype, torch.float32).itemsize) for part in parts]

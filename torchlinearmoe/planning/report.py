@@ -7,9 +7,9 @@ from typing import Any, TextIO
 from torchlinearmoe.metrics.console import format_number
 
 MEMORY = {
-    "parameters": "float32 master shards",
+    "parameters": "float32 masters, this rank's part",
     "padding": "equal shards on all ranks",
-    "gradients": "float32 shards",
+    "gradients": "float32 shards; {dtype} where nothing is sharded or summed",
     "optimizer": "its states",
     "gathered_weights": "{dtype}; kept units and two blocks, or a pipeline stage",
     "gradient_buffers": "of the largest block",

@@ -76,12 +76,13 @@ def norms_and_sums(device: str) -> tuple[float, float, float]:
         found = triton.square_sum(blocks, addresses(some, torch.device(device)), dtype == torch.bfloat16)
         expected = sum(x.double().square().sum() for x in some)
         errors.append(abs(found.item() / float(expected) - 1))
-    parts = [torch.randn(5000, generator=generator).bfloat16().to(device) for _ in range(3)]
-    total = None
-    for part in parts:
-        total = triton.add_gradient(total, part)
-    assert total is not None
-    return *errors, (total - (parts[0].float() + parts[1].float() + parts[2].float())).abs().max().item()  # pyright: ignore
+    parts = [[torch.randn(size, generator=generator).bfloat16().to(device) for size in SIZES] for _ in range(3)]
+    totals = [torch.full((size,), float("nan"), device=device) for size in SIZES]
+    where, blocks = torch.device(device), Blocks(SIZES, torch.device(device))
+    for number, part in enumerate(parts):
+        triton.add_gradients(blocks, addresses(totals, where), addresses(part, where), number == 0)
+    sums = [a.float() + b.float() + c.float() for a, b, c in zip(*parts)]
+    return *errors, max(float((total - found).abs().max()) for total, found in zip(totals, sums))  # pyright: ignore
 
 
 def _error(found: list[Tensor], expected: list[Tensor]) -> float:

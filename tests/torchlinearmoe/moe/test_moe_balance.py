@@ -7,7 +7,6 @@ import torch
 
 from torchlinearmoe.moe import StepTotals, counting_pass, needs_counting_pass, update_bias
 from torchlinearmoe.moe.balance import (
-    TokenLayout,
     _sum_rows,
     attach_loss,
     global_balance_loss,
