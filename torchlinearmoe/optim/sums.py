@@ -65,18 +65,17 @@ class GradientSums:
 
     @torch.no_grad()
     def _collect(self, parameters: Sequence[Tensor]) -> None:
-        for fresh in (True, False):
-            some = [parameter for parameter in parameters if (parameter not in self._sums) == fresh]
+        known = [parameter for parameter in parameters if parameter in self._sums]
+        fresh = [parameter for parameter in parameters if parameter not in self._sums]
+        for some, is_fresh in ((known, False), (fresh, True)):
             grads = [local_part(parameter.grad) for parameter in some if parameter.grad is not None]
-            if fresh:
-                totals = [torch.empty_like(grad, dtype=torch.float32) for grad in grads]
-            else:
-                totals = [self._sums[parameter] for parameter in some]
-            if some:
-                _add(totals, grads, fresh)
-            for parameter, total in zip(some, totals):
-                self._sums[parameter] = total
+            if not grads:
+                continue
+            for parameter, grad in zip(some, grads, strict=True):
+                if is_fresh:
+                    self._sums[parameter] = torch.empty_like(grad, dtype=torch.float32)
                 parameter.grad = None
+            _add([self._sums[parameter] for parameter in some], grads, is_fresh)
 
 
 def start_sums(model: nn.Module) -> None:

@@ -41,7 +41,7 @@ def check(errors: dict[str, float], rounded: bool) -> None:
 
 
 @every_kind
-def test_one_launch_updates_like_the_definition(interpret: Callable[..., Any], kind: tuple[Any, ...]):
+def test_one_launch_updates_like_the_definition(interpret: Callable[..., Any], kind: Any):
     check(interpret(run, *kind, "cpu"), rounded=kind[2] == torch.bfloat16)
 
 
@@ -51,7 +51,7 @@ def test_norms_and_sums_over_all_tensors(interpret: Callable[..., Any]):
 
 @pytest.mark.gpu
 @every_kind
-def test_one_launch_updates_like_the_definition_on_a_gpu(kind: tuple[Any, ...]):
+def test_one_launch_updates_like_the_definition_on_a_gpu(kind: Any):
     check(run(*kind, "cuda"), rounded=kind[2] == torch.bfloat16)
 
 

@@ -50,8 +50,8 @@ def test_gradients_are_clipped_as_torch_does(scale):
     model, twin = nn.Linear(5, 4), nn.Linear(5, 4)
     twin.load_state_dict(model.state_dict())
     for p, q in zip(model.parameters(), twin.parameters()):
-        p.grad = torch.randn_like(p) * scale
-        q.grad = p.grad.clone()
+        gradient = torch.randn_like(p) * scale
+        p.grad, q.grad = gradient, gradient.clone()
     ours, theirs = (build_optimizer(m, lr=0.1, eps=1.0) for m in (model, twin))
     step_if_finite(ours, gradient_norm(model), 1.0)
     nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
