@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from torchlinearmoe.optim.gradients import Parts, gradient_parts
 from torchlinearmoe.optim.squares import square_sum
 
 
@@ -50,13 +51,14 @@ def gradient_norm(
 
     # Keyed by the groups to reduce over. Taken from the parameters, not from the gradients, so that every rank
     # issues the same collectives in the same order even where a gradient is absent.
-    pieces: dict[tuple[dist.ProcessGroup, ...], list[torch.Tensor]] = {}
+    pieces: dict[tuple[dist.ProcessGroup, ...], list[Parts]] = {}
     for parameter in trainable:
         if id(parameter) in elsewhere:
             continue
         local = pieces.setdefault(_sharding_groups(parameter), [])
-        if parameter.grad is not None and (piece := _local_gradient(parameter)).numel():
-            local.append(piece)
+        parts = gradient_parts(parameter)
+        if parts is not None and parts[0].numel():
+            local.append(parts)
 
     square = torch.zeros((), dtype=dtype, device=trainable[0].device)
     for groups, local in pieces.items():
@@ -79,15 +81,3 @@ def _sharding_groups(parameter: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
         for axis, placement in enumerate(parameter.placements)
         if not placement.is_replicate() and mesh.size(axis) > 1
     )
-
-
-def _local_gradient(parameter: torch.Tensor) -> torch.Tensor:
-    """The piece of the gradient that this rank holds, laid out like the parameter; shares its memory."""
-    grad = parameter.grad
-    assert grad is not None
-    if not isinstance(grad, DTensor):
-        return grad
-    assert isinstance(parameter, DTensor) and grad.placements == parameter.placements, (
-        f"a gradient is laid out as {grad.placements}, its parameter otherwise: it was not reduced"
-    )
-    return grad.to_local()

@@ -2,8 +2,8 @@
 
 Losses arrive divided by the whole step's tokens, so gradients are summed over ranks and never averaged: FSDP's own
 division is off everywhere. Master weights are float32 (float64 stays). Modules marked `keep_fp32` (decays, routers,
-lower bounds) are units of their own that compute in float32; all others compute in the run's type. Experts are a unit
-of their own, because they are sharded over fewer ranks than the rest where other ranks hold other experts.
+lower bounds) compute in float32, those of a layer as one unit; all others compute in the run's type. Experts are a unit
+of their own where they are sharded over other ranks than the rest, because other ranks hold other experts.
 
 A mesh of one rank has nothing to gather and nothing to reduce: units over it are left out, and their parameters are
 plain, or split over `tensor` and `ep` alone (`optim.masters` keeps their masters):
@@ -51,26 +51,35 @@ def apply_fsdp(
     moes = [layer.ffn for layer in model.layers.values() if isinstance(layer.ffn, MoE)]
     left_out = {p for moe in moes for p in moe.experts.parameters()} if not experts else set()
 
-    def shard(module: nn.Module | list[nn.Module], policy: MixedPrecisionPolicy, reshard: bool) -> None:
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=left_out)  # pyright: ignore
+    placement = partial(expert_placement, ranks=expert_mesh.size(-1))
 
-    if dense:
-        for module in list(model.modules()):
-            if getattr(module, "keep_fp32", False) and any(True for _ in module.parameters()):
-                shard(module, exact, reshard_after_forward)
+    def shard(module: nn.Module | list[nn.Module], policy: MixedPrecisionPolicy, reshard: bool) -> None:
+        fully_shard(
+            module,  # pyright: ignore
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=reshard,
+            shard_placement_fn=placement if apart is False else None,
+            ignored_params=left_out,
+        )
+
+    # Where the experts lie on the ranks of all else, they are gathered with their layer.
+    apart = experts and not (dense and expert_mesh == mesh)
+    for unit in _exact_units(model) if dense else ():
+        shard(unit, exact, reshard_after_forward)
     for layer in model.layers.values():
-        if experts and isinstance(layer.ffn, MoE):
+        if apart and isinstance(layer.ffn, MoE):
             fully_shard(
                 layer.ffn.experts,
                 mesh=expert_mesh,
                 mp_policy=policy,
                 reshard_after_forward=reshard_after_forward,
-                shard_placement_fn=partial(expert_placement, ranks=expert_mesh.size(-1)),
+                shard_placement_fn=placement,
             )
         if not dense:
             continue
         shard(layer, policy, reshard_after_forward)
-        if experts and isinstance(layer.ffn, MoE):
+        if apart and isinstance(layer.ffn, MoE):
             # The host waits for the counts of an exchange before it comes to the experts: gather them before that.
             assert isinstance(layer, FSDPModule) and isinstance(layer.ffn.experts, FSDPModule)
             layer.set_modules_to_forward_prefetch([layer.ffn.experts])
@@ -92,6 +101,16 @@ def apply_fsdp(
             module.set_gradient_divide_factor(1.0)
             # Gloo has no pre-multiplied sum, and NCCL is told to sum as well.
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _exact_units(model: Decoder) -> list[list[nn.Module]]:
+    """Modules that compute in float32, those of a layer together: few small gathers are better than many."""
+    shared = [[module] for module in model.shared.modules() if _is_exact(module)]
+    return shared + [some for layer in model.layers.values() if (some := [*filter(_is_exact, layer.modules())])]
+
+
+def _is_exact(module: nn.Module) -> bool:
+    return bool(getattr(module, "keep_fp32", False)) and any(True for _ in module.parameters())
 
 
 def expert_placement(parameter: nn.Parameter, ranks: int) -> Shard:

@@ -3,9 +3,12 @@
 Everything is bound by memory. Bytes an element, and at 4.2 TB/s ms for 2.48e9 of them:
 
     sum of squares    2 (bfloat16 gradients), 4 (float32)                        1.2, 2.4
-    sum of gradients  2 + 4 + 4, the first time 2 + 4                            5.9, 3.5
+    sum of gradients  4 + 2 + 4, of the first two 2 + 2 + 4                      5.9, 4.7
     AdamW             gradient 2; weight and rest 4 + 4; moments 8 + 8           15.4
                       with bfloat16 moments 4 + 4                                10.6
+
+A gradient may come in two parts, what earlier micro-batches gave and the last one's: norm and update add them as they
+read, which costs the bytes of one more read instead of a pass.
 
 bfloat16 is read and written as 16-bit integers, so that the kernels compute in float32 and int32 alone. Sums are made
 block by block and added in a fixed order: the same bits on every run. See `definition` for the formulas.
@@ -16,6 +19,7 @@ block by block and added in a fixed order: the same bits on every run. See `defi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -89,53 +93,61 @@ def _pcg(x):
 
 
 @triton.jit
-def _square_sum(grads, tensor_of, first, size, sums, HALF: tl.constexpr):
+def _read_gradient(grad, earlier, start, i, left, HALF: tl.constexpr, PARTS: tl.constexpr, FULL: tl.constexpr):
+    """The gradient; PARTS: 1, or 2 with an earlier part in float32, 3 in bfloat16."""
+    g = _read(grad, start, i, left, HALF, FULL)
+    if PARTS > 1:
+        g += _read(earlier, start, i, left, PARTS == 3, FULL)
+    return g
+
+
+@triton.jit
+def _square_sum(grads, earlier, tensor_of, first, size, sums, HALF: tl.constexpr, PARTS: tl.constexpr):
     block = tl.program_id(0)
     n = tl.load(tensor_of + block)
     start = (block - tl.load(first + n)).to(tl.int64) * _BLOCK
     left = tl.minimum(tl.load(size + n) - start, _BLOCK).to(tl.int32)
-    grad = tl.load(grads + n)
+    grad, before = tl.load(grads + n), tl.load(earlier + n)
     total = tl.zeros((_TILE,), tl.float32)
     for offset in range(0, _BLOCK, _TILE):
         i = offset + tl.arange(0, _TILE)
         if offset + _TILE <= left:
-            g = _read(grad, start, i, left, HALF, _YES)
+            g = _read_gradient(grad, before, start, i, left, HALF, PARTS, _YES)
         else:
-            g = _read(grad, start, i, left, HALF, _NO)
+            g = _read_gradient(grad, before, start, i, left, HALF, PARTS, _NO)
         total += g * g
     tl.store(sums + block, tl.sum(total, 0))
 
 
 @triton.jit
-def _add_tile(total, grad, start, i, left, FRESH: tl.constexpr, FULL: tl.constexpr):
-    x = _read(grad, start, i, left, _YES, FULL)
-    if not FRESH:
-        x += _load(total, start, i, left, tl.float32, FULL)
+def _add_tile(total, earlier, grad, start, i, left, HALF: tl.constexpr, FULL: tl.constexpr):
+    x = _read(earlier, start, i, left, HALF, FULL) + _read(grad, start, i, left, _YES, FULL)
     _store(total, start, i, left, x, tl.float32, FULL)
 
 
 @triton.jit
-def _add(totals, grads, tensor_of, first, size, FRESH: tl.constexpr):
+def _add(totals, earlier, grads, tensor_of, first, size, HALF: tl.constexpr):
     block = tl.program_id(0)
     n = tl.load(tensor_of + block)
     start = (block - tl.load(first + n)).to(tl.int64) * _BLOCK
     left = tl.minimum(tl.load(size + n) - start, _BLOCK).to(tl.int32)
-    total, grad = tl.load(totals + n), tl.load(grads + n)
+    total, before, grad = tl.load(totals + n), tl.load(earlier + n), tl.load(grads + n)
     for offset in range(0, _BLOCK, _TILE):
         i = offset + tl.arange(0, _TILE)
         if offset + _TILE <= left:
-            _add_tile(total, grad, start, i, left, FRESH, _YES)
+            _add_tile(total, before, grad, start, i, left, HALF, _YES)
         elif offset < left:
-            _add_tile(total, grad, start, i, left, FRESH, _NO)
+            _add_tile(total, before, grad, start, i, left, HALF, _NO)
 
 
 @triton.jit
 def _adamw_tile(
-    row, grad, start, i, left, seed, keep, size, spread, clip, beta1, beta2, eps,
-    SPLIT: tl.constexpr, HALF_GRAD: tl.constexpr, HALF_STATE: tl.constexpr, PLACES: tl.constexpr, FULL: tl.constexpr,
+    row, grad, earlier, start, i, left, seed, keep, size, spread, clip, beta1, beta2, eps,
+    SPLIT: tl.constexpr, HALF_GRAD: tl.constexpr, PARTS: tl.constexpr, HALF_STATE: tl.constexpr, PLACES: tl.constexpr,
+    FULL: tl.constexpr,
 ):  # fmt: skip
     weight, rest, exp_avg, exp_avg_sq = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-    g = _read(grad, start, i, left, HALF_GRAD, FULL) * clip
+    g = _read_gradient(grad, earlier, start, i, left, HALF_GRAD, PARTS, FULL) * clip
     m = _read(exp_avg, start, i, left, HALF_STATE, FULL)
     v = _read(exp_avg_sq, start, i, left, HALF_STATE, FULL)
     w = _read(weight, start, i, left, SPLIT, FULL)
@@ -167,9 +179,9 @@ def _adamw_tile(
 
 @triton.jit
 def _adamw(
-    table, grads, tensor_of, first, scalars, steps, factor, skipped,
+    table, grads, earlier, tensor_of, first, scalars, steps, factor, skipped,
     beta1, beta2, eps,
-    SPLIT: tl.constexpr, HALF_GRAD: tl.constexpr, HALF_STATE: tl.constexpr, PLACES: tl.constexpr,
+    SPLIT: tl.constexpr, HALF_GRAD: tl.constexpr, PARTS: tl.constexpr, HALF_STATE: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     if tl.load(skipped) != 0:
         return
@@ -178,7 +190,7 @@ def _adamw(
     start = (block - tl.load(first + n)).to(tl.int64) * _BLOCK
     row = table + n * 9
     left = tl.minimum(tl.load(row + 4) - start, _BLOCK).to(tl.int32)
-    grad = tl.load(grads + n)
+    grad, before = tl.load(grads + n), tl.load(earlier + n)
     keep, size, spread = tl.load(scalars + n * 3), tl.load(scalars + n * 3 + 1), tl.load(scalars + n * 3 + 2)
     clip = tl.load(factor)
     seed = _pcg(tl.load(row + 8).to(tl.uint32) + tl.load(steps + n).to(tl.uint32) * _STEP_FACTOR)
@@ -186,13 +198,13 @@ def _adamw(
         i = offset + tl.arange(0, _TILE)
         if offset + _TILE <= left:
             _adamw_tile(
-                row, grad, start, i, left, seed, keep, size, spread, clip, beta1, beta2, eps,
-                SPLIT, HALF_GRAD, HALF_STATE, PLACES, _YES,
+                row, grad, before, start, i, left, seed, keep, size, spread, clip, beta1, beta2, eps,
+                SPLIT, HALF_GRAD, PARTS, HALF_STATE, PLACES, _YES,
             )  # fmt: skip
         elif offset < left:
             _adamw_tile(
-                row, grad, start, i, left, seed, keep, size, spread, clip, beta1, beta2, eps,
-                SPLIT, HALF_GRAD, HALF_STATE, PLACES, _NO,
+                row, grad, before, start, i, left, seed, keep, size, spread, clip, beta1, beta2, eps,
+                SPLIT, HALF_GRAD, PARTS, HALF_STATE, PLACES, _NO,
             )  # fmt: skip
 
 
@@ -201,26 +213,46 @@ COLUMNS = 9
 kernels: Any = {"square_sum": _square_sum, "add": _add, "adamw": _adamw}  # Triton turns numbers into its own constants
 
 
-def square_sum(blocks: Blocks, grads: Tensor, half: bool) -> Tensor:
-    """Sum of the squares of all elements, 0-dim float32. grads: their `addresses`; half: bfloat16, else float32."""
-    sums = torch.empty(blocks.count, dtype=torch.float32, device=grads.device)
+@dataclass(frozen=True)
+class Gradients:
+    """The gradients of tensors in one launch, by `addresses`: all of one type, with earlier parts or without."""
+
+    last: Tensor
+    dtype: torch.dtype
+    earlier: Tensor
+    """The same addresses again where there are no earlier parts."""
+    earlier_dtype: torch.dtype | None
+    held: tuple[Tensor, ...]
+    """What lies at the addresses; some may be copies that nobody else holds, and must live until they were read."""
+
+    @property
+    def parts(self) -> int:
+        """As the kernels are told."""
+        return {None: 1, torch.float32: 2, torch.bfloat16: 3}[self.earlier_dtype]
+
+
+def square_sum(blocks: Blocks, grads: Gradients) -> Tensor:
+    """Sum of the squares of all elements, 0-dim float32."""
+    sums = torch.empty(blocks.count, dtype=torch.float32, device=grads.last.device)
     kernels["square_sum"][(blocks.count,)](
-        grads, blocks.tensor, blocks.first, blocks.size, sums, HALF=half, num_warps=WARPS
-    )
+        grads.last, grads.earlier, blocks.tensor, blocks.first, blocks.size, sums,
+        HALF=grads.dtype == torch.bfloat16, PARTS=grads.parts, num_warps=WARPS,
+    )  # fmt: skip
     return sums.sum()
 
 
-def add_gradients(blocks: Blocks, totals: Tensor, grads: Tensor, fresh: bool) -> None:
-    """Add bfloat16 gradients to float32 sums, or write them there where the sums are fresh; both as `addresses`."""
+def add_gradients(blocks: Blocks, totals: Tensor, grads: Gradients) -> None:
+    """totals = earlier + last, the last ones bfloat16, in float32; totals: addresses, the earlier ones' perhaps."""
     kernels["add"][(blocks.count,)](
-        totals, grads, blocks.tensor, blocks.first, blocks.size, FRESH=fresh, num_warps=WARPS
-    )
+        totals, grads.earlier, grads.last, blocks.tensor, blocks.first, blocks.size,
+        HALF=grads.earlier_dtype == torch.bfloat16, num_warps=WARPS,
+    )  # fmt: skip
 
 
 def adamw(
     blocks: Blocks,
     table: Tensor,
-    grads: Tensor,
+    grads: Gradients,
     scalars: Tensor,
     steps: Tensor,
     factor: Tensor,
@@ -229,17 +261,17 @@ def adamw(
     betas: Sequence[float],
     eps: float,
     split: bool,
-    half_grad: bool,
     half_state: bool,
     places: bool,
 ) -> None:
     """Update all tensors of a kind in place, unless `skipped`.
 
-    table: int64 [tensors, COLUMNS]; grads: addresses; scalars: float32 [tensors, 3], 1 - lr decay, lr over the first
-    bias correction, 1 over the root of the second; steps: float32 [tensors], this update's number; factor, skipped:
-    float32, 0-dim. split: weights have a rest; half_grad, half_state: bfloat16; places: some are no contiguous piece.
+    table: int64 [tensors, COLUMNS]; scalars: float32 [tensors, 3], 1 - lr decay, lr over the first bias correction, 1
+    over the root of the second; steps: float32 [tensors], this update's number; factor, skipped: float32, 0-dim.
+    split: weights have a rest; half_state: bfloat16 moments; places: some tensors are no contiguous piece.
     """
     kernels["adamw"][(blocks.count,)](
-        table, grads, blocks.tensor, blocks.first, scalars, steps, factor, skipped, betas[0], betas[1], eps,
-        SPLIT=split, HALF_GRAD=half_grad, HALF_STATE=half_state, PLACES=places, num_warps=WARPS,
+        table, grads.last, grads.earlier, blocks.tensor, blocks.first, scalars, steps, factor, skipped, *betas, eps,
+        SPLIT=split, HALF_GRAD=grads.dtype == torch.bfloat16, PARTS=grads.parts, HALF_STATE=half_state, PLACES=places,
+        num_warps=WARPS,
     )  # fmt: skip

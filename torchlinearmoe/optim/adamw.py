@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torchlinearmoe.kernels.optimizer import definition
 from torchlinearmoe.kernels.optimizer.definition import Slot
 from torchlinearmoe.kernels.optimizer.rounding import tensor_key
+from torchlinearmoe.optim.gradients import KERNEL_TYPES, gradient_parts, set_earlier, summed, types_of
 from torchlinearmoe.optim.launches import Launch
 from torchlinearmoe.optim.masters import local_part, rest_of
 from torchlinearmoe.optim.places import place_of
@@ -74,7 +75,7 @@ class AdamW(Optimizer):
         for kind, members in kinds.items():
             run, *_ = kind
             if run == "triton":
-                gradients = [local_part(parameter.grad) for parameter, _ in members if parameter.grad is not None]
+                gradients = [parts for parameter, _ in members if (parts := gradient_parts(parameter)) is not None]
                 self._launch(kind, members).run(gradients, members[0][1], factor, skipped)
             elif run == "torch":
                 self._fused(members, factor, skipped)
@@ -82,6 +83,13 @@ class AdamW(Optimizer):
                 skip_on_host = bool(skipped.item()) if skip_on_host is None else skip_on_host
                 if not skip_on_host:
                     self._one_by_one(members, factor)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, all parts of them."""
+        super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                set_earlier(parameter, None)
 
     def init_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state of a parameter, made where there is none yet."""
@@ -110,20 +118,21 @@ class AdamW(Optimizer):
     def _kind(self, parameter: Tensor, group: dict[str, Any]) -> tuple[Any, ...]:
         """What can be updated together: the form of the update, then everything that tells two launches apart."""
         moments = self.init_state(parameter)["exp_avg"].dtype
-        assert parameter.grad is not None
-        grad, rest, device = parameter.grad.dtype, rest_of(parameter), parameter.device
+        parts = gradient_parts(parameter)
+        assert parts is not None
+        (grad, earlier), rest, device = types_of(parts), rest_of(parameter), parameter.device
         numbers = (group["lr"], group["betas"], group["eps"])
-        kernel_types = (torch.float32, torch.bfloat16)
         mastered = rest is not None or parameter.dtype == torch.float32
-        if device.type == "cuda" and mastered and grad in kernel_types and moments in kernel_types:
-            return ("triton", rest is not None, grad, moments, device, *numbers)
-        if rest is None and parameter.dtype == grad == moments and device.type in ("cuda", "cpu"):
+        if device.type == "cuda" and mastered and grad in KERNEL_TYPES and moments in KERNEL_TYPES:
+            return ("triton", rest is not None, grad, earlier, moments, device, *numbers)
+        plain = rest is None and earlier is None
+        if plain and parameter.dtype == grad == moments and device.type in ("cuda", "cpu"):
             return ("torch", device, grad, group["weight_decay"], *numbers)
         return ("definition",)
 
     def _launch(self, kind: Any, members: list[tuple[Tensor, dict[str, Any]]]) -> Launch:
         """The launch of a kind, made anew where a parameter came or went, or a state was loaded."""
-        key = kind[:5]
+        key = kind[:6]
         parameters, states = [p for p, _ in members], [self.state[p] for p, _ in members]
         launch = self._launches.get(key)
         if launch is None or not launch.fits(parameters, states):
@@ -162,10 +171,11 @@ class AdamW(Optimizer):
         for parameter, group in members:
             step = self.state[parameter]["step"]
             step += 1
-            assert parameter.grad is not None
+            parts = gradient_parts(parameter)
+            assert parts is not None
             definition.adamw(
                 self.slot(parameter, group),
-                local_part(parameter.grad).contiguous(),
+                summed(parts).contiguous(),
                 step=step,
                 lr=group["lr"],
                 betas=group["betas"],

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchlinearmoe.kernels.optimizer.blocks import addresses, aligned, blocks_of, to_device
+from torchlinearmoe.kernels.optimizer.blocks import addresses, blocks_of, to_device
 from torchlinearmoe.kernels.optimizer.definition import Slot
+from torchlinearmoe.optim.gradients import Parts, for_launch
 
 
 class Launch:
@@ -54,12 +55,11 @@ class Launch:
             )
         )
 
-    def run(self, gradients: Sequence[Tensor], group: dict[str, Any], factor: Tensor, skipped: Tensor) -> None:
-        """One step; gradients: local ones, in the order of the parameters; `group` has lr, betas and eps."""
+    def run(self, gradients: Sequence[Parts], group: dict[str, Any], factor: Tensor, skipped: Tensor) -> None:
+        """One step; gradients in the order of the parameters; `group` has lr, betas and eps."""
         from torchlinearmoe.kernels.optimizer import triton
 
         lr, (beta1, beta2) = group["lr"], group["betas"]
-        grads = [aligned(gradient) for gradient in gradients]
         self._steps += 1 - skipped
         steps = self._steps.double()
         size = lr / (1 - beta1**steps)
@@ -68,7 +68,7 @@ class Launch:
         triton.adamw(
             self._blocks,
             self._table,
-            addresses(grads, first.weight.device),
+            for_launch(gradients),
             torch.stack([1 - lr * self._decay, size, spread], 1).float(),
             self._steps,
             factor,
@@ -76,7 +76,6 @@ class Launch:
             betas=group["betas"],
             eps=group["eps"],
             split=first.rest is not None,
-            half_grad=grads[0].dtype == torch.bfloat16,
             half_state=first.exp_avg.dtype == torch.bfloat16,
             places=self._places,
         )

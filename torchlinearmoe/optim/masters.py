@@ -58,7 +58,7 @@ def is_sharded(parameter: Tensor) -> bool:
 
 def rest_of(parameter: Tensor) -> Tensor | None:
     """The local int16 rest of a parameter's master; None where the parameter is its own master."""
-    return parameter.__dict__.get("master_rest")
+    return vars(parameter).get("master_rest")
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Sums of squares over many tensors."""
+"""Sums of squares over many gradients."""
 
 from __future__ import annotations
 
@@ -7,29 +7,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_IN_ONE_LAUNCH = (torch.float32, torch.bfloat16)
+from torchlinearmoe.optim.gradients import KERNEL_TYPES, Parts, for_launch, summed, types_of
 
 
 @torch.no_grad()
-def square_sum(pieces: Sequence[Tensor], like: Tensor) -> Tensor:
+def square_sum(gradients: Sequence[Parts], like: Tensor) -> Tensor:
     """Sum of the squares of all elements, accumulated in the dtype of `like`: 0-dim, always in the same order."""
-    if not pieces:
+    if not gradients:
         return torch.zeros_like(like)
-    if like.device.type == "cuda" and like.dtype == torch.float32 and all(p.dtype in _IN_ONE_LAUNCH for p in pieces):
-        return _in_one_launch(pieces)
-    norms = torch._foreach_norm(list(pieces), 2.0, dtype=like.dtype)
+    kinds: dict[object, list[Parts]] = {}
+    for parts in gradients:
+        kinds.setdefault(types_of(parts), []).append(parts)
+    known = all(part.dtype in KERNEL_TYPES for parts in gradients for part in parts if part is not None)
+    if like.device.type == "cuda" and like.dtype == torch.float32 and known:
+        return torch.stack([_in_one_launch(some) for some in kinds.values()]).sum()
+    norms = torch._foreach_norm([summed(parts) for parts in gradients], 2.0, dtype=like.dtype)
     return torch.stack(norms).square().sum()
 
 
-def _in_one_launch(pieces: Sequence[Tensor]) -> Tensor:
-    """One launch a dtype."""
+def _in_one_launch(gradients: Sequence[Parts]) -> Tensor:
     from torchlinearmoe.kernels.optimizer import triton
-    from torchlinearmoe.kernels.optimizer.blocks import addresses, aligned, blocks_of
+    from torchlinearmoe.kernels.optimizer.blocks import blocks_of
 
-    device, sums = pieces[0].device, []
-    for dtype in _IN_ONE_LAUNCH:
-        some = [aligned(piece) for piece in pieces if piece.dtype == dtype]
-        if some:
-            blocks = blocks_of(tuple(piece.numel() for piece in some), device)
-            sums.append(triton.square_sum(blocks, addresses(some, device), dtype == torch.bfloat16))
-    return torch.stack(sums).sum()
+    blocks = blocks_of(tuple(last.numel() for last, _ in gradients), gradients[0][0].device)
+    return triton.square_sum(blocks, for_launch(gradients))

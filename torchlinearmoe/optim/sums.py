@@ -1,15 +1,16 @@
 """Gradients of several micro-batches, summed in float32 where the weight is bfloat16.
 
 A backward leaves a bfloat16 gradient; adding the next one to it would round every time. While a step accumulates, such
-gradients are moved into float32 sums and freed: a large one as soon as it is complete, all small ones in one launch
-when the micro-batch is over.
+gradients are moved out of `.grad` before the next ones come. Of M = 4 micro-batches, of a large parameter:
 
-    micro-batch   .grad after it      sum
-    1             none                g1
-    2             none                g1 + g2
-    end           the sum             none
+    micro-batch   .grad after it    beside it
+    1             none              g1                     bfloat16, as it is
+    2             none              g1 + g2                float32
+    3             none              g1 + g2 + g3
+    4             g4                g1 + g2 + g3           norm and update add both as they read them
 
-A step of one micro-batch keeps its bfloat16 gradients as they are.
+A large gradient is moved as soon as it is complete and freed; all small ones together when the micro-batch is over,
+the last ones too, so that theirs is one float32 `.grad` in the end.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from torchlinearmoe.optim.gradients import for_launch, set_earlier
 from torchlinearmoe.optim.masters import laid_out_like, local_part, rest_of
 
 LARGE = 2**22
@@ -31,7 +33,7 @@ class GradientSums:
 
     def __init__(self, model: nn.Module) -> None:
         self._sums: dict[Tensor, Tensor] = {}
-        self._active = False
+        self._left = 0
         self._small: list[Tensor] = []
         for parameter in model.parameters():
             if rest_of(parameter) is None or not parameter.requires_grad:
@@ -44,38 +46,47 @@ class GradientSums:
     @contextmanager
     def over(self, micro_batches: int) -> Iterator[None]:
         """The backwards of one step happen inside, a `collect` after each."""
-        self._active = micro_batches > 1
+        self._left = micro_batches if micro_batches > 1 else 0
         self._sums.clear()
         try:
             yield
         finally:
-            self._active = False
+            self._left = 0
         for parameter, total in self._sums.items():
-            parameter.grad = laid_out_like(parameter, total)
+            if parameter.grad is None:
+                parameter.grad = laid_out_like(parameter, total)
+            else:
+                set_earlier(parameter, total)
         self._sums.clear()
 
     def collect(self) -> None:
         """A micro-batch is over."""
-        if self._active:
+        if self._left:
             self._collect([parameter for parameter in self._small if parameter.grad is not None])
+            self._left -= 1
 
     def _collect_large(self, parameter: Tensor) -> None:
-        if self._active:
+        if self._left > 1:  # the last one stays
             self._collect([parameter])
 
     @torch.no_grad()
     def _collect(self, parameters: Sequence[Tensor]) -> None:
-        known = [parameter for parameter in parameters if parameter in self._sums]
-        fresh = [parameter for parameter in parameters if parameter not in self._sums]
-        for some, is_fresh in ((known, False), (fresh, True)):
-            grads = [local_part(parameter.grad) for parameter in some if parameter.grad is not None]
-            if not grads:
-                continue
-            for parameter, grad in zip(some, grads, strict=True):
-                if is_fresh:
-                    self._sums[parameter] = torch.empty_like(grad, dtype=torch.float32)
-                parameter.grad = None
-            _add([self._sums[parameter] for parameter in some], grads, is_fresh)
+        """Move gradients into the sums."""
+        together: dict[torch.dtype, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        for parameter in parameters:
+            assert parameter.grad is not None
+            grad, earlier = local_part(parameter.grad), self._sums.get(parameter)
+            parameter.grad = None
+            if earlier is None:
+                self._sums[parameter] = grad
+            else:
+                together.setdefault(earlier.dtype, []).append((parameter, earlier, grad))
+        for dtype, members in together.items():
+            pairs = [(grad, earlier) for _, earlier, grad in members]
+            totals = [e if dtype == torch.float32 else torch.empty_like(e, dtype=torch.float32) for _, e in pairs]
+            _add(totals, pairs)
+            for (parameter, *_), total in zip(members, totals):
+                self._sums[parameter] = total
 
 
 def start_sums(model: nn.Module) -> None:
@@ -86,19 +97,14 @@ def start_sums(model: nn.Module) -> None:
             parameter.grad = laid_out_like(parameter, zeros)
 
 
-def _add(totals: Sequence[Tensor], grads: Sequence[Tensor], fresh: bool) -> None:
-    """totals += grads, or totals = grads where they are fresh."""
-    if grads[0].device.type == "cuda":
+def _add(totals: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """totals = last + earlier of each pair, which may be the total itself."""
+    if totals[0].device.type == "cuda":
         from torchlinearmoe.kernels.optimizer import triton
-        from torchlinearmoe.kernels.optimizer.blocks import addresses, aligned, blocks_of
+        from torchlinearmoe.kernels.optimizer.blocks import addresses, blocks_of
 
-        grads = [aligned(grad) for grad in grads]
-        device = grads[0].device
-        blocks = blocks_of(tuple(grad.numel() for grad in grads), device)
-        triton.add_gradients(blocks, addresses(totals, device), addresses(grads, device), fresh)
+        blocks = blocks_of(tuple(total.numel() for total in totals), totals[0].device)
+        triton.add_gradients(blocks, addresses(totals, totals[0].device), for_launch(pairs))
         return
-    for total, grad in zip(totals, grads):
-        if fresh:
-            total.copy_(grad)
-        else:
-            total += grad
+    for total, (grad, earlier) in zip(totals, pairs):
+        torch.add(earlier.float(), grad, out=total)

@@ -14,11 +14,13 @@ from update_cases import norms_and_sums, run
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 KINDS = {
-    "halves": (True, torch.bfloat16, torch.float32, False),
-    "halves, summed gradients": (True, torch.float32, torch.float32, False),
-    "halves, rounded moments": (True, torch.bfloat16, torch.bfloat16, False),
-    "float32": (False, torch.float32, torch.float32, False),
-    "float32, rounded moments of a shard": (False, torch.float32, torch.bfloat16, True),
+    "halves": (True, torch.bfloat16, None, torch.float32, False),
+    "halves, summed gradients": (True, torch.float32, None, torch.float32, False),
+    "halves, gradients of two": (True, torch.bfloat16, torch.bfloat16, torch.float32, False),
+    "halves, gradients of many": (True, torch.bfloat16, torch.float32, torch.float32, False),
+    "halves, rounded moments": (True, torch.bfloat16, None, torch.bfloat16, False),
+    "float32": (False, torch.float32, None, torch.float32, False),
+    "float32, rounded moments of a shard": (False, torch.float32, None, torch.bfloat16, True),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
@@ -42,7 +44,7 @@ def check(errors: dict[str, float], rounded: bool) -> None:
 
 @every_kind
 def test_one_launch_updates_like_the_definition(interpret: Callable[..., Any], kind: Any):
-    check(interpret(run, *kind, "cpu"), rounded=kind[2] == torch.bfloat16)
+    check(interpret(run, *kind, "cpu"), rounded=kind[3] == torch.bfloat16)
 
 
 def test_norms_and_sums_over_all_tensors(interpret: Callable[..., Any]):
@@ -52,7 +54,7 @@ def test_norms_and_sums_over_all_tensors(interpret: Callable[..., Any]):
 @pytest.mark.gpu
 @every_kind
 def test_one_launch_updates_like_the_definition_on_a_gpu(kind: Any):
-    check(run(*kind, "cuda"), rounded=kind[2] == torch.bfloat16)
+    check(run(*kind, device="cuda"), rounded=kind[3] == torch.bfloat16)
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchlinearmoe.kernels.optimizer import definition
 from torchlinearmoe.kernels.optimizer.definition import Place, Slot
 from torchlinearmoe.kernels.optimizer.halves import join_halves, split_halves
+from torchlinearmoe.optim.gradients import for_launch, summed
 from torchlinearmoe.optim.launches import Launch
 
 SIZES = (1, 7, 2048, 2049, 8192, 20_000)
@@ -34,7 +35,9 @@ def masters(slots: list[Slot]) -> list[Tensor]:
     return [slot.weight if slot.rest is None else join_halves(slot.weight, slot.rest) for slot in slots]
 
 
-def run(split: bool, grad: torch.dtype, state: torch.dtype, places: bool, device: str) -> dict[str, Any]:
+def run(
+    split: bool, grad: torch.dtype, earlier: torch.dtype | None, state: torch.dtype, places: bool, device: str
+) -> dict[str, Any]:
     """Two updates and a skipped one; largest errors of masters and moments, and how many bits of moments differ."""
     generator = torch.Generator().manual_seed(4)
     grads = [[torch.randn(size, generator=generator).to(grad).to(device) for size in SIZES] for _ in range(3)]
@@ -47,12 +50,13 @@ def run(split: bool, grad: torch.dtype, state: torch.dtype, places: bool, device
     launch = Launch(parameters, states, ours)
     for number, (some, skipped) in enumerate(zip(grads, (0.0, 1.0, 0.0))):
         factor = torch.tensor(0.7, device=device)
-        launch.run(some, GROUP, factor, torch.tensor(skipped, device=device))
+        pairs = [(g, None if earlier is None else (2 * g.flip(0)).to(earlier)) for g in some]
+        launch.run(pairs, GROUP, factor, torch.tensor(skipped, device=device))
         if skipped:
             continue
         step = torch.tensor(5.0 + number // 2, device=device)
-        for slot, g in zip(expected, some):
-            definition.adamw(slot, g, step=step, factor=factor, **GROUP)
+        for slot, pair in zip(expected, pairs):
+            definition.adamw(slot, summed(pair), step=step, factor=factor, **GROUP)
     assert all(state["step"].item() == 6 for state in states)
     return {
         "master": _error(masters(ours), masters(expected)),
@@ -62,25 +66,22 @@ def run(split: bool, grad: torch.dtype, state: torch.dtype, places: bool, device
     }
 
 
-def norms_and_sums(device: str) -> tuple[float, float, float]:
-    """Relative errors of the sum of squares in both types, and the largest of a sum of three gradients."""
+def norms_and_sums(device: str) -> tuple[float, ...]:
+    """Relative errors of sums of squares in all types, and the largest of a sum of three gradients."""
     from torchlinearmoe.kernels.optimizer import triton
     from torchlinearmoe.kernels.optimizer.blocks import Blocks, addresses
 
     generator = torch.Generator().manual_seed(5)
     pieces = [torch.randn(size, generator=generator) for size in SIZES]
-    errors = []
-    for dtype in (torch.float32, torch.bfloat16):
-        some = [piece.to(dtype).to(device) for piece in pieces]
-        blocks = Blocks(SIZES, torch.device(device))
-        found = triton.square_sum(blocks, addresses(some, torch.device(device)), dtype == torch.bfloat16)
-        expected = sum(x.double().square().sum() for x in some)
-        errors.append(abs(found.item() / float(expected) - 1))
+    errors, where, blocks = [], torch.device(device), Blocks(SIZES, torch.device(device))
+    for dtype, earlier in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32)):
+        some = [(x.to(dtype).to(device), None if earlier is None else x.flip(0).to(device)) for x in pieces]
+        expected = sum(summed(pair).double().square().sum() for pair in some)
+        errors.append(abs(triton.square_sum(blocks, for_launch(some)).item() / float(expected) - 1))
     parts = [[torch.randn(size, generator=generator).bfloat16().to(device) for size in SIZES] for _ in range(3)]
     totals = [torch.full((size,), float("nan"), device=device) for size in SIZES]
-    where, blocks = torch.device(device), Blocks(SIZES, torch.device(device))
-    for number, part in enumerate(parts):
-        triton.add_gradients(blocks, addresses(totals, where), addresses(part, where), number == 0)
+    triton.add_gradients(blocks, addresses(totals, where), for_launch(list(zip(parts[1], parts[0]))))
+    triton.add_gradients(blocks, addresses(totals, where), for_launch(list(zip(parts[2], totals))))
     sums = [a.float() + b.float() + c.float() for a, b, c in zip(*parts)]
     return *errors, max(float((total - found).abs().max()) for total, found in zip(totals, sums))  # pyright: ignore
 
