@@ -1,52 +1,15 @@
-"""DeltaNet against its paper, and what each of its heads can hold."""
+"""What the delta rule's mixers have in common: eigenvalues, gradients at silenced keys, refusals."""
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from definitions import cases_of, check_definition, heads_slice, project, rms, sigmoid, swish
 from mixer_cases import Case, Dims, make_stack, random_inputs
-from torch import Tensor
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.mixers.delta_mixer import DeltaMixer
 from torchlinearmoe.mixers.delta_net import DeltaNet, Options
-
-
-@cases_of("delta_net")
-def test_equals_the_paper(case: Case):
-    options = case.options
-    heads, width = options.heads or 2, options.head_dim or 32
-    value_heads = options.value_heads or heads
-    key_width, value_width = round(width * options.expand_k), round(width * options.expand_v)
-
-    def formula(weights: dict[str, Tensor], x_TD: Tensor) -> Tensor:
-        q, k, v = (swish(project(weights, name, x_TD)) for name in "qkv")
-        beta = sigmoid(x_TD @ weights["b_proj.weight"].T) * (2 if options.negative_eigenvalues else 1)
-        y = torch.zeros_like(v)
-        for h in range(value_heads):
-            key, s = heads_slice(h * heads // value_heads, key_width), heads_slice(h, value_width)
-            state = torch.zeros(key_width, value_width, dtype=torch.float64)
-            for t in range(x_TD.shape[0]):
-                q_K, k_K = (unit(x[t, key]) for x in (q, k))
-                # The paper's equation: the value under the key is replaced by a mean of the old and the new one.
-                old = state.T @ k_K
-                new = beta[t, h] * v[t, s] + (1 - beta[t, h]) * old
-                state = state - torch.outer(k_K, old) + torch.outer(k_K, new)
-                y[t, s] = rms(state.T @ q_K / math.sqrt(key_width)) * weights["norm.weight"]
-        if options.gate:
-            y = y * swish(x_TD @ weights["g_proj.weight"].T)
-        return y @ weights["o_proj.weight"].T
-
-    check_definition(case, formula)
-
-
-def unit(x: Tensor) -> Tensor:
-    """A vector over its length."""
-    return x / torch.sqrt((x * x).sum() + 1e-6)
 
 
 @pytest.mark.parametrize("name", ["delta_net", "gated_delta_net", "kda"])

@@ -1,64 +1,35 @@
-"""Softmax attention with a window: its definition, and decoding from a ring of the window's size.
-
-These cases keep the mixer contract but for one line of it: their state does not grow, though they are attention.
-"""
+"""Softmax attention: without a bias; with a window, whose past is a ring of its size instead of a growing cache."""
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
-import test_mixer_contract as contract
-import test_mixer_sequences as sequences
 import torch
-from mixer_cases import Case, make_stack, random_inputs, relative
+from definition_check import check_definition, definition_of
+from mixer_cases import Case, check_pieces, make_stack, random_inputs, relative
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.mixers.base import Carry
 
-CASES = [
-    Case("softmax_attention", {"window": 1}),
-    Case("softmax_attention", {"window": 5, "heads": 4, "head_dim": 16, "kv_heads": 2}),
-    Case("softmax_attention", {"window": 64}),
-    Case("softmax_attention", {"window": 65, "heads": 3, "head_dim": 10, "kv_heads": 1}),
-    Case("softmax_attention", {"window": 1000}),
-]
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
-mixing_cases = pytest.mark.parametrize("case", CASES[1:], ids=str)
-GROWING = "test_state_does_not_grow_unless_it_is_appended_to"
+WINDOWS = [1, 5, 64, 65, 1000]
+"""With a window of 1 a token sees itself alone, and no gradient reaches queries and keys."""
 
 
-def _shared_checks():
-    """The tests of the mixer contract that take a case and nothing else, but for the one on growth."""
-    for module in (contract, sequences):
-        for name, test in inspect.getmembers(module, inspect.isfunction):
-            if name.startswith("test_") and list(inspect.signature(test).parameters) == ["case"] and name != GROWING:
-                yield pytest.param(test, id=name.removeprefix("test_"))
+@pytest.mark.parametrize("window", WINDOWS)
+def test_reading_at_any_split_and_then_stepping_equals_one_pass(window: int):
+    stack = make_stack(Case("softmax_attention", {"window": window}))
+    for pieces in [(1, 66), (64, 3), (3, 4, 60), (5, 5, 5), (67,), (6, 1, 1)]:
+        check_pieces(stack, pieces)
 
 
-@mixing_cases
-@pytest.mark.parametrize("check", list(_shared_checks()))
-def test_the_mixer_contract_holds(check, case: Case):
-    check(case)
+def test_without_a_bias_the_layer_is_its_definition_too():
+    case = Case("softmax_attention", {})
+    assert not any("bias" in name for name, _ in make_stack(case, qkv_bias=False).named_parameters())
+    check_definition(case, definition_of(case.name), qkv_bias=False)
 
 
-@every_case
-@pytest.mark.parametrize("pieces", [(1, 66), (64, 3), (3, 4, 60), (5, 5, 5), (67,), (6, 1, 1)], ids=str)
-def test_reading_at_any_split_and_then_stepping_equals_one_pass(case: Case, pieces: tuple[int, ...]):
-    sequences.test_reading_in_pieces_and_then_stepping_equals_one_pass(case, pieces)
-
-
-@mixing_cases  # a window of 1 has no gradient by queries and keys to compare
-@pytest.mark.parametrize("lengths", [(1, 63, 2, 64, 5), (17, 47, 65)], ids=str)
-def test_packed_documents_equal_documents_alone(case: Case, lengths: tuple[int, ...]):
-    sequences.test_packed_documents_equal_documents_alone_in_outputs_and_gradients(case, lengths)
-
-
-@every_case
-def test_the_ring_is_as_large_as_the_window(case: Case):
-    stack = make_stack(case)
-    window = case.options.window
-    for mixer in stack.layers:
+@pytest.mark.parametrize("window", WINDOWS)
+def test_the_ring_is_as_large_as_the_window(window: int):
+    for mixer in make_stack(Case("softmax_attention", {"window": window})).layers:
         for part in mixer.state_spec().values():
             assert part.carry is Carry.LAST_TOKENS and part.shape[0] == window
         for room in (3, 10_000):
@@ -88,6 +59,11 @@ def test_a_window_of_the_whole_document_is_no_window():
         narrow.load_state_dict(full.state_dict())
         difference = (full.packed(x_TD, [70]) - narrow.packed(x_TD, [70])).abs().amax(1)
     assert difference[:69].max() < 1e-12 < difference[69]
+
+
+def test_without_a_window_the_past_is_appended_to():
+    (spec, *_) = (mixer.state_spec() for mixer in make_stack(Case("softmax_attention", {})).layers)
+    assert {part.carry for part in spec.values()} == {Carry.APPEND}
 
 
 @pytest.mark.parametrize("stepping", [True, False])

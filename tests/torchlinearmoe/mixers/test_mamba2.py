@@ -1,44 +1,16 @@
-"""Mamba2 against its paper's state space model, its initial values, its geometry."""
+"""Mamba2: its initial values, its geometry, its tensor-parallel words, its refusals."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from definitions import cases_of, check_definition, heads_slice, project, rms, swish
 from mixer_cases import Case, Dims, make_stack
-from torch import Tensor
 from torch.nn import functional as F
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import initialize
 from torchlinearmoe.mixers.base import Place, TensorWord
 from torchlinearmoe.mixers.mamba2 import Mamba2, Options, StepDecay
-
-
-@cases_of("mamba2")
-def test_equals_the_paper(case: Case):
-    options = case.options
-    inner = round(64 * options.expand)
-    heads = options.heads or inner // (options.head_dim or 64)
-    width, size, groups = inner // heads, options.state, options.groups
-
-    def formula(weights: dict[str, Tensor], x_TD: Tensor) -> Tensor:
-        u, b, c = (swish(project(weights, name, x_TD)) for name in "xbc")
-        z = x_TD @ weights["z_proj.weight"].T
-        dt = torch.log1p(torch.exp(x_TD @ weights["dt_proj.weight"].T + weights["decay.dt_bias"]))
-        A = -torch.exp(weights["decay.A_log"])
-        y = torch.zeros_like(u)
-        for h in range(heads):
-            s, own = heads_slice(h, width), heads_slice(h * groups // heads, size)
-            state = torch.zeros(width, size, dtype=torch.float64)
-            for t in range(x_TD.shape[0]):
-                state = torch.exp(dt[t, h] * A[h]) * state + dt[t, h] * torch.outer(u[t, s], b[t, own])
-                y[t, s] = state @ c[t, own] + weights["decay.D"][h] * u[t, s]
-        y = y * swish(z)
-        y = torch.cat([torch.stack([rms(row) for row in part]) for part in y.split(inner // groups, 1)], 1)
-        return (y * weights["norm.weight"]) @ weights["o_proj.weight"].T
-
-    check_definition(case, formula)
 
 
 def test_initial_rates_and_steps_cover_their_ranges():
