@@ -86,7 +86,6 @@ class LinearAttention(LinearMixer):
         {"feature_map": "silu", "conv": 3},
         {"feature_map": "identity", "heads": 3, "head_dim": 16, "expand_v": 0.5},
         {"feature_map": "t2r", "feature_dim": 20, "normalize": True},
-        {"feature_map": "t2r", "tie_feature_maps": True},
         {"feature_map": "hedgehog", "normalize": True, "conv": 3},
         {"feature_map": "hedgehog", "tie_feature_maps": True, "heads": 3, "head_dim": 16, "expand_v": 0.5},
         {"feature_map": "dpfp", "nu": 2, "normalize": True},

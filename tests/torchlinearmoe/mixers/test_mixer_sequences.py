@@ -41,7 +41,7 @@ def test_no_gradient_reaches_a_later_token_or_another_document(case: Case):
 @every_mixer
 def test_packed_documents_equal_documents_alone_in_outputs_and_gradients(case: Case):
     stack = make_stack(case)
-    for lengths in [(1, 63, 2, 64, 5), (130,), (1, 1, 3), (17, 47, 65)]:
+    for lengths in [(1, 63, 2, 64, 5), (1, 1, 3), (17, 47, 65)]:
         x_TD, weights = random_inputs(sum(lengths)), random_inputs(sum(lengths), seed=3)
         packed = _outputs_and_gradients(stack, [(x_TD, lengths)], [weights])
         alone = _outputs_and_gradients(

@@ -38,7 +38,7 @@ def alone(inner: Case) -> tuple[Case, dict[str, Any]]:
     return how(inner, num_memories=1, top_k=1, shared_memory=False)
 
 
-@pytest.mark.parametrize("inner", INNERS, ids=lambda inner: f"{alone(inner)[0].name} of {inner}")
+@pytest.mark.parametrize("inner", INNERS, ids=lambda inner: f"{alone(inner)[0].name}-of-{inner}")
 def test_one_memory_alone_is_its_inner_mixer(inner: Case) -> None:
     """Outputs and gradients, the parameters being equal."""
     case, dims = alone(inner)
@@ -71,7 +71,7 @@ def _plain(name: str, memory: str, inner: str) -> str:
     return name.replace("inner.", "").replace("write_layers.", "")
 
 
-@pytest.mark.parametrize("inner", INNERS, ids=lambda inner: f"{over(inner)[0].name} of {inner}")
+@pytest.mark.parametrize("inner", INNERS, ids=lambda inner: f"{over(inner)[0].name}-of-{inner}")
 def test_every_inner_mixer_reads_alike_in_one_pass_in_pieces_and_in_steps(inner: Case) -> None:
     case, dims = over(inner, num_memories=3)
     stack, x_TD = make_stack(case, **dims), random_inputs(60)

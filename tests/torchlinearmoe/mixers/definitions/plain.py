@@ -90,9 +90,9 @@ def recurrence(step: Callable[..., Tensor], q: Tensor, *written: Tensor) -> Tens
     reads = []
     for h in range(q.shape[1]):
         state, o = zeros(k.shape[2], v.shape[2]), []
-        for t in range(q.shape[0]):
-            state = step(state, *(x[t, h] for x in written))
-            o.append(state.T @ q[t, h])
+        for q_t, *written_t in zip(*(x[:, h].unbind() for x in (q, *written))):
+            state = step(state, *written_t)
+            o.append(state.T @ q_t)
         reads.append(torch.stack(o))
     return torch.stack(reads, 1)
 
