@@ -28,7 +28,7 @@ STEPS, LENGTH, DOCUMENTS = 10, 64, (1, 3)
 VOCABULARY = 1024
 
 # Outputs near zero make a norm a step function, which magnifies rounding; a greater epsilon hides the mixer behind it.
-# With these a decay or output off by a thousandth is 50 times what another processor's rounding makes.
+# With these a decay or output off by a thousandth is tens of times what the rounding of another processor makes.
 MODEL = {"norm_eps": 3e-2, "init_std": 0.125, "num_layers": 2, "layout": "LN"}
 CONDITIONED: dict[str, dict[str, float]] = {
     "based": {"norm_eps": 1e-1},
