@@ -37,6 +37,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 MAX_RANKS = 8
 TIMEOUT = 120.0
@@ -50,6 +51,8 @@ ENVIRONMENT = {
 }
 
 CACHE = type(cache(len))
+CACHES: WeakSet[Any] = WeakSet()
+"""Of torch.distributed, found so far; those of earlier calls are frozen."""
 
 
 class RankError(AssertionError):
@@ -205,6 +208,7 @@ def _run(call: Call) -> bytes:
     import torch.distributed as dist
 
     sys.path[:] = call.path
+    gc.freeze()  # what was there before the call is large, and no garbage of the call
     os.environ.update(RANK=str(call.rank), LOCAL_RANK=str(call.rank), WORLD_SIZE=str(call.world_size))
     torch.manual_seed(0)
     fn, args = pickle.loads(call.work)
@@ -241,5 +245,7 @@ def _forget() -> None:
     # Every gloo group that is kept alive keeps its threads; models and meshes are cycles, and caches hold meshes.
     for found in gc.get_objects():
         if type(found) is CACHE and str(found.__module__).startswith("torch.distributed."):
-            found.cache_clear()
+            CACHES.add(found)
+    for found in CACHES:
+        found.cache_clear()
     gc.collect()
