@@ -86,7 +86,7 @@ def settings(corpus: Path, output: Path, *changes: Settings) -> Settings:
             "balance_coefficient": 0.05,
             "z_loss_coefficient": 0.01,
         },
-        "data": {"paths": [str(corpus)], "cache": str(corpus.parent / "cache"), "validation_fraction": 0.1},
+        "data": {"paths": [str(corpus)], "cache": str(corpus.parent / "cache"), "validation_fraction": 0.05},
         "training": {
             "steps": 10,
             "sequence_length": 48,
