@@ -10,7 +10,8 @@ from tiny_run import Result, Settings, assert_same_training, every_run, run, set
 
 MIXED = ["hgrn2", "hgrn2", "softmax_attention"]
 BASE: Settings = {
-    "model": {"mixers": MIXED, "num_layers": len(MIXED), "num_kv_heads": 2},
+    # Outputs near zero make a norm a step function, which magnifies the rounding of sums.
+    "model": {"mixers": MIXED, "num_layers": len(MIXED), "num_kv_heads": 2, "norm_eps": 1e-2},
     "mixer": {"hgrn2": {"conv": 3}},
     "training": {"steps": 2, "micro_batch_size": 2, "tokens_per_step": 4 * 48},
 }

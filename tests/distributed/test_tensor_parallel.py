@@ -170,11 +170,11 @@ def test_split_models_train_as_one_process_does(ranks: RankPool, corpus: Path, t
                 assert result.column(key) == pytest.approx(one.column(key), rel=1e-5), key
 
 
+@pytest.mark.slow
 def test_compiled_split_models_train_as_one_eager_process_does(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
     # The blocks are compiled, the embedding before them is not: its gradient has to arrive all the same.
     compiled: Settings = {"training": {"compile": True, "compile_backend": "aot_eager"}, "parallel": {"tensor": 2}}
-    mixer: Settings = {"model": {**HYBRID["model"], "mixer": "linear_attention"}}  # the quickest to trace
-    changes: tuple[Settings, ...] = (mixer, {"training": {"steps": 2}})
+    changes: tuple[Settings, ...] = (DEEP, {"training": {"steps": 2}})
     (one,) = ranks(1, run, settings(corpus, tmp_path / "one", *changes))
     for result in ranks(2, run, settings(corpus, tmp_path / "two", *changes, compiled)):
         assert_same_training(result, one)

@@ -47,7 +47,14 @@ def test_shards_and_replicas_train_as_one_process_does(
             assert sorted(row for result in results for row in result.rows[step]) == sorted(rows)
 
 
-@pytest.mark.parametrize("mixer", every_run([*MIXERS, "rwkv7"], "hgrn2"))
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        "linear_attention",
+        pytest.param("hgrn2", marks=pytest.mark.slow),
+        *every_run(["gated_delta_net", "softmax_attention", "rwkv7"]),
+    ],
+)
 def test_compiled_regions_under_fsdp_train_as_one_eager_process_does(
     ranks: RankPool, corpus: Path, tmp_path: Path, mixer: str
 ) -> None:
@@ -82,8 +89,7 @@ def test_accumulation_and_balance_do_not_depend_on_the_cut(
     whole = train(1, 8)
     biases = [name for name in whole.state if name.endswith("expert_bias")]
     assert len(biases) == (2 if balance == "bias" else 0)
-    cuts = [train(1, 2), train(2, 2), train(4, 1, {"parallel": {"data_replicate": 2}})]
-    for cut in cuts:
+    for cut in (train(1, 2), train(4, 1, {"parallel": {"data_replicate": 2}})):
         assert_same_training(cut, whole)
         for name in biases:
             assert whole.state[name].abs().max() > 0.005
