@@ -10,7 +10,6 @@ A fork shares its server's hash seed, so that sets have one order in all of them
 servers still show what depends on that order.
 """
 
-import gc
 import importlib
 import multiprocessing
 import os
@@ -80,8 +79,6 @@ def _fork_on_demand(requests: Connection, modules: Sequence[str], environment: M
     os.environ.update(environment)
     for module in modules:
         importlib.import_module(module)
-    gc.collect()
-    gc.freeze()
     while True:
         try:
             request = requests.recv()
