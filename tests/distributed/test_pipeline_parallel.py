@@ -50,12 +50,12 @@ CASES: dict[str, tuple[int, tuple[Settings, ...]]] = {
 QUICK = every_run(
     CASES,
     "1f1b, four stages",
-    "1f1b, global balance, replicas",
     "1f1b, carried tensors, heads split",
     "interleaved, several layers, bias",
     "interleaved, three stages a rank",
     "interleaved, tied embedding, shards",
     "zero bubble, experts spread, bias",
+    slow=["1f1b, global balance, replicas"],
 )
 
 
