@@ -4,7 +4,6 @@ Everything that can be wrong is found before the first tensor is touched: each r
 what it holds, the ranks exchange what they found, and all raise the same line. After that only the disk can fail.
 """
 
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,10 +26,13 @@ from torchlinearmoe.checkpoint.state import (
     model_tensors,
     shares_memory,
 )
-from torchlinearmoe.checkpoint.storage import CheckpointError, Reader, missing_data, read_metadata
-
-# torch says so at every save and load of a single process, which is no accident here.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+from torchlinearmoe.checkpoint.storage import (
+    CheckpointError,
+    Reader,
+    expect_one_process,
+    missing_data,
+    read_metadata,
+)
 
 
 class _Report(NamedTuple):
@@ -95,6 +97,8 @@ def load(
         raise CheckpointError(problem if problem.startswith(prefix) else prefix + problem)
     assert metadata is not None
 
+    if group is None:
+        expect_one_process()
     try:
         dcp.load(
             targets,
