@@ -8,8 +8,8 @@
     def test_all_ranks_add_up(ranks):
         assert all(x[0] == 6 for x in ranks(4, total, 3))
 
-Importing torch costs seconds, so the workers outlive the tests: they start when first needed, each imports torch
-once, and every call gives the first n of them a fresh default process group of world size n. Between calls
+Importing torch costs seconds, so the workers outlive the tests: they are forked when first needed, off servers that
+have imported it, and every call gives the first n of them a fresh default process group of world size n. Between calls
 a worker forgets what a dead process group would spoil (sharding caches, compiled graphs, default dtype and device)
 and what would keep a dead group's threads alive.
 
@@ -17,12 +17,11 @@ A call that fails stops the workers that took part; the next call starts new one
 hangs cannot reach into another test. The error carries the traceback of the rank that failed first, and for a
 hanging rank the stack it hangs in.
 
-This file imports no torch at its top: a worker sets its environment (one thread, no GPU, loopback) before that.
+This file imports no torch at its top: a server sets the environment (one thread, no GPU, loopback) before that.
 """
 
 import faulthandler
 import gc
-import multiprocessing
 import os
 import pickle
 import signal
@@ -30,15 +29,21 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cache
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakSet
+
+from fork_server import Forked, ForkServer
 
 MAX_RANKS = 8
+SERVERS = 2
+"""Neighbours are forked off different ones, whose hash seeds differ as those of real ranks do."""
+PRELOADED = ("torch.distributed.tensor", "torch._dynamo", "torchlinearmoe.trainer")
 TIMEOUT = 120.0
 GRACE = 3.0  # seconds that the other ranks get to report after one has failed
 ENVIRONMENT = {
@@ -50,6 +55,8 @@ ENVIRONMENT = {
 }
 
 CACHE = type(cache(len))
+CACHES: WeakSet[Any] = WeakSet()
+"""Of torch.distributed, found so far."""
 
 
 class RankError(AssertionError):
@@ -71,17 +78,13 @@ class Call(NamedTuple):
 class Worker:
     """One process that answers calls until its connection closes."""
 
-    def __init__(self, stack_file: Path) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, other_end = context.Pipe()
+    def __init__(self, server: ForkServer, stack_file: Path) -> None:
         self.stack_file = stack_file
-        self.process: BaseProcess = context.Process(target=_serve, args=(other_end, str(stack_file)), daemon=True)
-        self.process.start()
-        other_end.close()
+        self.process: Forked = server.fork(_serve, str(stack_file))
+        self.connection = self.process.connection
 
     def hanging_in(self) -> str:
         """The stacks of the process's threads, as faulthandler writes them."""
-        assert self.process.pid is not None
         self.stack_file.write_text("")
         os.kill(self.process.pid, signal.SIGUSR1)
         for _ in range(20):
@@ -89,11 +92,6 @@ class Worker:
             if text := self.stack_file.read_text():
                 return text.strip()
         return "no stack: the process did not answer the signal"
-
-    def stop(self) -> None:
-        self.connection.close()
-        self.process.kill()
-        self.process.join()
 
 
 class RankPool:
@@ -108,8 +106,9 @@ class RankPool:
         import torch.distributed as dist
 
         self.timeout = timeout
+        self.servers: list[ForkServer] = []
         self.workers: list[Worker] = []
-        self.calls = 0
+        self.started = self.calls = 0
         self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
         # The store lives here and picks a free port by itself; a call sees it through a prefix of its own.
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -126,8 +125,12 @@ class RankPool:
             raise ValueError(f"world_size={world_size} is not in 1..{MAX_RANKS}")
         timeout = self.timeout if timeout is None else timeout
         work = pickle.dumps((fn, args))
+        if not self.servers:
+            self.servers = [ForkServer(PRELOADED, ENVIRONMENT) for _ in range(SERVERS)]
         while len(self.workers) < max(world_size, 2):
-            self.workers.append(Worker(Path(self.folder.name) / f"stack-{len(self.workers)}"))
+            stack_file = Path(self.folder.name) / f"stack-{self.started}"
+            self.workers.append(Worker(self.servers[self.started % SERVERS], stack_file))
+            self.started += 1
         self.calls += 1
         try:
             for rank in range(world_size):
@@ -137,7 +140,7 @@ class RankPool:
             return self._collect(self.workers[:world_size], timeout)
         except BaseException:
             for worker in self.workers[:world_size]:
-                worker.stop()
+                worker.process.kill()
             del self.workers[:world_size]
             raise
 
@@ -153,8 +156,7 @@ class RankPool:
                 try:
                     answer = connection.recv()
                 except (EOFError, ConnectionResetError):
-                    workers[rank].process.join()
-                    answer = 0.0, f"died with exit code {workers[rank].process.exitcode}"
+                    answer = 0.0, f"died with exit code {workers[rank].process.exit_code()}"
                 if isinstance(answer, bytes):
                     results[rank] = pickle.loads(answer)
                 else:
@@ -172,8 +174,11 @@ class RankPool:
     def close(self) -> None:
         """Kill every worker."""
         for worker in self.workers:
-            worker.stop()
+            worker.process.kill()
         self.workers.clear()
+        for server in self.servers:
+            server.stop()
+        self.servers.clear()
         self.folder.cleanup()
 
 
@@ -182,12 +187,12 @@ def _serve(connection: Connection, stack_file: str) -> None:
 
     The exit closes the sockets, so that ranks waiting for this one fail at once.
     """
-    os.environ.update(ENVIRONMENT)
     with open(stack_file, "a") as stacks:
         faulthandler.register(signal.SIGUSR1, stacks)
         import torch
 
         torch.set_num_threads(1)
+        warnings.filterwarnings("error", module="torchlinearmoe")  # pytest's own filters do not reach here
         while True:
             try:
                 call: Call = connection.recv()
@@ -205,6 +210,8 @@ def _run(call: Call) -> bytes:
     import torch.distributed as dist
 
     sys.path[:] = call.path
+    _note_caches()
+    gc.freeze()  # what was there before the call is large, and no garbage of the call
     os.environ.update(RANK=str(call.rank), LOCAL_RANK=str(call.rank), WORLD_SIZE=str(call.world_size))
     torch.manual_seed(0)
     fn, args = pickle.loads(call.work)
@@ -239,7 +246,14 @@ def _forget() -> None:
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     # Every gloo group that is kept alive keeps its threads; models and meshes are cycles, and caches hold meshes.
+    _note_caches()
+    for found in CACHES:
+        found.cache_clear()
+    gc.collect()
+
+
+def _note_caches() -> None:
+    """Find the caches of torch.distributed that are not frozen yet: nothing lists frozen objects."""
     for found in gc.get_objects():
         if type(found) is CACHE and str(found.__module__).startswith("torch.distributed."):
-            found.cache_clear()
-    gc.collect()
+            CACHES.add(found)

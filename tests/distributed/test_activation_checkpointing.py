@@ -22,7 +22,7 @@ CARRIED: Settings = {"model": {"mixers": ["rwkv7", "mom_gla", "rwkv7"], "num_lay
 LAYOUTS: dict[str, tuple[int, tuple[Settings, ...]]] = {
     "one process": (1, (BIAS,)),
     "one process, carried tensors, memories": (1, (CARRIED,)),
-    "shards, experts spread": (2, ({"parallel": {"expert": 2}},)),
+    "shards, experts spread": (2, (BIAS, {"parallel": {"expert": 2}})),
     "one process, compiled": (1, (COMPILED, {"model": {"mixer": "gla", "layout": "LN", "num_layers": 2}})),
     "spans": (2, ({"parallel": {"context": 2}},)),
     "heads split": (2, (PAIRS, {"parallel": {"tensor": 2}})),
@@ -36,7 +36,6 @@ LAYOUTS: dict[str, tuple[int, tuple[Settings, ...]]] = {
 
 QUICK = every_run(
     LAYOUTS,
-    "one process",
     "one process, carried tensors, memories",
     "shards, experts spread",
     "heads split",

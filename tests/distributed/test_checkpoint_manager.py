@@ -151,11 +151,11 @@ def test_pipeline_stages_that_share_a_table_load_into_one_model(ranks: RankPool,
 
 def save_twice_slowly(rank: int, directory: str) -> list[bool]:
     """Rank 1 writes only when told; meanwhile the training's own collectives must not wait for the save."""
-    go = threading.Event()
+    go = {f"step-{step}.tmp": threading.Event() for step in (1, 2)}
     write_data = FileSystemWriter.write_data
 
     def late_write(self, *args):
-        assert rank == 0 or go.wait(30)
+        assert rank == 0 or go[Path(self.path).name].wait(30)
         return write_data(self, *args)
 
     Writer.write_data = late_write  # type: ignore[method-assign]
@@ -164,14 +164,13 @@ def save_twice_slowly(rank: int, directory: str) -> list[bool]:
         manager = CheckpointManager(directory, keep=5)
         visible = []
         for step in (1, 2):
-            go.clear()
             train(model, optimizer, 1)
             state = full_state(model, optimizer)
             manager.save(step, model, optimizer, {})
             train(model, optimizer, 3)
             visible.append((Path(directory) / f"step-{step}").exists())
             dist.barrier()
-            go.set()
+            go[f"step-{step}.tmp"].set()
         manager.wait()
         manager.load(f"{directory}/step-2", model, optimizer)
         assert_same(full_state(model, optimizer), state)

@@ -123,7 +123,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("balance", every_run(BALANCES, "sequence", "bias"))
 def test_spread_experts_train_as_one_process_does(ranks: RankPool, corpus: Path, tmp_path: Path, balance: str) -> None:
     def train(size: int, name: str, *changes: Settings) -> list[Result]:
-        cut: Settings = {"training": {"tokens_per_step": 8 * 48, "steps": 3}}
+        cut: Settings = {"training": {"tokens_per_step": 8 * 48, "steps": 2}}
         changes = (HYBRID, BALANCES[balance], cut, *changes)
         return ranks(size, run, settings(corpus, tmp_path / name, *changes))
 
@@ -141,7 +141,7 @@ def test_spread_experts_train_as_one_process_does(ranks: RankPool, corpus: Path,
 @pytest.mark.distributed_full
 def test_compiled_spread_experts_train_as_one_eager_process_does(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
     compiled: Settings = {"training": {"compile": True, "compile_backend": "aot_eager"}, "parallel": {"expert": 2}}
-    short: Settings = {"training": {"steps": 3}}
+    short: Settings = {"training": {"steps": 2}}
     (one,) = ranks(1, run, settings(corpus, tmp_path / "one", HYBRID, short))
     for result in ranks(2, run, settings(corpus, tmp_path / "two", HYBRID, short, compiled)):
         assert_same_training(result, one)

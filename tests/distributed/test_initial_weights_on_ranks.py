@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from harness import RankPool
 from tiny_run import Settings, build, settings, whole, write_corpus
 from torch import Tensor
@@ -33,6 +32,8 @@ LATENT: Settings = {
 
 def publish(folder: Path, kind: str) -> Path:
     """A random published model of the shape of the tiny runs."""
+    import transformers  # the ranks import this file too, and have no use for it
+
     dimensions: dict[str, Any] = {
         "vocab_size": 1024,
         "hidden_size": 32,
@@ -92,18 +93,20 @@ def test_any_layout_starts_where_one_process_does(ranks: RankPool, tmp_path: Pat
 def test_what_two_ranks_trained_from_a_directory_is_a_directory_again(
     ranks: RankPool, tmp_path: Path, kind: str, layout: str
 ) -> None:
+    import transformers
+
     source = publish(tmp_path / "published", kind)
     corpus = write_corpus(tmp_path, documents=40)
     base = LATENT if kind == "latent" else {"model": {"num_kv_heads": 2}, "moe": SPARSE}
     change: Settings = {
         **base,
         "model": {**base["model"], "layout": layout},
-        "training": {"steps": 3},
+        "training": {"steps": 2},
         "checkpoint": {"init_from": str(source)},
         "parallel": {"tensor": 2 if kind == "latent" else 1},
     }
     ranks(2, train, settings(corpus, tmp_path / "run", change))
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-3"
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-2"
     ours = load_model(checkpoint)
     export_checkpoint(checkpoint, tmp_path / "exported")
     load: Any = transformers.AutoModelForCausalLM.from_pretrained

@@ -7,11 +7,11 @@ import torch
 from harness import RankPool
 from tiny_run import Result, Settings, assert_same_training, every_run, run, settings, write_corpus
 
-MIXED = ["softmax_attention", "rwkv7", "gla", "rwkv7", "softmax_attention", "rwkv7"]
+MIXED = ["softmax_attention", "rwkv7", "gla", "rwkv7"]
 FOUR: Settings = {"model": {"layout": "LLLN", "num_layers": 4}}
 SIX: Settings = {"model": {"layout": "LLN", "num_layers": 6}}
 EIGHT: Settings = {"model": {"layout": "LLLN", "num_layers": 8}}
-CARRIED: Settings = {"model": {"mixers": MIXED, "num_layers": 6}}
+CARRIED: Settings = {"model": {"mixers": MIXED, "num_layers": 4}}
 TIED: Settings = {"model": {"tie_embeddings": True}}
 PAIRS: Settings = {"model": {"num_kv_heads": 2}}
 LONG: Settings = {"training": {"tokens_per_step": 8 * 48}}
@@ -50,12 +50,12 @@ CASES: dict[str, tuple[int, tuple[Settings, ...]]] = {
 QUICK = every_run(
     CASES,
     "1f1b, four stages",
-    "1f1b, global balance, replicas",
     "1f1b, carried tensors, heads split",
     "interleaved, several layers, bias",
     "interleaved, three stages a rank",
     "interleaved, tied embedding, shards",
     "zero bubble, experts spread, bias",
+    slow=["1f1b, global balance, replicas"],
 )
 
 
@@ -80,7 +80,7 @@ def joined(results: list[Result]) -> Result:
 @pytest.mark.parametrize("case", QUICK)
 def test_a_pipeline_trains_as_one_process_does(ranks: RankPool, corpus: Path, tmp_path: Path, case: str) -> None:
     size, changes = CASES[case]
-    short: Settings = {"training": {"steps": 3}}
+    short: Settings = {"training": {"steps": 2}}
     degrees = ("pipeline", "pipeline_schedule", "pipeline_stages_per_rank", "tensor", "expert", "data_replicate")
     alone: Settings = {"parallel": dict.fromkeys(degrees)}
     (one,) = ranks(1, run, settings(corpus, tmp_path / "one", short, *changes, alone))

@@ -194,17 +194,19 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 QUICK = every_run(
     CASES,
     "odd experts",
-    "dense, tied, kept",
-    "replicas, accumulation, bfloat16",
     "experts spread, more ranks than experts each has, counted first",
     "spans, keys gathered, experts spread, every second layer run again",
     "heads split, experts spread over them, shared expert, layers run again: selective",
-    "spans, their heads split and traded",
     "heads split, dense, tied, halves of masters, rounded moments",
     "whole experts, sums of halves' gradients",
     "two stages, heads split, tied, counted first, bfloat16",
-    "two stages a rank, carried tensors, shards",
     "two stages, experts spread, counted first, layers run again",
+    slow=[
+        "dense, tied, kept",
+        "replicas, accumulation, bfloat16",
+        "spans, their heads split and traded",
+        "two stages a rank, carried tensors, shards",
+    ],
 )
 
 

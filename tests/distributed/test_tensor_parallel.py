@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from torchlinearmoe.recipe import resolve
 from torchlinearmoe.recipe.schema import ModelRecipe
 
 T, V = 36, 24
-CASES = [(name, overrides) for name in MIXERS.names() for overrides in ({}, *MIXERS[name].variants)]
+Case = tuple[str, dict[str, Any]]
+CASES: list[Case] = [(name, overrides) for name in MIXERS.names() for overrides in ({}, *MIXERS[name].variants)]
 
 
 def model_recipe(name: str, overrides: dict[str, Any]) -> ModelRecipe:
@@ -39,10 +41,15 @@ def model_recipe(name: str, overrides: dict[str, Any]) -> ModelRecipe:
     return replace(recipe, vocab_size=V)
 
 
-def degrees(name: str, overrides: dict[str, Any]) -> list[int]:
-    recipe = model_recipe(name, overrides)
-    _, count = MIXERS[name].head_groups(recipe.mixer_options[MIXERS.canonical(name)], recipe)
-    return [degree for degree in (2, 3, 4) if count % degree == 0]
+def cases_of(degree: int) -> dict[str, list[Case]]:
+    """The cases whose heads so many ranks can share, by mixer; with more than two ranks one of each."""
+    recipe = model_recipe("hgrn2", {})  # the dimensions, which are those of every mixer
+    cases: dict[str, list[Case]] = {}
+    for name, overrides in CASES:
+        _, count = MIXERS[name].head_groups(MIXERS[name].Options(**overrides), recipe)
+        if count % degree == 0 and (degree == 2 or name not in cases):
+            cases.setdefault(name, []).append((name, overrides))
+    return cases
 
 
 def results_of(model: Decoder) -> dict[str, Tensor]:
@@ -75,7 +82,7 @@ def built(recipe: ModelRecipe, spread: bool) -> Decoder:
     return model
 
 
-def spread_results(rank: int, cases: list[tuple[str, dict[str, Any]]], chunk: int) -> list[dict[str, Tensor]]:
+def spread_results(rank: int, cases: list[Case], chunk: int) -> list[dict[str, Tensor]]:
     usual, cross_entropy.CHUNK_ELEMENTS = cross_entropy.CHUNK_ELEMENTS, chunk
     try:
         return [results_of(built(model_recipe(*case), spread=True)) for case in cases]
@@ -83,21 +90,32 @@ def spread_results(rank: int, cases: list[tuple[str, dict[str, Any]]], chunk: in
         cross_entropy.CHUNK_ELEMENTS = usual
 
 
-@pytest.mark.parametrize("degree", [2, 3, pytest.param(4, marks=pytest.mark.distributed_full)])
-def test_every_mixer_split_over_its_heads_equals_the_whole(ranks: RankPool, degree: int) -> None:
-    cases = [case for case in CASES if degree in degrees(*case)]
-    if degree == 2:
-        assert {name for name, _ in cases} == set(MIXERS.names())
-    else:
-        cases = list({name: (name, overrides) for name, overrides in cases}.values())  # one of each mixer
-    found = ranks(degree, spread_results, cases, 3 * V // degree)
+@pytest.mark.parametrize(
+    "degree, mixer",
+    [
+        pytest.param(degree, name, marks=[pytest.mark.distributed_full] * (degree == 4))
+        for degree in (2, 3, 4)
+        for name in cases_of(degree)
+    ],
+)
+def test_every_mixer_split_over_its_heads_equals_the_whole(
+    once: Callable[..., list[Any]], selected: list[str], degree: int, mixer: str
+) -> None:
+    cases = [case for name, cases in cases_of(degree).items() if name in selected for case in cases]
+    found = once(degree, spread_results, cases, 3 * V // degree)
     for index, case in enumerate(cases):
+        if case[0] != mixer:
+            continue
         expected = results_of(built(model_recipe(*case), spread=False))
         for results in found:
             assert results[index].keys() == expected.keys()
             for name, value in expected.items():
                 error = (results[index][name] - value).norm() / value.norm()
                 assert error < 1e-10, f"{case}: {name} is off by {error:.1e}"
+
+
+def test_two_ranks_can_share_the_heads_of_every_mixer() -> None:
+    assert cases_of(2).keys() == set(MIXERS.names())
 
 
 DEEP: Settings = {"model": {"layout": "LLN", "num_layers": 3, "num_kv_heads": 2}}
@@ -138,10 +156,10 @@ def test_split_models_train_as_one_process_does(ranks: RankPool, corpus: Path, t
     changes, layouts = RUNS[name]
 
     def train(size: int, folder: str, *more: Settings) -> list[Result]:
-        cut: Settings = {"training": {"tokens_per_step": 8 * 48, "steps": 3}}
+        cut: Settings = {"training": {"tokens_per_step": 4 * 48, "steps": 2}}
         return ranks(size, run, settings(corpus, tmp_path / folder, changes, cut, *more))
 
-    (one,) = train(1, "one", {"training": {"micro_batch_size": 8}})
+    (one,) = train(1, "one", {"training": {"micro_batch_size": 4}})
     for index, (size, layout) in enumerate(layouts):
         for result in train(size, f"{index}", layout):
             assert_same_training(result, one)
@@ -152,10 +170,11 @@ def test_split_models_train_as_one_process_does(ranks: RankPool, corpus: Path, t
                 assert result.column(key) == pytest.approx(one.column(key), rel=1e-5), key
 
 
+@pytest.mark.slow
 def test_compiled_split_models_train_as_one_eager_process_does(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
     # The blocks are compiled, the embedding before them is not: its gradient has to arrive all the same.
     compiled: Settings = {"training": {"compile": True, "compile_backend": "aot_eager"}, "parallel": {"tensor": 2}}
-    changes: tuple[Settings, ...] = (DEEP, {"training": {"steps": 3}})
+    changes: tuple[Settings, ...] = (DEEP, {"training": {"steps": 2}})
     (one,) = ranks(1, run, settings(corpus, tmp_path / "one", *changes))
     for result in ranks(2, run, settings(corpus, tmp_path / "two", *changes, compiled)):
         assert_same_training(result, one)

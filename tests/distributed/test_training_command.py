@@ -72,7 +72,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("model.num_layers", "3", "2"),
         ("moe.top_k", "1", "2"),
         ("mixer.hgrn2.conv", "4", "0"),
-        ("data.validation_fraction", "0.2", "0.1"),
+        ("data.validation_fraction", "0.2", "0.05"),
     ],
 )
 def test_a_changed_key_is_an_error_that_names_it(

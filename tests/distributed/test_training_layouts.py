@@ -31,8 +31,10 @@ def with_mixer(name: str) -> Settings:
 def test_shards_and_replicas_train_as_one_process_does(
     ranks: RankPool, corpus: Path, tmp_path: Path, mixer: str
 ) -> None:
+    far: Settings = {"training": {"steps": 5}, "optimizer": {"lr": 3e-3}}
+
     def train(size: int, *changes: Settings) -> list[Result]:
-        changes = (MIXERS[mixer], with_mixer(mixer), *changes)
+        changes = (MIXERS[mixer], with_mixer(mixer), far, *changes)
         return ranks(size, run, settings(corpus, tmp_path / f"{size}", *changes))
 
     (one,) = train(1)
@@ -45,13 +47,13 @@ def test_shards_and_replicas_train_as_one_process_does(
             assert sorted(row for result in results for row in result.rows[step]) == sorted(rows)
 
 
-@pytest.mark.parametrize("mixer", every_run([*MIXERS, "rwkv7"], "hgrn2"))
+@pytest.mark.parametrize("mixer", every_run([*MIXERS, "rwkv7"], "linear_attention", slow=["hgrn2"]))
 def test_compiled_regions_under_fsdp_train_as_one_eager_process_does(
     ranks: RankPool, corpus: Path, tmp_path: Path, mixer: str
 ) -> None:
     # Two linear layers: the bounds of a lone HGRN2 layer have no gradient, RWKV7's values go from one to the next.
     layers: Settings = {"model": {"layout": "LLN", "num_layers": 3}}
-    changes = (layers, with_mixer(mixer), {"training": {"steps": 10 if mixer == "hgrn2" else 3}})
+    changes = (layers, with_mixer(mixer), {"training": {"steps": 2}})
     (one,) = ranks(1, run, settings(corpus, tmp_path / "eager", *changes))
     assert one.graphs == 0
     for result in ranks(2, run, settings(corpus, tmp_path / "compiled", *changes, COMPILED)):
@@ -74,14 +76,13 @@ def test_accumulation_and_balance_do_not_depend_on_the_cut(
     def train(size: int, micro_batch_size: int, *changes: Settings) -> Result:
         output = tmp_path / f"{size}-{micro_batch_size}"
         changes = (HYBRID, with_mixer("linear_attention"), BALANCES[balance], *changes)
-        cut: Settings = {"training": {"micro_batch_size": micro_batch_size, "tokens_per_step": 8 * 48, "steps": 3}}
+        cut: Settings = {"training": {"micro_batch_size": micro_batch_size, "tokens_per_step": 8 * 48, "steps": 2}}
         return ranks(size, run, settings(corpus, output, cut, *changes))[0]
 
     whole = train(1, 8)
     biases = [name for name in whole.state if name.endswith("expert_bias")]
     assert len(biases) == (2 if balance == "bias" else 0)
-    cuts = [train(1, 2), train(2, 2), train(4, 1, {"parallel": {"data_replicate": 2}})]
-    for cut in cuts:
+    for cut in (train(1, 2), train(4, 1, {"parallel": {"data_replicate": 2}})):
         assert_same_training(cut, whole)
         for name in biases:
             assert whole.state[name].abs().max() > 0.005
@@ -112,14 +113,14 @@ def test_every_way_to_group_weights_trains_as_one_process_does(
 def test_bf16_gradients_are_summed_in_float32(ranks: RankPool, corpus: Path, tmp_path: Path) -> None:
     # A micro-batch is rounded the same way wherever it runs; sums in bf16 would depend on the cut by about 1e-3.
     def train(size: int, *changes: Settings) -> list[Result]:
-        bf16: Settings = {"training": {"dtype": "bfloat16", "steps": 1, "tokens_per_step": 8 * 48}}
+        bf16: Settings = {"training": {"dtype": "bfloat16", "steps": 1, "tokens_per_step": 4 * 48}}
         changes = ({"model": {"layout": "LLN", "num_layers": 3}}, bf16, *changes)
         return ranks(size, run, settings(corpus, tmp_path / f"{size}", *changes))
 
     (one,) = train(1)
-    for results in (train(2), train(4, {"parallel": {"data_replicate": 2}})):
-        for name, gradient in one.gradients.items():
-            distance = (results[0].gradients[name] - gradient).norm() / gradient.norm()
-            assert distance < 1e-5, f"gradient of {name}: {distance:.1e}"
-            assert gradient.dtype == torch.float32
-        assert results[0].column("loss") == pytest.approx(one.column("loss"), rel=1e-6)
+    results = train(4, {"parallel": {"data_replicate": 2}})
+    for name, gradient in one.gradients.items():
+        distance = (results[0].gradients[name] - gradient).norm() / gradient.norm()
+        assert distance < 1e-5, f"gradient of {name}: {distance:.1e}"
+        assert gradient.dtype == torch.float32
+    assert results[0].column("loss") == pytest.approx(one.column("loss"), rel=1e-6)

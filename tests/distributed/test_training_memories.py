@@ -33,10 +33,10 @@ def test_memories_train_and_balance_alike_on_every_layout(
     ranks: RankPool, corpus: Path, tmp_path: Path, scope: str, compiles: bool
 ) -> None:
     def train(size: int, folder: str, *more: Settings) -> Result:
-        cut: Settings = {"training": {"tokens_per_step": 8 * 48, "steps": 2}}
+        cut: Settings = {"training": {"tokens_per_step": 4 * 48, "steps": 2}}
         return ranks(size, run, settings(corpus, tmp_path / folder, cut, RUNS[scope], *more))[0]
 
-    one = train(1, "one", {"training": {"micro_batch_size": 8}})
+    one = train(1, "one", {"training": {"micro_batch_size": 4}})
     assert set(FIGURES) <= one.lines[0].keys() and {"moe/max_load", "moe/entropy"} <= one.lines[0].keys()
     compiled: Settings = {"training": {"compile": True, "compile_backend": "aot_eager"}}
     if compiles:

@@ -83,6 +83,7 @@ def test_ctrl_c_saves_and_ends_with_the_signal_s_status(ranks: RankPool, corpus:
     assert "Traceback" not in training.log.read_text()
 
 
+@pytest.mark.slow
 def test_torchrun_passes_sigterm_on_and_the_run_goes_on(
     ranks: RankPool, corpus: Path, tmp_path: Path, never_stopped: Result
 ) -> None:
@@ -99,6 +100,7 @@ def test_torchrun_passes_sigterm_on_and_the_run_goes_on(
     assert [line["step"] for line in result.lines] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_a_mistake_under_torchrun_is_told_once(corpus: Path, tmp_path: Path) -> None:
     tables = settings(corpus, tmp_path / "run", LONG, {"data": {"paths": ["/nowhere.jsonl"]}})
     recipe = str(write_recipe(tables, tmp_path / "run.toml"))

@@ -8,7 +8,7 @@ layout.
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,12 +47,13 @@ class Result(NamedTuple):
         return [line[key] for line in self.lines if key in line]
 
 
-def every_run(cases: Iterable[str], *chosen: str) -> list[Any]:
-    """All cases for `parametrize`; those that are not chosen run with `-m distributed_full` only."""
+def every_run(cases: Iterable[str], *chosen: str, slow: Sequence[str] = ()) -> list[Any]:
+    """All cases for `parametrize`; those that are neither chosen nor slow run with `-m distributed_full` only."""
     names = list(cases)
-    assert set(chosen) <= set(names)
-    full = pytest.mark.distributed_full
-    return [name if name in chosen else pytest.param(name, marks=full) for name in names]
+    assert {*chosen, *slow} <= set(names)
+    marks = dict.fromkeys(names, [pytest.mark.distributed_full])
+    marks |= dict.fromkeys(slow, [pytest.mark.slow]) | dict.fromkeys(chosen, [])
+    return [pytest.param(name, marks=marks[name]) for name in names]
 
 
 def write_corpus(folder: Path, documents: int = 60) -> Path:
@@ -86,7 +87,7 @@ def settings(corpus: Path, output: Path, *changes: Settings) -> Settings:
             "balance_coefficient": 0.05,
             "z_loss_coefficient": 0.01,
         },
-        "data": {"paths": [str(corpus)], "cache": str(corpus.parent / "cache"), "validation_fraction": 0.1},
+        "data": {"paths": [str(corpus)], "cache": str(corpus.parent / "cache"), "validation_fraction": 0.05},
         "training": {
             "steps": 10,
             "sequence_length": 48,

@@ -6,8 +6,18 @@ from oracle import FAMILIES, assert_close, random_call
 
 from torchlinearmoe.kernels import ops
 
+OWN_KERNEL = ("scalar", "diagonal", "grouped_delta", "kda", "dplr")
+"""One family of each file of kernels; tracing takes seconds."""
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "grouped_kda"])  # as grouped_delta
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in OWN_KERNEL))
+        for name in FAMILIES
+        if name != "grouped_kda"  # as grouped_delta
+    ],
+)
 def test_compiles_without_a_graph_break(family):
     torch.manual_seed(7)
     torch._dynamo.reset()

@@ -61,7 +61,7 @@ def test_any_width_of_heads(compare: Compare, K: int, V: int) -> None:
 
 @pytest.mark.parametrize("decay", [0.0, -1e-6, -3.0, -20.0, -1e4, -torch.inf, "mixed"])
 def test_decays_of_any_size(compare: Compare, decay: float | str) -> None:
-    call = random_call("scalar", B=1, T=140, initial=True, final=True)
+    call = random_call("scalar", B=1, T=140, H=1, initial=True, final=True)
     shape = call.inputs["log_decay"].shape
     if isinstance(decay, float):
         call.inputs["log_decay"] = torch.full(shape, decay, dtype=torch.float64)

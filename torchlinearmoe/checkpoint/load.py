@@ -4,7 +4,6 @@ Everything that can be wrong is found before the first tensor is touched: each r
 what it holds, the ranks exchange what they found, and all raise the same line. After that only the disk can fail.
 """
 
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,11 +26,14 @@ from torchlinearmoe.checkpoint.state import (
     model_entries,
     model_tensors,
 )
-from torchlinearmoe.checkpoint.storage import CheckpointError, Reader, missing_data, read_metadata
+from torchlinearmoe.checkpoint.storage import (
+    CheckpointError,
+    Reader,
+    expect_one_process,
+    missing_data,
+    read_metadata,
+)
 from torchlinearmoe.optim.masters import write_master
-
-# torch says so at every save and load of a single process, which is no accident here.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 class _Report(NamedTuple):
@@ -96,6 +98,8 @@ def load(
         raise CheckpointError(problem if problem.startswith(prefix) else prefix + problem)
     assert metadata is not None
 
+    if group is None:
+        expect_one_process()
     try:
         dcp.load(
             targets,

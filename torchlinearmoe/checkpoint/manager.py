@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 from torchlinearmoe.checkpoint import folder
 from torchlinearmoe.checkpoint.load import describe_failure, load
 from torchlinearmoe.checkpoint.state import Staging, as_optimizers, as_parts, model_entries, optimizer_tensors
-from torchlinearmoe.checkpoint.storage import CheckpointError, Writer
+from torchlinearmoe.checkpoint.storage import CheckpointError, Writer, expect_one_process
 
 T = TypeVar("T")
 
@@ -193,6 +193,8 @@ class CheckpointManager:
         """The saving thread, see the top of the file."""
         try:
             temporary, serial = self._on_rank_0(lambda: folder.prepare(self.directory, step))
+            if self._group is None:
+                expect_one_process()
             dcp.save(
                 tensors,
                 storage_writer=Writer(temporary),

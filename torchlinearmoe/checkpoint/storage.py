@@ -6,6 +6,7 @@ pickle; it is read here by an unpickler that knows the few classes such an index
 
 import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,14 @@ def read_metadata(path: Path) -> Metadata:
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise CheckpointError(f"checkpoint {path}: {METADATA_FILE} is not an index")
     return metadata
+
+
+def expect_one_process() -> None:
+    """Let torch save and load without a group in silence: it warns of each time, and here it is no accident.
+
+    Left on: `warnings.catch_warnings` puts back the filters of all threads, and the saving thread has no right to.
+    """
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def missing_data(path: Path, metadata: Metadata) -> str | None:

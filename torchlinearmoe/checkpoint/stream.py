@@ -28,7 +28,13 @@ from torchlinearmoe.checkpoint.aside import written_aside
 from torchlinearmoe.checkpoint.boxes import Copy, Place, read_box, slices
 from torchlinearmoe.checkpoint.load import describe_failure
 from torchlinearmoe.checkpoint.state import MODEL
-from torchlinearmoe.checkpoint.storage import CheckpointError, StreamWriter, missing_data, read_metadata
+from torchlinearmoe.checkpoint.storage import (
+    CheckpointError,
+    StreamWriter,
+    expect_one_process,
+    missing_data,
+    read_metadata,
+)
 from torchlinearmoe.recipe import Recipe, load_recipe
 
 Progress = Callable[[int, int], None]
@@ -161,6 +167,7 @@ def write_weights(
     extra = {"tokens": 0, "skipped_steps": 0, "data": {"next_step": 0}}
     with written_aside(path) as temporary:
         try:
+            expect_one_process()
             dcp.save({}, storage_writer=StreamWriter(temporary), planner=planner, no_dist=True)
         except CheckpointException as error:  # a BaseException
             raise CheckpointError(f"{path}: cannot be written: {describe_failure(error)}") from None

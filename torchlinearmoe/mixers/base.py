@@ -4,8 +4,8 @@ A mixer turns the hidden states of packed documents into new ones. Over any span
 S_out = A S_in + B; its file declares what the trainer, the decoder and the parallel layouts need to know: the kind of
 A (`transition`), the named state and how each part carries over (`state_spec`), parameters shared by all its layers
 (`shared_module`), tensors that travel with the hidden state (`carried_channels`), how its parameters split over
-tensor-parallel ranks (`tensor_parallel`), its FLOPs and its parameter count. A new mixer is one file here and nothing
-else.
+tensor-parallel ranks (`tensor_parallel`), its FLOPs and its parameter count. A new mixer is one file here, and its
+definition in the tests (`tests/torchlinearmoe/mixers/definitions/`), which says whether its formula is the paper's.
 
 Shapes: T tokens (packed, all documents of a micro-batch in one stream), D model width, H heads, K and V key and value
 width of a head, N documents.

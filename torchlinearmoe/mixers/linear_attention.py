@@ -85,6 +85,11 @@ class LinearAttention(LinearMixer):
         {"normalize": True, "feature_map": "relu", "expand_v": 2.0},
         {"feature_map": "silu", "conv": 3},
         {"feature_map": "identity", "heads": 3, "head_dim": 16, "expand_v": 0.5},
+        {"feature_map": "t2r", "feature_dim": 20, "normalize": True},
+        {"feature_map": "hedgehog", "normalize": True, "conv": 3},
+        {"feature_map": "hedgehog", "tie_feature_maps": True, "heads": 3, "head_dim": 16, "expand_v": 0.5},
+        {"feature_map": "dpfp", "nu": 2, "normalize": True},
+        {"feature_map": "hadamard", "feature_dim": 12},
     )
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",)}

@@ -74,6 +74,8 @@ class SoftmaxAttention(Mixer):
         {"heads": 4, "head_dim": 16, "kv_heads": 2},
         {"heads": 3, "head_dim": 10, "kv_heads": 1},
         {"conv": 4},
+        {"window": 5, "heads": 4, "head_dim": 16, "kv_heads": 2},
+        {"window": 65, "heads": 3, "head_dim": 10, "kv_heads": 1},
     )
     regions = ("project", "place", "output")
 

@@ -107,14 +107,14 @@ def test_a_packed_conversation_has_the_loss_it_has_alone(tmp_path: Path) -> None
     model: dict[str, Any] = {"mixer": "hgrn2", "layout": "LN", "num_layers": 2, "init_std": 0.2}
     decoder = build_model(resolve({"model": model, "training": {"steps": 1}}).model).double()
     packed = sum(
-        decoder(batch.tokens, labels=batch.labels, documents=batch.documents())
+        decoder(batch.tokens, labels=batch.labels, documents=batch.documents()).item()
         for batch in build_validation_loader(stream, sequence_length=128, micro_batch_size=1)
     )
     alone = 0.0
     for tokens, labels in expected_pairs(pairs):
         logits = decoder(torch.tensor([tokens]))[0]
         alone += torch.nn.functional.cross_entropy(logits, torch.tensor(labels), reduction="sum").item()
-    assert float(packed) == pytest.approx(alone, rel=1e-9)
+    assert packed == pytest.approx(alone, rel=1e-9)
 
 
 def test_what_is_longer_than_a_sequence_is_left_out_and_told(tmp_path: Path) -> None:

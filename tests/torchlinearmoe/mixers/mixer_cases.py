@@ -149,6 +149,23 @@ def random_inputs(tokens: int, seed: int = 0, dtype: torch.dtype = torch.float64
     return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed + 2), dtype=torch.float64).to(dtype)
 
 
+def check_pieces(stack: Stack, pieces: Sequence[int], tokens: int = 70) -> None:
+    """A document read in pieces, each from the state of the one before, then token by token, is as in one pass."""
+    x_TD = random_inputs(tokens)
+    with torch.no_grad():
+        expected = stack.packed(x_TD, [tokens])
+        states, seen, outputs = stack.empty(1, tokens), 0, []
+        for piece in pieces:
+            y_TD, states = stack.resumed(x_TD[seen : seen + piece], [piece], [seen], states)
+            outputs.append(y_TD)
+            seen += piece
+        for t in range(seen, tokens):
+            y_TD, states = stack.step(x_TD[t : t + 1], t, states)
+            outputs.append(y_TD)
+    error = relative(torch.cat(outputs), expected)
+    assert error < 1e-10, f"{stack.name} in pieces of {tuple(pieces)} is off by {error:.1e}"
+
+
 def has_appended_state(stack: Stack) -> bool:
     """Some part of the state grows with the sequence."""
     return any(spec.carry is Carry.APPEND for mixer in stack.layers for spec in mixer.state_spec().values())

@@ -80,7 +80,7 @@ def test_declared_state_is_the_state_that_comes_back(case: Case):
 @every_mixer
 def test_state_does_not_grow_unless_it_is_appended_to(case: Case):
     stack = make_stack(case)
-    assert has_appended_state(stack) == (case.mixer.transition is Transition.ATTENTION)
+    assert case.mixer.transition is Transition.ATTENTION or not has_appended_state(stack)
 
     def size(max_length: int) -> int:
         return sum(value.numel() for state in stack.empty(1, max_length) for value in state.values())

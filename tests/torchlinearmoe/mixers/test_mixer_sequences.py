@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
-from mixer_cases import Case, Stack, every_mixer, make_stack, random_inputs, relative
+from mixer_cases import Case, Stack, check_pieces, every_mixer, make_stack, random_inputs, relative
 from torch import Tensor
 
 TOLERANCE = 1e-10
@@ -40,18 +39,18 @@ def test_no_gradient_reaches_a_later_token_or_another_document(case: Case):
 
 
 @every_mixer
-@pytest.mark.parametrize("lengths", [(1, 63, 2, 64, 5), (130,), (1, 1, 3), (17, 47, 65)], ids=str)
-def test_packed_documents_equal_documents_alone_in_outputs_and_gradients(case: Case, lengths: tuple[int, ...]):
-    stack, x_TD = make_stack(case), random_inputs(sum(lengths))
-    weights = random_inputs(sum(lengths), seed=3)
-    packed = _outputs_and_gradients(stack, [(x_TD, lengths)], [weights])
-    alone = _outputs_and_gradients(
-        stack, [(part, (part.shape[0],)) for part in x_TD.split(lengths)], list(weights.split(lengths))
-    )
-    assert relative(packed["output"], alone["output"]) < TOLERANCE
-    for name in packed:
-        scale = max(float(alone[name].norm()), 1e-6)
-        assert float((packed[name] - alone[name]).norm()) < 1e-9 * scale, name
+def test_packed_documents_equal_documents_alone_in_outputs_and_gradients(case: Case):
+    stack = make_stack(case)
+    for lengths in [(1, 63, 2, 64, 5), (1, 1, 3), (17, 47, 65)]:
+        x_TD, weights = random_inputs(sum(lengths)), random_inputs(sum(lengths), seed=3)
+        packed = _outputs_and_gradients(stack, [(x_TD, lengths)], [weights])
+        alone = _outputs_and_gradients(
+            stack, [(part, (part.shape[0],)) for part in x_TD.split(lengths)], list(weights.split(lengths))
+        )
+        assert relative(packed["output"], alone["output"]) < TOLERANCE, lengths
+        for name in packed:
+            scale = max(float(alone[name].norm()), 1e-6)
+            assert float((packed[name] - alone[name]).norm()) < 1e-9 * scale, (lengths, name)
 
 
 @every_mixer
@@ -68,20 +67,10 @@ def test_token_by_token_equals_one_pass(case: Case):
 
 
 @every_mixer
-@pytest.mark.parametrize("pieces", [(1, 66), (64, 3), (65, 2), (3, 4, 60), (67,)], ids=str)
-def test_reading_in_pieces_and_then_stepping_equals_one_pass(case: Case, pieces: tuple[int, ...]):
-    stack, x_TD = make_stack(case), random_inputs(70)
-    with torch.no_grad():
-        expected = stack.packed(x_TD, [70])
-        states, seen, outputs = stack.empty(1, 70), 0, []
-        for piece in pieces:
-            y_TD, states = stack.resumed(x_TD[seen : seen + piece], [piece], [seen], states)
-            outputs.append(y_TD)
-            seen += piece
-        for t in range(seen, 70):
-            y_TD, states = stack.step(x_TD[t : t + 1], t, states)
-            outputs.append(y_TD)
-    assert relative(torch.cat(outputs), expected) < TOLERANCE
+def test_reading_in_pieces_and_then_stepping_equals_one_pass(case: Case):
+    stack = make_stack(case)
+    for pieces in [(1, 66), (64, 3), (65, 2), (3, 4, 60), (67,)]:
+        check_pieces(stack, pieces)
 
 
 @every_mixer
@@ -96,19 +85,6 @@ def test_documents_of_unequal_lengths_each_go_on_from_their_own_state(case: Case
         y_TD, _ = stack.resumed(torch.cat([x[a:] for x, a in zip(documents, first)]), second, first, states)
         expected = [stack.packed(x, [x.shape[0]])[a:] for x, a in zip(documents, first)]
     assert relative(y_TD, torch.cat(expected)) < TOLERANCE
-
-
-@every_mixer
-def test_the_chunk_parallel_backend_equals_the_definition(case: Case):
-    lengths = (1, 70, 59)
-    x_TD, weights = random_inputs(130), random_inputs(130, seed=3)
-    results = []
-    for backend in ("torch", "reference"):
-        stack = make_stack(case, kernel_backend=backend)
-        results.append(_outputs_and_gradients(stack, [(x_TD, lengths)], [weights]))
-    for name, value in results[0].items():
-        scale = max(float(results[1][name].norm()), 1e-6)
-        assert float((value - results[1][name]).norm()) < 1e-9 * scale, name
 
 
 def _outputs_and_gradients(

@@ -232,7 +232,7 @@ def test_random_tables_give_a_recipe_or_a_recipe_error(seed: int, tmp_path: Path
     """Every section and key, legal and not, with values of every TOML type: nothing else ever comes out."""
     chance = random.Random(seed)
     accepted = 0
-    for _ in range(400):
+    for _ in range(200):
         file, command_line = _random_tree(chance, chance.choice((1, 2, 6))), _random_tree(chance, chance.choice((0, 1)))
         file.setdefault("training", {"steps": 3})
         try:
@@ -244,7 +244,7 @@ def test_random_tables_give_a_recipe_or_a_recipe_error(seed: int, tmp_path: Path
         path = tmp_path / "recipe.toml"
         path.write_text(dump(recipe), encoding="utf-8")
         assert load_recipe(path) == recipe
-    assert accepted > 20
+    assert accepted > 10
 
 
 def _keys(section: str) -> list[tuple[str, Any]]:

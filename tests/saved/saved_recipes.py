@@ -1,0 +1,233 @@
+"""Recipes that together say something else than the default with every key there is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchlinearmoe.recipe import ModelRecipe, resolve
+from torchlinearmoe.run_folder import flatten
+
+HEADS = {"heads": 4, "head_dim": 16}
+CONVOLVED = {**HEADS, "conv": 3}
+DELTA = {**CONVOLVED, "value_heads": 8, "expand_v": 1.5, "negative_eigenvalues": True}
+GATED = {
+    **CONVOLVED,
+    "kv_heads": 2,
+    "expand_k": 0.75,
+    "expand_v": 1.5,
+    "gate_rank": 5,
+    "gate_normalizer": 12.0,
+    "clamp_min": -0.5,
+    "feature_map": "silu",
+}
+MEMORIES = {
+    "num_memories": 3,
+    "top_k": 1,
+    "shared_memory": False,
+    "shared_projections": True,
+    "renormalize": False,
+    "balance_coefficient": 0.02,
+    "balance_scope": "global",
+}
+MIXERS: dict[str, dict[str, Any]] = {
+    "based": {**CONVOLVED, "feature_dim": 8, "gate": True},
+    "delta_net": {**DELTA, "expand_k": 0.5, "gate": True},
+    "gated_delta_net": DELTA,
+    "gla": GATED,
+    "gsa": {
+        **CONVOLVED,
+        "slots": 16,
+        "kv_heads": 2,
+        "expand_k": 0.5,
+        "expand_v": 1.5,
+        "gate_normalizer": 4.0,
+    },
+    "hgrn2": {**CONVOLVED, "lower_bounds": False},
+    "kda": {**DELTA, "decay_rank": 6, "gate_rank": 7},
+    "lightning_attention": {**CONVOLVED, "layer_factor": False, "norm": "head", "gate": "swish"},
+    "linear_attention": {
+        **CONVOLVED,
+        "expand_v": 2.0,
+        "feature_map": "t2r",
+        "feature_dim": 24,
+        "nu": 3,
+        "tie_feature_maps": True,
+        "normalize": True,
+    },
+    "mamba2": {"heads": 12, "head_dim": 16, "expand": 3.0, "state": 32, "groups": 2, "conv": 3},
+    "mom_gated_delta_net": {**DELTA, **MEMORIES},
+    "mom_gla": {**GATED, **MEMORIES},
+    "rebased": {**CONVOLVED, "feature_dim": 8, "gate": True, "tie_norms": True},
+    "retention": {**CONVOLVED, "expand_v": 1.5, "rope_theta": 500.0, "feature_map": "elu"},
+    "rwkv6": {**HEADS, "mix_rank": 9, "decay_rank": 10},
+    "rwkv7": {**HEADS, "decay_rank": 5, "rate_rank": 6, "value_rank": 7, "gate_rank": 8},
+    "softmax_attention": {**CONVOLVED, "kv_heads": 2, "window": 512},
+}
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "every_mixer": {
+        "model": {
+            "family": "mixtral",
+            "size": "Small",
+            "mixer": "gla",
+            "mixers": list(MIXERS),
+            "hidden_size": 64,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 16,
+            "vocab_size": 2048,
+            "max_length": 4000,
+            "rope_theta": 2000.0,
+            "norm_eps": 1e-4,
+            "qkv_bias": True,
+            "tie_embeddings": True,
+            "init_std": 0.03,
+            "attention_backend": "flex",
+            "kernel_backend": "reference",
+        },
+        "moe": {
+            "num_experts": 6,
+            "top_k": 3,
+            "hidden_size": 48,
+            "balance_coefficient": 0.03,
+            "balance_scope": "global",
+            "z_loss_coefficient": 0.002,
+            "capacity_factor": 1.25,
+            "eval_capacity_factor": 2.0,
+            "drop_policy": "position",
+            "backend": "loop",
+        },
+        "mixer": MIXERS,
+        "data": {
+            "paths": ["text", 'more/é "quoted".jsonl'],
+            "tokenizer": "tokenizer.json",
+            "validation_fraction": 0.01,
+            "workers": 2,
+            "cache": "tokens",
+        },
+        "training": {
+            "steps": 123,
+            "sequence_length": 512,
+            "micro_batch_size": 2,
+            "tokens_per_step": 8192,
+            "seed": 7,
+            "output_dir": "runs/every_mixer",
+            "dtype": "bfloat16",
+            "device": "cuda",
+            "compile": True,
+            "compile_backend": "aot_eager",
+            "activation_checkpointing": "selective",
+            "activation_checkpointing_every": 2,
+            "max_skipped_steps": 4,
+            "deterministic": True,
+        },
+        "optimizer": {
+            "lr": 1e-3,
+            "min_lr": 1e-4,
+            "schedule": "wsd",
+            "warmup_steps": 11,
+            "decay_fraction": 0.3,
+            "betas": [0.8, 0.99],
+            "eps": 1e-7,
+            "weight_decay": 0.05,
+            "clip_norm": 0.5,
+        },
+        "parallel": {
+            "data_replicate": 2,
+            "data_shard": 4,
+            "context": 2,
+            "context_attention": "gather",
+            "context_states": "bfloat16",
+            "expert": 2,
+            "reshard_after_forward": False,
+        },
+        "checkpoint": {"interval": 50, "keep": 2, "resume": "never", "asynchronous": False},
+        "metrics": {
+            "interval": 5,
+            "validation_interval": 25,
+            "validation_batches": 3,
+            "tensorboard": False,
+            "baselines": True,
+            "mixer_ablation": True,
+            "peak_tflops": 989.0,
+            "profile_steps": [3, 5],
+            "memory_snapshot_step": 4,
+        },
+    },
+    "deepseek_v2-mla": {
+        "model": {
+            "family": "deepseek_v2",
+            "size": "A21B",
+            "layout": "NLL",
+            "mixer": "mamba2",
+            "hidden_size": 96,
+            "num_layers": 6,
+            "num_heads": 6,
+            "num_kv_heads": 6,
+            "head_dim": 12,
+            "ffn_hidden_size": 200,
+            "rope_scaling": "llama3",
+            "rope_factor": 3.0,
+            "rope_original_length": 777,
+            "rope_beta_slow": 2.0,
+            "rope_beta_fast": 16.0,
+            "rope_mscale": 0.5,
+            "rope_mscale_all_dim": 0.6,
+        },
+        "moe": {
+            "num_experts": 12,
+            "top_k": 2,
+            "hidden_size": 40,
+            "shared_hidden_size": 80,
+            "shared_gate": True,
+            "renormalize": True,
+            "routed_scaling": 2.5,
+            "num_groups": 4,
+            "top_k_groups": 2,
+            "first_dense_layers": 2,
+            "balance": "bias",
+            "bias_rate": 0.002,
+        },
+        "mixer": {
+            "mla": {
+                "heads": 6,
+                "head_dim": 10,
+                "qk_rope_head_dim": 6,
+                "v_head_dim": 14,
+                "kv_lora_rank": 20,
+                "q_lora_rank": 18,
+            },
+            "mamba2": {"head_dim": 24, "state": 16},
+        },
+        "data": {"format": "messages", "chat_template": "plain"},
+        "training": {"tokens": 10**12, "sequence_length": 1024, "output_dir": "runs/deepseek"},
+        "optimizer": {"warmup_tokens": 10**9, "schedule": "constant"},
+        "parallel": {
+            "tensor": 2,
+            "pipeline": 2,
+            "pipeline_schedule": "zero_bubble",
+            "pipeline_stages_per_rank": 2,
+            "reshard_after_forward": False,
+        },
+        "checkpoint": {"init_from": "weights", "upcycle_noise": 0.01},
+    },
+    "mom_gla-inner": {
+        "model": {"mixers": ["mom_gla", "mom_gated_delta_net"]},
+        "mixer": {"mom_gla": {"inner": "linear_attention"}, "mom_gated_delta_net": {"inner": "gsa"}},
+        "training": {"steps": 9},
+    },
+}
+ONE_VALUE = {"optimizer.name"}
+"""Keys with a single legal value."""
+
+
+def keys_at_their_default() -> list[str]:
+    """The keys with which no recipe here says something else than what the model gets that says nothing."""
+    every, said = set[str](), set[str]()
+    for tables in RECIPES.values():
+        preset = {key: tables["model"][key] for key in ("family", "size") if key in tables["model"]}
+        untouched = flatten(resolve({"model": preset, "training": {"steps": 1}}))
+        untouched |= {"model.family": ModelRecipe.family, "model.size": ModelRecipe.size}
+        found = flatten(resolve(tables))
+        every |= found.keys()
+        said |= {key for key, value in found.items() if value != untouched[key]}
+    return sorted(every - said - ONE_VALUE)

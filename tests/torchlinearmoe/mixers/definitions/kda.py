@@ -1,0 +1,27 @@
+"""Kimi Team 2025, arXiv 2510.26692: S_t = (I - b_t k_t k_t^T) diag(a_t) S_{t-1} + b_t k_t v_t^T."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from definitions.plain import Layer, eye, join, recurrence, rms, sigmoid, split, spread, swish, unit
+from torch import Tensor
+
+
+def definition(layer: Layer, x: Tensor) -> Tensor:
+    options, weights = layer.options, layer.weights
+    heads, width = options.value_heads or layer.heads, layer.width
+    q, k = (spread(unit(split(swish(layer.project(name, x)), width)), heads) for name in "qk")
+    v = split(swish(layer.project("v", x)), round(width * options.expand_v))
+    beta = sigmoid(layer.linear("b_proj", x)) * (2 if options.negative_eigenvalues else 1)
+    logits = split(layer.linear("decay_up", layer.linear("decay_down", x)) + weights["decay.dt_bias"], width)
+    # exp(-rate log(1 + e^x)) is (1 + e^x)^-rate.
+    alpha = (1 + torch.exp(logits)) ** -torch.exp(weights["decay.A_log"])[:, None]
+    o = recurrence(step, q / math.sqrt(width), k, v, beta, alpha)
+    gate = split(layer.linear("gate_up", layer.linear("gate_down", x)), v.shape[2])
+    return layer.linear("o_proj", join(rms(o, layer.model.norm_eps) * weights["norm.weight"] * sigmoid(gate)))
+
+
+def step(S: Tensor, k: Tensor, v: Tensor, beta: Tensor, alpha: Tensor) -> Tensor:
+    return (eye(len(k)) - beta * torch.outer(k, k)) @ torch.diag(alpha) @ S + beta * torch.outer(k, v)

@@ -1,0 +1,11 @@
+"""Du et al. 2025, arXiv 2502.13685, over Gated DeltaNet."""
+
+from __future__ import annotations
+
+from definitions.memories import mixture
+from definitions.plain import Layer
+from torch import Tensor
+
+
+def definition(layer: Layer, x: Tensor) -> Tensor:
+    return mixture(layer, layer.options.inner or "gated_delta_net", x)
