@@ -75,16 +75,16 @@ def step_work(model: Decoder, tokens: int, length: int, itemsize: int, optimizer
     }
 
 
-def update_bytes(tensors: Iterable[tuple[Tensor, Iterable[Tensor | None]]], gradient: int | None = None) -> float:
-    """Bytes of norm and update: a gradient is read twice, weight, rest and moments are read and written.
+def update_bytes(tensors: Iterable[tuple[Tensor, Iterable[Tensor | None]]]) -> float:
+    """Bytes of norm and update of one micro-batch's gradients, which have the weight's type: a gradient is read twice,
+    weight, rest and moments are read and written.
 
-    tensors: a weight, and what lies beside it, of each parameter; gradient: bytes of an element, the weight's by
-    default.
+    tensors: a weight, and what lies beside it, of each parameter.
     """
     total = 0.0
     for weight, beside in tensors:
         held = sum(tensor.element_size() for tensor in (weight, *beside) if tensor is not None)
-        total += weight.numel() * (2 * (gradient or weight.element_size()) + 2 * held)
+        total += 2 * weight.numel() * (weight.element_size() + held)
     return total
 
 
