@@ -79,8 +79,9 @@ def device_pieces(events: Events) -> list[Piece]:
     for event in events:
         if event.get("cat") in _DEVICE:
             launch = launches.get(event.get("args", {}).get("correlation"))
+            around = launch.parent if launch is not None else None
             start, length = float(event["ts"]), float(event["dur"])
-            pieces.append(_piece(event["name"], start, start + length, length, launch and launch.parent, forwards))
+            pieces.append(_piece(event["name"], start, start + length, length, around, forwards))
     return sorted(pieces, key=lambda piece: piece.start)
 
 
