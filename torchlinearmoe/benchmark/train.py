@@ -1,7 +1,7 @@
 """`benchmark train`: training steps of a recipe at several shapes, beside transformers' model of the same shape.
 
-With `--profile` every contestant then tells where its step goes: `categories` says what counts as what, `floors` how the
-least is counted that each category could take, at rates measured in the same process.
+With `--profile` every contestant then tells where its step goes: `categories` says what counts as what, `floors` how
+the least is counted that each category could take, at rates measured in the same process.
 """
 
 from __future__ import annotations
