@@ -1,4 +1,4 @@
-"""`python -m torchlinearmoe.benchmark train [options] [--section.key=value ...]`."""
+"""`python -m torchlinearmoe.benchmark train|optimizer [options] [--section.key=value ...]`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from torchlinearmoe.benchmark import train
+from torchlinearmoe.benchmark import optimizer, train
 from torchlinearmoe.commands import failures_on_one_line
 
-SUBCOMMANDS = {"train": train}
+SUBCOMMANDS = {"train": train, "optimizer": optimizer}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 MARK = "RESULT "
+_WORDS = ("contestant", "category", "part", "error")
 
 
 def run_contestant(module: str, options: Mapping[str, Any], timeout: float) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     table = Table(title=title)
     for column in columns:
-        table.add_column(column, justify="left" if column in ("contestant", "error") else "right")
+        table.add_column(column, justify="left" if column in _WORDS else "right")
     for row in rows:
         table.add_row(*(_cell(row.get(column)) for column in columns))
     Console(width=max(Console().width, 160)).print(table)

@@ -1,4 +1,8 @@
-"""`benchmark train`: training steps of a recipe at several shapes, beside transformers' model of the same shape."""
+"""`benchmark train`: training steps of a recipe at several shapes, beside transformers' model of the same shape.
+
+With `--profile` every contestant then tells where its step goes: `categories` says what counts as what, `floors` how
+the least is counted that each category could take, at rates measured in the same process.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torchlinearmoe.benchmark.contest import run_contestant, show
+from torchlinearmoe.benchmark.profile import show_profile
 from torchlinearmoe.errors import RecipeError
 
 OURS = "torchlinearmoe.benchmark.train_ours"
@@ -27,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["ours", "ours-eager", "transformers", "transformers-compiled"],
         help="who runs (default: all)",
     )
+    parser.add_argument(
+        "--profile", action="store_true", help="after the timing, where a step goes, by category, beside its floors"
+    )
     parser.add_argument("--timeout", type=float, default=300, help="seconds a contestant (default: %(default)s)")
 
 
@@ -35,6 +43,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if arguments.steps < 3:
         raise RecipeError(f"--steps {arguments.steps}: must be at least 3")
     rows: list[dict[str, Any]] = []
+    profiles: dict[str, dict[str, Any]] = {}
     for shape in arguments.shapes:
         sequences, _, length = shape.partition("x")
         if not (sequences.isdigit() and length.isdigit() and int(sequences) and int(length)):
@@ -46,6 +55,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
                 "sequences": int(sequences),
                 "length": int(length),
                 "steps": arguments.steps,
+                "profile": arguments.profile,
             }
             if name.startswith("ours"):
                 options["overrides"].append(f"training.compile={'false' if name == 'ours-eager' else 'true'}")
@@ -53,7 +63,11 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
             else:
                 options["compile"] = name == "transformers-compiled"
                 figures = run_contestant(THEIRS, options, arguments.timeout)
+            if "profile" in figures:
+                profiles[f"{name}, {shape}"] = figures.pop("profile")
             rows.append({"contestant": name, "shape": shape, **figures})
             print(rows[-1], flush=True)
+    for title, found in profiles.items():
+        show_profile(title, found)
     show(f"training, {arguments.recipe} {' '.join(overrides)}", rows)
     return 0 if any("error" not in row for row in rows) else 1

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from torchlinearmoe.benchmark.contest import answer
+from torchlinearmoe.benchmark.floors import step_work, update_bytes
+from torchlinearmoe.benchmark.labels import label_ours
+from torchlinearmoe.benchmark.profile import profile_steps
 from torchlinearmoe.benchmark.timing import time_steps
 from torchlinearmoe.data.packing import MicroBatch
 from torchlinearmoe.metrics.mfu import mfu
@@ -18,9 +21,12 @@ from torchlinearmoe.recipe import load_recipe
 from torchlinearmoe.run_folder import with_tokens_per_step
 from torchlinearmoe.runtime import choose_device, process_group
 
+if TYPE_CHECKING:
+    from torchlinearmoe.trainer import Trainer
+
 
 def measure(options: dict[str, Any]) -> dict[str, Any]:
-    """Figures of `options`: recipe, overrides, sequences, length, steps."""
+    """Figures of `options`: recipe, overrides, sequences, length, steps, profile."""
     with tempfile.TemporaryDirectory() as folder:
         overrides = [
             *options["overrides"],
@@ -50,7 +56,23 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
                 "mfu": mfu(tokens, trainer.flops_per_token, trainer.peak),
                 **figures,
                 "parameters": parameters / 1e9,
+                **({"profile": profile(trainer, batch)} if options["profile"] else {}),
             }
+
+
+def profile(trainer: Trainer, batch: MicroBatch) -> dict[str, Any]:
+    """Where a step on `batch` goes."""
+    label_ours(trainer.modules)
+    optimizer = trainer.optimizer
+    slots = [optimizer.slot(p, group) for group in optimizer.param_groups for p in group["params"]]
+    work = step_work(
+        trainer.whole,
+        batch.tokens.numel(),
+        trainer.recipe.training.sequence_length,
+        trainer.dtype.itemsize,
+        update_bytes((slot.weight, (slot.rest, slot.exp_avg, slot.exp_avg_sq)) for slot in slots),
+    )
+    return profile_steps(lambda: trainer.train_step([batch]), trainer.device, work)
 
 
 def synthetic_batch(vocab_size: int, sequences: int, length: int) -> MicroBatch:

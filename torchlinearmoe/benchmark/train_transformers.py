@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from torchlinearmoe.benchmark.contest import answer
+from torchlinearmoe.benchmark.floors import step_work, update_bytes
+from torchlinearmoe.benchmark.labels import label_transformers, labelled
+from torchlinearmoe.benchmark.profile import profile_steps
 from torchlinearmoe.benchmark.timing import time_steps
+from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.recipe import load_recipe
 
 
 def measure(options: dict[str, Any]) -> dict[str, Any]:
-    """Figures of `options`: recipe, overrides, sequences, length, steps, compile."""
+    """Figures of `options`: recipe, overrides, sequences, length, steps, compile, profile."""
     import transformers  # pyright: ignore[reportMissingImports]
 
     model_recipe = load_recipe(options["recipe"], options["overrides"]).model
@@ -55,12 +61,23 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
     shape = (options["sequences"], options["length"])
     tokens = torch.randint(0, config.vocab_size, shape, generator=generator).to(device)
 
-    def step() -> None:
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
+    def update() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+    def step(update: Callable[[], None] = update) -> None:
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        update()
+
+    def profile() -> dict[str, Any]:
+        label_transformers(model, options["compile"])
+        states = ((p, (optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"])) for p in model.parameters())
+        with torch.device("meta"):
+            shapes = Decoder(replace(model_recipe, layout="N", mixers=()))
+        work = step_work(shapes, tokens.numel(), options["length"], 2, update_bytes(states))
+        return profile_steps(lambda: step(labelled(update, "optimizer")), device, work)
 
     figures = time_steps(step, steps=options["steps"], device=device)
     return {
@@ -68,6 +85,7 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
         "mfu": None,
         **figures,
         "parameters": sum(p.numel() for p in model.parameters()) / 1e9,
+        **({"profile": profile()} if options["profile"] else {}),
     }
 
 

@@ -1,0 +1,65 @@
+"""The subcommands on a tiny model on the CPU: every contestant in a process of its own finishes and is shown."""
+
+import math
+
+import pytest
+
+from torchlinearmoe.benchmark import __main__ as command
+from torchlinearmoe.benchmark import optimizer, profile, train
+from torchlinearmoe.benchmark.categories import CATEGORIES
+
+RECIPE = "recipes/quickstart.toml"
+TINY = ["--model.hidden_size=32", "--model.num_layers=2", "--model.layout=LN", "--model.num_heads=2"]
+TINY += ["--moe.num_experts=4", "--moe.hidden_size=16"]
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> dict[str, list]:
+    """Rows of the tables, by title."""
+    tables: dict[str, list] = {}
+    for module in (train, optimizer, profile):
+        monkeypatch.setattr(module, "show", lambda title, rows: tables.update({title: list(rows)}))
+    return tables
+
+
+def test_a_step_is_profiled_by_category(shown, capsys):
+    arguments = ["train", "--recipe", RECIPE, "--contestants", "ours-eager", "--shapes", "2x32", "--steps", "3"]
+    assert command.main([*arguments, "--profile", *TINY]) == 0
+    rows = {row["category"]: row for row in shown["ours-eager, 2x32"]}
+    assert list(rows) == [*CATEGORIES, "idle"]
+    for name in set(CATEGORIES) - {"sharding"}:
+        row = rows[name]
+        assert row["ms"] > 0 and row["launches"] >= 1 and row["floor ms"] > 0, row
+        assert math.isclose(row["share of floor"], row["floor ms"] / row["ms"])
+    assert rows["sharding"]["floor ms"] is None
+    assert 0 < rows["idle"]["share of step"] < 1
+    assert "under no label" in capsys.readouterr().out
+    (row,) = shown[next(title for title in shown if title.startswith("training"))]
+    assert row["tokens_per_second"] > 0 and "profile" not in row
+
+
+def test_updates_are_checked_and_timed(shown):
+    names = ["ours-bfloat16", "torch-masters"]
+    assert command.main(["optimizer", "--recipe", RECIPE, "--repeats", "3", "--contestants", *names, *TINY]) == 0
+    ((title, rows),) = shown.items()
+    assert title.startswith("optimizer")
+    assert {row["contestant"] for row in rows} == set(names)
+    assert all(row["ms"] > 0 and row["GB/s"] > 0 and row["share of copy"] > 0 for row in rows)
+    for name in names:
+        parts = " ".join(row["part"] for row in rows if row["contestant"] == name)
+        assert all(word in parts for word in ("norm", "update, bfloat16", "sum of gradients")), parts
+
+
+def test_a_large_model_without_a_gpu_is_refused_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(optimizer.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        command.main(["optimizer", "--recipe", "recipes/qwen2_hgrn2.toml"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --recipe") and "quickstart" in line
+
+
+@pytest.mark.parametrize("arguments", [["train", "--steps", "2"], ["optimizer", "--repeats", "2"]])
+def test_too_few_repeats_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        command.main(arguments)
+    assert "must be at least 3" in capsys.readouterr().err
