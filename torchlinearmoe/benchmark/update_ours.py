@@ -26,6 +26,7 @@ from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.optim import build_optimizer, step_if_finite
 from torchlinearmoe.optim.adamw import AdamW
 from torchlinearmoe.optim.masters import hold_masters, rest_of
+from torchlinearmoe.optim.sums import add_parts
 from torchlinearmoe.parallel.clip import gradient_norm
 from torchlinearmoe.recipe import load_recipe
 
@@ -105,24 +106,11 @@ def _bytes(optimizer: AdamW) -> tuple[float, float]:
 
 def _time_sums(model: nn.Module, parts: Parts) -> None:
     """Another micro-batch's bfloat16 gradients into the float32 sums."""
-    pairs = [(p.grad, _gradient(p, torch.bfloat16)) for p in model.parameters() if rest_of(p) is not None]
-
-    def run() -> None:
-        for total, grad in pairs:
-            assert total is not None
-            _add(total, grad)
-
-    moved = sum(grad.numel() * (4 + 4 + 2) for _, grad in pairs)
-    parts.time("sum of gradients, a further micro-batch", run, moved)
-
-
-def _add(total: Tensor, grad: Tensor) -> None:
-    if grad.device.type == "cuda":
-        from torchlinearmoe.kernels.optimizer.triton import add_gradient
-
-        add_gradient(total, grad)
-    else:
-        total.add_(grad)
+    parameters = [p for p in model.parameters() if rest_of(p) is not None]
+    totals = [p.grad for p in parameters if p.grad is not None]
+    pairs = [(_gradient(p, torch.bfloat16), total) for p, total in zip(parameters, totals, strict=True)]
+    moved = sum(total.numel() * (4 + 4 + 2) for total in totals)
+    parts.time("sum of gradients, a further micro-batch", lambda: add_parts(totals, pairs), moved)
 
 
 if __name__ == "__main__":

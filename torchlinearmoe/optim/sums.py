@@ -84,7 +84,7 @@ class GradientSums:
         for dtype, members in together.items():
             pairs = [(grad, earlier) for _, earlier, grad in members]
             totals = [e if dtype == torch.float32 else torch.empty_like(e, dtype=torch.float32) for _, e in pairs]
-            _add(totals, pairs)
+            add_parts(totals, pairs)
             for (parameter, *_), total in zip(members, totals):
                 self._sums[parameter] = total
 
@@ -97,7 +97,7 @@ def start_sums(model: nn.Module) -> None:
             parameter.grad = laid_out_like(parameter, zeros)
 
 
-def _add(totals: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+def add_parts(totals: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """totals = last + earlier of each pair, which may be the total itself."""
     if totals[0].device.type == "cuda":
         from torchlinearmoe.kernels.optimizer import triton
