@@ -132,6 +132,14 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
             "optimizer": {"states": "bfloat16"},
         },
     ),
+    "shards, gradients sent in bfloat16": (
+        2,
+        {
+            "model": {"mixer": "hgrn2", "num_layers": 2},
+            "parallel": {"reduce_dtype": "bfloat16"},
+            "training": {"dtype": "bfloat16"},
+        },
+    ),
     "whole experts, sums of halves' gradients": (
         2,
         {
@@ -198,6 +206,7 @@ QUICK = every_run(
     "spans, keys gathered, experts spread, every second layer run again",
     "heads split, experts spread over them, shared expert, layers run again: selective",
     "heads split, dense, tied, halves of masters, rounded moments",
+    "shards, gradients sent in bfloat16",
     "whole experts, sums of halves' gradients",
     "two stages, heads split, tied, counted first, bfloat16",
     "two stages, experts spread, counted first, layers run again",
