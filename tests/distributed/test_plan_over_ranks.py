@@ -132,6 +132,15 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
             "optimizer": {"states": "bfloat16"},
         },
     ),
+    "heads split, experts sharded over them, counted first": (
+        2,
+        {
+            "model": {"mixer": "hgrn2", "num_layers": 3},
+            "moe": {"balance_scope": "global"},
+            "parallel": {"tensor": 2},
+            "training": {"tokens_per_step": 2 * LENGTH},
+        },
+    ),
     "shards, gradients sent in bfloat16": (
         2,
         {
@@ -206,6 +215,7 @@ QUICK = every_run(
     "spans, keys gathered, experts spread, every second layer run again",
     "heads split, experts spread over them, shared expert, layers run again: selective",
     "heads split, dense, tied, halves of masters, rounded moments",
+    "heads split, experts sharded over them, counted first",
     "shards, gradients sent in bfloat16",
     "whole experts, sums of halves' gradients",
     "two stages, heads split, tied, counted first, bfloat16",

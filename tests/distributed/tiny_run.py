@@ -21,6 +21,8 @@ from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from torchlinearmoe.optim.masters import local_part, read_master, write_master
+
 Settings = dict[str, dict[str, Any]]
 
 
@@ -121,8 +123,9 @@ def unsettle(model: nn.Module) -> None:
         seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
         scale = 0.3 if parameter.dim() == 1 or "table" in name else 0.05
         noise = scale * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        local.add_(part_of(noise, parameter))
+        master = read_master(parameter)
+        local_part(master).add_(part_of(noise, parameter))
+        write_master(parameter, master)
 
 
 def part_of(values: Tensor, like: Tensor) -> Tensor:

@@ -191,9 +191,11 @@ def add_step(model: Decoder, passes: Passes, counting: int, found: Collectives) 
         add(*shard, "all-gather, backward", backwards, unit.gathered_bytes)
         add(*shard, "reduce-scatter, gradients", 1, unit.scattered_bytes)
         add(unit.replica_axis, unit.replica_ranks, "all-reduce, gradients", 1, unit.shard_bytes)
-    if counting and units and model.holds_last and all(unit.name for unit in units):
+    last = units[-1].name if units and all(unit.name for unit in units) else ""
+    if counting and (last == "norm" or (last and passes.gathers is None)):
         # FSDP still knows the order of the counting forwards: at the end of the first backward it fetches, in vain, the
-        # unit that came last in them. The root, where it has weights of its own, is that unit and is still there.
+        # unit that came last in them. The root, where it has weights of its own, is that unit and is still there, as
+        # are a pipeline stage's layers.
         add(units[-1].shard_axis, units[-1].shard_ranks, "all-gather, backward", 1, units[-1].gathered_bytes)
     for index, layer in model.layers.items():
         moe = layer.ffn
