@@ -3,7 +3,7 @@
 One file a subcommand. Every contestant of a comparison runs in a process of its own, one after the other, in one
 invocation, and prints a row of one table.
 
-    train.py, train_*.py           training steps and who takes them
+    train.py, train_*.py           training steps and who takes them; torchtitan_config.py
     profile.py                     where a step goes: labels.py, trace.py, categories.py, floors.py
     optimizer.py, update_*.py      the update alone and who makes it
     contest.py, timing.py, rates.py

@@ -21,8 +21,9 @@ Sharding has none.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from torchlinearmoe.benchmark.rates import Rates
@@ -31,6 +32,7 @@ from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.models.flops import active_parameters, head_flops
 from torchlinearmoe.models.mlp import SwiGLU
 from torchlinearmoe.moe.layer import MoE
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,12 @@ def step_work(model: Decoder, tokens: int, length: int, itemsize: int, optimizer
         "head": Work(3 * head_flops(model.recipe)).times(tokens),
         "optimizer": Work(bytes=optimizer_bytes),
     }
+
+
+def softmax_twin(recipe: ModelRecipe) -> Decoder:
+    """The recipe's shapes with softmax attention in every layer, as peers train them; on the meta device."""
+    with torch.device("meta"):
+        return Decoder(replace(recipe, layout="N", mixers=()))
 
 
 def update_bytes(tensors: Iterable[tuple[Tensor, Iterable[Tensor | None]]]) -> float:

@@ -73,3 +73,12 @@ def label_transformers(model: Any, compiled: bool) -> None:
         for name, module in layer.mlp.named_children():
             if name == "gate":
                 label(module, "forward", "moe")
+
+
+def label_torchtitan(trainer: Any) -> None:
+    """Label torchtitan's trainer, and in this process its clipping; its layers are compiled whole."""
+    import torchtitan.distributed.utils as distributed  # pyright: ignore[reportMissingImports]
+
+    label(trainer, "loss_fn", "head")
+    label(distributed, "clip_grad_norm_", "optimizer")
+    label(trainer.optimizers, "step", "optimizer")

@@ -1,4 +1,7 @@
-"""`benchmark train`: training steps of a recipe at several shapes, beside transformers' model of the same shape.
+"""`benchmark train`: training steps of a recipe at several shapes, beside transformers' and torchtitan's.
+
+Theirs are models of the same shape with softmax attention in every layer. torchtitan runs by default where it is
+installed.
 
 With `--profile` every contestant then tells where its step goes: `categories` says what counts as what, `floors` how
 the least is counted that each category could take, at rates measured in the same process.
@@ -12,10 +15,14 @@ from typing import Any
 
 from torchlinearmoe.benchmark.contest import run_contestant, show
 from torchlinearmoe.benchmark.profile import show_profile
+from torchlinearmoe.benchmark.train_torchtitan import installed as torchtitan_installed
 from torchlinearmoe.errors import RecipeError
 
 OURS = "torchlinearmoe.benchmark.train_ours"
-THEIRS = "torchlinearmoe.benchmark.train_transformers"
+TRANSFORMERS = "torchlinearmoe.benchmark.train_transformers"
+TORCHTITAN = "torchlinearmoe.benchmark.train_torchtitan"
+ALWAYS = ["ours", "ours-eager", "transformers", "transformers-compiled"]
+WHERE_INSTALLED = ["torchtitan", "torchtitan-graphs"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--contestants",
         nargs="+",
-        choices=["ours", "ours-eager", "transformers", "transformers-compiled"],
-        default=["ours", "ours-eager", "transformers", "transformers-compiled"],
-        help="who runs (default: all)",
+        choices=[*ALWAYS, *WHERE_INSTALLED],
+        default=[*ALWAYS, *WHERE_INSTALLED] if torchtitan_installed() else ALWAYS,
+        help="who runs (default: all, torchtitan where it is installed)",
     )
     parser.add_argument(
         "--profile", action="store_true", help="after the timing, where a step goes, by category, beside its floors"
@@ -60,9 +67,12 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
             if name.startswith("ours"):
                 options["overrides"].append(f"training.compile={'false' if name == 'ours-eager' else 'true'}")
                 figures = run_contestant(OURS, options, arguments.timeout)
+            elif name.startswith("torchtitan"):
+                options["graphs"] = name == "torchtitan-graphs"
+                figures = run_contestant(TORCHTITAN, options, arguments.timeout)
             else:
                 options["compile"] = name == "transformers-compiled"
-                figures = run_contestant(THEIRS, options, arguments.timeout)
+                figures = run_contestant(TRANSFORMERS, options, arguments.timeout)
             if "profile" in figures:
                 profiles[f"{name}, {shape}"] = figures.pop("profile")
             rows.append({"contestant": name, "shape": shape, **figures})

@@ -8,17 +8,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from torchlinearmoe.benchmark.contest import answer
-from torchlinearmoe.benchmark.floors import step_work, update_bytes
+from torchlinearmoe.benchmark.floors import softmax_twin, step_work, update_bytes
 from torchlinearmoe.benchmark.labels import label_transformers, labelled
 from torchlinearmoe.benchmark.profile import profile_steps
 from torchlinearmoe.benchmark.timing import time_steps
-from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.recipe import load_recipe
 
 
@@ -74,9 +72,7 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
     def profile() -> dict[str, Any]:
         label_transformers(model, options["compile"])
         states = ((p, (optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"])) for p in model.parameters())
-        with torch.device("meta"):
-            shapes = Decoder(replace(model_recipe, layout="N", mixers=()))
-        work = step_work(shapes, tokens.numel(), options["length"], 2, update_bytes(states))
+        work = step_work(softmax_twin(model_recipe), tokens.numel(), options["length"], 2, update_bytes(states))
         return profile_steps(lambda: step(labelled(update, "optimizer")), device, work)
 
     figures = time_steps(step, steps=options["steps"], device=device)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from torchlinearmoe.benchmark.floors import Work, step_work, update_bytes
+from torchlinearmoe.benchmark.floors import Work, softmax_twin, step_work, update_bytes
 from torchlinearmoe.benchmark.rates import Rates, measure_rates
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.models.flops import training_flops_per_token
@@ -60,6 +60,15 @@ def test_a_shared_expert_is_one_more_hidden_width_and_moves_nothing():
     plain, shared = (step_work(_model(**moe), 1, 5, 2, 0.0) for moe in ({}, {"shared_hidden_size": 24}))
     assert shared["moe"] == plain["moe"]
     assert shared["other"].bytes - plain["other"].bytes == 2 * 2 * 8 * 24
+
+
+def test_the_softmax_twin_has_the_recipes_shape_and_no_recurrence():
+    model = _model()
+    twin = softmax_twin(model.recipe)
+    assert all(p.is_meta for p in twin.parameters())
+    work, twins = step_work(model, 10, 5, 2, 0.0), step_work(twin, 10, 5, 2, 0.0)
+    assert twins["recurrence"] == Work() and twins["attention"] == work["attention"].times(2)
+    assert twins["head"] == work["head"] and twins["moe"] == work["moe"]
 
 
 def test_bytes_of_an_update():
