@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from definition_check import check_stack, definition_of
-from mixer_cases import Case, make_stack, random_inputs, relative
+from mixer_cases import Case, Dims, make_stack, random_inputs, relative
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.mixers import MIXERS
@@ -69,6 +69,14 @@ def _plain(name: str, memory: str, inner: str) -> str:
     """The inner mixer's own name of a parameter."""
     name = name.replace(f"shared.{memory}", f"shared.{inner}").replace("query_convs.", "convs.")
     return name.replace("inner.", "").replace("write_layers.", "")
+
+
+@pytest.mark.parametrize("inner", INNERS, ids=lambda inner: f"{over(inner)[0].name}-of-{inner}")
+def test_the_closed_form_counts_memories_of_every_inner_mixer(inner: Case) -> None:
+    case, dims = over(inner)
+    (_, layer) = make_stack(case, **dims).layers
+    counted = sum(parameter.numel() for parameter in layer.parameters())
+    assert case.mixer.num_parameters(case.options, Dims(**dims)) == counted
 
 
 @pytest.mark.parametrize("inner", INNERS, ids=lambda inner: f"{over(inner)[0].name}-of-{inner}")

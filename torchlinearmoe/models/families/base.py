@@ -102,6 +102,14 @@ class Family:
     published: tuple[Architecture, ...] = ()
     """The Hugging Face architectures whose weights the family reads and writes."""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for a size that leaves a dimension out; a head's width may be."""
+        for size in self.presets:
+            for section, values in self.preset(size).items():
+                missing = [key for key in self.dimensions()[section] if key not in values and key != "head_dim"]
+                if missing:
+                    raise ValueError(f"family '{self.name}', size '{size}': no {section}.{missing[0]}")
+
     def preset(self, size: str) -> dict[str, dict[str, Any]]:
         """The `[model]` and `[moe]` values that `size` brings."""
         model, moe, *_ = self.presets[size]

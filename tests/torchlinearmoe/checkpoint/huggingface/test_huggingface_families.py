@@ -14,7 +14,7 @@ from published_cases import PUBLISHED, make, random_tokens, save
 from safetensors.torch import load_file
 from torch import Tensor
 
-from torchlinearmoe import load_model
+from torchlinearmoe import FAMILIES, load_model
 from torchlinearmoe.checkpoint.huggingface.exporting import export_checkpoint
 from torchlinearmoe.checkpoint.huggingface.importing import import_directory
 
@@ -73,6 +73,11 @@ def test_an_exported_model_has_the_tensors_that_were_imported_and_loads_in_trans
     assert type(after) is type(published) and after.dtype == torch.bfloat16
     tokens = random_tokens(1, 50)
     assert torch.equal(after(tokens).logits, before(tokens).logits)
+
+
+def test_every_architecture_that_a_family_reads_is_compared() -> None:
+    compared = {config().model_type for config in PUBLISHED.values()}
+    assert compared == {architecture.model_type for family in FAMILIES.values() for architecture in family.published}
 
 
 def test_an_older_config_means_the_same(tmp_path: Path) -> None:
