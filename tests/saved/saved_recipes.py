@@ -130,6 +130,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "eps": 1e-7,
             "weight_decay": 0.05,
             "clip_norm": 0.5,
+            "states": "bfloat16",
         },
         "parallel": {
             "data_replicate": 2,
@@ -139,6 +140,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "context_states": "bfloat16",
             "expert": 2,
             "reshard_after_forward": False,
+            "reduce_dtype": "bfloat16",
         },
         "checkpoint": {"interval": 50, "keep": 2, "resume": "never", "asynchronous": False},
         "metrics": {

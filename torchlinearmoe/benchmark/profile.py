@@ -1,7 +1,8 @@
 """Where a step goes: a few consecutive steps under torch.profiler, by category, beside the floor of each.
 
-On a GPU they are profiled twice: with the device alone, which tells busy, idle and launches nearly undisturbed, and
-with the host's events too, which tell what each kernel is for but make the host slower. Steps follow each other as in
+On a GPU they are profiled twice: with the device alone, which tells busy time and launches, and with the host's events
+too, which tell what each kernel is for. Both slow the host down, and a device that waits for it would look idle: idle
+is what the step, timed before without labels and profiler, takes beyond the busy time. Steps follow each other as in
 training, nobody waits in between. Kernels that overlap each count whole.
 """
 
@@ -29,8 +30,10 @@ WARM_UP = 2
 """Steps before, in which compiled code may notice the labels."""
 
 
-def profile_steps(step: Callable[[], Any], device: torch.device, work: Mapping[str, Work]) -> dict[str, Any]:
-    """Figures of a step, milliseconds unless said; `work` of a step by category."""
+def profile_steps(
+    step: Callable[[], Any], device: torch.device, work: Mapping[str, Work], step_s: float
+) -> dict[str, Any]:
+    """Figures of a step, milliseconds unless said; `work` of a step by category, `step_s` its seconds as timed."""
     for _ in range(WARM_UP):
         step()
     host_ms = _host_ms(step, device)
@@ -39,8 +42,10 @@ def profile_steps(step: Callable[[], Any], device: torch.device, work: Mapping[s
     undisturbed = _record(step, device, [ProfilerActivity.CUDA]) if cuda else pieces
     rates = measure_rates(device)
     own, launches, unlabelled = tally(pieces)
-    span = (max(p.end for p in undisturbed) - min(p.start for p in undisturbed)) / 1e3 / STEPS
     busy_ms = busy(undisturbed) / 1e3 / STEPS
+    # Events of a CPU are those of a host that the profiler slows down: only their own span holds them.
+    span = (max(p.end for p in undisturbed) - min(p.start for p in undisturbed)) / 1e3 / STEPS
+    step_ms = max(step_s * 1e3, busy_ms) if cuda else span
     rows = []
     for name in CATEGORIES:
         floor = work[name].seconds(rates) * 1e3 if name in work else None
@@ -49,16 +54,16 @@ def profile_steps(step: Callable[[], Any], device: torch.device, work: Mapping[s
             {
                 "category": name,
                 "ms": ms,
-                "share of step": ms / span,
+                "share of step": ms / step_ms,
                 "launches": launches[name] / STEPS,
                 "floor ms": floor,
                 "share of floor": floor / ms if floor is not None and ms else None,
             }
         )
-    rows.append({"category": "idle", "ms": span - busy_ms, "share of step": 1 - busy_ms / span})
+    rows.append({"category": "idle", "ms": step_ms - busy_ms, "share of step": 1 - busy_ms / step_ms})
     return {
         "rows": rows,
-        "span_ms": span,
+        "step_ms": step_ms,
         "busy_ms": busy_ms,
         "host_ms": host_ms,
         "launches": len(undisturbed) / STEPS,
@@ -86,7 +91,7 @@ def show_profile(title: str, figures: Mapping[str, Any]) -> None:
     """Print what `profile_steps` found."""
     show(title, figures["rows"])
     print(
-        f"a step: {figures['span_ms']:.1f} ms on the device, busy {figures['busy_ms']:.1f} ms, "
+        f"a step: {figures['step_ms']:.1f} ms, the device busy for {figures['busy_ms']:.1f} ms, "
         f"{figures['launches']:.0f} launches; the host takes {figures['host_ms']:.1f} ms for one alone; "
         f"of other, {figures['unlabelled_ms']:.2f} ms under no label\n"
         f"floors at {figures['matmul_tflops']:.3g} TFLOP/s and {figures['copy_gb_s']:.4g} GB/s, measured in this run",

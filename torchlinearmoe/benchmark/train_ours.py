@@ -56,12 +56,12 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
                 "mfu": mfu(tokens, trainer.flops_per_token, trainer.peak),
                 **figures,
                 "parameters": parameters / 1e9,
-                **({"profile": profile(trainer, batch)} if options["profile"] else {}),
+                **({"profile": profile(trainer, batch, figures["step_s"])} if options["profile"] else {}),
             }
 
 
-def profile(trainer: Trainer, batch: MicroBatch) -> dict[str, Any]:
-    """Where a step on `batch` goes."""
+def profile(trainer: Trainer, batch: MicroBatch, step_s: float) -> dict[str, Any]:
+    """Where a step on `batch` goes, timed at `step_s` seconds."""
     label_ours(trainer.modules)
     optimizer = trainer.optimizer
     slots = [optimizer.slot(p, group) for group in optimizer.param_groups for p in group["params"]]
@@ -72,7 +72,7 @@ def profile(trainer: Trainer, batch: MicroBatch) -> dict[str, Any]:
         trainer.dtype.itemsize,
         update_bytes((slot.weight, (slot.rest, slot.exp_avg, slot.exp_avg_sq)) for slot in slots),
     )
-    return profile_steps(lambda: trainer.train_step([batch]), trainer.device, work)
+    return profile_steps(lambda: trainer.train_step([batch]), trainer.device, work, step_s)
 
 
 def synthetic_batch(vocab_size: int, sequences: int, length: int) -> MicroBatch:

@@ -73,7 +73,7 @@ def _figures(recipe: ModelRecipe, options: dict[str, Any], folder: str) -> dict[
         trainer.gc_handler.run(trainer.step)
         trainer.train_step(batches)
 
-    def profile() -> dict[str, Any]:
+    def profile(step_s: float) -> dict[str, Any]:
         label_torchtitan(trainer)
         states = (
             (p, (state["exp_avg"], state["exp_avg_sq"]))
@@ -81,7 +81,7 @@ def _figures(recipe: ModelRecipe, options: dict[str, Any], folder: str) -> dict[
             for p, state in optimizer.state.items()
         )
         work = step_work(softmax_twin(recipe), tokens, length, 2, update_bytes(states))
-        return profile_steps(step, trainer.device, work)
+        return profile_steps(step, trainer.device, work, step_s)
 
     figures = time_steps(step, steps=options["steps"], device=trainer.device)
     result = {
@@ -89,7 +89,7 @@ def _figures(recipe: ModelRecipe, options: dict[str, Any], folder: str) -> dict[
         "mfu": None,
         **figures,
         "parameters": sum(p.numel() for p in trainer.model_parts[0].parameters()) / 1e9,
-        **({"profile": profile()} if options["profile"] else {}),
+        **({"profile": profile(figures["step_s"])} if options["profile"] else {}),
     }
     trainer.close()
     torch.distributed.destroy_process_group()

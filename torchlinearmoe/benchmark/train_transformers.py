@@ -69,11 +69,11 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
         loss.backward()
         update()
 
-    def profile() -> dict[str, Any]:
+    def profile(step_s: float) -> dict[str, Any]:
         label_transformers(model, options["compile"])
         states = ((p, (optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"])) for p in model.parameters())
         work = step_work(softmax_twin(model_recipe), tokens.numel(), options["length"], 2, update_bytes(states))
-        return profile_steps(lambda: step(labelled(update, "optimizer")), device, work)
+        return profile_steps(lambda: step(labelled(update, "optimizer")), device, work, step_s)
 
     figures = time_steps(step, steps=options["steps"], device=device)
     return {
@@ -81,7 +81,7 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
         "mfu": None,
         **figures,
         "parameters": sum(p.numel() for p in model.parameters()) / 1e9,
-        **({"profile": profile()} if options["profile"] else {}),
+        **({"profile": profile(figures["step_s"])} if options["profile"] else {}),
     }
 
 
