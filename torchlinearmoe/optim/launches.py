@@ -16,6 +16,7 @@ from torch import Tensor
 from torchlinearmoe.kernels.optimizer.blocks import addresses, blocks_of, to_device
 from torchlinearmoe.kernels.optimizer.definition import Slot
 from torchlinearmoe.optim.gradients import Parts, for_launch
+from torchlinearmoe.optim.masters import local_part
 
 
 class Launch:
@@ -23,6 +24,7 @@ class Launch:
 
     def __init__(self, parameters: Sequence[Tensor], states: Sequence[dict[str, Tensor]], slots: Sequence[Slot]):
         self._parameters, self._states = list(parameters), list(states)
+        self._addresses = [local_part(parameter.detach()).data_ptr() for parameter in parameters]
         device = slots[0].weight.device
         self._steps = torch.stack([state["step"] for state in states]).float()
         for state, step in zip(states, self._steps.unbind()):
@@ -45,15 +47,16 @@ class Launch:
         self._places = any(slot.place.inner for slot in slots)
 
     def fits(self, parameters: Sequence[Tensor], states: Sequence[dict[str, Tensor]]) -> bool:
-        """Whether these are its parameters, with the states it knows."""
+        """Whether these are its parameters, where they were, with the states it knows."""
         if len(parameters) != len(self._parameters):
             return False
-        return all(
+        same = all(
             p is known and state is had and state["step"] is step and state["exp_avg"] is moment
             for p, known, state, had, step, moment in zip(
                 parameters, self._parameters, states, self._states, self._counted, self._moments
             )
         )
+        return same and self._addresses == [local_part(p.detach()).data_ptr() for p in parameters]
 
     def run(self, gradients: Sequence[Parts], group: dict[str, Any], factor: Tensor, skipped: Tensor) -> None:
         """One step; gradients in the order of the parameters; `group` has lr, betas and eps."""
