@@ -27,6 +27,7 @@ from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.models.mlp import SwiGLU
 from torchlinearmoe.models.norm import RMSNorm
 from torchlinearmoe.moe.experts import Experts
+from torchlinearmoe.optim.gradients import gradient_parts, set_earlier, summed
 from torchlinearmoe.optim.masters import laid_out_like, rest_of
 from torchlinearmoe.parallel.collectives import gather_rows, scatter_rows, sum_over
 from torchlinearmoe.parallel.local import split_tensor
@@ -130,8 +131,10 @@ def sum_partial_gradients(model: nn.Module) -> None:
         return
     gradients = []
     for parameter in parameters:
-        assert isinstance(parameter.grad, DTensor), "every parameter of a training step has a gradient"
-        gradients.append(parameter.grad.to_local())
+        own = gradient_parts(parameter)
+        assert own is not None, "every parameter of a training step has a gradient"
+        gradients.append(summed(own))
+        set_earlier(parameter, None)
     flat = torch.cat([gradient.flatten().to(_sum_dtype(gradient)) for gradient in gradients])
     dist.all_reduce(flat, group=parameters[0].device_mesh.get_group("tensor"))
     parts = flat.split([gradient.numel() for gradient in gradients])

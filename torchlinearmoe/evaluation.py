@@ -16,6 +16,7 @@ from torchlinearmoe.data.packing import MicroBatch
 from torchlinearmoe.mixers.base import Mixer
 from torchlinearmoe.models.block import Block
 from torchlinearmoe.models.decoder import Decoder
+from torchlinearmoe.optim.gradients import clear_gradients, gradient_parts, summed
 from torchlinearmoe.parallel.fsdp import reshard
 from torchlinearmoe.parallel.inputs import Inputs
 from torchlinearmoe.parallel.passes import Passes
@@ -105,8 +106,8 @@ def first_bad_layer(passes: Passes, batches: Sequence[Inputs]) -> str:
         _zero_grad(passes)
         passes.forward_backward(batches, torch.ones((), device=batches[0].tokens.device))
         # Backward runs from the last layer to the first: the last parameter in the list went bad first.
-        gradients = [(n, name, p.grad) for n, (name, p) in parameters if p.grad is not None]
-        bad = [_place("the gradient of", name, n) for n, name, grad in gradients if not _finite(grad)]
+        gradients = [(n, name, parts) for n, (name, p) in parameters if (parts := gradient_parts(p)) is not None]
+        bad = [_place("the gradient of", name, n) for n, name, parts in gradients if not _finite(summed(parts))]
         answer = _agree(bad, last=True)
         if answer:
             return answer
@@ -138,7 +139,7 @@ def _finite(tensor: Tensor) -> bool:
 
 def _zero_grad(passes: Passes) -> None:
     for part in passes.parts:
-        part.zero_grad(set_to_none=True)
+        clear_gradients(part.parameters())
 
 
 def _place(what: str, name: str, position: int) -> Place:

@@ -18,8 +18,9 @@ class LateNumbers:
 
     def __init__(self, values: Tensor) -> None:
         self._event = None
-        self._host = values
-        if values.device.type == "cuda":
+        if values.device.type != "cuda":
+            self._host = values.clone()
+        else:
             self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._host.copy_(values, non_blocking=True)
             self._event = torch.cuda.Event()

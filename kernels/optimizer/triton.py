@@ -243,6 +243,7 @@ def square_sum(blocks: Blocks, grads: Gradients) -> Tensor:
 
 def add_gradients(blocks: Blocks, totals: Tensor, grads: Gradients) -> None:
     """totals = earlier + last, the last ones bfloat16, in float32; totals: addresses, the earlier ones' perhaps."""
+    assert grads.dtype == torch.bfloat16 and grads.earlier_dtype is not None
     kernels["add"][(blocks.count,)](
         totals, grads.earlier, grads.last, blocks.tensor, blocks.first, blocks.size,
         HALF=grads.earlier_dtype == torch.bfloat16, num_warps=WARPS,

@@ -1,14 +1,16 @@
 """Masters and moments move unchanged between halves on one rank and shards on several, whatever their types."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from harness import RankPool
-from tiny_run import Settings, build, run, settings, whole, write_corpus
+from tiny_run import Result, Settings, build, run, settings, whole, write_corpus
 from torch import Tensor
 
 from torchlinearmoe.checkpoint.state import model_tensors, optimizer_tensors
+from torchlinearmoe.optim import sums
 from torchlinearmoe.optim.masters import rest_of
 
 MODEL: Settings = {
@@ -61,12 +63,26 @@ def test_nothing_is_rounded_on_the_way(ranks: RankPool, tmp_path: Path, start: s
             assert value.dtype == expected[name].dtype and torch.equal(value, expected[name]), (layout, name)
 
 
-def test_halves_train_as_shards_do(ranks: RankPool, tmp_path: Path) -> None:
-    """Ten steps in bfloat16 of one process, with several micro-batches summed, beside two ranks of FSDP and of ep."""
+def run_in_parts(rank: int, tables: Settings) -> Result:
+    """A run whose gradients all count as large: each ends in two parts."""
+    large, sums.LARGE = sums.LARGE, 1
+    try:
+        return run(rank, tables)
+    finally:
+        sums.LARGE = large
+
+
+@pytest.mark.parametrize("call", [run, run_in_parts], ids=["whole", "in parts"])
+def test_halves_train_as_shards_do(ranks: RankPool, tmp_path: Path, call: Callable[..., Result]) -> None:
+    """Ten steps in bfloat16, several micro-batches summed: one process beside ranks of FSDP, ep and tensor."""
     corpus = write_corpus(tmp_path)
     curves = {}
     for layout in ("one process", "fsdp 2", "ep 2", "tensor 2"):
         table = settings(corpus, tmp_path / layout, MODEL, LAYOUTS[layout][1], {"training": {**MODEL["training"]}})
-        curves[layout] = ranks(LAYOUTS[layout][0], run, table)[0].column("loss")
-    for layout, losses in curves.items():
-        assert len(losses) == 10 and losses == pytest.approx(curves["one process"], rel=1e-3), layout
+        results = ranks(LAYOUTS[layout][0], call, table)
+        curves[layout] = results[0].column("loss"), results[0].column("grad_norm")
+        for name, value in results[0].state.items():  # replicas stay equal
+            assert all(torch.equal(result.state[name], value) for result in results), (layout, name)
+    for layout, (losses, norms) in curves.items():
+        assert len(losses) == 10 and losses == pytest.approx(curves["one process"][0], rel=1e-3), layout
+        assert norms == pytest.approx(curves["one process"][1], rel=2e-2), layout

@@ -16,6 +16,7 @@ from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.moe.balance import counting_pass, needs_counting_pass
 from torchlinearmoe.moe.totals import StepTotals
 from torchlinearmoe.optim.build import build_optimizer
+from torchlinearmoe.optim.gradients import gradient_parts
 from torchlinearmoe.parallel.apply import build_parallel_model
 from torchlinearmoe.parallel.context import own_part
 from torchlinearmoe.parallel.inputs import Inputs
@@ -302,7 +303,8 @@ def held_and_sent(rank: int, name: str) -> dict[str, Any]:
         sum_partial_gradients(modules)
         if built.shared is not None:
             built.shared.sum_gradients()
-    gradients = local_bytes(p.grad for p in modules.parameters() if p.grad is not None)
+    found = [parts for p in modules.parameters() if (parts := gradient_parts(p)) is not None]
+    gradients = local_bytes(part for parts in found for part in parts if part is not None)
     optimizer.step()
     states = local_bytes(value for state in optimizer.state.values() for value in state.values())
     saved: dict[str, torch.Tensor] = {}

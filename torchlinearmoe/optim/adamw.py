@@ -1,8 +1,8 @@
 """AdamW over plain tensors and DTensors, over weights that are their own masters and halves of one.
 
 One update takes the clip factor along, and is skipped as a whole on the device where the gradients are broken: the
-host never waits on a GPU. State entries are those of torch's AdamW (`step`, `exp_avg`, `exp_avg_sq`), so checkpoints
-are too. Which form of the update runs is decided by the tensors alone:
+host does not wait for a GPU, but in the last of the forms below. State entries are those of torch's AdamW (`step`,
+`exp_avg`, `exp_avg_sq`), so checkpoints are too. Which form of the update runs is decided by the tensors alone:
 
     GPU, float32 or halves           one Triton launch over all parameters of a kind
     one type throughout              torch's fused kernel
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torchlinearmoe.kernels.optimizer import definition
 from torchlinearmoe.kernels.optimizer.definition import Slot
 from torchlinearmoe.kernels.optimizer.rounding import tensor_key
-from torchlinearmoe.optim.gradients import KERNEL_TYPES, gradient_parts, set_earlier, summed, types_of
+from torchlinearmoe.optim.gradients import KERNEL_TYPES, clear_gradients, gradient_parts, summed, types_of
 from torchlinearmoe.optim.launches import Launch
 from torchlinearmoe.optim.masters import local_part, rest_of
 from torchlinearmoe.optim.places import place_of
@@ -86,10 +86,11 @@ class AdamW(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, all parts of them."""
-        super().zero_grad(set_to_none)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                set_earlier(parameter, None)
+        clear_gradients(parameter for group in self.param_groups for parameter in group["params"])
+
+    def load_state_dict(self, state_dict: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Refused: torch would cast the moments to the weights' type. Checkpoints load through `checkpoint.load`."""
+        raise RuntimeError("AdamW.load_state_dict casts moments; load a checkpoint with CheckpointManager instead")
 
     def init_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state of a parameter, made where there is none yet."""
@@ -132,11 +133,12 @@ class AdamW(Optimizer):
 
     def _launch(self, kind: Any, members: list[tuple[Tensor, dict[str, Any]]]) -> Launch:
         """The launch of a kind, made anew where a parameter came or went, or a state was loaded."""
-        key = kind[:6]
-        parameters, states = [p for p, _ in members], [self.state[p] for p, _ in members]
+        groups = [id(group) for group in self.param_groups if any(group is own for _, own in members)]
+        key = (*kind[:6], *groups)
+        states = [self.state[p] for p, _ in members]
         launch = self._launches.get(key)
-        if launch is None or not launch.fits(parameters, states):
-            launch = Launch(parameters, states, [self.slot(*member) for member in members])
+        if launch is None or not launch.fits(members, states):
+            launch = Launch(members, states, [self.slot(*member) for member in members])
             self._launches[key] = launch
         return launch
 

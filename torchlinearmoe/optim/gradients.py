@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +31,13 @@ def set_earlier(parameter: Tensor, earlier: Tensor | None) -> None:
         vars(parameter).pop("earlier_gradient", None)
     else:
         parameter.earlier_gradient = earlier  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def clear_gradients(parameters: Iterable[Tensor]) -> None:
+    """Forget the gradients, all parts of them."""
+    for parameter in parameters:
+        parameter.grad = None
+        set_earlier(parameter, None)
 
 
 def gradient_parts(parameter: Tensor) -> Parts | None:

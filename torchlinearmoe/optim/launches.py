@@ -16,21 +16,21 @@ from torch import Tensor
 from torchlinearmoe.kernels.optimizer.blocks import addresses, blocks_of, to_device
 from torchlinearmoe.kernels.optimizer.definition import Slot
 from torchlinearmoe.optim.gradients import Parts, for_launch
-from torchlinearmoe.optim.masters import local_part
+from torchlinearmoe.optim.masters import local_part, rest_of
+
+Member = tuple[Tensor, dict[str, Any]]
+"""A parameter and its group."""
 
 
 class Launch:
     """Parameters whose gradients, weights and moments have the same types, on one GPU."""
 
-    def __init__(self, parameters: Sequence[Tensor], states: Sequence[dict[str, Tensor]], slots: Sequence[Slot]):
-        self._parameters, self._states = list(parameters), list(states)
-        self._addresses = [local_part(parameter.detach()).data_ptr() for parameter in parameters]
+    def __init__(self, members: Sequence[Member], states: Sequence[dict[str, Tensor]], slots: Sequence[Slot]):
         device = slots[0].weight.device
         self._steps = torch.stack([state["step"] for state in states]).float()
         for state, step in zip(states, self._steps.unbind()):
             state["step"] = step
-        self._counted = [state["step"] for state in states]
-        self._moments = [state["exp_avg"] for state in states]
+        self._known = _identity(members, states)
         self._slots = list(slots)
         self._blocks = blocks_of(tuple(slot.weight.numel() for slot in slots), device)
         columns = [
@@ -46,17 +46,9 @@ class Launch:
         self._decay = to_device(np.array([slot.weight_decay for slot in slots]), device)
         self._places = any(slot.place.inner for slot in slots)
 
-    def fits(self, parameters: Sequence[Tensor], states: Sequence[dict[str, Tensor]]) -> bool:
+    def fits(self, members: Sequence[Member], states: Sequence[dict[str, Tensor]]) -> bool:
         """Whether these are its parameters, where they were, with the states it knows."""
-        if len(parameters) != len(self._parameters):
-            return False
-        same = all(
-            p is known and state is had and state["step"] is step and state["exp_avg"] is moment
-            for p, known, state, had, step, moment in zip(
-                parameters, self._parameters, states, self._states, self._counted, self._moments
-            )
-        )
-        return same and self._addresses == [local_part(p.detach()).data_ptr() for p in parameters]
+        return self._known == _identity(members, states)
 
     def run(self, gradients: Sequence[Parts], group: dict[str, Any], factor: Tensor, skipped: Tensor) -> None:
         """One step; gradients in the order of the parameters; `group` has lr, betas and eps."""
@@ -82,3 +74,18 @@ class Launch:
             half_state=first.exp_avg.dtype == torch.bfloat16,
             places=self._places,
         )
+
+
+def _identity(members: Sequence[Member], states: Sequence[dict[str, Tensor]]) -> list[tuple[Any, ...]]:
+    """What a table was made of: addresses of all that a kernel writes, and the decays."""
+    return [
+        (
+            local_part(parameter.detach()).data_ptr(),
+            0 if (rest := rest_of(parameter)) is None else rest.data_ptr(),
+            local_part(state["exp_avg"]).data_ptr(),
+            local_part(state["exp_avg_sq"]).data_ptr(),
+            state["step"].data_ptr(),
+            group["weight_decay"],
+        )
+        for (parameter, group), state in zip(members, states, strict=True)
+    ]

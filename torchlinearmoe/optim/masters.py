@@ -5,9 +5,14 @@ sharded computes from a bfloat16 weight as it lies; the 16 bits that this lacks 
 making 4 bytes (`kernels.optimizer.halves`). Who saves, loads or draws such a parameter asks here for its master.
 
 Gradients arrive in bfloat16; several micro-batches are summed in float32, so `.grad` may be of either type.
+
+A rest is an attribute of its parameter: it does not follow `copy.deepcopy` or `Module.to`, and
+`Module.load_state_dict`, which would write the weight alone, is refused.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +30,14 @@ def hold_masters(model: nn.Module, dtype: torch.dtype) -> None:
     Modules marked `keep_fp32` stay. A `dtype` other than bfloat16 leaves all as it is. Works on the meta device too.
     """
     if dtype == torch.bfloat16:
-        _hold(model, {})
+        made: dict[nn.Parameter, nn.Parameter] = {}
+        _hold(model, made)
+        if made:
+            model.register_load_state_dict_pre_hook(_refuse_to_load)
+
+
+def _refuse_to_load(module: nn.Module, *_: Any) -> None:
+    raise RuntimeError("load_state_dict writes weights without their masters; load a checkpoint instead")
 
 
 def _hold(module: nn.Module, made: dict[nn.Parameter, nn.Parameter]) -> None:

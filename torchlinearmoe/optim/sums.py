@@ -35,11 +35,13 @@ class GradientSums:
         self._sums: dict[Tensor, Tensor] = {}
         self._left = 0
         self._small: list[Tensor] = []
+        self._large: list[Tensor] = []
         for parameter in model.parameters():
             if rest_of(parameter) is None or not parameter.requires_grad:
                 continue
             if local_part(parameter.detach()).numel() >= LARGE:
                 parameter.register_post_accumulate_grad_hook(self._collect_large)
+                self._large.append(parameter)
             else:
                 self._small.append(parameter)
 
@@ -47,17 +49,18 @@ class GradientSums:
     def over(self, micro_batches: int) -> Iterator[None]:
         """The backwards of one step happen inside, a `collect` after each."""
         self._left = micro_batches if micro_batches > 1 else 0
-        self._sums.clear()
+        for parameter in self._large:
+            set_earlier(parameter, None)
         try:
             yield
+            for parameter, total in self._sums.items():
+                if parameter.grad is None:
+                    parameter.grad = laid_out_like(parameter, total)
+                else:
+                    set_earlier(parameter, total)
         finally:
             self._left = 0
-        for parameter, total in self._sums.items():
-            if parameter.grad is None:
-                parameter.grad = laid_out_like(parameter, total)
-            else:
-                set_earlier(parameter, total)
-        self._sums.clear()
+            self._sums.clear()
 
     def collect(self) -> None:
         """A micro-batch is over."""
@@ -89,6 +92,19 @@ class GradientSums:
                 self._sums[parameter] = total
 
 
+def held_bytes(parameter: Tensor, micro_batches: int, in_parts: bool) -> int:
+    """Bytes of the gradient of a parameter with a bfloat16 weight when a step's last backward is over.
+
+    in_parts: `GradientSums` collects them; else they are summed where they lie (`start_sums`).
+    """
+    elements = local_part(parameter.detach()).numel()
+    if micro_batches == 1:
+        return 2 * elements
+    if in_parts and elements >= LARGE:
+        return (4 if micro_batches == 2 else 6) * elements
+    return 4 * elements
+
+
 def start_sums(model: nn.Module) -> None:
     """Give every parameter with a bfloat16 weight a float32 zero to sum into, for whoever adds to `.grad` itself."""
     for parameter in model.parameters():
@@ -99,7 +115,7 @@ def start_sums(model: nn.Module) -> None:
 
 def add_parts(totals: Sequence[Tensor], pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """totals = last + earlier of each pair, which may be the total itself."""
-    if totals[0].device.type == "cuda":
+    if totals[0].device.type == "cuda" and all(grad.dtype == torch.bfloat16 for grad, _ in pairs):
         from torchlinearmoe.kernels.optimizer import triton
         from torchlinearmoe.kernels.optimizer.blocks import addresses, blocks_of
 

@@ -24,6 +24,7 @@ from torchlinearmoe.models.mlp import SwiGLU
 from torchlinearmoe.moe.layer import MoE
 from torchlinearmoe.optim.build import build_optimizer
 from torchlinearmoe.optim.masters import is_sharded, local_part, rest_of
+from torchlinearmoe.optim.sums import held_bytes
 from torchlinearmoe.parallel.checkpointing import is_checkpointed
 from torchlinearmoe.parallel.mesh import Degrees
 from torchlinearmoe.parallel.tensor import partial_gradients
@@ -41,7 +42,8 @@ class Memory:
     """What torch adds to the shards so that all ranks hold the same; 0 where everything divides."""
     gradients: int
     """Float32 shards; of the whole weights while micro-batches accumulate, since only the last one is reduced. Of
-    weights that are not sharded, in their own type, float32 while micro-batches accumulate."""
+    weights that are not sharded, in their own type; while micro-batches accumulate in float32, of large ones the last
+    micro-batch's beside it."""
     optimizer: int
     """All tensors of the optimizer's state."""
     gathered_weights: int
@@ -72,12 +74,13 @@ def rank_memory(
     staged = degrees.pipeline > 1  # keeps its weights gathered between micro-batches
     tokens = training.sequence_length * training.micro_batch_size // degrees.context
     assert training.tokens_per_step is not None
-    accumulates = training.tokens_per_step > training.sequence_length * training.micro_batch_size * degrees.data_ranks
+    passes = training.tokens_per_step // (training.sequence_length * training.micro_batch_size * degrees.data_ranks)
+    accumulates = passes > 1
     parameters = parameter_bytes(model)
     shards = local_bytes(parameter for parameter in model.parameters() if is_sharded(parameter))
     padded = sum(unit.local_elements for unit in units) * torch.float32.itemsize
     whole = sum(unit.elements * unit.reduce_dtype.itemsize for unit in units)
-    unsharded = unsharded_gradient_bytes(model, accumulates)
+    unsharded = unsharded_gradient_bytes(model, passes, in_parts=not staged)
     blocks = _blocks(units)
     sizes = sorted((sum(unit.gathered_bytes for unit in block) for block in blocks), reverse=True)
     buffers = (sum(unit.gathered_bytes + unit.scattered_bytes for unit in block) for block in _blocks(units, kept=True))
@@ -105,15 +108,21 @@ def parameter_bytes(model: nn.Module) -> int:
     return local_bytes(model.parameters()) + local_bytes(rests)
 
 
-def unsharded_gradient_bytes(model: nn.Module, accumulates: bool) -> int:
-    """Gradients of what FSDP does not shard; float32 where they are sums of several, of micro-batches or of ranks."""
+def unsharded_gradient_bytes(model: nn.Module, micro_batches: int, in_parts: bool) -> int:
+    """Gradients of what FSDP does not shard, when the last backward of a step is over; see `optim.sums.held_bytes`.
+
+    What tensor-parallel ranks have parts of is summed over them in float32.
+    """
     summed = {id(parameter) for parameter in partial_gradients(model)}
     total = 0
     for parameter in model.parameters():
-        if not is_sharded(parameter):
+        if is_sharded(parameter):
+            continue
+        if rest_of(parameter) is not None and id(parameter) not in summed:
+            total += held_bytes(parameter, micro_batches, in_parts)
+        else:
             wide = torch.promote_types(parameter.dtype, torch.float32)
-            dtype = wide if accumulates or id(parameter) in summed else parameter.dtype
-            total += local_part(parameter.detach()).numel() * dtype.itemsize
+            total += local_part(parameter.detach()).numel() * wide.itemsize
     return total
 
 

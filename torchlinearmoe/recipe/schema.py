@@ -177,8 +177,8 @@ class TrainingRecipe:
     max_skipped_steps: int = 10
     """Stop after this many steps in a row with a non-finite loss or gradient."""
     deterministic: bool = False
-    """Take torch's deterministic algorithms, so that two runs on a GPU are equal bit for bit: attention's backward and
-    the embedding's are other ones then. Everything of our own is deterministic without it."""
+    """Take torch's deterministic algorithms, so that two runs on a GPU are equal bit for bit: attention's backward, the
+    embedding's and sums by index are other ones then."""
 
 
 @dataclass(frozen=True, kw_only=True)

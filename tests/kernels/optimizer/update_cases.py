@@ -42,12 +42,11 @@ def run(
     generator = torch.Generator().manual_seed(4)
     grads = [[torch.randn(size, generator=generator).to(grad).to(device) for size in SIZES] for _ in range(3)]
     ours, expected = (make_slots(split, state, device, places) for _ in range(2))
-    parameters = [slot.weight for slot in ours]
     states = [
         {"step": torch.tensor(4.0, device=device), "exp_avg": slot.exp_avg, "exp_avg_sq": slot.exp_avg_sq}
         for slot in ours
     ]
-    launch = Launch(parameters, states, ours)
+    launch = Launch([(slot.weight, {"weight_decay": slot.weight_decay}) for slot in ours], states, ours)
     for number, (some, skipped) in enumerate(zip(grads, (0.0, 1.0, 0.0))):
         factor = torch.tensor(0.7, device=device)
         pairs = [(g, None if earlier is None else (2 * g.flip(0)).to(earlier)) for g in some]

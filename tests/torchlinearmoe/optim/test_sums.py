@@ -76,6 +76,46 @@ def test_parts_add_up_on_a_gpu(micro_batches: int, large: int, monkeypatch: pyte
     check(micro_batches, large, "cuda", monkeypatch)
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2, 3, 4])
+@pytest.mark.parametrize("large", [100, 10**6])
+def test_bytes_held_are_those_told(micro_batches: int, large: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sums, "LARGE", large)
+    model = make()
+    collected = GradientSums(model)
+    with collected.over(micro_batches):
+        for seed in range(micro_batches):
+            backward(model, seed, "cpu")
+            collected.collect()
+    for p in model.parameters():
+        found = gradient_parts(p)
+        assert found is not None
+        held = sum(part.numel() * part.element_size() for part in found if part is not None)
+        assert held == sums.held_bytes(p, micro_batches, in_parts=True)
+
+
+def test_nothing_of_an_earlier_step_is_left(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sums, "LARGE", 1)
+    model = make()
+    collected = GradientSums(model)
+    for micro_batches in (3, 1):
+        model.zero_grad()  # torch's own, which knows nothing of parts
+        with collected.over(micro_batches):
+            for seed in range(micro_batches):
+                backward(model, seed, "cpu")
+                collected.collect()
+    for p, gradient in zip(model.parameters(), alone([0], "cpu"), strict=True):
+        parts = gradient_parts(p)
+        assert parts is not None and torch.equal(summed(parts).float(), gradient)
+
+
+def test_what_would_lose_masters_is_refused():
+    model = make()
+    with pytest.raises(RuntimeError, match="load_state_dict writes weights without their masters"):
+        model.load_state_dict(model.state_dict())
+    with pytest.raises(RuntimeError, match="casts moments"):
+        build_optimizer(model, lr=0.1).load_state_dict({})
+
+
 def test_who_adds_to_grad_itself_adds_in_float32():
     model = make()
     start_sums(model)
