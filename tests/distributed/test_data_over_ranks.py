@@ -19,7 +19,7 @@ def start(rank: int, tables: Settings) -> tuple[int, int, int | None]:
     return trainer.splits.train.num_documents, trainer.splits.validation.num_documents, step
 
 
-@pytest.mark.parametrize("cache, output", [("cache", "run"), ("", "run"), ("cache", "")], ids=["both", "run", "itself"])
+@pytest.mark.parametrize("cache, output", [("", "run"), ("cache", "")], ids=["inside", "itself"])
 def test_a_run_inside_its_data_reads_the_same_at_every_start(
     ranks: RankPool, tmp_path: Path, cache: str, output: str
 ) -> None:
