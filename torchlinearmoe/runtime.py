@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -79,19 +79,18 @@ def _join(backend: str, timeout: timedelta) -> None:
     dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timeout)
 
 
-def rank_0_first(action: Callable[[], T]) -> T:
-    """What `action` returns on this rank; rank 0 does it while the others wait, and its UserError is raised on all."""
-    problem: list[str | None] = [None]
-    results: list[T] = []
+def on_rank_0(action: Callable[[], T], /) -> T:
+    """What `action` returns on rank 0, which does it while the others wait; its UserError is raised on all."""
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            results.append(action())
+            outcome[0] = action()
         except UserError as error:
-            problem[0] = str(error)
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise UserError(problem[0])
-    return results[0] if results else action()
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
 
 
 class StopSignal:

@@ -48,7 +48,7 @@ from torchlinearmoe.parallel.mesh import Degrees, Meshes
 from torchlinearmoe.parallel.tensor import sum_partial_gradients
 from torchlinearmoe.recipe import Recipe, load_recipe
 from torchlinearmoe.run_folder import check_same_run, write_recipe
-from torchlinearmoe.runtime import StopSignal, choose_dtype, rank_0_first
+from torchlinearmoe.runtime import StopSignal, choose_dtype, on_rank_0
 
 
 class Diverged(RuntimeError):
@@ -73,6 +73,7 @@ class Trainer:
         self.meshes = Meshes(degrees, device.type)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer)
         check_vocabulary(self.tokenizer, recipe.model.vocab_size)
+        self.model_files = model_files(recipe, self.tokenizer)
         self.checkpoints = CheckpointManager(self.folder / "checkpoints", recipe.checkpoint.keep)
         source = self._choose_checkpoint()
         fresh = source is None and recipe.checkpoint.init_from
@@ -298,8 +299,8 @@ class Trainer:
         return source
 
     def _open_data(self) -> Splits:
-        """The data, tokenised by rank 0 while the others wait."""
-        return rank_0_first(lambda: open_data(self.recipe.data, self.tokenizer, self.folder / "cache"))
+        """The data, found and tokenised by rank 0 while the others wait."""
+        return open_data(self.recipe.data, self.tokenizer, self.folder / "cache", self.folder, on_rank_0)
 
     def _begin(self) -> Baselines | None:
         parameters = sum(p.numel() for p in self.whole.parameters())
@@ -314,6 +315,8 @@ class Trainer:
         lines = self.initial_weights.describe() if self.initial_weights is not None else []
         for line in filter(None, [*lines, self.splits.train.note(self.recipe.training.sequence_length)]):
             self.metrics.message(line)
+        if left_out := self.splits.left_out:
+            self.metrics.message(f"data.paths: not read is what training wrote in {', '.join(map(str, left_out))}")
         if not self.recipe.metrics.baselines or not len(self.splits.validation) or self.rank != 0:
             return None
         found = baseline_losses(self.splits.train, self.splits.validation, self.tokenizer.vocab_size)
@@ -373,7 +376,7 @@ class Trainer:
                 self.parts,
                 self.optimizer,
                 {"tokens": self.tokens, "skipped_steps": self.skipped_steps, "data": self.loader.state_dict()},
-                model_files(self.recipe, self.tokenizer),
+                self.model_files,
                 blocking=blocking,
             )
 

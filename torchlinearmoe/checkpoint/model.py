@@ -19,22 +19,19 @@ TEMPLATE_FILE = "chat_template.toml"
 
 
 def model_files(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, str | bytes]:
-    """The small files a checkpoint needs to be used by itself, by name."""
+    """The small files a checkpoint needs to be used by itself, by name.
+
+    The tokenizer's are the bytes it was read from; those it has no use for itself are read from beside it now.
+    """
     files: dict[str, str | bytes] = {RECIPE_FILE: dump(recipe)}
-    neighbours = {"tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
+    beside = ["special_tokens_map.json", "tokenizer_config.json"] if tokenizer.path.name == "tokenizer.json" else []
     if recipe.data.format == "messages":
         files[TEMPLATE_FILE] = load_template(recipe.data.chat_template).source
-        neighbours.remove("chat_template.jinja")  # another than the one it learned
-    for path in _tokenizer_files(tokenizer, neighbours):
-        files[f"{TOKENIZER_FOLDER}/{path.name}"] = path.read_bytes()
+    elif beside:
+        beside.append("chat_template.jinja")  # with messages, it learned another
+    read = {path.name: path.read_bytes() for path in map(tokenizer.path.with_name, beside) if path.is_file()}
+    files |= {f"{TOKENIZER_FOLDER}/{name}": content for name, content in (read | dict(tokenizer.files)).items()}
     return files
-
-
-def _tokenizer_files(tokenizer: Tokenizer, neighbours: set[str]) -> list[Path]:
-    """The tokenizer's file and what lies beside it: `neighbours` of a tokenizer.json, the names of a tiktoken file."""
-    path = tokenizer.path
-    names = sorted(neighbours) if path.name == "tokenizer.json" else [f"{path.name}.json"]
-    return [file for file in (path, *map(path.with_name, names)) if file.is_file()]
 
 
 def checkpoint_recipe(path: str | Path) -> Recipe:

@@ -18,7 +18,8 @@ import numpy as np
 
 from torchlinearmoe.data.chat_template import ROLES, ChatTemplate, Message
 from torchlinearmoe.data.packing import IGNORED, Sample, ignored_sample
-from torchlinearmoe.data.sources import find_sources, read_lines
+from torchlinearmoe.data.shared import Decide, alone, open_stores
+from torchlinearmoe.data.sources import Sources, find_sources, read_lines
 from torchlinearmoe.data.splits import DEFAULT_CACHE, Splits, check_not_empty
 from torchlinearmoe.data.store import Encoded, Progress, TokenStore, cached_store, document_key
 from torchlinearmoe.data.tokenizer import Tokenizer
@@ -115,30 +116,44 @@ def open_conversations(
     validation_fraction: float,
     cache: str | Path | None = None,
     progress: Progress | None = None,
+    run_folder: Path | None = None,
+    decide: Decide = alone,
 ) -> Splits:
     """The conversations under `paths` (none: those that ship), encoded once into `cache` and split.
 
-    A conversation is held out by the hash of its messages. Raises UserError, one line that names the file and line.
+    A conversation is held out by the hash of its messages. `run_folder` and `decide` are those of `open_splits`. Raises
+    UserError, one line that names the file and line.
     """
-    found = find_sources(paths or [DEFAULT_INSTRUCTIONS])
+    folder = Path(cache or DEFAULT_CACHE).expanduser()
+    (store,), found = open_stores(
+        lambda: _find_messages(paths, run_folder),
+        lambda files, made: cached_store(
+            files,
+            read_conversations,
+            tokenizer,
+            folder,
+            progress,
+            encode=partial(_encode, template=template),
+            told=template.source,
+            folder=made,
+        ),
+        tokenizer,
+        decide,
+    )
+    held_out = store.keys < int(validation_fraction * 2**64)
+    splits = Splits(Conversations(store, ~held_out), Conversations(store, held_out), found.left_out)
+    check_not_empty(splits, validation_fraction)
+    return splits
+
+
+def _find_messages(paths: Sequence[str | Path], run_folder: Path | None) -> Sources:
+    found = find_sources(paths or [DEFAULT_INSTRUCTIONS], run_folder)
     if found.stores:
         raise UserError(f"data.paths: '{found.stores[0]}' holds tokens, not messages; give JSONL files")
     for file in found.files:
         if file.suffix not in (".jsonl", ".json"):
             raise UserError(f"data.paths: '{file}': data.format = 'messages' needs JSONL files")
-    store = cached_store(
-        found.files,
-        read_conversations,
-        tokenizer,
-        Path(cache or DEFAULT_CACHE).expanduser(),
-        progress,
-        encode=partial(_encode, template=template),
-        told=template.source,
-    )
-    held_out = store.keys < int(validation_fraction * 2**64)
-    splits = Splits(Conversations(store, ~held_out), Conversations(store, held_out))
-    check_not_empty(splits, validation_fraction)
-    return splits
+    return found
 
 
 def read_conversations(files: Sequence[Path]) -> Iterator[Conversation]:

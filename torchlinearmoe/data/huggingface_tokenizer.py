@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torchlinearmoe.data.tokenizer import END_OF_TEXT, Tokenizer
+from torchlinearmoe.data.tokenizer import END_OF_TEXT, Tokenizer, read_file
 from torchlinearmoe.errors import UserError
 
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "<|im_end|>")
@@ -53,7 +53,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         tokenizers = import_tokenizers()
         self.path = path
-        content = path.read_bytes()
+        content = read_file(path)
+        self.files: dict[str, bytes] = {path.name: content}
         try:
             self._model = tokenizers.Tokenizer.from_buffer(content)
             described = json.loads(content)
@@ -63,6 +64,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self._model.no_truncation()
         self._model.no_padding()
         vocabulary = self._model.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise UserError(f"{path}: not a Hugging Face tokenizer: its vocabulary is empty")
         self.vocab_size = max(vocabulary.values()) + 1
         end_of_text = self._find_end_of_text(vocabulary)
         self.end_of_text = vocabulary[end_of_text]
@@ -74,8 +77,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def _find_end_of_text(self, vocabulary: dict[str, int]) -> str:
         config_path = self.path.with_name("tokenizer_config.json")
         if config_path.is_file():
+            content = read_file(config_path)
+            self.files[config_path.name] = content
             try:
-                token = json.loads(config_path.read_text(encoding="utf-8")).get("eos_token")
+                token = json.loads(content.decode("utf-8")).get("eos_token")
             except (ValueError, AttributeError):
                 raise UserError(f"{config_path}: not a JSON object") from None
             token = token.get("content") if isinstance(token, dict) else token

@@ -7,17 +7,25 @@ from typing import Any
 
 from torchlinearmoe.data.chat_template import load_template
 from torchlinearmoe.data.conversations import open_conversations
+from torchlinearmoe.data.shared import Decide, alone
 from torchlinearmoe.data.splits import Splits, open_splits
 from torchlinearmoe.data.tokenizer import Tokenizer
 from torchlinearmoe.recipe.schema import DataRecipe
 
 
-def open_data(data: DataRecipe, tokenizer: Tokenizer, cache: Path) -> Splits[Any]:
-    """The two splits of a recipe's data, tokenised into `data.cache`, else into `cache`. Raises UserError."""
-    where = {
+def open_data(
+    data: DataRecipe, tokenizer: Tokenizer, cache: Path, run_folder: Path | None = None, decide: Decide = alone
+) -> Splits[Any]:
+    """The two splits of a recipe's data, tokenised into `data.cache`, else into `cache`. Raises UserError.
+
+    `run_folder` is where the run writes, `decide` picks the rank that finds and tokenises the data for all.
+    """
+    where: dict[str, Any] = {
         "tokenizer": tokenizer,
         "validation_fraction": data.validation_fraction,
         "cache": data.cache or cache,
+        "run_folder": run_folder,
+        "decide": decide,
     }
     if data.format == "messages":
         return open_conversations(data.paths, template=load_template(data.chat_template), **where)

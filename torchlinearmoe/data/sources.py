@@ -3,6 +3,9 @@
 A document is one text. Read are `.txt` files (one document, or several with `<|endoftext|>` between them), `.jsonl`
 and `.json` files (one object a line, its text under `text`), `.parquet` files (a column `text`), and folders of these,
 taken whole and in the order of their names. A folder that `store.py` wrote is taken as the tokens it holds.
+
+What training writes is no data, wherever it lies inside such a folder: the tokens of a cache, checkpoints, and the
+metrics of a run. So a second start reads what the first one read.
 """
 
 from __future__ import annotations
@@ -14,9 +17,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from torchlinearmoe.data.store import is_store
+from torchlinearmoe.data.store import is_cached, is_store
 from torchlinearmoe.data.tokenizer import END_OF_TEXT
 from torchlinearmoe.errors import UserError
+from torchlinearmoe.written import RUN_PARTS, is_checkpoint, is_run
 
 DEFAULT_CORPUS = Path(__file__).parent / "corpus"
 
@@ -29,26 +33,37 @@ class Sources:
     """Text still to be tokenised."""
     stores: tuple[Path, ...]
     """Folders that already hold tokens."""
+    left_out: tuple[Path, ...] = ()
+    """Folders in which something was passed over because training wrote it."""
 
 
-def find_sources(paths: Sequence[str | Path] = ()) -> Sources:
+def find_sources(paths: Sequence[str | Path] = (), run_folder: Path | None = None) -> Sources:
     """The files and token folders under `paths`: in the order given, a folder's entries by name.
 
-    No paths is the corpus that ships. Raises UserError, one line that names the path, when it does not exist or
-    holds nothing to read.
+    No paths is the corpus that ships. `run_folder` is where a run is about to write, which may not look like a run's
+    folder yet. A cached token folder that is itself one of `paths` is taken. Raises UserError, one line that names the
+    path, when it does not exist or holds nothing to read.
     """
     files: list[Path] = []
     stores: list[Path] = []
+    left_out: list[Path] = []
+    own = run_folder.resolve() if run_folder else None
     for path in [Path(path).expanduser() for path in paths] or [DEFAULT_CORPUS]:
         if not path.exists():
             raise UserError(f"data.paths: '{path}' does not exist")
         if path.is_file() and path.suffix not in READERS:
             raise UserError(f"data.paths: '{path}' is of no known kind; legal: {', '.join(READERS)}, or a folder")
         before = len(files) + len(stores)
-        _collect(path, files, stores)
+        if is_checkpoint(path):
+            raise UserError(f"data.paths: '{path}' is a checkpoint; name the text it was trained on")
+        if is_store(path):
+            stores.append(path)
+        else:
+            _collect(path, own, files, stores, left_out)
         if len(files) + len(stores) == before:
-            raise UserError(f"data.paths: the folder '{path}' holds no {', '.join(READERS)} file")
-    return Sources(tuple(dict.fromkeys(files)), tuple(dict.fromkeys(stores)))
+            but = f" but what training wrote in '{left_out[-1]}'" if left_out else ""
+            raise UserError(f"data.paths: the folder '{path}' holds no {', '.join(READERS)} file{but}")
+    return Sources(*(tuple(dict.fromkeys(found)) for found in (files, stores, left_out)))
 
 
 def read_documents(files: Sequence[Path]) -> Iterator[str]:
@@ -64,16 +79,23 @@ def _without_surrogates(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _collect(path: Path, files: list[Path], stores: list[Path]) -> None:
+def _collect(path: Path, own: Path | None, files: list[Path], stores: list[Path], left_out: list[Path]) -> None:
     if path.is_file():
         if path.suffix in READERS:
             files.append(path)
+    elif is_cached(path):
+        left_out.append(path.parent)
+    elif is_checkpoint(path):
+        left_out.append(path)
     elif is_store(path):
         stores.append(path)
     else:
+        written = RUN_PARTS if is_run(path) or path.resolve() == own else ()
         for name in sorted(os.listdir(path)):
-            if not name.startswith("."):
-                _collect(path / name, files, stores)
+            if name in written:
+                left_out.append(path)
+            elif not name.startswith("."):
+                _collect(path / name, own, files, stores, left_out)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -20,6 +20,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 
 from torchlinearmoe.data.packing import Samples, SampleSource
+from torchlinearmoe.data.shared import Decide, alone, open_stores
 from torchlinearmoe.data.sources import find_sources, read_documents
 from torchlinearmoe.data.store import Progress, TokenStore, cached_store
 from torchlinearmoe.data.tokenizer import Tokenizer
@@ -114,6 +115,8 @@ class Splits(Generic[S]):
 
     train: S
     validation: S
+    left_out: tuple[Path, ...] = ()
+    """Folders under `data.paths` in which something was passed over because training wrote it."""
 
 
 def open_splits(
@@ -123,28 +126,29 @@ def open_splits(
     validation_fraction: float,
     cache: str | Path | None = None,
     progress: Progress | None = None,
+    run_folder: Path | None = None,
+    decide: Decide = alone,
 ) -> Splits[TokenStream]:
     """The corpus under `paths` (none: the one that ships), tokenised and split.
 
     Text is tokenised once into `cache` (default ~/.cache/torchlinearmoe); `progress` is called with (documents, tokens)
-    meanwhile. Folders of tokens under `paths` are used as they are, after the text. Raises UserError, one line, on
-    unreadable paths, on tokens of another tokenizer, and when a split has no document.
+    meanwhile. Folders of tokens under `paths` are used as they are, after the text; what a run writes into `run_folder`
+    is no text. `decide` picks the process whose word counts. Raises UserError, one line, on unreadable paths, on tokens
+    of another tokenizer, and when a split has no document.
     """
     if not 0 <= validation_fraction < 1:
         raise UserError(f"data.validation_fraction = {validation_fraction}: it must be at least 0 and below 1")
-    found = find_sources(paths)
-    stores: list[TokenStore] = []
-    if found.files:
-        folder = Path(cache or DEFAULT_CACHE).expanduser()
-        stores.append(cached_store(found.files, read_documents, tokenizer, folder, progress))
-    for folder in found.stores:
-        store = TokenStore(folder)
-        if store.tokenizer_fingerprint != tokenizer.fingerprint:
-            raise UserError(f"data.paths: '{folder}' was tokenised by another tokenizer than {tokenizer.path}")
-        stores.append(store)
+    folder = Path(cache or DEFAULT_CACHE).expanduser()
+    stores, found = open_stores(
+        lambda: find_sources(paths, run_folder),
+        lambda files, made: cached_store(files, read_documents, tokenizer, folder, progress, folder=made),
+        tokenizer,
+        decide,
+    )
     bound = int(validation_fraction * 2**64)
     held_out = [store.keys < bound for store in stores]
-    splits = Splits(TokenStream(stores, [~mask for mask in held_out]), TokenStream(stores, held_out))
+    train, validation = TokenStream(stores, [~mask for mask in held_out]), TokenStream(stores, held_out)
+    splits = Splits(train, validation, found.left_out)
     check_not_empty(splits, validation_fraction)
     return splits
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -30,6 +31,8 @@ from torchlinearmoe.data.tokenizer import Tokenizer
 from torchlinearmoe.errors import UserError
 
 FORMAT = 1
+NAME_BYTES = 12
+"""Of the hash that names a folder of a cache."""
 DESCRIPTION = "store.json"
 BATCH_CHARACTERS = 4_000_000
 """Text handed to the tokenizer at once."""
@@ -95,6 +98,11 @@ def is_store(folder: Path) -> bool:
     return (folder / DESCRIPTION).is_file()
 
 
+def is_cached(folder: Path) -> bool:
+    """Whether `folder` is one of a cache: tokens of text that lies elsewhere, under the name that they have there."""
+    return re.fullmatch(f"[0-9a-f]{{{2 * NAME_BYTES}}}", folder.name) is not None and is_store(folder)
+
+
 def write_store(
     folder: Path, documents: Iterable[str], tokenizer: Tokenizer, progress: Progress | None = None
 ) -> TokenStore:
@@ -140,21 +148,26 @@ def cached_store(
     *,
     encode: Callable[[Iterable[Any], Tokenizer], Iterable[list[Encoded]]] = encode_texts,
     told: str = "",
+    folder: Path | None = None,
 ) -> TokenStore:
     """The tokens of `files`, from `cache` if they are there, else read and encoded into it.
 
     The folder's name is a hash of the tokenizer, of every file's path, size and time of change, and of `told`, which
     stands for everything else that `encode` depends on. Any number of processes may ask at once; to do the work once,
-    let one ask before the others.
+    let one ask before the others and tell them its `folder`, which is then taken without another look at the files.
     """
+    folder = folder or cache / _name(files, tokenizer, told)
+    if is_store(folder):
+        return TokenStore(folder)
+    return write_encoded(folder, encode(read(files), tokenizer), tokenizer, progress)
+
+
+def _name(files: Sequence[Path], tokenizer: Tokenizer, told: str) -> str:
     known = [str(FORMAT), tokenizer.fingerprint, *([told] if told else [])]
     for file in files:
         state = file.stat()
         known.append(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}")
-    folder = cache / hashlib.blake2b("\n".join(known).encode(), digest_size=12).hexdigest()
-    if is_store(folder):
-        return TokenStore(folder)
-    return write_encoded(folder, encode(read(files), tokenizer), tokenizer, progress)
+    return hashlib.blake2b("\n".join(known).encode(), digest_size=NAME_BYTES).hexdigest()
 
 
 def document_key(text: str) -> int:

@@ -14,12 +14,14 @@ GPT-2's ids), and the only special token is `<|endoftext|>`, with the id after t
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torchlinearmoe.errors import UserError
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
+LAST_RANK = 2**31 - 1
 DEFAULT_TOKENIZER = Path(__file__).parent / "corpus" / "bpe-1024.tiktoken"
 
 DEFAULT_PATTERN = "|".join(
@@ -54,6 +57,8 @@ class Tokenizer(ABC):
     """Tokens that no text encodes to, by their spelling."""
     fingerprint: str
     """Hash of everything that decides ids; part of the name of cached tokens."""
+    files: Mapping[str, bytes] = {}
+    """What was read, by file name: the same bytes go into checkpoints, whatever lies at `path` by then."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -81,16 +86,12 @@ class TiktokenTokenizer(Tokenizer):
 
     def __init__(self, path: Path) -> None:
         import tiktoken
-        from tiktoken.load import load_tiktoken_bpe
 
         self.path = path
-        try:
-            ranks = load_tiktoken_bpe(str(path))
-        except ValueError as error:
-            raise UserError(f"{path}: not a tiktoken file: {_one_line(error)}") from None
-        if not ranks:
-            raise UserError(f"{path}: not a tiktoken file: it has no `base64 rank` lines")
-        options, options_path = _read_options(path)
+        content = read_file(path)
+        ranks = parse_ranks(content, path)
+        options, options_path, neighbours = _read_options(path)
+        self.files = {path.name: content, **neighbours}
         pattern = options.get("pattern", DEFAULT_PATTERN)
         special = options.get("special_tokens", {END_OF_TEXT: max(ranks.values()) + 1})
         end_of_text = options.get("end_of_text", END_OF_TEXT)
@@ -108,20 +109,72 @@ class TiktokenTokenizer(Tokenizer):
         except ValueError as error:
             raise UserError(f"{options_path}: pattern = {pattern!r}: {_one_line(error)}") from None
         self._known = {*ranks.values(), *special.values()}
+        self._without_rank = {byte for byte in range(256) if bytes([byte]) not in ranks}
         self.vocab_size = self._encoding.max_token_value + 1
         self.end_of_text = special[end_of_text]
         self.special_tokens = special
         told = json.dumps([pattern, special, end_of_text], sort_keys=True)
-        self.fingerprint = hashlib.blake2b(path.read_bytes() + told.encode(), digest_size=16).hexdigest()
+        self.fingerprint = hashlib.blake2b(content + told.encode(), digest_size=16).hexdigest()
 
     def encode(self, text: str) -> list[int]:
+        self._check_bytes(text)
         return self._encoding.encode_ordinary(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        for text in texts:
+            self._check_bytes(text)
         return self._encoding.encode_ordinary_batch(list(texts))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self._encoding.decode_bytes([token for token in ids if token in self._known])
+
+    def _check_bytes(self, text: str) -> None:
+        """tiktoken panics on a byte without a rank."""
+        if not self._without_rank:
+            return
+        for letter in sorted(set(text)):
+            if not self._without_rank.isdisjoint(letter.encode("utf-8", "replace")):
+                raise UserError(f"{self.path}: no rank for {letter!r}, which the text holds; take it out of the text")
+
+
+def parse_ranks(content: bytes, path: Path) -> dict[bytes, int]:
+    """Token -> rank, of the `base64 rank` lines in `content`. Raises UserError that names `path` and the line."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line:
+            continue
+        where = f"{path}, line {number}: not a tiktoken file, or damaged"
+        fields = line.split()
+        if len(fields) != 2 or not fields[1].isdigit() or len(fields[1]) > len(str(LAST_RANK)):
+            raise UserError(f"{where}: {line[:40]!r} is not `base64 rank`; get the file again")
+        try:
+            # Some vocabularies have a token of no bytes, spelled "=".
+            token = b"" if fields[0] == b"=" else base64.b64decode(fields[0], validate=True)
+        except binascii.Error:
+            raise UserError(f"{where}: {fields[0][:40]!r} is not base64; get the file again") from None
+        rank = int(fields[1])
+        if rank > LAST_RANK:
+            raise UserError(f"{where}: rank {rank} is above {LAST_RANK}; get the file again")
+        if token in ranks:
+            raise UserError(f"{where}: the token {token!r} has rank {ranks[token]} already; get the file again")
+        ranks[token] = rank
+    if not ranks:
+        raise UserError(f"{path}: not a tiktoken file: it has no `base64 rank` lines")
+    for byte in sorted(set().union(*ranks)):
+        if bytes([byte]) not in ranks:
+            raise UserError(
+                f"{path}: not a tiktoken file, or damaged: tokens hold the byte 0x{byte:02x}, which has no rank of its "
+                "own; get the file again"
+            )
+    return ranks
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a tokenizer's file. Raises UserError when they cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"data.tokenizer: cannot read '{path}': {error.strerror}") from None
 
 
 def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
@@ -155,18 +208,27 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-def _read_options(path: Path) -> tuple[dict, Path]:
+def _read_options(path: Path) -> tuple[dict[str, Any], Path, dict[str, bytes]]:
+    """What the neighbour of `path` says, the file to name in errors, and the neighbour's bytes by its name."""
     neighbour = path.with_name(path.name + ".json")
     if not neighbour.is_file():
-        return {}, path
+        return {}, path, {}
+    content = read_file(neighbour)
     try:
-        options = json.loads(neighbour.read_text(encoding="utf-8"))
+        options = json.loads(content.decode("utf-8"))
     except ValueError as error:
         raise UserError(f"{neighbour}: not JSON: {_one_line(error)}") from None
     legal = ("pattern", "special_tokens", "end_of_text")
     if not isinstance(options, dict) or not set(options) <= set(legal):
         raise UserError(f"{neighbour}: it must be an object with no keys but {', '.join(legal)}")
-    return options, neighbour
+    for key in ("pattern", "end_of_text"):
+        if not isinstance(options.get(key, ""), str):
+            raise UserError(f"{neighbour}: {key} = {options[key]!r} is not a string")
+    special = options.get("special_tokens", {})
+    ids = special.values() if isinstance(special, dict) else [None]
+    if not all(type(index) is int and 0 <= index <= LAST_RANK for index in ids):
+        raise UserError(f"{neighbour}: special_tokens = {special!r} must be an object of ids from 0 to {LAST_RANK}")
+    return options, neighbour, {neighbour.name: content}
 
 
 def _one_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,11 +44,17 @@ def train(texts: Iterable[str], vocab_size: int) -> dict[bytes, int]:
 
 
 def save(ranks: dict[bytes, int], path: Path) -> None:
-    """Writes `base64 rank` lines by rank."""
+    """Writes `base64 rank` lines by rank, all or none. Raises UserError when `path` cannot be written."""
     lines = (
         f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in sorted(ranks.items(), key=lambda i: i[1])
     )
-    path.write_text("".join(lines), encoding="ascii")
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text("".join(lines), encoding="ascii")
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"--output {path}: cannot write there: {error.strerror}") from None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,10 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         ranks = train(read_documents(find_sources(options.text).files), options.vocab_size)
+        save(ranks, options.output)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    save(ranks, options.output)
     print(f"{options.output}: {len(ranks)} tokens and <|endoftext|> = {max(ranks.values()) + 1}")
     return 0
 

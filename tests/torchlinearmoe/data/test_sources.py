@@ -6,6 +6,8 @@ import sys
 import pytest
 
 from torchlinearmoe.data.sources import DEFAULT_CORPUS, find_sources, read_documents
+from torchlinearmoe.data.store import cached_store, write_store
+from torchlinearmoe.errors import UserError
 
 
 def documents(*paths):
@@ -80,6 +82,56 @@ def test_useless_paths_are_named(tmp_path):
         find_sources([tmp_path / "x.pdf"])
     with pytest.raises(ValueError, match="holds no .txt, .jsonl, .json, .parquet file"):
         find_sources([tmp_path])
+
+
+def write_run(folder):
+    """What training leaves in a run's folder, as far as it looks like text."""
+    (folder / "checkpoints" / "step-2" / "tokenizer").mkdir(parents=True)
+    (folder / "checkpoints" / "step-4.tmp").mkdir()
+    (folder / "recipe.toml").write_text("")
+    write_lines(folder / "metrics.jsonl", "of a run")
+    for file in ("step-2/__0_0.distcp", "step-2/state.json", "step-2/tokenizer/tokenizer.json", "step-4.tmp/notes.txt"):
+        (folder / "checkpoints" / file).write_text("{}")
+    return folder
+
+
+def test_what_training_wrote_is_no_data_wherever_it_lies(tmp_path, letters):
+    text = write_lines(tmp_path / "a.jsonl", "abc")
+    before = find_sources([tmp_path])
+    cached_store([text], read_documents, letters, tmp_path / "deep" / "cache")
+    cached_store([text], read_documents, letters, write_run(tmp_path / "runs" / "one") / "cache")
+    copied = write_run(tmp_path / "elsewhere") / "checkpoints" / "step-2"
+    copied.rename(tmp_path / "copied")
+    found = find_sources([tmp_path])
+    assert (found.files, found.stores) == (before.files, before.stores) == ((text,), ())
+    names = {path.relative_to(tmp_path).as_posix() for path in found.left_out}
+    assert names == {"copied", "deep/cache", "elsewhere", "runs/one", "runs/one/cache"}
+
+
+@pytest.mark.parametrize("inside", ["", "run"])
+def test_text_beside_what_a_run_writes_is_read_at_every_start(tmp_path, letters, inside):
+    run = tmp_path / inside
+    (run / "texts").mkdir(parents=True)
+    own = [write_lines(run / "b.jsonl", "abc"), write_lines(run / "texts" / "metrics.jsonl", "def")]
+    assert list(find_sources([tmp_path], run).files) == own
+    write_lines(run / "metrics.jsonl", "of a run that has no recipe yet")
+    assert list(find_sources([tmp_path], run).files) == own
+    (run / "metrics.jsonl").unlink()
+    write_run(run)
+    assert list(find_sources([tmp_path], run).files) == list(find_sources([tmp_path]).files) == own
+
+
+def test_tokens_are_taken_where_they_are_named_and_under_names_of_their_own(tmp_path, letters):
+    text = write_lines(tmp_path / "a.jsonl", "abc")
+    cached = cached_store([text], read_documents, letters, tmp_path / "cache").folder
+    own = write_store(tmp_path / "tokens", ["de"], letters).folder
+    assert find_sources([tmp_path]).stores == (own,)
+    assert find_sources([cached, tmp_path]).stores == (cached, own)
+    with pytest.raises(UserError, match="holds no .txt.* file but what training wrote in '.*cache'"):
+        find_sources([tmp_path / "cache"])
+    write_run(tmp_path / "run")
+    with pytest.raises(UserError, match="step-2' is a checkpoint; name the text"):
+        find_sources([tmp_path / "run" / "checkpoints" / "step-2"])
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):

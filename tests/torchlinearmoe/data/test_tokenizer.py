@@ -4,11 +4,13 @@ import base64
 import codecs
 import json
 import random
+import tempfile
 
 import pytest
 import tiktoken
 
 from torchlinearmoe.data.tokenizer import DEFAULT_TOKENIZER, END_OF_TEXT, check_vocabulary, load_tokenizer
+from torchlinearmoe.errors import UserError
 
 TEXTS = [
     "In the beginning was the Word, and the Word was with God.",
@@ -104,6 +106,11 @@ def test_neighbour_brings_pattern_and_special_tokens(tmp_path):
         ('{"pattern": "("}', r"pattern = '\('"),
         ('{"end_of_text": "<end>"}', "end_of_text = '<end>'"),
         ('{"special_tokens": {"<|endoftext|>": 97}}', "share an id"),
+        ('{"pattern": 3}', "pattern = 3 is not a string"),
+        ('{"end_of_text": ["<end>"]}', "end_of_text = .* is not a string"),
+        ('{"special_tokens": ["<|endoftext|>"]}', "must be an object of ids"),
+        ('{"special_tokens": {"<|endoftext|>": "300"}}', "must be an object of ids"),
+        ('{"special_tokens": {"<|endoftext|>": -1}}', "must be an object of ids"),
     ],
 )
 def test_broken_neighbour_is_one_line(tmp_path, options, match):
@@ -114,13 +121,72 @@ def test_broken_neighbour_is_one_line(tmp_path, options, match):
     assert "t.tiktoken" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("content", "match"), [("hello\n", "not a tiktoken file"), ("", "not a tiktoken file")])
-def test_other_files_are_refused(tmp_path, content, match):
+def test_a_file_rewritten_in_its_place_is_read_anew(tmp_path, monkeypatch):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    path = write_ranks(tmp_path / "t.tiktoken", byte_ranks(b"ab"))
+    first = load_tokenizer(path)
+    write_ranks(path, byte_ranks(b"bc"))
+    second = load_tokenizer(path)
+    assert first.encode("abc") == [256, 99] and second.encode("abc") == [97, 256]
+    assert first.fingerprint != second.fingerprint
+    assert list(temporary.iterdir()) == []
+
+
+def test_the_same_relative_path_in_another_folder_is_another_tokenizer(tmp_path, monkeypatch):
+    ids = []
+    for name, merge in [("one", b"ab"), ("two", b"bc")]:
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        write_ranks(tmp_path / name / "t.tiktoken", byte_ranks(merge))
+        ids.append(load_tokenizer("t.tiktoken").encode("abc"))
+    assert ids == [[256, 99], [97, 256]]
+
+
+def test_the_bytes_that_were_read_are_kept(tmp_path):
+    path = write_ranks(tmp_path / "t.tiktoken", byte_ranks(b"ab"))
+    neighbour = path.with_name("t.tiktoken.json")
+    neighbour.write_text("{}")
+    before = path.read_bytes()
+    tokenizer = load_tokenizer(path)
+    path.unlink()
+    neighbour.unlink()
+    assert tokenizer.files == {"t.tiktoken": before, "t.tiktoken.json": b"{}"}
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("hello\n", "line 1: not a tiktoken file"),
+        ("", "not a tiktoken file"),
+        ("YQ== 0\n\nYg== 1 2\n", "line 3: not a tiktoken file"),
+        ("YQ== 0\nYg==\n", "line 2: .*b'Yg==' is not `base64 rank`"),
+        ("YQ== 0\nYg== -1\n", "line 2: .*b'Yg== -1' is not `base64 rank`"),
+        ("YQ== 0\nY!g== 1\n", "line 2: .*is not base64"),
+        ("YQ== 0\nYg= 1\n", "line 2: .*is not base64"),
+        ("YQ== 0\nYg== 4294967296\n", "line 2: .*rank 4294967296 is above"),
+        ("YQ== 0\nYg== 1\nYQ== 2\n", "line 3: .*the token b'a' has rank 0 already"),
+        ("YQ== 0\nYg== 0\n", "two tokens share an id"),
+        ("YQ== 0\nYWI= 1\n", "tokens hold the byte 0x62, which has no rank of its own"),
+    ],
+)
+def test_other_and_damaged_files_are_refused(tmp_path, content, match):
     path = tmp_path / "odd.tiktoken"
     path.write_text(content)
-    with pytest.raises(ValueError, match=match) as error:
+    with pytest.raises(UserError, match=match) as error:
         load_tokenizer(path)
     assert "odd.tiktoken" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_letter_without_ranks_is_named(tmp_path):
+    path = tmp_path / "few.tiktoken"
+    path.write_text("YQ== 0\nYg== 1\nYWI= 2\n=  3\n")
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.encode("aba") == [2, 0]
+    for ask in (tokenizer.encode, lambda text: tokenizer.encode_batch(["ab", text])):
+        with pytest.raises(UserError, match="few.tiktoken: no rank for 'é'"):
+            ask("abé")
 
 
 def test_missing_files_are_named(tmp_path):

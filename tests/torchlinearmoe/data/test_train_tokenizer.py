@@ -28,3 +28,13 @@ def test_errors_are_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(ValueError, match="at least 257"):
         train(["text"], 256)
+
+
+def test_a_file_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("zyx")
+    (tmp_path / "taken.tiktoken").mkdir()
+    for output in (tmp_path / "none" / "t.tiktoken", tmp_path / "taken.tiktoken"):
+        assert main([str(tmp_path / "text.txt"), "--output", str(output), "--vocab-size", "257"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: --output {output}: cannot write there")
+    assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "taken.tiktoken"}
