@@ -104,14 +104,14 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _encode(options: argparse.Namespace, tokenizer: Tokenizer, texts: list[str]) -> tuple[list[list[int]], int]:
     """The ids of every prompt, and the id that ends a continuation."""
-    from torchlinearmoe.checkpoint.model import checkpoint_template
+    from torchlinearmoe.checkpoint.model import begin_of_text, checkpoint_template
     from torchlinearmoe.data.chat_template import Message
 
     if not options.chat:
         if options.system:
             raise Failure("--system: only a conversation has a system message; add --chat")
-        # In training, documents begin with the end-of-text token.
-        return [[tokenizer.end_of_text, *tokenizer.encode(text)] for text in texts], tokenizer.end_of_text
+        begin = begin_of_text(options.checkpoint, tokenizer)
+        return [[begin, *tokenizer.encode(text)] for text in texts], tokenizer.end_of_text
     if options.prompt is None:
         raise Failure("--chat: give the message with --prompt")
     template = checkpoint_template(options.checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from torchlinearmoe.recipe import Recipe, dump, load_recipe
 RECIPE_FILE = "recipe.toml"
 TOKENIZER_FOLDER = "tokenizer"
 TEMPLATE_FILE = "chat_template.toml"
+SPECIAL_IDS_FILE = "special_ids.json"
+"""Of an imported model alone: what its `config.json` and `generation_config.json` said of special ids, by file."""
 
 
 def model_files(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, str | bytes]:
@@ -48,6 +51,22 @@ def checkpoint_tokenizer(path: str | Path) -> Tokenizer:
     if found is None:
         raise CheckpointError(f"{Path(path) / TOKENIZER_FOLDER}: holds no tokenizer.json and no tiktoken file")
     return load_tokenizer(found)
+
+
+def begin_of_text(path: str | Path, tokenizer: Tokenizer) -> int:
+    """The id that a text begins with: the end-of-text token, which training puts before every document.
+
+    An imported model was trained elsewhere: its tokenizer's `bos_token`, if it has one and adds it.
+    """
+    config = Path(path) / TOKENIZER_FOLDER / "tokenizer_config.json"
+    if not (Path(path) / SPECIAL_IDS_FILE).is_file() or not config.is_file():
+        return tokenizer.end_of_text
+    described = json.loads(config.read_text(encoding="utf-8"))
+    token = described.get("bos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is None or described.get("add_bos_token") is False:
+        return tokenizer.end_of_text
+    return tokenizer.special_tokens.get(token, tokenizer.end_of_text)
 
 
 def find_tokenizer(path: str | Path) -> Path | None:

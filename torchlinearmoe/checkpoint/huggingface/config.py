@@ -102,6 +102,8 @@ def write_config(model: ModelRecipe) -> Config | None:
     What is written is read again and must give the same model: nothing that has no key is lost.
     """
     tables = _tables(model)
+    if model.moe.balance == "none":
+        tables["moe"]["balance_coefficient"] = 0.0
     for architecture in FAMILIES[model.family].published:
         if architecture.sparse != (model.moe.num_experts > 0):
             continue

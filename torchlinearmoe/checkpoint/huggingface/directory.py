@@ -20,6 +20,7 @@ from torchlinearmoe.checkpoint.boxes import Place, slices
 from torchlinearmoe.errors import UserError
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
@@ -31,6 +32,9 @@ TOKENIZER_FILES = (
     "*.tiktoken.json",
 )
 """What travels with the weights, where it is there: patterns."""
+
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Keys of `config.json` and `generation_config.json` that say which ids begin, end and fill a text."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -119,6 +123,13 @@ def read_config(path: Path) -> dict[str, Any]:
     if config.get("quantization_config"):
         raise UserError(f"{path / CONFIG}: 'quantization_config': quantised weights are not read; dequantise them")
     return config
+
+
+def read_special_ids(path: Path) -> dict[str, dict[str, Any]]:
+    """The `SPECIAL_IDS` that each of the two files of the directory `path` names, by file. Raises UserError."""
+    files = [name for name in (CONFIG, GENERATION) if (path / name).is_file()]
+    found = {name: _read_json(path / name) for name in files}
+    return {name: {key: values[key] for key in SPECIAL_IDS if key in values} for name, values in found.items()}
 
 
 def is_directory(path: Path) -> bool:

@@ -20,12 +20,14 @@ from torch import Tensor
 from torchlinearmoe.checkpoint.aside import written_aside
 from torchlinearmoe.checkpoint.boxes import Copy
 from torchlinearmoe.checkpoint.huggingface.config import architecture_of, write_config
-from torchlinearmoe.checkpoint.huggingface.directory import CONFIG, INDEX, WEIGHTS
+from torchlinearmoe.checkpoint.huggingface.directory import CONFIG, GENERATION, INDEX, WEIGHTS
 from torchlinearmoe.checkpoint.huggingface.own import MODELING, float32_names, own_config, own_copies
 from torchlinearmoe.checkpoint.huggingface.weights import name_copies
 from torchlinearmoe.checkpoint.model import (
+    SPECIAL_IDS_FILE,
     TEMPLATE_FILE,
     TOKENIZER_FOLDER,
+    begin_of_text,
     checkpoint_template,
     checkpoint_tokenizer,
 )
@@ -130,14 +132,26 @@ def _ends(checkpoint: Path) -> int | list[int]:
     return tokenizer.end_of_text if len(ends) == 1 else sorted(ends)
 
 
+def _special_ids(checkpoint: Path) -> dict[str, Config]:
+    """What each file says of special ids: as they were imported, or as training here used them."""
+    imported = checkpoint / SPECIAL_IDS_FILE
+    if imported.is_file():
+        found = json.loads(imported.read_text(encoding="utf-8"))
+        return {CONFIG: found[CONFIG], GENERATION: found.get(GENERATION, found[CONFIG])}
+    ids: Config = {}
+    if (checkpoint / TOKENIZER_FOLDER).is_dir():
+        begin = begin_of_text(checkpoint, checkpoint_tokenizer(checkpoint))
+        ids = {"bos_token_id": begin, "eos_token_id": _ends(checkpoint)}
+    return {CONFIG: ids, GENERATION: ids}
+
+
 def _write_small_files(folder: Path, weights: SavedWeights, config: Config) -> None:
     tokenizer = weights.path / TOKENIZER_FOLDER
-    generation: Config = {}
     if tokenizer.is_dir():
         for file in tokenizer.iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
-        generation["eos_token_id"] = _ends(weights.path)
     if "auto_map" in config:
         (folder / MODELING).write_bytes((Path(__file__).parent / MODELING).read_bytes())
-    for name, content in ((CONFIG, config | generation), ("generation_config.json", generation)):
+    ids = _special_ids(weights.path)
+    for name, content in ((CONFIG, config | ids[CONFIG]), (GENERATION, ids[GENERATION])):
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

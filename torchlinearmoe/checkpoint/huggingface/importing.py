@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
-from torchlinearmoe.checkpoint.huggingface.directory import TOKENIZER_FILES
+from torchlinearmoe.checkpoint.huggingface.directory import TOKENIZER_FILES, read_special_ids
 from torchlinearmoe.checkpoint.huggingface.weights import PublishedWeights
-from torchlinearmoe.checkpoint.model import RECIPE_FILE, TOKENIZER_FOLDER
+from torchlinearmoe.checkpoint.model import RECIPE_FILE, SPECIAL_IDS_FILE, TOKENIZER_FOLDER
 from torchlinearmoe.checkpoint.stream import Progress, write_weights
 from torchlinearmoe.recipe import Recipe, dump
 
@@ -15,15 +16,16 @@ from torchlinearmoe.recipe import Recipe, dump
 def import_directory(source: str | Path, destination: str | Path, progress: Progress | None = None) -> Recipe:
     """Write the checkpoint `destination` from the directory `source`; returns its recipe.
 
-    Weights keep the directory's type, the tokenizer's files come along. Tensors are read one at a time. Raises
-    UserError, one line, and leaves nothing behind, when `source` is not sound or `destination` exists.
+    Weights keep the directory's type, the tokenizer's files and the special ids come along. Tensors are read one at a
+    time. Raises UserError, one line, and leaves nothing behind, when `source` is not sound or `destination` exists.
     """
     destination = Path(destination)
     weights = PublishedWeights(source)
     boxes = {name: [(copy.start, copy.shape) for copy in copies] for name, copies in weights.copies.items()}
     found = [file for pattern in TOKENIZER_FILES for file in sorted(weights.path.glob(pattern))]
     recipe = _recipe_of(weights.recipe, destination, [file.name for file in found])
-    files: dict[str, str | bytes] = {RECIPE_FILE: dump(recipe)}
+    special_ids = json.dumps(read_special_ids(weights.path), indent=2) + "\n"
+    files: dict[str, str | bytes] = {RECIPE_FILE: dump(recipe), SPECIAL_IDS_FILE: special_ids}
     files |= {f"{TOKENIZER_FOLDER}/{file.name}": file.read_bytes() for file in found}
     write_weights(destination, weights, boxes, files, progress)
     return recipe

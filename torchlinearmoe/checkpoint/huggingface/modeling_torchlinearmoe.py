@@ -18,7 +18,7 @@ from transformers.modeling_outputs import ModelOutput
 try:
     from torchlinearmoe.checkpoint.huggingface.own import float32_names
     from torchlinearmoe.generation.padded import forward_masked, prefill_masked
-    from torchlinearmoe.models.decoder import Decoder
+    from torchlinearmoe.models.decoder import Decoder, DecodeState
     from torchlinearmoe.recipe import resolve
 except ImportError as error:
     raise ImportError(f"this model needs the torchlinearmoe package: pip install torchlinearmoe ({error})") from None
@@ -65,6 +65,17 @@ class TorchLinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> None:
         """None: the decoder has its own head, and ties it by itself."""
         return
+
+    def resize_token_embeddings(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        """The embedding as it is. Raises ValueError, before anything is touched, for another size than it has."""
+        size = self.model.recipe.vocab_size
+        multiple = pad_to_multiple_of or 1
+        wanted = -(-(size if new_num_tokens is None else new_num_tokens) // multiple) * multiple
+        if wanted != size:
+            raise ValueError(f"a vocabulary of {wanted}: this model has {size} ids, and its size cannot be changed")
+        return self.get_input_embeddings()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -120,10 +131,16 @@ class TorchLinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """Tell the state how long the text may become."""
+        """Tell the state how long the text may become, and how long a text is of which it has seen a part.
+
+        generate drops a mask of ones, which may be longer than input_ids, and notes its length.
+        """
         if (generation_config.num_beams or 1) > 1:
             raise ValueError(f"num_beams = {generation_config.num_beams}: beams cannot share a state; use num_beams=1")
         model_kwargs["max_state_length"] = generation_config.max_length
+        state, length = model_kwargs.get("state"), getattr(generation_config, "_mask_length", None)
+        if state is not None and length is not None and model_kwargs.get("attention_mask") is None:
+            model_kwargs["attention_mask"] = state.positions.new_ones(len(state.seen), length)
 
     def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -134,8 +151,13 @@ class TorchLinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
         max_state_length: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        """What one forward reads: with a `state`, every token that it has not seen. Raises ValueError."""
+        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+            raise ValueError("attention_mask: a prompt ends in padding; pad on the left")
+        if state is not None:
+            input_ids, attention_mask = _unread(input_ids, attention_mask, state)
         return {
-            "input_ids": input_ids if state is None else input_ids[:, -1:],
+            "input_ids": input_ids,
             "attention_mask": attention_mask,
             "state": state,
             "use_cache": use_cache is not False,
@@ -147,3 +169,31 @@ class TorchLinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         return model_kwargs | {"state": outputs.state}
+
+
+def _unread(tokens: Tensor, mask: Tensor | None, state: DecodeState) -> tuple[Tensor, Tensor]:
+    """The last columns of `tokens` [B, T] that hold all a state has not seen, and the mask of what to read in them.
+
+    mask: [B, T], or longer when `tokens` lacks columns before that the state has seen. A state of three tokens of the
+    first sequence and one of the second:
+
+        tokens   . a b c d e      read   d e          mask   0 1 1
+                 . . . f g h               g h               0 1 1
+
+    Raises ValueError where a sequence has no token that is new, or the mask tells of new ones that are not there.
+    """
+    if len(state.seen) != tokens.shape[0]:
+        raise ValueError(f"state: of {len(state.seen)} sequences, but input_ids has {tokens.shape[0]}")
+    valid = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+    if valid.shape[1] < tokens.shape[1]:
+        raise ValueError(f"attention_mask: of {valid.shape[1]} tokens, but input_ids has {tokens.shape[1]}")
+    new = valid & (valid.cumsum(1) > state.positions[:, None])
+    if not bool(new[:, -1].all()):
+        raise ValueError(
+            f"state: has seen {list(state.seen)} tokens of texts of {valid.sum(1).tolist()}; each must go on beyond it "
+            "(input_ids is the whole text, or its end beside an attention_mask of the whole)"
+        )
+    width = new.shape[1] - int(new.any(0).int().argmax())
+    if width > tokens.shape[1]:
+        raise ValueError(f"input_ids: holds {tokens.shape[1]} tokens of {width} that the state has not seen")
+    return tokens[:, -width:], new[:, -width:].long()

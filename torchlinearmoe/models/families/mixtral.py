@@ -17,6 +17,7 @@ from torchlinearmoe.models.families.huggingface import (
     Name,
     experts,
 )
+from torchlinearmoe.models.families.pooled_balance import read_pooled_balance, write_pooled_balance
 
 
 def _eight(hidden: int):
@@ -52,6 +53,8 @@ PUBLISHED = Architecture(
     defaults={**MODEL_DEFAULTS, "rms_norm_eps": 1e-5, "router_aux_loss_coef": 0.001},
     fixed={**MODEL_FIXED, "sliding_window": None},
     implied={"model.qkv_bias": False, "moe.renormalize": True, "moe.shared_hidden_size": 0, "moe.shared_gate": False},
+    read=read_pooled_balance,
+    write=write_pooled_balance,
 )
 
 FAMILIES.add(

@@ -19,6 +19,7 @@ from torchlinearmoe.models.families.huggingface import (
     experts,
     swiglu,
 )
+from torchlinearmoe.models.families.pooled_balance import read_pooled_balance, write_pooled_balance
 
 PRESETS = {
     "debug": (model_size(64, 4, 4, 2, 160, 1024, max_length=1024, rope_theta=1e4, init_std=0.02), moe_size(4, 2, 64)),
@@ -74,6 +75,8 @@ MOE_MODEL = Architecture(
     },
     fixed={**FIXED, "decoder_sparse_step": 1, "mlp_only_layers": []},
     implied={"moe.shared_gate": True},
+    read=read_pooled_balance,
+    write=write_pooled_balance,
 )
 
 FAMILIES.add(
