@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from torchlinearmoe.checkpoint.initial import InitialWeights
 from torchlinearmoe.checkpoint.manager import CheckpointManager
-from torchlinearmoe.checkpoint.model import model_files
+from torchlinearmoe.checkpoint.model import checkpoint_recipe, model_files
 from torchlinearmoe.data.baselines import Baselines, baseline_losses
 from torchlinearmoe.data.loader import build_loader, build_validation_loader
 from torchlinearmoe.data.open import open_data
@@ -46,7 +46,7 @@ from torchlinearmoe.parallel.context import own_part
 from torchlinearmoe.parallel.inputs import Inputs
 from torchlinearmoe.parallel.mesh import Degrees, Meshes
 from torchlinearmoe.parallel.tensor import sum_partial_gradients
-from torchlinearmoe.recipe import Recipe, load_recipe
+from torchlinearmoe.recipe import Recipe
 from torchlinearmoe.run_folder import check_same_run, write_recipe
 from torchlinearmoe.runtime import StopSignal, choose_dtype, rank_0_first
 
@@ -73,6 +73,7 @@ class Trainer:
         self.meshes = Meshes(degrees, device.type)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer)
         check_vocabulary(self.tokenizer, recipe.model.vocab_size)
+        self._model_files = model_files(recipe, self.tokenizer)
         self.checkpoints = CheckpointManager(self.folder / "checkpoints", recipe.checkpoint.keep)
         source = self._choose_checkpoint()
         fresh = source is None and recipe.checkpoint.init_from
@@ -293,8 +294,7 @@ class Trainer:
             )
         source = self.checkpoints.resume_from(choice)
         if source is not None:
-            saved = load_recipe(source / "recipe.toml")
-            check_same_run(saved, self.recipe)
+            check_same_run(checkpoint_recipe(source), self.recipe)
         return source
 
     def _open_data(self) -> Splits:
@@ -373,7 +373,7 @@ class Trainer:
                 self.parts,
                 self.optimizer,
                 {"tokens": self.tokens, "skipped_steps": self.skipped_steps, "data": self.loader.state_dict()},
-                model_files(self.recipe, self.tokenizer),
+                self._model_files,
                 blocking=blocking,
             )
 

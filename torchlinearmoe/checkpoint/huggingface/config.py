@@ -93,7 +93,7 @@ def read_recipe(path: Path, config: Config) -> Recipe:
         mixers = {name.removeprefix("mixer."): table for name, table in tables.items() if name.startswith("mixer.")}
         return resolve({"model": tables["model"], "moe": tables["moe"], "mixer": mixers, "training": {"steps": 1}})
     except RecipeError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise RecipeError(f"{where}: {error}") from None
 
 
 def write_config(model: ModelRecipe) -> Config | None:

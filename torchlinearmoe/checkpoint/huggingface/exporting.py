@@ -29,7 +29,9 @@ from torchlinearmoe.checkpoint.model import (
     checkpoint_template,
     checkpoint_tokenizer,
 )
+from torchlinearmoe.checkpoint.plain import is_there
 from torchlinearmoe.checkpoint.stream import Progress, SavedWeights
+from torchlinearmoe.checkpoint.tokenizer_files import read_tokenizer_file, tokenizer_names
 from torchlinearmoe.models.families.huggingface import Config
 
 SHARD_BYTES = 5 * 10**9
@@ -76,8 +78,8 @@ def export_checkpoint(
     common = max(set(types.values()), key=lambda kind: sum(part.size for part in parts if part.dtype == kind))
     config |= {"dtype": str(common).removeprefix("torch."), "use_cache": True}
     with written_aside(Path(destination)) as folder:
-        _write_tensors(folder, weights, _shards(parts, shard_bytes), progress)
         _write_small_files(folder, weights, config)
+        _write_tensors(folder, weights, _shards(parts, shard_bytes), progress)
     return config
 
 
@@ -133,9 +135,9 @@ def _ends(checkpoint: Path) -> int | list[int]:
 def _write_small_files(folder: Path, weights: SavedWeights, config: Config) -> None:
     tokenizer = weights.path / TOKENIZER_FOLDER
     generation: Config = {}
-    if tokenizer.is_dir():
-        for file in tokenizer.iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
+    if is_there(tokenizer):
+        for name in tokenizer_names(weights.path, TOKENIZER_FOLDER):
+            (folder / Path(name).name).write_bytes(read_tokenizer_file(weights.path, name))
         generation["eos_token_id"] = _ends(weights.path)
     if "auto_map" in config:
         (folder / MODELING).write_bytes((Path(__file__).parent / MODELING).read_bytes())

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from torchlinearmoe.checkpoint.huggingface.directory import TOKENIZER_FILES
 from torchlinearmoe.checkpoint.huggingface.weights import PublishedWeights
 from torchlinearmoe.checkpoint.model import RECIPE_FILE, TOKENIZER_FOLDER
 from torchlinearmoe.checkpoint.stream import Progress, write_weights
+from torchlinearmoe.checkpoint.tokenizer_files import read_tokenizer_file, tokenizer_names
 from torchlinearmoe.recipe import Recipe, dump
 
 
@@ -21,10 +21,10 @@ def import_directory(source: str | Path, destination: str | Path, progress: Prog
     destination = Path(destination)
     weights = PublishedWeights(source)
     boxes = {name: [(copy.start, copy.shape) for copy in copies] for name, copies in weights.copies.items()}
-    found = [file for pattern in TOKENIZER_FILES for file in sorted(weights.path.glob(pattern))]
-    recipe = _recipe_of(weights.recipe, destination, [file.name for file in found])
+    names = tokenizer_names(weights.path)
+    recipe = _recipe_of(weights.recipe, destination, names)
     files: dict[str, str | bytes] = {RECIPE_FILE: dump(recipe)}
-    files |= {f"{TOKENIZER_FOLDER}/{file.name}": file.read_bytes() for file in found}
+    files |= {f"{TOKENIZER_FOLDER}/{name}": read_tokenizer_file(weights.path, name) for name in names}
     write_weights(destination, weights, boxes, files, progress)
     return recipe
 
