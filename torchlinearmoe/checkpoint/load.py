@@ -56,7 +56,7 @@ def load_model_weights(path: str | Path, model: nn.Module) -> dict[str, Any]:
 
 
 def check_fits(path: str | Path, model: nn.Module) -> None:
-    """Raise CheckpointError unless the checkpoint ``path`` is complete and has the tensors of ``model``, meta or not."""
+    """Raise CheckpointError unless the checkpoint ``path`` is complete and fits ``model``, which may be meta."""
     metadata = read_metadata(Path(path))
     try:
         if missing := missing_data(Path(path), metadata):

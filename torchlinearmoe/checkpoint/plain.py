@@ -26,14 +26,16 @@ def plain_file(root: str | Path, name: str, limit: int | None = None) -> Path:
     limit: most bytes. Raises UserError, one line that names the file and the way out; OSError where there is none.
     """
     root, path = Path(root), Path(root) / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UserError(f"{path}: lies outside of {root}; name a file in it")
     found = path.lstat()
     if stat.S_ISLNK(found.st_mode):
-        target = path.resolve()
+        target = Path(os.path.realpath(path))  # where a link leads to itself, the link
         if not _is_cached(root, target):
             raise UserError(f"{path}: is a link, and links are not followed; put the file itself there")
         found = target.stat()
     elif path.parent.resolve() != root.resolve() / Path(name).parent:
-        raise UserError(f"{path}: lies outside of {root} or behind a link; put the file itself there")
+        raise UserError(f"{path}: lies behind a link, and links are not followed; put the file itself there")
     if not stat.S_ISREG(found.st_mode):
         raise UserError(f"{path}: is no regular file; remove it or put a file there")
     if limit is not None and found.st_size > limit:

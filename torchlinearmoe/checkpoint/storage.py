@@ -112,7 +112,7 @@ def _check_index(metadata: Metadata) -> None:
     lengths: dict[tuple[str, tuple[int, ...]], int] = {}
     for index, info in metadata.storage_data.items():
         name = info.relative_path
-        if not isinstance(name, str) or name in (".", "..") or Path(name).name != name or "\0" in name:
+        if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\0" in name:
             raise ValueError(f"relative_path = {name!r} must be the name of a file in the checkpoint")
         _check_counts(f"offset and length of '{index.fqn}'", (info.offset, info.length))
         if getattr(info, "transform_descriptors", None):
