@@ -21,6 +21,7 @@ from torchlinearmoe.checkpoint import CheckpointManager
 from torchlinearmoe.checkpoint.huggingface.exporting import export_checkpoint
 from torchlinearmoe.checkpoint.huggingface.importing import import_directory
 from torchlinearmoe.checkpoint.huggingface.own import MODELING
+from torchlinearmoe.checkpoint.huggingface.weights import PublishedWeights
 from torchlinearmoe.checkpoint.initial import InitialWeights
 from torchlinearmoe.checkpoint.model import checkpoint_recipe, find_tokenizer, model_files
 from torchlinearmoe.data.tokenizer import load_tokenizer
@@ -249,3 +250,19 @@ def test_absurd_sizes_of_our_own_architecture_are_refused(checkpoint: Path, tmp_
     edit(tmp_path / "exported", lambda config: config["recipe"]["model"].update(num_layers=10**7))
     with pytest.raises(RecipeError, match="config.json: model.num_layers = 10000000: must be at most"):
         import_directory(tmp_path / "exported", tmp_path / "imported")
+
+
+@pytest.mark.parametrize("case", ["llama yarn", "deepseek_v2 grouped"])
+def test_whatever_a_config_holds_is_refused_in_one_line_or_not_looked_at(case: str, tmp_path: Path) -> None:
+    folder = save(make(case), tmp_path / "directory")
+    config = json.loads((folder / "config.json").read_text())
+    refused = set()
+    for key in config:
+        for value in ("x", [[]], {"a": [1]}, -1, 1.5, 10**30, 10**12):
+            (folder / "config.json").write_text(json.dumps(config | {key: value}))
+            try:
+                PublishedWeights(folder)
+            except UserError as error:
+                assert "\n" not in str(error) and "directory" in str(error)
+                refused.add(key)
+    assert {"architectures", "hidden_size", "num_hidden_layers", "vocab_size", "rope_parameters"} <= refused
