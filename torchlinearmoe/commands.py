@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torchlinearmoe.errors import UserError
+from torchlinearmoe.errors import UserError, visible
 
 
 class Failure(Exception):
@@ -24,5 +24,5 @@ def failures_on_one_line() -> Iterator[None]:
         if os.environ.get("RANK", "0") != "0":
             # Rank 0 most likely says the same, and its end is this rank's end: let it speak first.
             time.sleep(10)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"error: {visible(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
         sys.exit(1)

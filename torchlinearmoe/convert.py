@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torchlinearmoe.commands import failures_on_one_line
+from torchlinearmoe.errors import visible
 
 if TYPE_CHECKING:
     from torchlinearmoe.checkpoint.stream import Progress
@@ -63,11 +64,12 @@ def _from_hf(options: argparse.Namespace) -> int:
 
     with _progress("importing") as progress:
         recipe = import_directory(options.source, options.destination, progress)
-    print(f"{options.destination}: {recipe.model.family}, {recipe.model.num_layers} layers; recipe beside the weights")
+    source, destination = visible(options.source), visible(options.destination)
+    print(f"{destination}: {recipe.model.family}, {recipe.model.num_layers} layers; recipe beside the weights")
     if recipe.data.tokenizer:
-        print(f'next: python -m torchlinearmoe.generate {options.destination} --prompt "In the beginning"')
+        print(f'next: python -m torchlinearmoe.generate {destination} --prompt "In the beginning"')
     else:
-        print(f"{options.source} holds no tokenizer: training from it needs data.tokenizer, generating is from Python")
+        print(f"{source} holds no tokenizer: training from it needs data.tokenizer, generating is from Python")
     return 0
 
 
@@ -86,8 +88,9 @@ def _to_hf(options: argparse.Namespace) -> int:
             progress=progress,
         )
     trust = ", trust_remote_code=True" if "auto_map" in config else ""
-    print(f"{options.destination}: {config['architectures'][0]}")
-    print(f'next: AutoModelForCausalLM.from_pretrained("{options.destination}"{trust})')
+    destination = visible(options.destination)
+    print(f"{destination}: {config['architectures'][0]}")
+    print(f'next: AutoModelForCausalLM.from_pretrained("{destination}"{trust})')
     return 0
 
 

@@ -12,12 +12,23 @@ class UserError(ValueError):
     print it without a traceback."""
 
     def __init__(self, message: str) -> None:
-        # What a user wrote may hold line breaks and comes back in the message.
-        super().__init__(" ".join(message.splitlines()))
+        # What stands in a file may hold line breaks and escape sequences, and comes back in the message.
+        super().__init__(visible(" ".join(message.splitlines())))
 
 
 class RecipeError(UserError):
     """A recipe that cannot be run. The message is one line and names the field, the value and the legal ones."""
+
+
+def visible(text: str) -> str:
+    r"""The text with what a terminal would obey (escape sequences, other control and format characters) spelled out.
+
+    >>> visible("a\x1b[2Jb\tc")
+    'a\\x1b[2Jb\tc'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def nearest(word: str, legal: Iterable[str]) -> str:
@@ -32,4 +43,5 @@ def nearest(word: str, legal: Iterable[str]) -> str:
 def divisors(*numbers: int) -> str:
     """What divides all of `numbers`, as a list to read: the legal degrees of an axis."""
     common = math.gcd(*numbers)
-    return ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+    small = [n for n in range(1, math.isqrt(common) + 1) if common % n == 0]
+    return ", ".join(map(str, sorted({*small, *(common // n for n in small)})))

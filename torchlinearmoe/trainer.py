@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from torchlinearmoe.checkpoint.initial import InitialWeights
 from torchlinearmoe.checkpoint.manager import CheckpointManager
-from torchlinearmoe.checkpoint.model import model_files
+from torchlinearmoe.checkpoint.model import checkpoint_recipe, model_files
 from torchlinearmoe.data.baselines import Baselines, baseline_losses
 from torchlinearmoe.data.loader import build_loader, build_validation_loader
 from torchlinearmoe.data.open import open_data
@@ -46,7 +46,7 @@ from torchlinearmoe.parallel.context import own_part
 from torchlinearmoe.parallel.inputs import Inputs
 from torchlinearmoe.parallel.mesh import Degrees, Meshes
 from torchlinearmoe.parallel.tensor import sum_partial_gradients
-from torchlinearmoe.recipe import Recipe, load_recipe
+from torchlinearmoe.recipe import Recipe
 from torchlinearmoe.run_folder import check_same_run, write_recipe
 from torchlinearmoe.runtime import StopSignal, choose_dtype, on_rank_0
 
@@ -294,8 +294,7 @@ class Trainer:
             )
         source = self.checkpoints.resume_from(choice)
         if source is not None:
-            saved = load_recipe(source / "recipe.toml")
-            check_same_run(saved, self.recipe)
+            check_same_run(checkpoint_recipe(source), self.recipe)
         return source
 
     def _open_data(self) -> Splits:

@@ -22,7 +22,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from torchlinearmoe.checkpoint.aside import sync
+from torchlinearmoe.checkpoint.plain import read_plain
 from torchlinearmoe.checkpoint.storage import METADATA_FILE, CheckpointError, missing_data, read_metadata
+from torchlinearmoe.errors import UserError, visible
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +56,13 @@ def read_state(path: Path) -> State:
         CheckpointError: `state.json` is missing or not what a save writes.
     """
     try:
-        return State(**json.loads((path / STATE_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        state = State(**json.loads(read_plain(path, STATE_FILE)))
+        if not isinstance(state.step, int) or not isinstance(state.serial, int) or not isinstance(state.extra, dict):
+            raise TypeError("step and serial must be numbers, extra an object")
+        return state
+    except UserError as error:
+        raise CheckpointError(f"checkpoint {path}: {error}") from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path}: cannot read {STATE_FILE} ({one_line(error)})") from None
 
 
@@ -76,7 +83,9 @@ def read_file(path: str | Path, name: str) -> bytes:
         CheckpointError: there is no such file.
     """
     try:
-        return (Path(path) / name).read_bytes()
+        return read_plain(path, name)
+    except UserError as error:
+        raise CheckpointError(f"checkpoint {path}: {error}") from None
     except OSError as error:
         raise CheckpointError(f"checkpoint {path}: cannot read {name} ({error.strerror})") from None
 
@@ -134,7 +143,7 @@ def _complete(directory: Path, *, aloud: bool) -> list[Path]:
         elif path.suffix == ".tmp" and STEP_NAME.fullmatch(path.stem):
             why = "its save never finished"
         if why and aloud:
-            logger.warning("skipping incomplete checkpoint %s: %s", path, why)
+            logger.warning("skipping incomplete checkpoint %s: %s", visible(str(path)), visible(why))
     return [path for _, path in sorted(found)]
 
 

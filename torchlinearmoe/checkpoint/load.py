@@ -55,6 +55,17 @@ def load_model_weights(path: str | Path, model: nn.Module) -> dict[str, Any]:
     return load(path, model, None, group=None)
 
 
+def check_fits(path: str | Path, model: nn.Module) -> None:
+    """Raise CheckpointError unless the checkpoint ``path`` is complete and fits ``model``, which may be meta."""
+    metadata = read_metadata(Path(path))
+    try:
+        if missing := missing_data(Path(path), metadata):
+            raise CheckpointError(missing)
+        _model_targets([model], metadata)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {path}: {error}") from None
+
+
 def load(
     path: str | Path,
     model: nn.Module | Sequence[nn.Module],

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from torchlinearmoe.checkpoint.load import load_model_weights
+from torchlinearmoe.checkpoint.load import check_fits, load_model_weights
+from torchlinearmoe.checkpoint.plain import SMALL, is_there, plain_file, read_plain
 from torchlinearmoe.checkpoint.storage import CheckpointError
+from torchlinearmoe.checkpoint.tokenizer_files import CONFIG, NEIGHBOURS, TOKENIZER, tokenizer_names, without_code
 from torchlinearmoe.data.chat_template import ChatTemplate, load_template, parse_template
 from torchlinearmoe.data.tokenizer import Tokenizer, load_tokenizer
+from torchlinearmoe.errors import UserError
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.recipe import Recipe, dump, load_recipe
 
@@ -22,27 +26,42 @@ SPECIAL_IDS_FILE = "special_ids.json"
 
 
 def model_files(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, str | bytes]:
-    """The small files a checkpoint needs to be used by itself, by name.
+    """The small files a checkpoint needs to be used by itself, by name. Raises UserError for one that is not plain.
 
     The tokenizer's are the bytes it was read from; those it has no use for itself are read from beside it now.
     """
     files: dict[str, str | bytes] = {RECIPE_FILE: dump(recipe)}
-    beside = ["special_tokens_map.json", "tokenizer_config.json"] if tokenizer.path.name == "tokenizer.json" else []
+    neighbours = set[str](NEIGHBOURS if tokenizer.path.name == TOKENIZER else ())
     if recipe.data.format == "messages":
         files[TEMPLATE_FILE] = load_template(recipe.data.chat_template).source
-    elif beside:
-        beside.append("chat_template.jinja")  # with messages, it learned another
-    read = {path.name: path.read_bytes() for path in map(tokenizer.path.with_name, beside) if path.is_file()}
-    files |= {f"{TOKENIZER_FOLDER}/{name}": content for name, content in (read | dict(tokenizer.files)).items()}
+        neighbours.discard("chat_template.jinja")  # another than the one it learned
+    read = {path.name: path.read_bytes() for path in _neighbours(tokenizer, neighbours)} | dict(tokenizer.files)
+    for name, content in read.items():
+        files[f"{TOKENIZER_FOLDER}/{name}"] = without_code(content, tokenizer.path.with_name(name))
+    return files
+
+
+def _neighbours(tokenizer: Tokenizer, names: set[str]) -> list[Path]:
+    """What of `names` lies beside the tokenizer's file.
+
+    The file itself may be a link, then what lies beside it may lead to the same folder, and nowhere else.
+    """
+    path = tokenizer.path
+    files = [file for file in map(path.with_name, sorted(names)) if file.is_file()]
+    homes = {path.parent.resolve(), path.resolve().parent}
+    for file in files:
+        if file.resolve().parent not in homes:
+            raise UserError(f"{file}: is a link to another folder than {path.name}; put the file itself there")
+        if file.stat().st_size > SMALL:
+            raise UserError(f"{file}: has {file.stat().st_size} bytes, at most {SMALL} are read")
     return files
 
 
 def checkpoint_recipe(path: str | Path) -> Recipe:
     """The recipe a checkpoint was trained with. Raises CheckpointError when `path` is not a checkpoint."""
-    file = Path(path) / RECIPE_FILE
-    if not file.is_file():
+    if not is_there(Path(path) / RECIPE_FILE):
         raise CheckpointError(f"{path}: not a checkpoint (no {RECIPE_FILE}); name a folder checkpoints/step-N of a run")
-    return load_recipe(file)
+    return load_recipe(plain_file(path, RECIPE_FILE))
 
 
 def checkpoint_tokenizer(path: str | Path) -> Tokenizer:
@@ -58,10 +77,10 @@ def begin_of_text(path: str | Path, tokenizer: Tokenizer) -> int:
 
     An imported model was trained elsewhere: its tokenizer's `bos_token`, if it has one and adds it.
     """
-    config = Path(path) / TOKENIZER_FOLDER / "tokenizer_config.json"
-    if not (Path(path) / SPECIAL_IDS_FILE).is_file() or not config.is_file():
+    name = f"{TOKENIZER_FOLDER}/{CONFIG}"
+    if not is_there(Path(path) / SPECIAL_IDS_FILE) or not is_there(Path(path) / name):
         return tokenizer.end_of_text
-    described = json.loads(config.read_text(encoding="utf-8"))
+    described = read_table(path, name)
     token = described.get("bos_token")
     token = token.get("content") if isinstance(token, dict) else token
     if token is None or described.get("add_bos_token") is False:
@@ -69,19 +88,38 @@ def begin_of_text(path: str | Path, tokenizer: Tokenizer) -> int:
     return tokenizer.special_tokens.get(token, tokenizer.end_of_text)
 
 
+def read_table(path: str | Path, name: str) -> dict[str, Any]:
+    """The JSON object in the plain file `name` of a folder. Raises UserError."""
+    try:
+        table = json.loads(read_plain(path, name))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{Path(path) / name}: not JSON: {error}") from None
+    if not isinstance(table, dict):
+        raise UserError(f"{Path(path) / name}: not a JSON object")
+    return table
+
+
 def find_tokenizer(path: str | Path) -> Path | None:
-    """The tokenizer's file in a checkpoint or a Hugging Face directory, if there is one."""
-    for folder in (Path(path) / TOKENIZER_FOLDER, Path(path)):
-        for pattern in ("tokenizer.json", "*.tiktoken"):
-            for file in sorted(folder.glob(pattern)):
-                return file
+    """The tokenizer's file in a checkpoint or a Hugging Face directory, if there is one.
+
+    Raises UserError when it, or what it is read with, is not a plain file there.
+    """
+    for folder in (TOKENIZER_FOLDER, ""):
+        for name in tokenizer_names(Path(path), folder):
+            if name.endswith((TOKENIZER, ".tiktoken")):
+                return Path(path) / name
     return None
 
 
 def checkpoint_template(path: str | Path) -> ChatTemplate:
     """The chat template a checkpoint was finetuned with; `chatml` for one that was not."""
     file = Path(path) / TEMPLATE_FILE
-    return parse_template(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else load_template("chatml")
+    if not is_there(file):
+        return load_template("chatml")
+    try:
+        return parse_template(read_plain(path, TEMPLATE_FILE).decode(), str(file))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not a TOML file: byte {error.start} is not UTF-8") from None
 
 
 def load_model(path: str | Path) -> Decoder:
@@ -92,6 +130,7 @@ def load_model(path: str | Path) -> Decoder:
     recipe = checkpoint_recipe(path)
     with torch.device("meta"):
         model = Decoder(recipe.model)
+    check_fits(path, model)
     model.to_empty(device=torch.get_default_device())
     for module in model.modules():
         reset = getattr(module, "reset_buffers", None)

@@ -4,6 +4,8 @@ A checkpoint holds tensors only, which torch reads with ``weights_only=True``. T
 pickle; it is read here by an unpickler that knows the few classes such an index is made of and refuses any other.
 """
 
+import io
+import math
 import os
 import pickle
 import warnings
@@ -14,13 +16,23 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, Metadata, SavePlan, SavePlanner
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
-from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from torchlinearmoe.checkpoint.plain import plain_file, read_plain
 from torchlinearmoe.errors import UserError
 
 METADATA_FILE = ".metadata"
+LARGEST_INDEX = 2**30
+"""Bytes; about 200 a chunk of a tensor."""
 
 _INDEX_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
@@ -43,11 +55,32 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be written or read. The message is one line and names the checkpoint and the reason."""
 
 
-class _IndexUnpickler(pickle.Unpickler):
+_RECORDS = (
+    *(BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorProperties),
+    *(TensorStorageMetadata, _StorageInfo),
+)
+"""What an index may set attributes of: objects of these very types."""
+
+
+_Unpickler: Any = pickle._Unpickler
+"""The one in C sets attributes of whatever an index tells it to, classes and functions included."""
+
+
+class _IndexUnpickler(_Unpickler):
+    dispatch = dict(_Unpickler.dispatch)
+
     def find_class(self, module: str, name: str) -> Any:
         if name not in _INDEX_CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
         return super().find_class(module, name)
+
+    def load_build(self) -> None:
+        built = self.stack[-2]
+        if type(built) not in _RECORDS:
+            raise pickle.UnpicklingError(f"attributes of {built!r} have no place in a checkpoint")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -57,16 +90,55 @@ def read_metadata(path: Path) -> Metadata:
         CheckpointError: it is missing or not an index; such a checkpoint is incomplete.
     """
     try:
-        with (path / METADATA_FILE).open("rb") as stream:
-            metadata = _IndexUnpickler(stream).load()
+        metadata = _IndexUnpickler(io.BytesIO(read_plain(path, METADATA_FILE, LARGEST_INDEX))).load()
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path}: no {METADATA_FILE}") from None
+    except UserError as error:
+        raise CheckpointError(f"checkpoint {path}: {error}") from None
     except Exception as error:  # a damaged pickle may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(f"checkpoint {path}: cannot read {METADATA_FILE} ({reason})") from None
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise CheckpointError(f"checkpoint {path}: {METADATA_FILE} is not an index")
+    try:
+        _check_index(metadata)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path}: {METADATA_FILE} is not an index: {error}") from None
     return metadata
+
+
+def _check_index(metadata: Metadata) -> None:
+    """Raise for an index that leaves the checkpoint, or promises more than its files hold."""
+    lengths: dict[tuple[str, tuple[int, ...]], int] = {}
+    for index, info in metadata.storage_data.items():
+        name = info.relative_path
+        if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\0" in name:
+            raise ValueError(f"relative_path = {name!r} must be the name of a file in the checkpoint")
+        _check_counts(f"offset and length of '{index.fqn}'", (info.offset, info.length))
+        if getattr(info, "transform_descriptors", None):
+            raise ValueError(f"'{index.fqn}' is transformed, and only plain tensors are read")
+        lengths[index.fqn, tuple(index.offset or ())] = info.length
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(name, str) or not isinstance(entry, (TensorStorageMetadata, BytesStorageMetadata)):
+            raise TypeError(f"{name!r} is no tensor")
+        if isinstance(entry, BytesStorageMetadata):
+            continue
+        _check_counts(f"the shape of '{name}'", entry.size)
+        held = 0
+        for chunk in entry.chunks:
+            _check_counts(f"a chunk of '{name}'", (*chunk.offsets, *chunk.sizes))
+            size = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
+            length = lengths.get((name, tuple(chunk.offsets)))
+            if length is None or size > length:
+                raise ValueError(f"a chunk of '{name}' has {size} bytes, but {length or 0} are written")
+            held += math.prod(chunk.sizes)
+        if held < math.prod(entry.size):
+            raise ValueError(f"the chunks of '{name}' leave a hole")
+
+
+def _check_counts(what: str, numbers: Any) -> None:
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"{what}: {list(numbers)!r} must be whole numbers, none below 0")
 
 
 def expect_one_process() -> None:
@@ -83,11 +155,14 @@ def missing_data(path: Path, metadata: Metadata) -> str | None:
     for info in metadata.storage_data.values():
         lengths[info.relative_path] = max(lengths.get(info.relative_path, 0), info.offset + info.length)
     for name, length in lengths.items():
-        file = path / name
-        if not file.is_file():
+        try:
+            size = plain_file(path, name).stat().st_size
+        except OSError:
             return f"no {name}"
-        if file.stat().st_size < length:
-            return f"{name} has {file.stat().st_size} of {length} bytes"
+        except UserError as error:
+            return str(error)
+        if size < length:
+            return f"{name} has {size} of {length} bytes"
     return None
 
 

@@ -27,6 +27,8 @@ from torchlinearmoe.checkpoint import folder
 from torchlinearmoe.checkpoint.aside import written_aside
 from torchlinearmoe.checkpoint.boxes import Copy, Place, read_box, slices
 from torchlinearmoe.checkpoint.load import describe_failure
+from torchlinearmoe.checkpoint.model import checkpoint_recipe
+from torchlinearmoe.checkpoint.plain import plain_file
 from torchlinearmoe.checkpoint.state import MODEL
 from torchlinearmoe.checkpoint.storage import (
     CheckpointError,
@@ -35,7 +37,7 @@ from torchlinearmoe.checkpoint.storage import (
     missing_data,
     read_metadata,
 )
-from torchlinearmoe.recipe import Recipe, load_recipe
+from torchlinearmoe.recipe import Recipe
 
 Progress = Callable[[int, int], None]
 """Called with (tensors done, tensors in all)."""
@@ -76,7 +78,7 @@ class SavedWeights:
         self.path = Path(path)
         if why := folder.problem(self.path):
             raise CheckpointError(f"checkpoint {path}: {why}")
-        self.recipe = load_recipe(self.path / "recipe.toml")
+        self.recipe = checkpoint_recipe(self.path)
         self._metadata = read_metadata(self.path)
         if missing := missing_data(self.path, self._metadata):
             raise CheckpointError(f"checkpoint {path}: {missing}")
@@ -107,13 +109,17 @@ class SavedWeights:
         return read_box(self._chunks[name], start, shape, self.dtypes[name], read)
 
     def _load(self, name: str, chunk: Copy) -> Tensor:
-        info: Any = self._metadata.storage_data[MetadataIndex(MODEL + name, torch.Size(chunk.start))]
-        file = self.path / info.relative_path
+        file = self.path
         try:
+            info: Any = self._metadata.storage_data[MetadataIndex(MODEL + name, torch.Size(chunk.start))]
+            file = plain_file(self.path, info.relative_path)
             with file.open("rb") as stream:
                 stream.seek(info.offset)
                 data = io.BytesIO(stream.read(info.length))
-            return torch.load(data, map_location="cpu", weights_only=True)
+            found = torch.load(data, map_location="cpu", weights_only=True)
+            if not isinstance(found, Tensor) or tuple(found.shape) != chunk.shape:
+                raise ValueError(f"not a tensor of shape {list(chunk.shape)}")
+            return found
         except Exception as error:  # a damaged archive may raise anything
             raise CheckpointError(f"{file}: cannot read '{name}' ({folder.one_line(error)})") from None
 

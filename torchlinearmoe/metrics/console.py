@@ -5,6 +5,8 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
+from torchlinearmoe.errors import visible
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -36,6 +38,7 @@ class Console:
 
     def message(self, text: str) -> None:
         """Say one line that stays, above the bar if there is one."""
+        text = visible(text)
         if self._bar is not None:
             self._bar.message(text)
         else:

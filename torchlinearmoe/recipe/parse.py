@@ -38,6 +38,8 @@ NESTED = {"moe", "mixer_options"}
 
 EXCLUSIVE = (("training", "steps", "tokens"), ("optimizer", "warmup_steps", "warmup_tokens"))
 """(section, one key, other key): two ways to say one thing. The command line's way drops the file's."""
+MAX_BYTES = 16 * 2**20
+"""Of a recipe's file."""
 MAX_INTEGER = 2**63 - 1
 """TOML's whole numbers have 64 bits."""
 
@@ -49,11 +51,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> schema.Recip
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as stream:  # a pipe or a device need not end
+            content = stream.read(MAX_BYTES + 1)
+        text = content.decode()
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not a TOML file: byte {error.start} is not UTF-8") from None
+    if len(content) > MAX_BYTES:
+        raise RecipeError(f"{path}: not a recipe: more than {MAX_BYTES} bytes")
     try:
         data = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:

@@ -2,21 +2,74 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torchlinearmoe.errors import RecipeError, divisors, nearest
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.base import Transition
 from torchlinearmoe.recipe.layers import used_mixers
 from torchlinearmoe.recipe.schema import ModelRecipe, MoERecipe, Recipe
 
+LIMITS = {
+    "model": {
+        "num_layers": 4096,
+        "hidden_size": 2**18,
+        "num_heads": 2**14,
+        "num_kv_heads": 2**14,
+        "head_dim": 2**14,
+        "ffn_hidden_size": 2**22,
+        "vocab_size": 2**24,
+        "max_length": 2**30,
+    },
+    "moe": {
+        "num_experts": 2**16,
+        "hidden_size": 2**22,
+        "shared_hidden_size": 2**22,
+    },
+    "training": {"sequence_length": 2**30, "micro_batch_size": 2**20},
+    "data": {"workers": 4096},
+}
+"""Far above any model there is, and low enough that counting, planning and describing a model come to an end."""
+MIXER_LIMITS = {"window": 2**30, "expand": 64, "expand_k": 64, "expand_v": 64, "num_memories": 256}
+MIXER_LIMIT = 2**14
+"""Of any other whole number among a mixer's options."""
+
 
 def validate(recipe: Recipe) -> None:
     """Raise RecipeError for the first field that cannot be honoured."""
+    _bounded(recipe)
     _positive(recipe)
     _layers(recipe)
     _model(recipe)
     _moe(recipe)
     _budget(recipe)
     _parallel(recipe)
+
+
+def _bounded(recipe: Recipe) -> None:
+    model = recipe.model
+    for section, owner in (
+        ("model", model),
+        ("moe", model.moe),
+        ("training", recipe.training),
+        ("data", recipe.data),
+    ):
+        for name, limit in LIMITS[section].items():
+            _at_most(f"{section}.{name}", getattr(owner, name), limit)
+    for mixer, options in model.mixer_options.items():
+        for field in dataclasses.fields(options):
+            value = getattr(options, field.name)
+            limit = MIXER_LIMITS.get(field.name, MIXER_LIMIT if type(value) is int else None)
+            if limit is not None:
+                _at_most(f"mixer.{mixer}.{field.name}", value, limit)
+    for name, length in (("layout", len(model.layout)), ("mixers", len(model.mixers))):
+        if length > LIMITS["model"]["num_layers"]:
+            raise RecipeError(f"model.{name}: names {length} layers; at most {LIMITS['model']['num_layers']}")
+
+
+def _at_most(key: str, value: float, limit: int) -> None:
+    if value > limit:
+        raise RecipeError(f"{key} = {value}: must be at most {limit}")
 
 
 def _positive(recipe: Recipe) -> None:

@@ -54,7 +54,7 @@ def architecture_of(path: Path, config: Config) -> tuple[Family, Architecture]:
     known = {a.name: (family, a) for family in FAMILIES.values() for a in family.published}
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UserError(f"{path / CONFIG}: architectures = {names!r}: not known here; {nearest(str(name), known)}")
     return known[name]
 
@@ -69,7 +69,8 @@ def read_recipe(path: Path, config: Config) -> Recipe:
     for key, value in architecture.fixed.items():
         if config.get(key, value) not in (value, None):
             raise UserError(f"{where}: {key} = {config[key]!r}: not supported; legal: {value!r}")
-    if set(config.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+    types = config.get("layer_types") or ["full_attention"]
+    if not isinstance(types, list) or any(kind != "full_attention" for kind in types):
         raise UserError(f"{where}: layer_types = {config['layer_types']!r}: not supported; legal: 'full_attention'")
     tables: Tables = {"model": {"family": family.name, "layout": "N"}, "moe": {}}
     for key, target in architecture.keys.items():
@@ -93,7 +94,7 @@ def read_recipe(path: Path, config: Config) -> Recipe:
         mixers = {name.removeprefix("mixer."): table for name, table in tables.items() if name.startswith("mixer.")}
         return resolve({"model": tables["model"], "moe": tables["moe"], "mixer": mixers, "training": {"steps": 1}})
     except RecipeError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise RecipeError(f"{where}: {error}") from None
 
 
 def write_config(model: ModelRecipe) -> Config | None:
@@ -157,11 +158,14 @@ def _derived(key: str, config: Config) -> Any:
 
 def _read_rope(where: Path, config: Config, tables: Tables) -> None:
     """`rope_parameters`, or the older `rope_theta` beside `rope_scaling`."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{where}: rope_parameters = {rope!r}: must be an object")
+    rope = dict(rope)
     model = tables["model"]
     model["rope_theta"] = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
     kind = rope.pop("rope_type", rope.pop("type", "default"))
-    if kind not in ROPE:
+    if not isinstance(kind, str) or kind not in ROPE:
         raise UserError(f"{where}: rope type {kind!r}: not supported; legal: {', '.join(ROPE)}")
     model["rope_scaling"], keys = ROPE[kind]
     for key, target in keys.items():

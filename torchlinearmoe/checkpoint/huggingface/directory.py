@@ -3,7 +3,7 @@
 config.json
 model.safetensors            one file, or
 model.safetensors.index.json and the files it names
-tokenizer.json and more      see `TOKENIZER_FILES`
+tokenizer.json and more      see `tokenizer_files.PATTERNS`
 """
 
 from __future__ import annotations
@@ -17,21 +17,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from torchlinearmoe.checkpoint.boxes import Place, slices
+from torchlinearmoe.checkpoint.plain import is_there, plain_file, read_plain
 from torchlinearmoe.errors import UserError
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "*.tiktoken",
-    "*.tiktoken.json",
-)
-"""What travels with the weights, where it is there: patterns."""
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Keys of `config.json` and `generation_config.json` that say which ids begin, end and fill a text."""
@@ -82,8 +74,8 @@ class Directory:
     def _listed(self) -> dict[str, str]:
         """Tensor to file, from the index; empty without one."""
         index = self.path / INDEX
-        if not index.is_file():
-            if not (self.path / WEIGHTS).is_file():
+        if not is_there(index):
+            if not is_there(self.path / WEIGHTS):
                 pickles = sorted(self.path.glob("pytorch_model*.bin"))
                 why = f" ({pickles[0].name} is pickled and not read; save it as safetensors)" if pickles else ""
                 raise UserError(f"{self.path}: holds neither {WEIGHTS} nor {INDEX}{why}")
@@ -95,7 +87,7 @@ class Directory:
 
     def _open(self, file: str) -> None:
         path = self.path / file
-        if not path.is_file():
+        if not is_there(path):
             raise UserError(f"{path}: the file is missing, but {INDEX} names it")
         opened = _map(path)
         for name in list(opened.keys()):
@@ -109,6 +101,7 @@ class Directory:
 
 def _map(path: Path) -> Any:
     """An open safetensors file. Raises UserError."""
+    plain_file(path.parent, path.name)
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
@@ -117,7 +110,7 @@ def _map(path: Path) -> Any:
 
 def read_config(path: Path) -> dict[str, Any]:
     """`config.json` of the directory `path`. Raises UserError."""
-    if not (path / CONFIG).is_file():
+    if not is_there(path / CONFIG):
         raise UserError(f"{path}: holds no {CONFIG}; name a directory that `save_pretrained` wrote")
     config = _read_json(path / CONFIG)
     if config.get("quantization_config"):
@@ -134,13 +127,15 @@ def read_special_ids(path: Path) -> dict[str, dict[str, Any]]:
 
 def is_directory(path: Path) -> bool:
     """Whether `path` looks like a Hugging Face directory."""
-    return (path / CONFIG).is_file()
+    return is_there(path / CONFIG)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(read_plain(path.parent, path.name))
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object")

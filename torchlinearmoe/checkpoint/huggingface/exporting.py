@@ -30,8 +30,11 @@ from torchlinearmoe.checkpoint.model import (
     begin_of_text,
     checkpoint_template,
     checkpoint_tokenizer,
+    read_table,
 )
+from torchlinearmoe.checkpoint.plain import is_there
 from torchlinearmoe.checkpoint.stream import Progress, SavedWeights
+from torchlinearmoe.checkpoint.tokenizer_files import read_tokenizer_file, tokenizer_names
 from torchlinearmoe.models.families.huggingface import Config
 
 SHARD_BYTES = 5 * 10**9
@@ -78,8 +81,8 @@ def export_checkpoint(
     common = max(set(types.values()), key=lambda kind: sum(part.size for part in parts if part.dtype == kind))
     config |= {"dtype": str(common).removeprefix("torch."), "use_cache": True}
     with written_aside(Path(destination)) as folder:
-        _write_tensors(folder, weights, _shards(parts, shard_bytes), progress)
         _write_small_files(folder, weights, config)
+        _write_tensors(folder, weights, _shards(parts, shard_bytes), progress)
     return config
 
 
@@ -134,10 +137,10 @@ def _ends(checkpoint: Path) -> int | list[int]:
 
 def _special_ids(checkpoint: Path) -> dict[str, Config]:
     """What each file says of special ids: as they were imported, or as training here used them."""
-    imported = checkpoint / SPECIAL_IDS_FILE
-    if imported.is_file():
-        found = json.loads(imported.read_text(encoding="utf-8"))
-        return {CONFIG: found[CONFIG], GENERATION: found.get(GENERATION, found[CONFIG])}
+    if is_there(checkpoint / SPECIAL_IDS_FILE):
+        found = read_table(checkpoint, SPECIAL_IDS_FILE)
+        ids = found.get(CONFIG, {})
+        return {CONFIG: ids, GENERATION: found.get(GENERATION, ids)}
     ids: Config = {}
     if (checkpoint / TOKENIZER_FOLDER).is_dir():
         begin = begin_of_text(checkpoint, checkpoint_tokenizer(checkpoint))
@@ -147,9 +150,9 @@ def _special_ids(checkpoint: Path) -> dict[str, Config]:
 
 def _write_small_files(folder: Path, weights: SavedWeights, config: Config) -> None:
     tokenizer = weights.path / TOKENIZER_FOLDER
-    if tokenizer.is_dir():
-        for file in tokenizer.iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
+    if is_there(tokenizer):
+        for name in tokenizer_names(weights.path, TOKENIZER_FOLDER):
+            (folder / Path(name).name).write_bytes(read_tokenizer_file(weights.path, name))
     if "auto_map" in config:
         (folder / MODELING).write_bytes((Path(__file__).parent / MODELING).read_bytes())
     ids = _special_ids(weights.path)

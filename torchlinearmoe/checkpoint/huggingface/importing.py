@@ -6,10 +6,11 @@ import dataclasses
 import json
 from pathlib import Path
 
-from torchlinearmoe.checkpoint.huggingface.directory import TOKENIZER_FILES, read_special_ids
+from torchlinearmoe.checkpoint.huggingface.directory import read_special_ids
 from torchlinearmoe.checkpoint.huggingface.weights import PublishedWeights
 from torchlinearmoe.checkpoint.model import RECIPE_FILE, SPECIAL_IDS_FILE, TOKENIZER_FOLDER
 from torchlinearmoe.checkpoint.stream import Progress, write_weights
+from torchlinearmoe.checkpoint.tokenizer_files import read_tokenizer_file, tokenizer_names
 from torchlinearmoe.recipe import Recipe, dump
 
 
@@ -22,11 +23,11 @@ def import_directory(source: str | Path, destination: str | Path, progress: Prog
     destination = Path(destination)
     weights = PublishedWeights(source)
     boxes = {name: [(copy.start, copy.shape) for copy in copies] for name, copies in weights.copies.items()}
-    found = [file for pattern in TOKENIZER_FILES for file in sorted(weights.path.glob(pattern))]
-    recipe = _recipe_of(weights.recipe, destination, [file.name for file in found])
+    names = tokenizer_names(weights.path)
+    recipe = _recipe_of(weights.recipe, destination, names)
     special_ids = json.dumps(read_special_ids(weights.path), indent=2) + "\n"
     files: dict[str, str | bytes] = {RECIPE_FILE: dump(recipe), SPECIAL_IDS_FILE: special_ids}
-    files |= {f"{TOKENIZER_FOLDER}/{file.name}": file.read_bytes() for file in found}
+    files |= {f"{TOKENIZER_FOLDER}/{name}": read_tokenizer_file(weights.path, name) for name in names}
     write_weights(destination, weights, boxes, files, progress)
     return recipe
 

@@ -20,6 +20,8 @@ from torchlinearmoe.recipe import ModelRecipe, Recipe, RecipeError, dump, resolv
 MODELING = "modeling_torchlinearmoe.py"
 ARCHITECTURE, CONFIG_CLASS = "TorchLinearMoEForCausalLM", "TorchLinearMoEConfig"
 MODEL_TYPE = "torchlinearmoe"
+MODEL_SECTIONS = ("model", "moe", "mixer")
+"""What of a recipe is the model; paths, folders and the like are the reader's own."""
 PREFIX = "model."
 """What transformers' module puts before the decoder's names."""
 
@@ -36,7 +38,7 @@ def own_config(recipe: Recipe) -> Config:
             "AutoConfig": f"{module}.{CONFIG_CLASS}",
             "AutoModelForCausalLM": f"{module}.{ARCHITECTURE}",
         },
-        "recipe": {name: tables[name] for name in ("model", "moe", "mixer") if name in tables},
+        "recipe": {name: tables[name] for name in MODEL_SECTIONS if name in tables},
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
         "num_hidden_layers": model.num_layers,
@@ -47,14 +49,18 @@ def own_config(recipe: Recipe) -> Config:
 
 
 def own_recipe(where: Path, config: Config) -> Recipe:
-    """The recipe that `own_config` put into a `config.json`. Raises UserError."""
+    """The recipe that `own_config` put into a `config.json`: the model, and nothing else that stands there.
+
+    Raises UserError, RecipeError for a model that cannot be built.
+    """
     tables = config.get("recipe")
     if not isinstance(tables, dict):
         raise UserError(f"{where}: 'recipe' is missing")
+    model = {name: tables[name] for name in MODEL_SECTIONS if name in tables}
     try:
-        return resolve({**tables, "training": {"steps": 1}})
+        return resolve({**model, "training": {"steps": 1}})
     except RecipeError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise RecipeError(f"{where}: {error}") from None
 
 
 def own_copies(shapes: Mapping[str, Place]) -> dict[str, list[Copy]]:

@@ -76,6 +76,7 @@ class PublishedWeights:
         config = self.directory.config
         own = config.get("architectures") == [ARCHITECTURE]
         self.recipe = own_recipe(self.path / CONFIG, config) if own else read_recipe(self.path, config)
+        self._check_size(published=not own)
         self.shapes = model_shapes(self.recipe.model)
         if own:
             self.copies = own_copies(self.shapes)
@@ -94,6 +95,16 @@ class PublishedWeights:
         for other in others:
             first = torch.promote_types(first, other)
         return first
+
+    def _check_size(self, *, published: bool) -> None:
+        """Refuse a model of more layers and experts than there are tensors, before it is described tensor by tensor."""
+        model, found = self.recipe.model, len(self.directory.shapes)
+        least, keys = model.num_layers, f"model.num_layers = {model.num_layers}"
+        if published and model.moe.num_experts:
+            least += (model.num_layers - model.moe.first_dense_layers) * model.moe.num_experts
+            keys += f" and moe.num_experts = {model.moe.num_experts}"
+        if least > found:
+            raise UserError(f"{self.path / CONFIG}: {keys} take at least {least} tensors, the directory has {found}")
 
     def _check(self) -> None:
         found = self.directory.shapes

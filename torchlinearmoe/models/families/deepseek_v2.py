@@ -90,10 +90,14 @@ LATENT = {
 def _read(config: Config, tables: Tables) -> None:
     """Shared experts as one, groups only where they are used, queries compressed unless said otherwise."""
     method = config.get("topk_method") or "greedy"
-    if method not in ROUTING:
+    if not isinstance(method, str) or method not in ROUTING:
         raise RecipeError(f"topk_method = {method!r}: not supported; legal: {', '.join(ROUTING)}")
     moe, grouped = tables["moe"], ROUTING[method]
-    moe["shared_hidden_size"] = moe["hidden_size"] * (config.get("n_shared_experts", 2) or 0)
+    shared = config.get("n_shared_experts", 2) or 0
+    for key, value in (("n_shared_experts", shared), ("moe_intermediate_size", moe["hidden_size"])):
+        if type(value) is not int:
+            raise RecipeError(f"{key} = {value!r}: must be a whole number")
+    moe["shared_hidden_size"] = moe["hidden_size"] * shared
     if "q_lora_rank" not in config:  # null means without
         tables["mixer.mla"]["q_lora_rank"] = 1536
     moe["num_groups"] = config.get("n_group") if grouped else 0
