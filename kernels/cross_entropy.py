@@ -74,6 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += chunk
             if d_hidden is not None:
                 torch.mm(gradient, weight, out=d_hidden[start : start + rows])
+            # One chunk keeps its type; several are summed in float32.
             if wants_weight and rows >= hidden.shape[0]:
                 d_weight = gradient.t() @ part
             elif wants_weight:

@@ -17,8 +17,6 @@ plain, or split over `tensor` and `ep` alone (`optim.masters` keeps their master
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -48,10 +46,15 @@ def apply_fsdp(
     reduced = torch.promote_types(dtype, reduce_dtype)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(param_dtype=wide, reduce_dtype=wide, cast_forward_inputs=False)
-    moes = [layer.ffn for layer in model.layers.values() if isinstance(layer.ffn, MoE)]
-    left_out = {p for moe in moes for p in moe.experts.parameters()} if not experts else set()
+    stacks = {
+        p for layer in model.layers.values() if isinstance(layer.ffn, MoE) for p in layer.ffn.experts.parameters()
+    }
+    # Where the experts lie on the ranks of all else, they are gathered with their layer.
+    apart = experts and not (dense and expert_mesh == mesh)
+    left_out = set() if experts else stacks
 
-    placement = partial(expert_placement, ranks=expert_mesh.size(-1))
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        return expert_placement(parameter, expert_mesh.size(-1)) if parameter in stacks else None
 
     def shard(module: nn.Module | list[nn.Module], policy: MixedPrecisionPolicy, reshard: bool) -> None:
         fully_shard(
@@ -59,12 +62,10 @@ def apply_fsdp(
             mesh=mesh,
             mp_policy=policy,
             reshard_after_forward=reshard,
-            shard_placement_fn=placement if apart is False else None,
+            shard_placement_fn=placement,
             ignored_params=left_out,
         )
 
-    # Where the experts lie on the ranks of all else, they are gathered with their layer.
-    apart = experts and not (dense and expert_mesh == mesh)
     for unit in _exact_units(model) if dense else ():
         shard(unit, exact, reshard_after_forward)
     for layer in model.layers.values():
@@ -91,10 +92,9 @@ def apply_fsdp(
             shard([model.norm, model.head], policy, False)
     if dense:
         shard(model, policy, False)
-    elif experts and moes:
+    elif experts and stacks:
         # A root of the experts' units, without parameters of its own: they share streams and know each other's order.
-        managed = {p for moe in moes for p in moe.experts.parameters()}
-        left_out = {p for p in model.parameters() if p not in managed}
+        left_out = {p for p in model.parameters() if p not in stacks}
         shard(model, policy, False)
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -7,7 +7,7 @@ both together take 4 bytes and give the master back exactly:
     weight               3f81           1.0078125, rounded up
     rest                      c000      -16384: (0x3f81 << 16) - 16384 == 0x3f80c000
 
-Source: the split of Zamirai et al. 2020, arXiv 2010.06192 ("Kahan summation" of 16-bit weights), with an exact rest.
+Near to it: Zamirai et al. 2020, arXiv 2010.06192, who keep 16-bit weights with a 16-bit compensation; here it is exact.
 """
 
 from __future__ import annotations

@@ -33,10 +33,13 @@ from torchlinearmoe.kernels.optimizer.rounding import HIGH_FACTOR, STEP_FACTOR
 TILE = 2048
 """Elements a program works on at a time."""
 WARPS = 8
+COLUMNS = 9
+"""Of the table: addresses of weight, rest and both moments, elements, the three numbers of a `Place`, the key."""
 
 _YES, _NO = tl.constexpr(True), tl.constexpr(False)
 _TILE = tl.constexpr(TILE)
 _BLOCK = tl.constexpr(BLOCK)
+_COLUMNS = tl.constexpr(COLUMNS)
 _STEP_FACTOR = tl.constexpr(STEP_FACTOR)
 _HIGH_FACTOR = tl.constexpr(HIGH_FACTOR)
 
@@ -188,7 +191,7 @@ def _adamw(
     block = tl.program_id(0)
     n = tl.load(tensor_of + block)
     start = (block - tl.load(first + n)).to(tl.int64) * _BLOCK
-    row = table + n * 9
+    row = table + n * _COLUMNS
     left = tl.minimum(tl.load(row + 4) - start, _BLOCK).to(tl.int32)
     grad, before = tl.load(grads + n), tl.load(earlier + n)
     keep, size, spread = tl.load(scalars + n * 3), tl.load(scalars + n * 3 + 1), tl.load(scalars + n * 3 + 2)
@@ -208,8 +211,6 @@ def _adamw(
             )  # fmt: skip
 
 
-COLUMNS = 9
-"""Of the table: addresses of weight, rest and both moments, elements, the three numbers of a `Place`, the key."""
 kernels: Any = {"square_sum": _square_sum, "add": _add, "adamw": _adamw}  # Triton turns numbers into its own constants
 
 

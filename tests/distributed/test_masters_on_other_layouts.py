@@ -85,6 +85,7 @@ def test_halves_train_as_shards_do(ranks: RankPool, tmp_path: Path, call: Callab
         curves[layout] = results[0].column("loss"), results[0].column("grad_norm")
         for name, value in results[0].state.items():  # replicas stay equal
             assert all(torch.equal(result.state[name], value) for result in results), (layout, name)
+    # Products and sums in bfloat16, whose step is 4e-3 to 8e-3, fall otherwise where they are cut otherwise.
     for layout, (losses, norms) in curves.items():
         assert len(losses) == 5 and losses == pytest.approx(curves["one process"][0], rel=1e-3), layout
         assert norms == pytest.approx(curves["one process"][1], rel=2e-2), layout

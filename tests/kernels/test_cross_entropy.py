@@ -46,9 +46,12 @@ def test_loss_and_both_gradients_equal_torchs_for_any_chunk(monkeypatch, rows: i
 
 
 @pytest.mark.parametrize("rows", [8, 1000])
-def test_bfloat16_is_close_to_float64_with_a_float32_loss(monkeypatch, rows: int):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_bfloat16_is_close_to_float64_with_a_float32_loss(monkeypatch, rows: int, device: str):
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", rows * V)
-    hidden, weight, labels = _inputs(torch.bfloat16)
+    hidden, weight, labels = (x.detach().to(device) for x in _inputs(torch.bfloat16))
+    for leaf in (hidden, weight):
+        leaf.requires_grad_()
     loss, *grads = _run(linear_cross_entropy(hidden, weight, labels), hidden, weight)
     wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     expected, *exact = _run(F.cross_entropy(wide[0] @ wide[1].t(), labels, reduction="sum"), *wide)

@@ -42,7 +42,7 @@ class Launch:
         ]
         numbers = [[s.place.base, s.place.inner, s.place.stride, s.key] for s in slots]
         places = to_device(np.array(numbers, dtype=np.int64), device)
-        self._table = torch.cat([torch.stack(columns, 1), places], 1).contiguous()
+        self._table = torch.cat([torch.stack(columns, 1), places], 1).contiguous()  # triton.COLUMNS wide
         self._decay = to_device(np.array([slot.weight_decay for slot in slots]), device)
         self._places = any(slot.place.inner for slot in slots)
 

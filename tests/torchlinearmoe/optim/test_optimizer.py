@@ -77,7 +77,7 @@ def test_halves_and_rounded_moments_stay_close_to_float32(split, states):
     for p, q in zip(exact.parameters(), ours.parameters()):
         master = read_master(q)
         assert master.dtype == torch.float32
-        tolerance = 1e-6 if states == "float32" else 5e-3
+        tolerance = 1e-6 if states == "float32" else 5e-3  # a step of bfloat16 is up to 8e-3 of what it rounds
         assert (master - p).norm() < tolerance * p.norm()
         assert optimizers[1].state[q]["exp_avg"].dtype == getattr(torch, states)
 

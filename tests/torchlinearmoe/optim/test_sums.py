@@ -38,7 +38,7 @@ def check(micro_batches: int, large: int, device: str, patch: pytest.MonkeyPatch
     patch.setattr(sums, "LARGE", large)
     model, seeds = make(device), list(range(micro_batches))
     collected, optimizer = GradientSums(model), build_optimizer(model, lr=0.1, eps=1.0)
-    for _ in range(2):  # nothing is left of the first step
+    for step in range(2):  # nothing is left of the first step
         with collected.over(micro_batches):
             for seed in seeds:
                 backward(model, seed, device)
@@ -48,7 +48,7 @@ def check(micro_batches: int, large: int, device: str, patch: pytest.MonkeyPatch
         for parts, gradient in zip(found, expected, strict=True):
             torch.testing.assert_close(summed(parts).float(), gradient, rtol=1e-6, atol=1e-5)
         torch.testing.assert_close(gradient_norm(model), nn.utils.get_total_norm(expected))
-        if _ == 0:
+        if step == 0:
             optimizer.zero_grad()
     assert (micro_batches > 1 and large < 10**6) == any(earlier is not None for _, earlier in found)
     twin = make(device)
