@@ -61,6 +61,10 @@ class Segments:
         """N."""
         return self.borders.shape[0] - 1
 
+    def to(self, device: torch.device | str) -> Segments:
+        """The same on another device, without views."""
+        return Segments(self.ids.to(device), self.borders.to(device), self.lengths, single=self.single)
+
     def host_lengths(self) -> tuple[int, ...]:
         """`lengths`, waiting for the device where it alone knows them."""
         if self.lengths is None:
