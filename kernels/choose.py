@@ -165,8 +165,7 @@ def refuse(backend: Backend, call: Call, machine: Machine, *, auto: bool) -> str
         return f"its matrix products would round float32 to TF32; name '{backend.name}' to accept that"
     if auto and not backend.exact and machine.deterministic:
         return (
-            "its tuning may differ from run to run, training.deterministic is on; "
-            f"name '{backend.name}' to accept that"
+            f"its tuning may differ from run to run, training.deterministic is on; name '{backend.name}' to accept that"
         )
     return None
 
