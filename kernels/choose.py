@@ -156,6 +156,7 @@ def refuse(backend: Backend, call: Call, machine: Machine, *, auto: bool) -> str
         if (
             call.kind in defect.kinds
             and call.channels <= defect.channels
+            and call.dtype in defect.dtypes
             and defect.capability[0] <= machine.capability < defect.capability[1]
             and defect.triton[0] <= machine.triton < defect.triton[1]
             and (call.gradients or auto or not defect.backward_only)

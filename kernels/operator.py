@@ -80,6 +80,8 @@ class Defect:
     backward_only: bool = False
     channels: int = 2**30
     """Only calls with keys of at most so many channels."""
+    dtypes: frozenset[torch.dtype] = WIDE
+    """Only calls of these."""
 
 
 @dataclass(frozen=True)

@@ -44,35 +44,27 @@ def carry(
 ) -> tuple[Tensor, Tensor | None]:
     """Read the entering states: [B, H, M, C, V], and the final states [N, H, K, V] when wanted."""
     documents, edges = layout.documents, layout.edges
-    dtype = chunks.log_total.dtype
-    k_write, b_write = chunks.k_out, chunks.b_out
-    q_read, w, log_total = chunks.q_in, chunks.w, chunks.log_total
-    if documents is not None:
-        k_write = k_write * documents.last_MC.unsqueeze(-1)
-        b_write = None if b_write is None else b_write * documents.last_MC.unsqueeze(-1)
-        q_read = q_read * documents.carried_MC.unsqueeze(-1)
-        log_total = log_total.masked_fill(~documents.keep_M.unsqueeze(-1), -torch.inf)
-        w = None if w is None else w * documents.carried_MC.unsqueeze(-1)
-    b = _written(k_write, b_write, chunks).to(dtype)
-    packed_in = edges is not None and initial_state is not None
-    if packed_in:
-        assert edges is not None and initial_state is not None
+    last, carried = documents.last_MC.unsqueeze(-1), documents.carried_MC.unsqueeze(-1)
+    k_write, q_read = chunks.k_out * last, chunks.q_in * carried
+    b_write = None if chunks.b_out is None else chunks.b_out * last
+    w = None if chunks.w is None else chunks.w * carried
+    log_total = chunks.log_total.masked_fill(~documents.keep_M.unsqueeze(-1), -torch.inf)
+    b = _written(k_write, b_write, chunks).to(chunks.log_total.dtype)
+    s0 = None if initial_state is None else initial_state.transpose(0, 1).unsqueeze(0)
+    if s0 is not None:
+        assert edges is not None
         start = edges.start_chunk_N
-        s0 = initial_state.transpose(0, 1).unsqueeze(0)
         left = _through(_take(chunks, start, edges.in_start_NC), s0, layout.C - 1)
         b = b.index_add(2, start, left * edges.leaves_start_N.view(-1, 1, 1))
-    row_state = None if packed_in else initial_state
-    states, final = _scan(
-        log_total, k_write if b_write is None else b_write, w, b, row_state, want_final and edges is None
-    )
+    states = _scan(log_total, k_write if b_write is None else b_write, w, b)
     o = torch.matmul(q_read, states.to(q_read.dtype))
-    if packed_in:
-        assert edges is not None and initial_state is not None
+    if s0 is not None and edges is not None:
         q_start = chunks.q_in.index_select(2, edges.start_chunk_N) * edges.in_start_NC.unsqueeze(-1)
         o = o.index_add(2, edges.start_chunk_N, torch.matmul(q_start, s0.to(q_start.dtype)))
-    if want_final and edges is not None:
-        final = _packed_final(chunks, edges, states, initial_state)
-    return o, final
+    if not want_final:
+        return o, None
+    assert edges is not None
+    return o, _final(chunks, edges, states, s0)
 
 
 def _written(k_out: Tensor, b_out: Tensor | None, chunks: Chunks) -> Tensor:
@@ -84,21 +76,17 @@ def _written(k_out: Tensor, b_out: Tensor | None, chunks: Chunks) -> Tensor:
     return written + torch.matmul(b_out.transpose(-1, -2), chunks.x)
 
 
-def _scan(
-    log_total: Tensor, erase: Tensor, w: Tensor | None, b: Tensor, s0: Tensor | None, want_final: bool
-) -> tuple[Tensor, Tensor | None]:
+def _scan(log_total: Tensor, erase: Tensor, w: Tensor | None, b: Tensor) -> Tensor:
+    """The states that enter the chunks."""
     K, V = b.shape[-2:]
     if w is not None:
         a = torch.diag_embed(log_total.exp().expand(*log_total.shape[:-1], K))
         a = a - torch.matmul(erase.to(w.dtype).transpose(-1, -2), w)
-        return scan_dense(shrink_negligible(a), b, s0, want_final)
+        return scan_dense(shrink_negligible(a), b)
     P = log_total.shape[-1]
-    log_a = log_total.transpose(-1, -2)
-    b = b.unflatten(-2, (P, K // P)).transpose(2, 3).flatten(-2)  # [B, H, P, M, Y]
-    s0 = None if s0 is None else s0.unflatten(-2, (P, K // P)).flatten(-2)
-    states, final = scan_decay(log_a, b, s0, want_final)
-    states = states.transpose(2, 3).unflatten(-1, (K // P, V)).flatten(3, 4)
-    return states, None if final is None else final.unflatten(-1, (K // P, V)).flatten(2, 3)
+    b = b.unflatten(-2, (P, K // P)).transpose(2, 3).flatten(-2)  # [1, H, P, M, Y]
+    states = scan_decay(log_total.transpose(-1, -2), b)
+    return states.transpose(2, 3).unflatten(-1, (K // P, V)).flatten(3, 4)
 
 
 def _take(chunks: Chunks, chunk_N: Tensor, mask_NC: Tensor) -> Chunks:
@@ -129,10 +117,10 @@ def _through(taken: Chunks, state: Tensor, position: int | Tensor) -> Tensor:
     return left - torch.matmul(erase.to(erased.dtype).transpose(-1, -2), erased)
 
 
-def _packed_final(chunks: Chunks, edges: Edges, states: Tensor, initial_state: Tensor | None) -> Tensor:
+def _final(chunks: Chunks, edges: Edges, states: Tensor, s0: Tensor | None) -> Tensor:
     taken = _take(chunks, edges.end_chunk_N, edges.in_end_NC)
     entering = states.index_select(2, edges.end_chunk_N)
-    starts = torch.zeros_like(entering) if initial_state is None else initial_state.transpose(0, 1).unsqueeze(0)
+    starts = torch.zeros_like(entering) if s0 is None else s0
     entering = torch.where(edges.crosses_N.view(-1, 1, 1), entering, starts)
     written = _written(taken.k_out, taken.b_out, taken).to(states.dtype)
     final = _through(taken, entering, edges.end_position_N) + written

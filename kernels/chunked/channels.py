@@ -44,7 +44,7 @@ class ChannelScores:
     log_total: Tensor
     """[B, H, M, K]: the log decay over a whole chunk."""
     prefix: Tensor | None
-    """[B, H, M, C, K]: the decay since the document entered the chunk; only for packed rows with states."""
+    """[B, H, M, C, K]: the decay since the document entered the chunk; only where states go in or out."""
 
 
 def score_channels(
@@ -55,13 +55,12 @@ def score_channels(
         scores, entered, leaving = _by_subblocks(readers, writers, log_decay, matmul_dtype)
     else:
         scores, entered, leaving = _by_halving(readers, writers, log_decay, matmul_dtype)
+    scores = [[pair * layout.documents.same_MCC for pair in row] for row in scores]
     prefix = None
-    if layout.documents is not None:
-        scores = [[pair * layout.documents.same_MCC for pair in row] for row in scores]
-        if layout.edges is not None:
-            prefix, before, suffix = _document_decays(layout, log_decay)
-            entered = [reader.x * (prefix if reader.own is None else before) for reader in readers]
-            leaving = [k * suffix for k in writers]
+    if layout.edges is not None:
+        prefix, before, suffix = document_decays(layout, log_decay)
+        entered = [reader.x * (prefix if reader.own is None else before) for reader in readers]
+        leaving = [k * suffix for k in writers]
     return ChannelScores(scores, entered, leaving, log_decay.clamp(min=FLOOR).sum(-2), prefix)
 
 
@@ -94,9 +93,8 @@ def _by_subblocks(
     return scores, [row[0][1] for row in results], [pair[2] for pair in results[0]]
 
 
-def _document_decays(layout: Layout, log_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def document_decays(layout: Layout, log_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Decays since a token's document entered the chunk (its own included, excluded), and until it leaves."""
-    assert layout.documents is not None
     total = running_sum(log_C, -2)
     before = torch.cat([torch.zeros_like(total[..., :1, :]), total[..., :-1, :]], -2)
     first = layout.documents.first_MC.unsqueeze(-1).expand(total.shape)

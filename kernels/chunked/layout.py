@@ -1,7 +1,6 @@
-"""Rows of tokens cut into chunks, and what packed documents mean for a chunk.
+"""A stream of tokens cut into chunks, and what its documents mean for a chunk.
 
-Rows without packing start at a chunk border each (every row is padded by itself), so no chunk ever holds two of them
-and no mask is needed. A packed row keeps its documents where they are. With chunks of 4:
+Documents stay where they are. With chunks of 4:
 
     token     0 1 2 3 | 4 5 6 7 | 8 9
     document  0 0 0 1 | 1 1 1 1 | 2 2 (2 2)    the padding continues the last document, with zero keys
@@ -9,16 +8,21 @@ and no mask is needed. A packed row keeps its documents where they are. With chu
     last      . . . x | x x x x | x x          tokens of the document that the chunk ends with
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchlinearmoe.segments import Segments
+
+CHUNK_SIZE = 64
+
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of a packed row as masks over its chunks."""
+    """The documents of the stream as masks over its chunks."""
 
     same_MCC: Tensor
     """Token t (dim 1) may see token s (dim 2): same document and s <= t."""
@@ -34,7 +38,7 @@ class Documents:
 
 @dataclass(frozen=True)
 class Edges:
-    """Where the documents of a packed row start and end; needed only when states go in or out."""
+    """Where the documents start and end; needed only when states go in or out."""
 
     start_chunk_N: Tensor
     end_chunk_N: Tensor
@@ -52,67 +56,50 @@ class Edges:
 
 @dataclass(frozen=True)
 class Layout:
-    """How [B, T, ...] is cut into M chunks of C tokens a row."""
+    """How a stream of T tokens is cut into M chunks of C."""
 
-    B: int
     T: int
     M: int
     C: int
-    with_states: bool
-    """States go in or out."""
-    documents: Documents | None
-    """Only for packed rows."""
+    documents: Documents
     edges: Edges | None
-    """Only for packed rows with states."""
+    """Only where states go in or out."""
 
     @property
     def padded(self) -> bool:
         return self.M * self.C > self.T
 
     def split(self, x: Tensor) -> Tensor:
-        """[B, T, H, ...] to contiguous [B, H, M, C, ...], zeros for the padding."""
+        """[T, H, ...] to contiguous [1, H, M, C, ...], zeros for the padding."""
         padding = self.M * self.C - self.T
         if padding:
-            x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding))
-        return x.transpose(1, 2).contiguous().unflatten(2, (self.M, self.C))
+            x = F.pad(x, (0, 0) * (x.dim() - 1) + (0, padding))
+        return x.transpose(0, 1).contiguous().unflatten(1, (self.M, self.C)).unsqueeze(0)
 
     def join(self, x: Tensor) -> Tensor:
         """The inverse of `split`, the padding cut off."""
-        return x.flatten(2, 3).transpose(1, 2)[:, : self.T]
+        return x.squeeze(0).flatten(1, 2).transpose(0, 1)[: self.T]
 
     def output(self, scores: Tensor, u: Tensor, entered: Tensor, scale: float) -> Tensor:
-        """scale * (scores u + entered), [B, H, M, C, V]."""
+        """scale * (scores u + entered), [1, H, M, C, V]."""
         o = torch.baddbmm(entered.flatten(0, 2), scores.flatten(0, 2), u.flatten(0, 2))
         return (o * scale).view(entered.shape)
 
 
-def make_layout(
-    batch: int,
-    tokens: int,
-    chunk_size: int,
-    cu_seqlens: Tensor | None,
-    document_ids: Tensor | None,
-    with_states: bool,
-) -> Layout:
-    """Cut `batch` rows of `tokens` into chunks; chunks shrink (to a power of two) for rows shorter than one.
-
-    With `document_ids` ([T], any labels that differ between documents) and no states, `cu_seqlens` is not read.
-    """
-    C = chunk_size
+def layout_of(segments: Segments, chunk_size: int, with_states: bool) -> Layout:
+    """The chunks of a stream, made once a stream; they shrink (to a power of two) where it is shorter than one."""
+    tokens, C = segments.tokens, chunk_size
     while C > 1 and 2 * tokens <= C:
         C //= 2
     M = max(1, -(-tokens // C))
-    documents = edges = None
-    if cu_seqlens is not None or document_ids is not None:
-        if document_ids is None:
-            assert cu_seqlens is not None
-            positions = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-            document_ids = torch.searchsorted(cu_seqlens, positions, right=True)
-        documents = _documents(document_ids, M, C)
-        if with_states:
-            assert cu_seqlens is not None
-            edges = _edges(cu_seqlens, M, C)
-    return Layout(batch, tokens, M, C, with_states, documents, edges)
+    documents = segments.view(f"documents_{C}", lambda segments: _documents(segments.ids, M, C))
+    edges = segments.view(f"edges_{C}", lambda segments: _edges(segments.borders, M, C)) if with_states else None
+    return Layout(tokens, M, C, documents, edges)
+
+
+def prepare(chunk_size: int) -> Callable[[Segments], Layout]:
+    """What makes the masks of a stream ahead of a compiled region, for `Backend.prepare`."""
+    return lambda segments: layout_of(segments, chunk_size, False)
 
 
 def _documents(ids_T: Tensor, M: int, C: int) -> Documents:
@@ -134,20 +121,20 @@ def _documents(ids_T: Tensor, M: int, C: int) -> Documents:
     )
 
 
-def _edges(cu_seqlens: Tensor, M: int, C: int) -> Edges:
-    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+def _edges(borders: Tensor, M: int, C: int) -> Edges:
+    starts, ends = borders[:-1].long(), borders[1:].long()
     empty = ends == starts
     start_chunk = (starts // C).clamp(max=M - 1)
     last = (ends - 1).clamp(min=0)
     end_chunk = last // C
-    offsets = torch.arange(C, device=cu_seqlens.device)
+    offsets = torch.arange(C, device=borders.device)
 
     def within(chunk: Tensor) -> Tensor:
         tokens = chunk.unsqueeze(1) * C + offsets
         return (tokens >= starts.unsqueeze(1)) & (tokens < ends.unsqueeze(1))
 
     # The padding continues the last document that has tokens.
-    reach = torch.where(ends == cu_seqlens[-1], ends.new_tensor(M * C), ends)
+    reach = torch.where(ends == borders[-1], ends.new_tensor(M * C), ends)
     return Edges(
         start_chunk_N=start_chunk,
         end_chunk_N=end_chunk,

@@ -1,0 +1,34 @@
+"""The delta rule of one token a document: decoding."""
+
+import torch
+from torch import Tensor
+
+from torchlinearmoe.kernels.delta.kinds import KINDS
+from torchlinearmoe.kernels.linear.step import decayed, read_state
+from torchlinearmoe.kernels.operator import Backend
+from torchlinearmoe.segments import Segments
+
+
+def delta_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    scale: float,
+    segments: Segments,
+    initial_state: Tensor,
+    want_final: bool,
+) -> tuple[Tensor, Tensor]:
+    """As the operator, with T = N; the new state leaves the old one alone."""
+    groups = v.shape[1] // q.shape[1]
+    if groups > 1:
+        q, k = q.repeat_interleave(groups, 1), k.repeat_interleave(groups, 1)
+    state = decayed(initial_state, log_decay)
+    k_NHK = k.to(state.dtype)
+    error = v.to(state.dtype) - torch.matmul(k_NHK.unsqueeze(-2), state).squeeze(-2)
+    new_state = state + k_NHK.unsqueeze(-1) * (beta.to(state.dtype).unsqueeze(-1) * error).unsqueeze(-2)
+    return read_state(q, new_state, scale), new_state
+
+
+BACKEND = Backend("step", delta_step, KINDS, order=0, fused=True, single=True)

@@ -1,0 +1,27 @@
+"""What every recurrence checks of the states that go in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchlinearmoe.segments import Segments
+
+
+def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    """ValueError where `x` has another shape."""
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name}: shape {tuple(x.shape)}, legal: {shape}")
+
+
+def check_segments(segments: Segments, tokens: int) -> None:
+    """ValueError where the segments are not of a stream of so many tokens."""
+    check_shape("segments", segments.ids, (tokens,))
+
+
+def checked_state(x: Tensor | None, shape: tuple[int, ...], segments: Segments, like: Tensor) -> Tensor | None:
+    """An initial state [N, *shape] in float32, float64 where `like` is."""
+    if x is None:
+        return None
+    check_shape("initial_state", x, (segments.count, *shape))
+    return x.to(torch.float64 if like.dtype == torch.float64 else torch.float32)

@@ -1,0 +1,119 @@
+"""Every backend that is declared computes what its operator's definition computes: outputs, states, every gradient.
+
+A new backend needs no test of its own. Triton is interpreted here, in float32 and float16 (its products of bfloat16 are
+wrong there); float16 and bfloat16 belong to the GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, cases_of, relative_error
+
+from torchlinearmoe.kernels import choose
+from torchlinearmoe.kernels.operator import Backend, Operator, operators
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+Run = Callable[[str, str, int, torch.dtype], dict[str, float]]
+
+
+def declared() -> list[tuple[Operator, Backend]]:
+    """Every backend beside the definitions."""
+    found = [(o, b) for o in operators().values() for b in o.find_backends().values()]
+    return [(operator, backend) for operator, backend in found if backend.name != "reference"]
+
+
+def of_backend(operator: Operator, backend: Backend, device: str, dtype: torch.dtype) -> Iterator[tuple[int, Case]]:
+    """Its cases, fresh."""
+    for index, draw in enumerate(cases_of(operator)):
+        torch.manual_seed(index)
+        case = draw()
+        segments = case.options.get("segments")
+        stateful = any(name.startswith(("initial", "first")) for name in case.inputs)
+        single = segments is not None and segments.single and stateful
+        call = choose.Call(case.kind, device, dtype, case.channels)
+        if case.kind in backend.kinds and backend.single == single and backend.refuses(call) is None:
+            yield index, case
+
+
+def compare(operator: Operator, backend: Backend, device: str, dtype: torch.dtype) -> None:
+    """All cases of a backend against the definition in float64."""
+    count = 0
+    for index, case in of_backend(operator, backend, device, dtype):
+        found = forced(operator, backend, lambda case=case: case.run(backend.name, dtype, device))
+        expected = forced(operator, operator.backends["reference"], lambda case=case: case.run("reference"))
+        assert found.keys() == expected.keys()
+        errors = {name: relative_error(found[name], expected[name]) for name in expected}
+        limit = TOLERANCES[dtype] * case.tolerance
+        assert all(error < limit for error in errors.values()), (operator.name, backend.name, index, errors)
+        count += 1
+    assert count, f"{operator.name}: no case is for {backend.name}"
+
+
+def forced(operator: Operator, backend: Backend, run: Callable[[], Any]) -> Any:
+    """`run` with the choice taken out of the chooser's hands."""
+    with pytest.MonkeyPatch.context() as patch:
+        package = importlib.import_module(f"torchlinearmoe.kernels.{operator.name}")
+        patch.setattr(package, "choose", lambda *_: backend)
+        return run()
+
+
+def parameters(devices: Callable[[Backend], bool]) -> list[Any]:
+    return [pytest.param(o, b, id=f"{o.name}-{b.name}") for o, b in declared() if devices(b)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("operator, backend", parameters(lambda b: "cpu" in b.devices))
+def test_equals_the_definition(operator: Operator, backend: Backend, dtype: torch.dtype) -> None:
+    compare(operator, backend, "cpu", dtype)
+
+
+def interpreted(operator_name: str, backend_name: str, dtype: torch.dtype) -> None:
+    """In a process of its own: Triton reads once, when it is imported, whether it interprets."""
+    operator = operators()[operator_name]
+    compare(operator, operator.find_backends()[backend_name], "cpu", dtype)
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            assert pool.submit(os.getenv, "TRITON_INTERPRET").result() == "1"  # the process has started
+        yield pool
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("operator, backend", parameters(lambda b: b.needs == ("triton",)))
+def test_our_triton_equals_the_definition(
+    interpreter: ProcessPoolExecutor, operator: Operator, backend: Backend, dtype: torch.dtype
+) -> None:
+    interpreter.submit(interpreted, operator.name, backend.name, dtype).result()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("little_tuning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("operator, backend", parameters(lambda b: "cuda" in b.devices))
+def test_equals_the_definition_on_a_gpu(operator: Operator, backend: Backend, dtype: torch.dtype) -> None:
+    call = choose.Call(operator.kinds[0], "cuda", dtype, 64)
+    refusal = choose.refuse(backend, call, choose.this_machine(), auto=False)
+    if refusal is not None:
+        pytest.skip(refusal)
+    compare(operator, backend, "cuda", dtype)
+
+
+def test_every_operator_has_a_definition_and_something_for_auto() -> None:
+    for operator in operators().values():
+        backends = operator.find_backends()
+        assert backends["reference"].kinds == operator.kinds and backends["reference"].order is None
+        for kind in operator.kinds:
+            assert any(b.order is not None and kind in b.kinds and not b.single for b in backends.values())
