@@ -47,5 +47,5 @@ def _table(segments: Segments) -> ChunkTable:
     start_M = borders[segment_M] + (place_M - first_N1[segment_M]) * CHUNK
     end_M = torch.minimum(start_M + CHUNK, borders[segment_M + 1])
     unused_M = place_M >= first_N1[-1]
-    last = borders[-1]
-    return ChunkTable(*(torch.where(unused_M, last, x).to(torch.int32) for x in (start_M, end_M)), first_N1)
+    start_M, end_M = (torch.where(unused_M, borders[-1], x).to(torch.int32) for x in (start_M, end_M))
+    return ChunkTable(start_M, end_M, first_N1)

@@ -20,6 +20,9 @@ from torchlinearmoe.segments import Segments
 Function = TypeVar("Function", bound=Callable)
 Version = tuple[int, ...]
 
+ROOM = __name__.rpartition(".")[0]
+"""The package of the operators."""
+
 WIDE = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 """What plain PyTorch computes."""
 NARROW = WIDE - {torch.float64}
@@ -138,7 +141,7 @@ class Operator:
     def find_backends(self) -> dict[str, Backend]:
         """Import the files of the folder, once; {name: backend}."""
         if not self.backends:
-            package = importlib.import_module(f"{__package__}.{self.name}")
+            package = importlib.import_module(f"{ROOM}.{self.name}")
             for info in pkgutil.iter_modules(package.__path__):
                 backend = getattr(importlib.import_module(f"{package.__name__}.{info.name}"), "BACKEND", None)
                 if isinstance(backend, Backend):
@@ -150,9 +153,9 @@ class Operator:
 @cache
 def operators() -> dict[str, Operator]:
     """Every operator of the room by name."""
-    package = importlib.import_module(__package__)
+    package = importlib.import_module(ROOM)
     modules = (info.name for info in pkgutil.iter_modules(package.__path__) if info.ispkg)
-    found = (getattr(importlib.import_module(f"{__package__}.{name}"), "OPERATOR", None) for name in modules)
+    found = (getattr(importlib.import_module(f"{ROOM}.{name}"), "OPERATOR", None) for name in modules)
     return {operator.name: operator for operator in found if isinstance(operator, Operator)}
 
 

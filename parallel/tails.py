@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchlinearmoe.kernels.backends.call import outside_graphs
+from torchlinearmoe.kernels.operator import outside_graphs
 from torchlinearmoe.parallel.gather import finish_gather, start_gather
 from torchlinearmoe.parallel.spans import Spans
 

@@ -15,11 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from torchlinearmoe.segments import Segments, bound_on_documents
 
 if TYPE_CHECKING:
     from torchlinearmoe.parallel.spans import Spans
@@ -66,6 +69,19 @@ class Documents:
     def max_length(self) -> int:
         """Tokens of the longest document."""
         return max(self.lengths)
+
+    @cached_property
+    def segments(self) -> Segments:
+        """What kernels read of documents that have states: N segments."""
+        return Segments(self.ids, self.cu_seqlens, self.lengths, single=set(self.lengths) == {1})
+
+    @cached_property
+    def bounded(self) -> Segments:
+        """What kernels read of documents without states: as many segments as the bound says, so that no shape tells
+        their number; those after the Nth have no tokens."""
+        more = bound_on_documents(self.num_tokens, self.num_documents) - self.num_documents
+        borders = torch.cat([self.cu_seqlens, self.cu_seqlens[-1:].expand(more)])
+        return Segments(self.ids, borders, (*self.lengths, *(0,) * more))
 
     @classmethod
     def packed(

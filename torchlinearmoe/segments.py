@@ -51,6 +51,12 @@ class Segments:
         ids = torch.repeat_interleave(numbers, borders.diff(), output_size=sum(lengths))
         return cls(ids, borders, lengths, single=bool(lengths) and set(lengths) == {1})
 
+    @classmethod
+    def of_ids(cls, ids: Tensor, count: int) -> Segments:
+        """`count` segments, some of them perhaps empty, whose lengths only the device knows; ids: int32 [T]."""
+        numbers = torch.arange(count + 1, dtype=ids.dtype, device=ids.device)
+        return cls(ids, torch.searchsorted(ids, numbers).to(torch.int32))
+
     @property
     def tokens(self) -> int:
         """T."""

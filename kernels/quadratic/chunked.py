@@ -215,7 +215,7 @@ class _Groups(torch.autograd.Function):
             key_features, query_features = group.key_features(), group.query_features()
             E, _, _ = group.entering(key_features, entered[index], initial)
             d_E = torch.matmul(query_features.transpose(-1, -2), d_out).to(E.dtype)
-            if d_initial is not None:
+            if d_initial is not None and group.before is not None:
                 d_initial.index_add_(0, group.before, d_E.squeeze(0).transpose(0, 1))
             d_stacked = torch.matmul(group.survives.t(), torch.cat([d_E, d_state.unsqueeze(2)], 2).flatten(-2))
             d_stacked = d_stacked.unflatten(-1, d_state.shape[-2:])

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
-from torchlinearmoe.mixers.past import Empty, Past, Resumed, Spanned, State
+from torchlinearmoe.mixers.past import After, Empty, Past, Resumed, Spanned, State
 from torchlinearmoe.models.rope import RopeScaling, frequencies
 from torchlinearmoe.registry import Registry
 
@@ -115,10 +115,10 @@ class Context:
         """What a layer's tokens find before them, `state` being the one that it is called with."""
         documents = self.documents
         if state is not None:
-            return Resumed(documents.ids, documents.cu_seqlens, state, self.stepping)
+            return Resumed(documents.segments, state)
         if documents.spans is not None:
-            return Spanned(documents.ids, documents.cu_seqlens, documents.spans)
-        return Empty(documents.ids)
+            return Spanned(documents.segments, documents.spans)
+        return Empty(documents.bounded)
 
     def rotary(
         self, dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
@@ -356,8 +356,13 @@ class Mixer(nn.Module):
         """Mix packed documents, [T, D] -> [T, D].
 
         With `state` (one entry a document) every document goes on from its entry and the states after its last token
-        come back; without, documents start empty and None comes back.
+        come back; without, documents start empty and None comes back. Carried tensors pass through.
         """
+        y_TD, after = self.run(x_TD, context, context.past(state))
+        return y_TD, None if state is None else after, carried or {}
+
+    def run(self, x_TD: Tensor, context: Context, past: Past) -> tuple[Tensor, After]:
+        """`forward` of a mixer without carried tensors: the output, and the parts of the state by name."""
         raise NotImplementedError
 
     def region(self, name: str, past: Past) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.kernels.flops import delta_rule_flops
+from torchlinearmoe.kernels.delta import delta_rule_flops
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
     Carry,
@@ -37,7 +37,7 @@ from torchlinearmoe.mixers.base import (
     row,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
-from torchlinearmoe.mixers.past import Past
+from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import delta_rule
 from torchlinearmoe.mixers.tail import Convolutions, in_float32
 
@@ -132,12 +132,15 @@ class DeltaMixer(LinearMixer):
         """b in float32."""
         return torch.sigmoid(in_float32(logits)) * self.top
 
-    def read(self, parts: Parts, past: Past) -> Tensor:
+    def read(self, parts: Parts, past: Past) -> tuple[Tensor, After]:
         beta = self.strength(parts["b"])
-        convolved = self.convs({name: parts[name] for name in "qkv"}, past)
+        convolved, after = self.convs({name: parts[name] for name in "qkv"}, past)
+        state = past.state.get("recurrent")
         q, k = (convolved[name].unflatten(-1, (-1, self.key_dim)) for name in "qk")
         v = convolved["v"].unflatten(-1, (-1, self.value_dim))
-        return delta_rule(q, k, v, beta, parts.get("decay"), past, scale=self.scale, backend=self.backend)
+        decay = parts.get("decay")
+        o, after["recurrent"] = delta_rule(q, k, v, beta, decay, past, state, scale=self.scale, backend=self.backend)
+        return o, after
 
     def output(self, o: Tensor, *reads: Tensor) -> Tensor:
         """[T, HV, V], [T, HV V] where there is a gate -> [T, D]."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.kernels.flops import linear_recurrence_flops
+from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
     Carry,
@@ -40,7 +40,7 @@ from torchlinearmoe.mixers.base import (
 )
 from torchlinearmoe.mixers.feature_maps import ELEMENTWISE
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
-from torchlinearmoe.mixers.past import Past
+from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.mixers.tail import Convolutions, GatedHeadNorm, in_float32
 
@@ -166,10 +166,14 @@ class GLA(LinearMixer):
         q, k = (self.phi(parts[name]).unflatten(-1, (-1, self.key_dim)) for name in "qk")
         return q, k, parts["v"].unflatten(-1, (-1, self.value_dim)), log_decay.unflatten(-1, (-1, self.key_dim))
 
-    def read(self, parts: Parts, past: Past) -> Tensor:
-        convolved = self.convs({name: parts[name] for name in "qkv"}, past)
+    def read(self, parts: Parts, past: Past) -> tuple[Tensor, After]:
+        convolved, after = self.convs({name: parts[name] for name in "qkv"}, past)
+        state = past.state.get("recurrent")
         q, k, v, log_decay = self.features(convolved, self.log_decay(parts["decay"]))
-        return linear_recurrence(q, k, v, log_decay, past, scale=self.scale, backend=self.backend)
+        o, after["recurrent"] = linear_recurrence(
+            q, k, v, log_decay, past, state, scale=self.scale, backend=self.backend
+        )
+        return o, after
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
         """[T, H, V], [T, H V] -> [T, D]."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.kernels.flops import linear_recurrence_flops
+from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.mixers.base import (
     Carry,
     MixerOptions,
@@ -40,7 +40,7 @@ from torchlinearmoe.mixers.base import (
     row,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
-from torchlinearmoe.mixers.past import Past
+from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import slot_attention
 from torchlinearmoe.mixers.tail import Convolutions, in_float32
 from torchlinearmoe.models.norm import RMSNorm
@@ -161,10 +161,14 @@ class GSA(LinearMixer):
         v, log_decay = parts["v"].unflatten(-1, (-1, self.value_dim)), log_decay.unflatten(-1, (-1, self.slots))
         return q, k, v, -torch.expm1(log_decay).to(q.dtype), log_decay
 
-    def read(self, parts: Parts, past: Past) -> Tensor:
-        convolved = self.convs({name: parts[name] for name in "qkv"}, past)
+    def read(self, parts: Parts, past: Past) -> tuple[Tensor, After]:
+        convolved, after = self.convs({name: parts[name] for name in "qkv"}, past)
         q, k, v, s, log_decay = self.features(convolved, self.log_decay(parts["f"]))
-        return slot_attention(q, k, v, s, log_decay, past, scale=SCALE, backend=self.backend)
+        keys, values = (past.state.get(name) for name in ("slot_keys", "slot_values"))
+        o, after["slot_keys"], after["slot_values"] = slot_attention(
+            q, k, v, s, log_decay, past, keys, values, scale=SCALE, backend=self.backend
+        )
+        return o, after
 
     def output(self, o: Tensor) -> Tensor:
         """[T, H, V] -> [T, D]."""

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlinearmoe.initialize import ZEROS, linear, set_initializers
-from torchlinearmoe.kernels.flops import linear_recurrence_flops
+from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.mixers.base import (
     Carry,
     Context,
@@ -38,7 +38,7 @@ from torchlinearmoe.mixers.base import (
     row,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
-from torchlinearmoe.mixers.past import Past
+from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.mixers.tail import Convolutions
 from torchlinearmoe.models.norm import RMSNorm
@@ -155,10 +155,14 @@ class HGRN2(LinearMixer):
         bound = context.shared[self.name][self.ordinal] if self.bounded else None
         return {**parts, "bound": bound}
 
-    def read(self, parts: Parts, past: Past) -> Tensor:
-        convolved = self.convs({name: parts[name] for name in "qfi"}, past)
+    def read(self, parts: Parts, past: Past) -> tuple[Tensor, After]:
+        convolved, after = self.convs({name: parts[name] for name in "qfi"}, past)
+        state = past.state.get("recurrent")
         q, k, v, log_decay = self.gates(convolved["q"], convolved["f"], convolved["i"], parts["bound"])
-        return linear_recurrence(q, k, v, log_decay, past, scale=self.scale, backend=self.backend)
+        o, after["recurrent"] = linear_recurrence(
+            q, k, v, log_decay, past, state, scale=self.scale, backend=self.backend
+        )
+        return o, after
 
     def output(self, o: Tensor) -> Tensor:
         """[T, H, V] -> [T, D]."""

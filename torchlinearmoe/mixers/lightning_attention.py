@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.kernels.flops import linear_recurrence_flops
+from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
     Carry,
@@ -41,7 +41,7 @@ from torchlinearmoe.mixers.base import (
     row,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
-from torchlinearmoe.mixers.past import Past
+from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.mixers.tail import Convolutions
 from torchlinearmoe.models.norm import RMSNorm
@@ -138,9 +138,12 @@ class LightningAttention(LinearMixer):
         heads = torch.arange(self.first_head, self.first_head + q.shape[1], device=q.device)
         return -self.depth_factor * alibi_slopes(heads, self.heads)
 
-    def read(self, parts: Parts, past: Past) -> Tensor:
-        q, k, v = (self.heads_of(x) for x in self.convs({name: parts[name] for name in "qkv"}, past).values())
-        return linear_recurrence(q, k, v, self.log_decay(q), past, scale=self.scale, backend=self.backend)
+    def read(self, parts: Parts, past: Past) -> tuple[Tensor, After]:
+        convolved, after = self.convs({name: parts[name] for name in "qkv"}, past)
+        q, k, v = (self.heads_of(x) for x in convolved.values())
+        decay, state = self.log_decay(q), past.state.get("recurrent")
+        o, after["recurrent"] = linear_recurrence(q, k, v, decay, past, state, scale=self.scale, backend=self.backend)
+        return o, after
 
     def heads_of(self, x: Tensor) -> Tensor:
         """[T, H K] -> [T, H, K]; the head count is read from the shape."""

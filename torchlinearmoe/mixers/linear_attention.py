@@ -20,7 +20,7 @@ from torch import Tensor
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.kernels.flops import linear_recurrence_flops
+from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
     Carry,
@@ -46,7 +46,7 @@ from torchlinearmoe.mixers.feature_maps import (
     num_parameters,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
-from torchlinearmoe.mixers.past import Past
+from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.mixers.tail import Convolutions, GatedHeadNorm
 
@@ -184,10 +184,12 @@ class LinearAttention(LinearMixer):
             v = torch.cat([v, v.new_ones(*v.shape[:-1], 1)], dim=-1)
         return q, k, v
 
-    def read(self, parts: Parts, past: Past) -> Tensor:
-        convolved = self.convs({name: parts[name] for name in "qkv"}, past)
+    def read(self, parts: Parts, past: Past) -> tuple[Tensor, After]:
+        convolved, after = self.convs({name: parts[name] for name in "qkv"}, past)
+        state = past.state.get("recurrent")
         q, k, v = self.features(convolved["q"], convolved["k"], convolved["v"])
-        return linear_recurrence(q, k, v, None, past, scale=self.scale, backend=self.backend)
+        o, after["recurrent"] = linear_recurrence(q, k, v, None, past, state, scale=self.scale, backend=self.backend)
+        return o, after
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
         """[T, H, V (+ 1)], [T, H V] -> [T, D]."""

@@ -1,7 +1,7 @@
 """A linear mixer in three steps, between which others can put something (`mom.py` does).
 
     parts = prepare(project(x))     what a token reads with and writes by
-    o = read(parts)                 convolutions, features, the recurrence
+    o, state = read(parts)          convolutions, features, the recurrence
     y = output(o, other reads)      norm, gate, output projection
 
 A subclass names its linear layers in `reads` and `writes`, keeps its short convolutions in `convs` under the names of
@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from torchlinearmoe.mixers.base import Carried, Context, Mixer, ModelDims, State
-from torchlinearmoe.mixers.past import Past
+from torchlinearmoe.mixers.base import Context, Mixer, ModelDims
+from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.tail import Convolutions
 
 Parts = dict[str, Any]
@@ -59,22 +59,20 @@ class LinearMixer(Mixer):
         """What `read` takes of the projected parts: some have passed fp32 units, tables and bounds have joined them."""
         return parts
 
-    def read(self, parts: Parts, past: Past) -> Tensor:
-        """What the prepared parts read, [T, H, ...]; head counts are taken from the shapes."""
+    def read(self, parts: Parts, past: Past) -> tuple[Tensor, After]:
+        """What the prepared parts read, [T, H, ...], and every part of the state that comes out; head counts are taken
+        from the shapes."""
         raise NotImplementedError
 
     def output(self, o: Tensor, *reads: Tensor) -> Tensor:
         """What was read [T, H, ...], and the parts in `reads` after the query -> [T, D]."""
         raise NotImplementedError
 
-    def mix(self, parts: Parts, past: Past) -> Tensor:
+    def mix(self, parts: Parts, past: Past) -> tuple[Tensor, After]:
         """From the prepared parts to the output, [T, D]."""
         _, *others = self.reads
-        return self.output(self.read(parts, past), *(parts[name] for name in others))
+        o, after = self.read(parts, past)
+        return self.output(o, *(parts[name] for name in others)), after
 
-    def forward(
-        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
-    ) -> tuple[Tensor, State | None, Carried]:
-        past = context.past(state)
-        parts = self.prepare(self.project(x_TD), context)
-        return self.region("mix", past)(parts, past), past.after, carried or {}
+    def run(self, x_TD: Tensor, context: Context, past: Past) -> tuple[Tensor, After]:
+        return self.region("mix", past)(self.prepare(self.project(x_TD), context), past)

@@ -25,17 +25,15 @@ from torch import Tensor, nn
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import ONES, Uniform, linear, set_initializers
-from torchlinearmoe.kernels.flops import linear_recurrence_flops
+from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
-    Carried,
     Carry,
     Context,
     Mixer,
     MixerOptions,
     ModelDims,
     Place,
-    State,
     StateSpec,
     TensorWord,
     Transition,
@@ -45,8 +43,8 @@ from torchlinearmoe.mixers.base import (
     register,
     row,
 )
-from torchlinearmoe.mixers.past import Past
-from torchlinearmoe.mixers.recurrence import linear_recurrence
+from torchlinearmoe.mixers.past import After, Past
+from torchlinearmoe.mixers.recurrence import ssd
 from torchlinearmoe.mixers.tail import (
     Convolutions,
     GroupedRMSNorm,
@@ -99,10 +97,10 @@ class StepDecay(nn.Module):
         )
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[T, H] -> dt [T, H], log decays [T, H], at most zero, and D [H]."""
+        """[T, H] -> dt [T, H], A [H], below zero, and D [H]."""
         dt = F.softplus(logits.to(self.A_log.dtype) + self.dt_bias)
         # A copy: parameters gathered for this module are freed when it returns.
-        return dt, -dt * self.A_log.exp(), self.D.clone()
+        return dt, -self.A_log.exp(), self.D.clone()
 
 
 @register("mamba2")
@@ -186,12 +184,6 @@ class Mamba2(Mixer):
         """Gate z and u [T, H P], B and C [T, G N] before their convolutions, step logits [T, H]."""
         return self.z_proj(x_TM), self.x_proj(x_TM), self.b_proj(x_TM), self.c_proj(x_TM), self.dt_proj(x_TM)
 
-    def recurrence_inputs(self, parts: dict[str, Tensor], dt: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries and keys [T, G, N], values and u [T, H, P]; head and group counts are read from the shapes."""
-        u = parts["x"].unflatten(-1, (-1, self.head_dim))
-        b, c = (parts[name].unflatten(-1, (-1, self.state)) for name in "bc")
-        return c, b, (in_float32(u) * dt[..., None]).to(u.dtype), u
-
     def mix(
         self,
         z: Tensor,
@@ -199,13 +191,16 @@ class Mamba2(Mixer):
         b: Tensor,
         c: Tensor,
         dt: Tensor,
-        log_decay: Tensor,
+        A: Tensor,
         skip: Tensor,
         past: Past,
-    ) -> Tensor:
-        """Convolutions, recurrence, norm and output projection, -> [T, M]."""
-        q, k, v, u = self.recurrence_inputs(self.convs({"x": u, "b": b, "c": c}, past), dt)
-        return self.output(linear_recurrence(q, k, v, log_decay, past, scale=1.0, backend=self.backend), u, skip, z)
+    ) -> tuple[Tensor, After]:
+        """Convolutions, recurrence, norm and output projection, -> [T, M]; head counts are read from the shapes."""
+        parts, after = self.convs({"x": u, "b": b, "c": c}, past)
+        u = parts["x"].unflatten(-1, (-1, self.head_dim))
+        b, c = (parts[name].unflatten(-1, (-1, self.state)) for name in "bc")
+        o, after["recurrent"] = ssd(u, dt, A, b, c, past, past.state.get("recurrent"), backend=self.backend)
+        return self.output(o, u, skip, z), after
 
     def output(self, o: Tensor, u: Tensor, skip: Tensor, z: Tensor) -> Tensor:
         """o, u: [T, H, P]; skip: [H]; z: [T, H P] -> [T, M]; up to the norm in float32."""
@@ -213,10 +208,6 @@ class Mamba2(Mixer):
         gated = wide.flatten(-2) * F.silu(in_float32(z))
         return self.o_proj(self.norm(gated).to(z.dtype))
 
-    def forward(
-        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
-    ) -> tuple[Tensor, State | None, Carried]:
-        past = context.past(state)
+    def run(self, x_TD: Tensor, context: Context, past: Past) -> tuple[Tensor, After]:
         z, u, b, c, logits = self.project(x_TD)
-        dt, log_decay, skip = self.decay(logits)
-        return self.region("mix", past)(z, u, b, c, dt, log_decay, skip, past), past.after, carried or {}
+        return self.region("mix", past)(z, u, b, c, *self.decay(logits), past)

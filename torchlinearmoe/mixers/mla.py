@@ -34,14 +34,12 @@ from torchlinearmoe.kernels.attention import cached_attention
 from torchlinearmoe.mixers.attention import attend, attend_to_history, with_history
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
-    Carried,
     Carry,
     Context,
     Mixer,
     MixerOptions,
     ModelDims,
     Place,
-    State,
     StateSpec,
     TensorWord,
     Transition,
@@ -51,6 +49,7 @@ from torchlinearmoe.mixers.base import (
     row,
 )
 from torchlinearmoe.mixers.cache import append_to_cache, padded_queries
+from torchlinearmoe.mixers.past import After, Past, Resumed
 from torchlinearmoe.models.norm import RMSNorm
 from torchlinearmoe.models.rope import rotate_interleaved
 
@@ -180,16 +179,14 @@ class MLA(Mixer):
         """[T, H, v] -> [T, D]."""
         return self.o_proj(o.flatten(-2))
 
-    def forward(
-        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
-    ) -> tuple[Tensor, State | None, Carried]:
+    def run(self, x_TD: Tensor, context: Context, past: Past) -> tuple[Tensor, After]:
         tables = context.rotary(self.rope_dim, self.theta, x_TD.dtype, self.scaling)
         q, latent, k_r = self.project(x_TD, *tables)
-        if state is None:
-            return self.output(self._attend_packed(q, latent, k_r, context.documents)), None, carried or {}
-        latents, keys = append_to_cache(state, context, latent=latent, rope_key=k_r)
+        if not isinstance(past, Resumed):
+            return self.output(self._attend_packed(q, latent, k_r, context.documents)), {}
+        latents, keys = append_to_cache(past.state, context, latent=latent, rope_key=k_r)
         attend_cache = self._attend_latents if context.stepping else self._attend_expanded
-        return self.output(attend_cache(q, latents, keys, context)), state, carried or {}
+        return self.output(attend_cache(q, latents, keys, context)), {**past.state}
 
     def _attend_packed(self, q: Tensor, latent: Tensor, k_r: Tensor, documents: Documents) -> Tensor:
         """Documents that start empty. Context-parallel ranks gather latents, unless heads are asked for."""

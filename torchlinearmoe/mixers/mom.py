@@ -43,27 +43,26 @@ from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.mixers.base import (
     MIXERS,
     REPLICATED_SUMMED,
-    Carried,
     Context,
     Mixer,
     MixerOptions,
     ModelDims,
     Place,
     SharedModule,
-    State,
     StateSpec,
     TensorWord,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
-from torchlinearmoe.mixers.past import Empty, Past, Resumed, Spanned
+from torchlinearmoe.mixers.past import After, Empty, Past, Resumed, Spanned
 from torchlinearmoe.mixers.tail import Convolutions
 from torchlinearmoe.moe.accounting import account
-from torchlinearmoe.moe.balance import Balance, attach_loss, count_assignments
+from torchlinearmoe.moe.balance import Balance, attach_loss
 from torchlinearmoe.moe.dispatch import LocalDispatch
 from torchlinearmoe.moe.grouped_linear import GroupedLinear
 from torchlinearmoe.moe.router import Router, Routing
 from torchlinearmoe.moe.statistics import LoadStatistics
 from torchlinearmoe.parallel.routed import route_spans
+from torchlinearmoe.segments import Segments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,12 +223,9 @@ class MoM(Mixer):
         matrices = sum(p.numel() for module in once for p in module.parameters() if p.dim() == 2)
         return 2.0 * (matrices - taps + self.write_rows * (memories + taps)) + self.mixing_flops(length)
 
-    def forward(
-        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
-    ) -> tuple[Tensor, State | None, Carried]:
-        past = context.past(state)
+    def run(self, x_TD: Tensor, context: Context, past: Past) -> tuple[Tensor, After]:
         routing = self._account(self.router(x_TD), context)
-        q, *reads = self.region("query", past)(x_TD, past)
+        (q, *reads), after = self.region("query", past)(x_TD, past)
         choice = self._with_shared(routing)
         x_RD, counts_M, rows = self.dispatcher.dispatch(x_TD, choice)
         if self.write_layers:
@@ -241,9 +237,9 @@ class MoM(Mixer):
         tokens_R = rows.order_R // self.write_rows
         memories_R = choice.topk_ids_Tk.flatten()[rows.order_R]
         parts = self.inner.prepare(parts, self._inner_context(context, tokens_R))
-        o_R = self._read(parts, tokens_R, memories_R, context.documents, past)
+        o_R, memory = self._read(parts, tokens_R, memories_R, context.documents, past)
         o_T = self.dispatcher.combine(o_R.flatten(1), rows).unflatten(1, o_R.shape[1:])
-        return self.inner.output(o_T, *reads), past.after, carried or {}
+        return self.inner.output(o_T, *reads), after | memory
 
     def _account(self, routing: Routing, context: Context) -> Routing:
         """Count this rank's part of the stream, as the experts' routers do, and attach the balance loss."""
@@ -263,10 +259,11 @@ class MoM(Mixer):
         ids_Tk = F.pad(routing.topk_ids_Tk, (0, 1), value=self.num_memories - 1)
         return routing._replace(topk_ids_Tk=ids_Tk, topk_weights_Tk=F.pad(routing.topk_weights_Tk, (0, 1), value=1.0))
 
-    def query(self, x_TD: Tensor, past: Past) -> tuple[Tensor, ...]:
-        """The query, convolved, and what `output` takes beside the read: [T, ...] each."""
+    def query(self, x_TD: Tensor, past: Past) -> tuple[tuple[Tensor, ...], After]:
+        """The query, convolved, and what `output` takes beside the read: [T, ...] each; and the convolution's state."""
         parts = self.inner.apply_layers(self.inner.reads, x_TD)
-        return tuple((parts | self.query_convs({"q": parts["q"]}, past)).values())
+        convolved, after = self.query_convs({"q": parts["q"]}, past)
+        return tuple((parts | convolved).values()), after
 
     def write(self, x_RD: Tensor, counts_M: Tensor) -> Parts:
         """What each row writes by, from the layers of its memory: [R, ...] each."""
@@ -281,33 +278,28 @@ class MoM(Mixer):
         shared = {self.inner.name: context.shared[self.name]} if self.name in context.shared else {}
         return replace(context, positions=context.positions[tokens_R], shared=shared, tables={})
 
-    def _read(self, parts: Parts, tokens_R: Tensor, memories_R: Tensor, documents: Documents, past: Past) -> Tensor:
-        """The rows through the inner recurrence, [R, H, ...]."""
-        M, N, documents_R = self.num_memories, documents.num_documents, documents.ids[tokens_R].long()
-        if isinstance(past, Resumed) and past.stepping:
+    def _read(
+        self, parts: Parts, tokens_R: Tensor, memories_R: Tensor, documents: Documents, past: Past
+    ) -> tuple[Tensor, After]:
+        """The rows through the inner recurrence, [R, H, ...], and the memories' states."""
+        M, N, documents_R = self.num_memories, past.segments.count, documents.ids[tokens_R].long()
+        if isinstance(past, Resumed) and past.segments.single:
             return self._step(parts, documents_R * M + memories_R, past)
         segments_R = memories_R * N + documents_R
-        ids_R = segments_R.to(torch.int32)
+        segments = Segments.of_ids(segments_R.to(torch.int32), M * N)
         if isinstance(past, Empty):
-            segments = Empty(ids_R)
-        else:
-            borders = F.pad(count_assignments(segments_R, M * N).cumsum(0), (1, 0)).to(torch.int32)
-            if isinstance(past, Spanned):
-                segments = Spanned(ids_R, borders, route_spans(past.spans, tokens_R, memories_R, M, N))
-            else:
-                states = {name: past.state[name].transpose(0, 1).flatten(0, 1) for name in self.inner.state_spec()}
-                segments = Resumed(ids_R, borders, states)
-        o_R = self.inner.region("read", segments)(parts, segments)
-        if isinstance(segments, Resumed) and isinstance(past, Resumed):
-            past.after.update({name: x.unflatten(0, (M, N)).transpose(0, 1) for name, x in segments.after.items()})
-        return o_R
+            return self.inner.region("read", past)(parts, Empty(segments))[0], {}
+        if isinstance(past, Spanned):
+            spans = route_spans(past.spans, tokens_R, memories_R, M, N)
+            return self.inner.region("read", past)(parts, Spanned(segments, spans))[0], {}
+        states = {name: past.state[name].transpose(0, 1).flatten(0, 1) for name in self.inner.state_spec()}
+        o_R, after = self.inner.read(parts, Resumed(segments, states))
+        return o_R, {name: after[name].unflatten(0, (M, N)).transpose(0, 1) for name in states}
 
-    def _step(self, parts: Parts, places_R: Tensor, past: Resumed) -> Tensor:
+    def _step(self, parts: Parts, places_R: Tensor, past: Resumed) -> tuple[Tensor, After]:
         """One token of each sequence: a row takes the state at its place among all memories of all, and leaves one."""
         flat = {name: past.state[name].flatten(0, 1) for name in self.inner.state_spec()}
         borders = torch.arange(places_R.shape[0] + 1, device=places_R.device, dtype=torch.int32)
-        rows = Resumed(borders[:-1], borders, {name: x[places_R] for name, x in flat.items()}, stepping=True)
-        o_R = self.inner.region("read", rows)(parts, rows)
-        for name, x in rows.after.items():
-            past.after[name] = flat[name].index_copy(0, places_R, x).view_as(past.state[name])
-        return o_R
+        rows = Segments(borders[:-1], borders, single=True)
+        o_R, after = self.inner.read(parts, Resumed(rows, {name: x[places_R] for name, x in flat.items()}))
+        return o_R, {name: x.index_copy(0, places_R, after[name]).view_as(past.state[name]) for name, x in flat.items()}

@@ -19,17 +19,15 @@ from torch import Tensor
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.kernels.flops import quadratic_attention_flops
-from torchlinearmoe.kernels.quadratic_features import feature_width
+from torchlinearmoe.kernels.quadratic import quadratic_attention_flops
+from torchlinearmoe.kernels.quadratic.features import feature_width
 from torchlinearmoe.mixers.base import (
-    Carried,
     Carry,
     Context,
     Mixer,
     MixerOptions,
     ModelDims,
     Place,
-    State,
     StateSpec,
     TensorWord,
     Transition,
@@ -37,7 +35,7 @@ from torchlinearmoe.mixers.base import (
     geometry,
     row,
 )
-from torchlinearmoe.mixers.past import Past
+from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import quadratic_attention
 from torchlinearmoe.mixers.tail import Convolutions
 
@@ -60,7 +58,7 @@ class QuadraticAttention(Mixer):
     transition = Transition.IDENTITY
     regions = ("project", "mix")
     kind: ClassVar[str]
-    """The polynomial, as in `kernels.ops.quadratic_attention`."""
+    """The polynomial, as in `kernels.quadratic.quadratic_attention`."""
     epsilon: ClassVar[float]
     """Added to the denominator."""
 
@@ -120,21 +118,21 @@ class QuadraticAttention(Mixer):
         q, k = self.prepare(*(x.unflatten(-1, (-1, self.feature_dim)) for x in (q, k)))
         return q, k, v.unflatten(-1, (-1, self.value_dim))
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, past: Past) -> Tensor:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, past: Past) -> tuple[Tensor, After]:
         """Convolutions, attention and output projection, -> [T, D]."""
-        parts = self.convs({"q": q, "k": k, "v": v}, past)
+        parts, after = self.convs({"q": q, "k": k, "v": v}, past)
         q, k, v = self.heads_of(parts["q"], parts["k"], parts["v"])
-        o = quadratic_attention(q, k, v, past, kind=self.kind, eps=self.epsilon, backend=self.backend)
-        return self.output(o, gate)
+        state = past.state.get("recurrent")
+        o, after["recurrent"] = quadratic_attention(
+            q, k, v, past, state, kind=self.kind, eps=self.epsilon, backend=self.backend
+        )
+        return self.output(o, gate), after
 
     def output(self, o: Tensor, gate: Tensor | None) -> Tensor:
         """[T, H, V], [T, H V] -> [T, D]."""
         o = o.flatten(-2)
         return self.o_proj(o if gate is None else o * F.silu(gate))
 
-    def forward(
-        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
-    ) -> tuple[Tensor, State | None, Carried]:
-        past = context.past(state)
+    def run(self, x_TD: Tensor, context: Context, past: Past) -> tuple[Tensor, After]:
         q, k, v, gate = self.project(x_TD)
-        return self.region("mix", past)(q, k, v, gate, past), past.after, carried or {}
+        return self.region("mix", past)(q, k, v, gate, past)

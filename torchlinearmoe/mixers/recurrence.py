@@ -1,7 +1,8 @@
 """The one entry of every recurrence: what is before the tokens (`past`) decides how it is computed.
 
 Documents that start empty, documents that go on from a state or from other ranks, and single tokens give the same
-numbers. States are read from `past.state` and left in `past.after` under the name of the part.
+numbers. Every entry takes the state that goes in, None for an empty one, and gives the output and the state that comes
+out, None where none went in.
 
 Shapes: T tokens, N documents, H heads, G heads of the state (each read by H / G neighbouring query heads), K and V key
 and value width of a head, S slots.
@@ -9,16 +10,20 @@ and value width of a head, S slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
-
 from torch import Tensor
 
-from torchlinearmoe.kernels import ops, step
+from torchlinearmoe.kernels.delta import delta_rule as delta_kernel
+from torchlinearmoe.kernels.dplr import dplr_rule as dplr_kernel
+from torchlinearmoe.kernels.linear import linear_recurrence as linear_kernel
+from torchlinearmoe.kernels.quadratic import quadratic_attention as quadratic_kernel
+from torchlinearmoe.kernels.slots import slot_attention as slot_kernel
+from torchlinearmoe.kernels.ssd import ssd as ssd_kernel
+from torchlinearmoe.kernels.ssd.lowered import as_recurrence
 from torchlinearmoe.mixers import spanned
-from torchlinearmoe.mixers.past import Empty, Past, Resumed, Spanned
+from torchlinearmoe.mixers.past import Past, Spanned
 from torchlinearmoe.mixers.tail import repeat_heads, same_heads
+
+Result = tuple[Tensor, Tensor | None]
 
 
 def linear_recurrence(
@@ -27,22 +32,57 @@ def linear_recurrence(
     v: Tensor,
     log_decay: Tensor | None,
     past: Past,
+    state: Tensor | None,
     *,
     scale: float,
     bonus: Tensor | None = None,
     backend: str,
-    name: str = "recurrent",
-) -> Tensor:
-    """`ops.linear_recurrence` of packed documents, [T, H, V] in q's type.
+) -> Result:
+    """`kernels.linear`, [T, H, V] in q's type.
 
     q: [T, H, K]; k: [T, G, K]; v: [T, G, V]; log_decay: None, [H], [T, G] or [T, G, K]; any of them may have fewer
-    heads, each then stands for neighbouring ones. State `name`: [N, G, K, V].
+    heads, each then stands for neighbouring ones. state: [N, G, K, V].
     """
     if isinstance(past, Spanned):
-        return spanned.linear_recurrence(q, k, v, log_decay, past, scale=scale, bonus=bonus, backend=backend)
+        return spanned.linear_recurrence(q, k, v, log_decay, past, scale=scale, bonus=bonus, backend=backend), None
     q, k, v, log_decay = same_heads(q, k, v, log_decay)
-    options = {"scale": scale, "bonus": bonus}
-    return _run(ops.linear_recurrence, step.linear_step, (q, k, v, log_decay), past, (name,), backend, options)
+    times = 1 if state is None else q.shape[1] // state.shape[1]
+    o, after = linear_kernel(
+        q,
+        k,
+        v,
+        log_decay,
+        segments=past.segments,
+        scale=scale,
+        bonus=bonus,
+        initial_state=None if state is None else repeat_heads(state, times),
+        want_final=state is not None,
+        backend=backend,
+    )
+    return o, None if after is None else after[:, ::times]
+
+
+def ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, past: Past, state: Tensor | None, *, backend: str
+) -> Result:
+    """`kernels.ssd`, [T, H, V] in x's type.
+
+    x: [T, H, V]; dt: [T, H]; A: [H]; B, C: [T, G, K]. state: [N, H, K, V].
+    """
+    if isinstance(past, Spanned):
+        q, k, v, log_decay = as_recurrence(x, dt, A, B, C)
+        return spanned.linear_recurrence(q, k, v, log_decay, past, scale=1.0, bonus=None, backend=backend), None
+    return ssd_kernel(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        segments=past.segments,
+        initial_state=state,
+        want_final=state is not None,
+        backend=backend,
+    )
 
 
 def delta_rule(
@@ -52,21 +92,27 @@ def delta_rule(
     beta: Tensor,
     log_decay: Tensor | None,
     past: Past,
+    state: Tensor | None,
     *,
     scale: float,
     backend: str,
-    name: str = "recurrent",
-) -> Tensor:
-    """`ops.delta_rule` with L2-normalised q and k of packed documents, [T, H, V] in q's type.
+) -> Result:
+    """`kernels.delta` with L2-normalised q and k, [T, H, V] in q's type.
 
-    q, k: [T, H or fewer, K]; v: [T, H, V]; beta: [T, H]; log_decay: None, [T, H] or [T, H, K]. State `name`:
-    [N, H, K, V].
+    q, k: [T, H or fewer, K]; v: [T, H, V]; beta: [T, H]; log_decay: None, [T, H] or [T, H, K]. state: [N, H, K, V].
     """
-    options = {"scale": scale, "l2_norm": True}
     inputs = (q, k, v, beta, log_decay)
     if isinstance(past, Spanned):
-        return spanned.dense_recurrence(ops.delta_rule, inputs, 2, past, backend=backend, **options)
-    return _run(ops.delta_rule, step.delta_step, inputs, past, (name,), backend, options)
+        return spanned.dense_recurrence(delta_kernel, inputs, 2, past, scale=scale, l2_norm=True, backend=backend), None
+    return delta_kernel(
+        *inputs,
+        segments=past.segments,
+        scale=scale,
+        l2_norm=True,
+        initial_state=state,
+        want_final=state is not None,
+        backend=backend,
+    )
 
 
 def dplr_rule(
@@ -77,20 +123,30 @@ def dplr_rule(
     b: Tensor,
     log_decay: Tensor,
     past: Past,
+    state: Tensor | None,
     *,
     scale: float,
     lower_bound: float,
     backend: str,
-    name: str = "recurrent",
-) -> Tensor:
-    """`ops.dplr_rule` of packed documents, [T, H, V] in q's type; no log decay is below `lower_bound`.
+) -> Result:
+    """`kernels.dplr`, [T, H, V] in q's type; no log decay is below `lower_bound`.
 
-    q, k, a, b, log_decay: [T, H, K]; v: [T, H, V]. State `name`: [N, H, K, V].
+    q, k, a, b, log_decay: [T, H, K]; v: [T, H, V]. state: [N, H, K, V].
     """
-    op, inputs = partial(ops.dplr_rule, lower_bound=lower_bound), (q, k, v, a, b, log_decay)
+    inputs = (q, k, v, a, b, log_decay)
     if isinstance(past, Spanned):
-        return spanned.dense_recurrence(op, inputs, 2, past, backend=backend, scale=scale)
-    return _run(op, step.dplr_step, inputs, past, (name,), backend, {"scale": scale})
+        return spanned.dense_recurrence(
+            dplr_kernel, inputs, 2, past, scale=scale, lower_bound=lower_bound, backend=backend
+        ), None
+    return dplr_kernel(
+        *inputs,
+        segments=past.segments,
+        scale=scale,
+        lower_bound=lower_bound,
+        initial_state=state,
+        want_final=state is not None,
+        backend=backend,
+    )
 
 
 def slot_attention(
@@ -100,71 +156,55 @@ def slot_attention(
     s: Tensor,
     log_decay: Tensor,
     past: Past,
+    keys: Tensor | None,
+    values: Tensor | None,
     *,
     scale: float,
     backend: str,
-    names: tuple[str, str] = ("slot_keys", "slot_values"),
-) -> Tensor:
-    """`ops.slot_attention` of packed documents, [T, H, V] in q's type.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`kernels.slots`, [T, H, V] in q's type, and the slot keys and values that come out.
 
-    q: [T, H, K]; k: [T, G, K]; v: [T, G, V]; s, log_decay: [T, G, S]. States `names`: [N, G, K, S] and [N, G, S, V].
+    q: [T, H, K]; k: [T, G, K]; v: [T, G, V]; s, log_decay: [T, G, S]. keys: [N, G, K, S]; values: [N, G, S, V].
     """
     if isinstance(past, Spanned):
-        return spanned.slot_attention(q, k, v, s, log_decay, past, scale=scale, backend=backend)
-    inputs = same_heads(q, k, v, s, log_decay)
-    return _run(ops.slot_attention, step.slot_step, inputs, past, names, backend, {"scale": scale})
+        return spanned.slot_attention(q, k, v, s, log_decay, past, scale=scale, backend=backend), None, None
+    q, k, v, s, log_decay = same_heads(q, k, v, s, log_decay)
+    initial, times = None, 1
+    if keys is not None and values is not None:
+        times = q.shape[1] // keys.shape[1]
+        initial = (repeat_heads(keys, times), repeat_heads(values, times))
+    o, after = slot_kernel(
+        q,
+        k,
+        v,
+        s,
+        log_decay,
+        segments=past.segments,
+        scale=scale,
+        initial_state=initial,
+        want_final=initial is not None,
+        backend=backend,
+    )
+    return (o, None, None) if after is None else (o, after[0][:, ::times], after[1][:, ::times])
 
 
 def quadratic_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    past: Past,
-    *,
-    kind: str,
-    eps: float,
-    backend: str,
-    name: str = "recurrent",
-) -> Tensor:
-    """`ops.quadratic_attention` of packed documents, normalised, [T, H, V] in q's type.
+    q: Tensor, k: Tensor, v: Tensor, past: Past, state: Tensor | None, *, kind: str, eps: float, backend: str
+) -> Result:
+    """`kernels.quadratic`, normalised, [T, H, V] in q's type.
 
-    q, k: [T, H, K]; v: [T, H, V]. State `name`: [N, H, F, V + 1] for F second-order features.
+    q, k: [T, H, K]; v: [T, H, V]. state: [N, H, F, V + 1] for F second-order features.
     """
     if isinstance(past, Spanned):
-        return spanned.quadratic_attention(q, k, v, past, kind=kind, eps=eps, backend=backend)
-    options = {"kind": kind, "eps": eps}
-    return _run(ops.quadratic_attention, step.quadratic_step, (q, k, v), past, (name,), backend, options)
-
-
-def _run(
-    op: Callable[..., Any],
-    one_step: Callable[..., Any],
-    inputs: Sequence[Tensor | None],
-    past: Empty | Resumed,
-    names: tuple[str, ...],
-    backend: str,
-    options: dict[str, Any],
-) -> Tensor:
-    """`op` over `inputs` [T, ...] as one packed row, or `one_step`; `names` are its states."""
-    row = [x if x is None or x.dim() == 1 else x[None] for x in inputs]
-    if isinstance(past, Empty):
-        return op(*row, document_ids=past.ids, backend=backend, **options)[0][0]
-    heads = max(x.shape[1] for x in inputs if x is not None and x.dim() > 1)
-    times = heads // past.state[names[0]].shape[1]
-    states = tuple(repeat_heads(past.state[name], times) for name in names)
-    if past.stepping:
-        o, after = one_step(*inputs, *states, **options)
-    else:
-        o, after = op(
-            *row,
-            initial_state=states if len(names) > 1 else states[0],
-            output_final_state=True,
-            cu_seqlens=past.cu_seqlens,
-            document_ids=past.ids,
-            backend=backend,
-            **options,
-        )
-        o = o[0]
-    for name, part in zip(names, after if len(names) > 1 else (after,), strict=True):
-        past.after[name] = part[:, ::times]
-    return o
+        return spanned.quadratic_attention(q, k, v, past, kind=kind, eps=eps, backend=backend), None
+    return quadratic_kernel(
+        q,
+        k,
+        v,
+        segments=past.segments,
+        kind=kind,
+        eps=eps,
+        initial_state=state,
+        want_final=state is not None,
+        backend=backend,
+    )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.kernels.flops import linear_recurrence_flops
+from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
     Carry,
@@ -39,7 +39,7 @@ from torchlinearmoe.mixers.base import (
 )
 from torchlinearmoe.mixers.feature_maps import ELEMENTWISE
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
-from torchlinearmoe.mixers.past import Past
+from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.mixers.tail import Convolutions, GatedHeadNorm
 from torchlinearmoe.models.rope import rotate
@@ -145,9 +145,12 @@ class Retention(LinearMixer):
     def prepare(self, parts: Parts, context: Context) -> Parts:
         return {**parts, "angles": self.rotary(context, parts["q"].dtype)}
 
-    def read(self, parts: Parts, past: Past) -> Tensor:
-        q, k, v = self.features(self.convs({name: parts[name] for name in "qkv"}, past), parts["angles"])
-        return linear_recurrence(q, k, v, self.log_decay(q), past, scale=self.scale, backend=self.backend)
+    def read(self, parts: Parts, past: Past) -> tuple[Tensor, After]:
+        convolved, after = self.convs({name: parts[name] for name in "qkv"}, past)
+        q, k, v = self.features(convolved, parts["angles"])
+        decay, state = self.log_decay(q), past.state.get("recurrent")
+        o, after["recurrent"] = linear_recurrence(q, k, v, decay, past, state, scale=self.scale, backend=self.backend)
+        return o, after
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
         """[T, H, V], [T, H V] -> [T, D]."""

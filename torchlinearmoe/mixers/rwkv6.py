@@ -26,17 +26,15 @@ from torch import Tensor, nn
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import ZEROS, Rows, Uniform, linear, set_initializers
-from torchlinearmoe.kernels.flops import linear_recurrence_flops
+from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
-    Carried,
     Carry,
     Context,
     Mixer,
     MixerOptions,
     ModelDims,
     Place,
-    State,
     StateSpec,
     TensorWord,
     Transition,
@@ -46,7 +44,7 @@ from torchlinearmoe.mixers.base import (
     register,
     row,
 )
-from torchlinearmoe.mixers.past import Past
+from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.mixers.rwkv import Depth, HeadGroupNorm
 from torchlinearmoe.mixers.tail import token_shift
@@ -194,9 +192,10 @@ class RWKV6(Mixer):
         """The recurrence; the bonus is counted among the matrices, as if it were one."""
         return linear_recurrence_flops(self.heads, self.head_dim, self.head_dim)
 
-    def project(self, x_TD: Tensor, past: Past) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Token shift, mixes and projections: see `project_after`."""
-        return self.project_after(x_TD, token_shift(x_TD, past))
+    def project(self, x_TD: Tensor, past: Past) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Token shift, mixes and projections: see `project_after`; and the last inputs."""
+        before_TD, last = token_shift(x_TD, past, past.state.get("shift"))
+        return self.project_after(x_TD, before_TD), last
 
     def project_after(self, x_TD: Tensor, before_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """r, k, v, gate and the data-dependent part of the decay, [T, H K] each, of tokens and their predecessors."""
@@ -206,21 +205,19 @@ class RWKV6(Mixer):
 
     def mix(
         self, r: Tensor, k: Tensor, v: Tensor, gate: Tensor, log_decay: Tensor, bonus: Tensor, past: Past
-    ) -> Tensor:
-        """Recurrence, norm and output projection, -> [T, D]."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Recurrence, norm and output projection, -> [T, D], and the recurrent state."""
         r, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (r, k, v))
-        o = linear_recurrence(r, k, v, log_decay, past, scale=1.0, bonus=bonus, backend=self.backend)
-        return self.output(o, gate)
+        state = past.state.get("recurrent")
+        o, after = linear_recurrence(r, k, v, log_decay, past, state, scale=1.0, bonus=bonus, backend=self.backend)
+        return self.output(o, gate), after
 
     def output(self, o: Tensor, gate: Tensor) -> Tensor:
         """[T, H, V], [T, H V] -> [T, D]."""
         y = self.norm(o)
         return self.o_proj((y * F.silu(gate.to(y.dtype))).to(gate.dtype))
 
-    def forward(
-        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
-    ) -> tuple[Tensor, State | None, Carried]:
-        past = context.past(state)
-        r, k, v, gate, logits = self.region("project", past)(x_TD, past)
-        log_decay, bonus = self.decay(logits)
-        return self.region("mix", past)(r, k, v, gate, log_decay, bonus, past), past.after, carried or {}
+    def run(self, x_TD: Tensor, context: Context, past: Past) -> tuple[Tensor, After]:
+        (r, k, v, gate, logits), last = self.region("project", past)(x_TD, past)
+        y_TD, recurrent = self.region("mix", past)(r, k, v, gate, *self.decay(logits), past)
+        return y_TD, {"recurrent": recurrent, "shift": last}

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from torchlinearmoe.initialize import Constant, Initializer, Normal, Rows, Uniform, linear, set_initializers
-from torchlinearmoe.kernels.flops import dplr_rule_flops
-from torchlinearmoe.kernels.normalize import l2_normalize
+from torchlinearmoe.kernels.delta.normalize import l2_normalize
+from torchlinearmoe.kernels.dplr import dplr_rule_flops
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
     Carried,
@@ -248,27 +248,39 @@ class RWKV7(Mixer):
     def mixing_flops(self, length: int) -> float:
         return dplr_rule_flops(self.heads, self.head_dim, self.head_dim)
 
-    def project(self, x_TD: Tensor, v_first: Tensor | None, past: Past) -> tuple[Tensor, ...]:
-        """Token shift, mixes and projections: r, k, v, learning rate, gate, decay logits, [T, H K] each."""
-        before_TD = token_shift(x_TD, past)
+    def project(self, x_TD: Tensor, v_first: Tensor | None, past: Past) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Token shift, mixes and projections: r, k, v, rate, gate, decay logits, [T, H K] each; and the last inputs."""
+        before_TD, last = token_shift(x_TD, past, past.state.get("shift"))
         r, w, k, v, a, g = (torch.lerp(x_TD, before_TD, self.mixes[name]) for name in "rwkvag")
         value = self.v_proj(v)
         if v_first is not None:
             value = torch.lerp(value, v_first, torch.sigmoid(self.value_lora(v)))
         rate = torch.sigmoid(self.rate_lora(a))
-        return self.r_proj(r), self.k_proj(k), value, rate, self.gate_lora(g), self.decay_lora(w)
+        return (self.r_proj(r), self.k_proj(k), value, rate, self.gate_lora(g), self.decay_lora(w)), last
 
-    def mix(self, r: Tensor, k: Tensor, v: Tensor, rate: Tensor, gate: Tensor, log_decay: Tensor, past: Past) -> Tensor:
-        """Keys, recurrence, norm, bonus and output projection, -> [T, D]."""
+    def mix(
+        self, r: Tensor, k: Tensor, v: Tensor, rate: Tensor, gate: Tensor, log_decay: Tensor, past: Past
+    ) -> tuple[Tensor, Tensor | None]:
+        """Keys, recurrence, norm, bonus and output projection, -> [T, D], and the recurrent state."""
         removal = l2_normalize(self.heads_of(k * self.removal), eps=1e-12)
         k = k * (1 + (rate - 1) * self.replacement)
         bonus = self.heads_of(in_float32(r * self.bonus) * k).sum(-1, keepdim=True)
         r, k, v, rate = (self.heads_of(x) for x in (r, k, v, rate))
-        o = dplr_rule(
-            r, k, v, -removal, removal * rate, log_decay, past, scale=1.0, lower_bound=LOWEST, backend=self.backend
+        o, after = dplr_rule(
+            r,
+            k,
+            v,
+            -removal,
+            removal * rate,
+            log_decay,
+            past,
+            past.state.get("recurrent"),
+            scale=1.0,
+            lower_bound=LOWEST,
+            backend=self.backend,
         )
         y = self.norm(o) + (bonus * v).flatten(-2)
-        return self.o_proj((y * gate).to(gate.dtype))
+        return self.o_proj((y * gate).to(gate.dtype)), after
 
     def heads_of(self, x: Tensor) -> Tensor:
         """[T, H K] -> [T, H, K]."""
@@ -279,9 +291,10 @@ class RWKV7(Mixer):
     ) -> tuple[Tensor, State | None, Carried]:
         past, carried = context.past(state), carried or {}
         v_first = None if self.sets_values else carried["v_first"]
-        r, k, v, rate, gate, logits = self.region("project", past)(x_TD, v_first, past)
-        y_TD = self.region("mix", past)(r, k, v, rate, gate, self.decay(logits), past)
-        return y_TD, past.after, {**carried, "v_first": v} if self.sets_values else carried
+        (r, k, v, rate, gate, logits), last = self.region("project", past)(x_TD, v_first, past)
+        y_TD, recurrent = self.region("mix", past)(r, k, v, rate, gate, self.decay(logits), past)
+        after = None if state is None else {"recurrent": recurrent, "shift": last}
+        return y_TD, after, {**carried, "v_first": v} if self.sets_values else carried
 
 
 def _uniform(inputs: int, outputs: int, reach: float) -> nn.Linear:

@@ -24,7 +24,6 @@ from torchlinearmoe.initialize import linear
 from torchlinearmoe.kernels.attention import cached_attention
 from torchlinearmoe.mixers.attention import attend
 from torchlinearmoe.mixers.base import (
-    Carried,
     Carry,
     Context,
     Mixer,
@@ -41,6 +40,7 @@ from torchlinearmoe.mixers.base import (
     row,
 )
 from torchlinearmoe.mixers.cache import append_to_cache, padded_queries
+from torchlinearmoe.mixers.past import After, Past, Resumed
 from torchlinearmoe.mixers.tail import Convolutions
 from torchlinearmoe.models.rope import rotate
 
@@ -148,19 +148,17 @@ class SoftmaxAttention(Mixer):
         """[T, H, d] -> [T, D]."""
         return self.o_proj(o.flatten(-2))
 
-    def forward(
-        self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
-    ) -> tuple[Tensor, State | None, Carried]:
-        documents, past = context.documents, context.past(state)
-        parts = self.convs(self.project(x_TD), past)
+    def run(self, x_TD: Tensor, context: Context, past: Past) -> tuple[Tensor, After]:
+        parts, after = self.convs(self.project(x_TD), past)
         tables = context.rotary(self.head_dim, self.theta, x_TD.dtype, self.scaling)
         q, k, v = self.place(parts["q"], parts["k"], parts["v"], *tables)
-        if state is None:
-            o = attend(q, k, v, documents, scale=self.head_dim**-0.5, backend=self.backend, window=self.window)
-            return self.output(o), None, carried or {}
+        if not isinstance(past, Resumed):
+            scale = self.head_dim**-0.5
+            o = attend(q, k, v, context.documents, scale=scale, backend=self.backend, window=self.window)
+            return self.output(o), after
         attend_state = self._attend_ring if self.window else self._attend_cache
-        o, kept = attend_state(q, k, v, context, state)
-        return self.output(o), {**kept, **(past.after or {})}, carried or {}
+        o, kept = attend_state(q, k, v, context, past.state)
+        return self.output(o), {**kept, **after}
 
     def _attend_cache(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: State) -> tuple[Tensor, State]:
         """Write the new keys and values into the cache (in place) and attend over it."""

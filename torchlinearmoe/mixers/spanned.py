@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from torchlinearmoe.kernels import ops
-from torchlinearmoe.kernels.backends.call import outside_graphs
-from torchlinearmoe.kernels.quadratic_features import QuadraticFeatures
+from torchlinearmoe.kernels import linear, quadratic, slots
+from torchlinearmoe.kernels.operator import outside_graphs
+from torchlinearmoe.kernels.quadratic.features import QuadraticFeatures
 from torchlinearmoe.mixers.past import Spanned
 from torchlinearmoe.mixers.tail import in_float32, repeat_heads, same_heads
 from torchlinearmoe.parallel.gather import Pending, finish_gather, start_gather
@@ -60,12 +60,9 @@ def linear_recurrence(
     write = k_G if decay is None else (in_float32(k_G) * decay.until_last).to(k.dtype)
     exchange = StateExchange(spans, [_written(write, v_G, past)], None if decay is None else decay.total)
     q, k, v, decay_H = same_heads(q, k_G, v_G, decay_G)
-    decay_H = decay_H if decay_H is None or decay_H.dim() == 1 else decay_H[None]
-    o, _ = ops.linear_recurrence(
-        q[None], k[None], v[None], decay_H, scale=scale, bonus=bonus, document_ids=past.ids, backend=backend
-    )
+    o, _ = linear.linear_recurrence(q, k, v, decay_H, segments=past.segments, scale=scale, bonus=bonus, backend=backend)
     (state,) = exchange.entering()
-    return o[0] + scale * _read(q if decay is None else decay.since_first(q), state, past)
+    return o + scale * _read(q if decay is None else decay.since_first(q), state, past)
 
 
 @outside_graphs
@@ -76,22 +73,21 @@ def dense_recurrence(
     spans, v, q = past.spans, inputs[v_index], inputs[0]
     assert v is not None and q is not None
     H, K, V = v.shape[1], q.shape[-1], v.shape[-1]
-    widened = [x if x is None else x[None] for x in inputs]
-    widened[v_index] = F.pad(v, (0, K))[None]
+    widened = list(inputs)
+    widened[v_index] = F.pad(v, (0, K))
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     identity = F.pad(torch.eye(K, dtype=dtype, device=q.device), (V, 0)).expand(spans.rows, H, K, V + K)
     o, final = op(
         *widened,
+        segments=past.segments,
         initial_state=past.first_states(identity),
-        output_final_state=True,
-        cu_seqlens=past.cu_seqlens,
-        document_ids=past.ids,
+        want_final=True,
         **options,
     )
     b, a = final.index_select(0, spans.last_R).split((V, K), -1)
     exchange = StateExchange(spans, [b], a, dense=True)
     (state,) = exchange.entering()
-    o, passed = o[0].split((V, K), -1)
+    o, passed = o.split((V, K), -1)
     return o + _rows_matmul(passed, state, past)
 
 
@@ -110,15 +106,18 @@ def slot_attention(
     q, k, v, s, decay_H = same_heads(q, k_G, v_G, s_G, decay_G)
     times = q.shape[1] // keys.shape[1]
     states = (repeat_heads(x, times) for x in (keys.transpose(-1, -2), values))
-    o, _ = ops.slot_attention(
-        *(x[None] for x in (q, k, v, s, decay_H)),
+    o, _ = slots.slot_attention(
+        q,
+        k,
+        v,
+        s,
+        decay_H,
+        segments=past.segments,
         scale=scale,
         initial_state=tuple(past.first_states(x) for x in states),  # pyright: ignore[reportArgumentType]
-        cu_seqlens=past.cu_seqlens,
-        document_ids=past.ids,
         backend=backend,
     )
-    return o[0]
+    return o
 
 
 @outside_graphs
@@ -127,16 +126,8 @@ def quadratic_attention(
 ) -> Tensor:
     """See `recurrence.quadratic_attention`; A is 1. Numerators and denominators are corrected, then divided."""
     v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-    o, final = ops.quadratic_attention(
-        q[None],
-        k[None],
-        v[None],
-        kind=kind,
-        normalize=False,
-        output_final_state=True,
-        cu_seqlens=past.cu_seqlens,
-        document_ids=past.ids,
-        backend=backend,
+    o, final = quadratic.quadratic_attention(
+        q, k, v, segments=past.segments, kind=kind, normalize=False, want_final=True, backend=backend
     )
     assert final is not None
     (state,) = StateExchange(past.spans, [final.index_select(0, past.spans.last_R)], None).entering()
@@ -145,7 +136,7 @@ def quadratic_attention(
     passed = checkpoint(
         lambda q, state: _read(phi.features(q), state, past), q, state, use_reentrant=False, preserve_rng_state=False
     )
-    wide = in_float32(o[0]) + in_float32(passed)
+    wide = in_float32(o) + in_float32(passed)
     return (wide[..., :-1] / (wide[..., -1:] + eps)).to(q.dtype)
 
 
@@ -158,7 +149,7 @@ class Decays:
     def __init__(self, log_decay: Tensor, past: Spanned, shifted: bool = False) -> None:
         spans, self.past = past.spans, past
         wide = in_float32(log_decay)
-        wide = wide.expand(past.ids.shape[0], -1) if wide.dim() == 1 else wide
+        wide = wide.expand(past.segments.tokens, -1) if wide.dim() == 1 else wide
         rows = spans.by_row(wide)  # [R, L, G] or [R, L, G, K]
         since = rows.cumsum(1)
         until = rows.flip(1).cumsum(1).flip(1)
@@ -221,7 +212,7 @@ class StateExchange:
 def _written(k: Tensor, v: Tensor, past: Spanned) -> Tensor:
     """sum_t k_t v_t^T over the document that each row's span ends with, k decayed already: [R, G, K, V] in float32."""
     spans = past.spans
-    last = spans.in_last(past.ids).view(-1, 1, 1)
+    last = spans.in_last(past.segments.ids).view(-1, 1, 1)
     k, v = (spans.by_row(x) for x in (torch.where(last, k, 0.0), v))
     if k.dtype in (torch.float32, torch.float64):
         return torch.einsum("rlgk,rlgv->rgkv", k, v)
@@ -231,7 +222,7 @@ def _written(k: Tensor, v: Tensor, past: Spanned) -> Tensor:
 
 def _read(q: Tensor, state: Tensor, past: Spanned) -> Tensor:
     """q^T S [T, H, V] for the document that each row's span begins with, zeros for others; state: [R, G, K, V]."""
-    return _rows_matmul(torch.where(past.spans.in_first(past.ids).view(-1, 1, 1), q, 0.0), state, past)
+    return _rows_matmul(torch.where(past.spans.in_first(past.segments.ids).view(-1, 1, 1), q, 0.0), state, past)
 
 
 def _rows_matmul(q: Tensor, state: Tensor, past: Spanned) -> Tensor:

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlinearmoe.initialize import ONES, Uniform, set_initializers
-from torchlinearmoe.kernels import ops, step
-from torchlinearmoe.kernels.backends.call import outside_graphs
+from torchlinearmoe.kernels.convolution import short_convolution
+from torchlinearmoe.kernels.operator import outside_graphs
+from torchlinearmoe.kernels.token_shift import token_shift as shift_kernel
 from torchlinearmoe.mixers.base import Carry, StateSpec, TensorWord, per_head
-from torchlinearmoe.mixers.past import Empty, Past, Spanned
+from torchlinearmoe.mixers.past import After, Past, Spanned
 from torchlinearmoe.parallel.tails import entering_inputs
 
 
@@ -39,40 +40,38 @@ class ShortConvolution(nn.Module):
         """The last W - 1 inputs."""
         return StateSpec((self.taps - 1, self.weight.shape[0]), Carry.LAST_TOKENS, fp32=False)
 
-    def forward(self, x: Tensor, past: Past, name: str, entering: Tensor | None = None) -> Tensor:
-        """[T, C] -> [T, C]; the state's name in `past` is `name`.
+    def forward(
+        self, x: Tensor, past: Past, state: Tensor | None, entering: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[T, C] -> [T, C], and the state that comes out where one went in: [N, W - 1, C].
 
         entering: what `parallel.tails.entering_inputs` gives for x under context parallelism, where it is known.
         """
-        options = {"activation": self.activation, "document_ids": past.ids}
-        if isinstance(past, Empty) or self.taps == 1:
-            return ops.short_convolution(x[None], self.weight, self.bias, **options)[0][0]
-        if isinstance(past, Spanned):
-            return self._spanned(x, past, entering)
-        state = past.state[name]
-        if past.stepping:
-            y, last = step.convolution_step(x, self.weight, self.bias, state, activation=self.activation)
-        else:
-            options |= {"initial_state": state, "output_final_state": True, "cu_seqlens": past.cu_seqlens}
-            y, last = ops.short_convolution(x[None], self.weight, self.bias, **options)
-            y = y[0]
-        assert last is not None
-        past.after[name] = last.to(state.dtype)
-        return y
+        if isinstance(past, Spanned) and self.taps > 1:
+            return self._spanned(x, past, entering), None
+        y, last = short_convolution(
+            x,
+            self.weight,
+            self.bias,
+            segments=past.segments,
+            activation=self.activation,
+            initial_state=state,
+            want_final=state is not None,
+        )
+        return y, None if last is None or state is None else last.to(state.dtype)
 
     @outside_graphs
     def _spanned(self, x: Tensor, past: Spanned, entering: Tensor | None) -> Tensor:
         if entering is None:
-            entering = entering_inputs(x, past.ids, past.spans, self.taps - 1)
-        return ops.short_convolution(
-            x[None],
+            entering = entering_inputs(x, past.segments.ids, past.spans, self.taps - 1)
+        return short_convolution(
+            x,
             self.weight,
             self.bias,
+            segments=past.segments,
             activation=self.activation,
             initial_state=past.first_states(entering),
-            cu_seqlens=past.cu_seqlens,
-            document_ids=past.ids,
-        )[0][0]
+        )[0]
 
     def tensor_parallel(self, prefix: str) -> dict[str, TensorWord]:
         """Channels split with the heads."""
@@ -110,18 +109,24 @@ class Convolutions(nn.ModuleDict):
             words |= conv.tensor_parallel(f"{prefix}.{name}")
         return words
 
-    def forward(self, inputs: dict[str, Tensor], past: Past) -> dict[str, Tensor]:
-        """Convolve each named input [T, C] that has a convolution; `conv_NAME` is the name of its state."""
+    def forward(self, inputs: dict[str, Tensor], past: Past) -> tuple[dict[str, Tensor], After]:
+        """Convolve each named input [T, C] that has a convolution; its state goes in and comes out as `conv_NAME`."""
         entering: dict[str, Tensor] = {}
         if isinstance(past, Spanned) and self.taps > 1:
             convolved = {name: x for name, x in inputs.items() if name in self}
-            together = entering_inputs(torch.cat(list(convolved.values()), -1), past.ids, past.spans, self.taps - 1)
+            joined = torch.cat(list(convolved.values()), -1)
+            together = entering_inputs(joined, past.segments.ids, past.spans, self.taps - 1)
             parts = together.split([x.shape[-1] for x in convolved.values()], -1)
             entering = dict(zip(convolved, parts, strict=True))
-        return {
-            name: self[name](x, past, f"conv_{name}", entering.get(name)) if name in self else self._bare(x)
-            for name, x in inputs.items()
-        }
+        outputs: dict[str, Tensor] = {}
+        after: After = {}
+        for name, x in inputs.items():
+            if name in self:
+                state = past.state.get(f"conv_{name}")
+                outputs[name], after[f"conv_{name}"] = self[name](x, past, state, entering.get(name))
+            else:
+                outputs[name] = self._bare(x)
+        return outputs, after
 
     def _bare(self, x: Tensor) -> Tensor:
         """A projection without a convolution."""
@@ -131,33 +136,18 @@ class Convolutions(nn.ModuleDict):
         return [(name, conv) for name, conv in self.items() if isinstance(conv, ShortConvolution)]
 
 
-def token_shift(x: Tensor, past: Past, name: str = "shift") -> Tensor:
-    """The token before each in its document, [T, D] -> [T, D]; state `name`: the last input, [N, 1, D]."""
-    if isinstance(past, Empty):
-        return ops.token_shift(x[None], document_ids=past.ids)[0][0]
+def token_shift(x: Tensor, past: Past, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The token before each in its document, [T, D] -> [T, D]; the state, in and out, is the last input, [N, 1, D]."""
     if isinstance(past, Spanned):
-        return _spanned_shift(x, past)
-    state = past.state[name]
-    if past.stepping:
-        before, last = step.token_shift_step(x, state)
-    else:
-        before, last = ops.token_shift(
-            x[None],
-            initial_state=state,
-            output_final_state=True,
-            cu_seqlens=past.cu_seqlens,
-            document_ids=past.ids,
-        )
-        before = before[0]
-    assert last is not None
-    past.after[name] = last.to(state.dtype)
-    return before
+        return _spanned_shift(x, past), None
+    before, last = shift_kernel(x, segments=past.segments, initial_state=state, want_final=state is not None)
+    return before, None if last is None or state is None else last.to(state.dtype)
 
 
 @outside_graphs
 def _spanned_shift(x: Tensor, past: Spanned) -> Tensor:
-    state = past.first_states(entering_inputs(x, past.ids, past.spans, 1))
-    return ops.token_shift(x[None], initial_state=state, cu_seqlens=past.cu_seqlens, document_ids=past.ids)[0][0]
+    state = past.first_states(entering_inputs(x, past.segments.ids, past.spans, 1))
+    return shift_kernel(x, segments=past.segments, initial_state=state)[0]
 
 
 class GatedHeadNorm(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.kernels.flops import linear_recurrence_flops
+from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.base import (
     Carry,
@@ -35,7 +35,7 @@ from torchlinearmoe.mixers.base import (
     row,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
-from torchlinearmoe.mixers.past import Past
+from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.mixers.tail import Convolutions, in_float32
 
@@ -71,11 +71,13 @@ class Toy(LinearMixer):
     def mixing_flops(self, length: int) -> float:
         return linear_recurrence_flops(self.heads, self.head_dim, self.head_dim)
 
-    def read(self, parts: Parts, past: Past) -> Tensor:
+    def read(self, parts: Parts, past: Past) -> tuple[Tensor, After]:
         q, k, v, logits = (parts[name].unflatten(-1, (-1, self.head_dim)) for name in ("q", "k", "v", "decay"))
         log_decay = self.log_decay(logits)
         bonus = self.bonus(log_decay)
-        return linear_recurrence(q, k, v, log_decay, past, scale=1.0, bonus=bonus, backend=self.backend)
+        state = past.state.get("recurrent")
+        o, state = linear_recurrence(q, k, v, log_decay, past, state, scale=1.0, bonus=bonus, backend=self.backend)
+        return o, {"recurrent": state}
 
     def log_decay(self, logits: Tensor) -> Tensor:
         return F.logsigmoid(in_float32(logits))

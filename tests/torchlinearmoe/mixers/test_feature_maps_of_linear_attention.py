@@ -12,7 +12,7 @@ from mixer_cases import Case, Dims, make_stack, relative
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import initialize
-from torchlinearmoe.kernels.flops import linear_recurrence_flops
+from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.feature_maps import (
     ELEMENTWISE,
