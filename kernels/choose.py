@@ -14,8 +14,10 @@ import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
+from torch import nn
 
 from torchlinearmoe.errors import UserError
 from torchlinearmoe.kernels.operator import Backend, Call, Operator, Version, legal_names, operators
@@ -23,6 +25,19 @@ from torchlinearmoe.kernels.operator import Backend, Call, Operator, Version, le
 logger = logging.getLogger("torchlinearmoe.kernels")
 
 _chosen: dict[str, tuple[str, str]] = {}
+
+
+KernelCall = tuple[Operator, str, Call]
+"""An operator, the name that a recipe asks for, and the call."""
+
+
+@runtime_checkable
+class CallsKernels(Protocol):
+    """A module that says beforehand what it will call."""
+
+    def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterable[KernelCall]:
+        """The calls whose backend the recipe may name; device: its type; dtype: what is computed in."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -165,16 +180,22 @@ def refuse(backend: Backend, call: Call, machine: Machine, *, auto: bool) -> str
         return f"its matrix products would round float32 to TF32; name '{backend.name}' to accept that"
     if auto and not backend.exact and machine.deterministic:
         return (
-            "its tuning may differ from run to run, training.deterministic is on; "
-            f"name '{backend.name}' to accept that"
+            f"its tuning may differ from run to run, training.deterministic is on; name '{backend.name}' to accept that"
         )
     return None
 
 
-def check(calls: Iterable[tuple[Operator, str, Call]]) -> None:
+def check(calls: Iterable[KernelCall]) -> None:
     """Choose for calls that will be made, ahead of the first: UserError, in one line, for the first that cannot."""
     for operator, requested, call in calls:
         choose(operator, requested, call)
+
+
+def check_modules(model: nn.Module, device: str, dtype: torch.dtype) -> None:
+    """`check` what the modules of `model` will call when they compute on `device` in `dtype`."""
+    for module in model.modules():
+        if isinstance(module, CallsKernels):
+            check(module.kernel_calls(device, dtype))
 
 
 def this_machine() -> Machine:

@@ -110,8 +110,9 @@ class ModelRecipe:
     """Use the embedding as the output head."""
     init_std: float
     """Standard deviation of the initial weights; output projections use it over sqrt(2 num_layers)."""
-    attention_backend: Literal["auto", "sdpa", "varlen", "flex"] = "auto"
-    """Kernel of the softmax layers: torch SDPA with masks, FlashAttention over packed documents, or FlexAttention."""
+    attention_backend: str = "auto"
+    """Kernel of the softmax layers, a file of `kernels/attention/`: torch SDPA with masks (`sdpa`), FlashAttention over
+    packed documents (`varlen`), FlexAttention (`flex`), or the definition (`reference`)."""
     kernel_backend: Literal["auto", "torch", "reference", "fla", "mamba_ssm", "triton"] = "auto"
     """Kernels of the linear mixers: chunk-parallel PyTorch, the definitions token by token, flash-linear-attention or
     mamba-ssm; `auto` decides operator by operator, and takes `torch` inside torch.compile."""

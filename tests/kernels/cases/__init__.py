@@ -45,7 +45,9 @@ class Case:
                 weight = torch.randn(x.shape, generator=generator, dtype=torch.float64)
                 loss = loss + (x.double() * weight.to(device)).sum()
         loss.backward()
-        results = outputs | {f"d_{name}": torch.zeros_like(x) if x.grad is None else x.grad for name, x in inputs.items()}
+        results = outputs | {
+            f"d_{name}": torch.zeros_like(x) if x.grad is None else x.grad for name, x in inputs.items()
+        }
         return {name: x.detach().cpu() for name, x in results.items()}
 
     def _leaf(self, name: str, x: Tensor, dtype: torch.dtype, device: str) -> Tensor:
