@@ -200,3 +200,8 @@ def test_a_backend_that_cannot_compute_is_refused_before_the_data_is_read(comman
     assert line.startswith("error: model.attention_backend = 'varlen': cannot compute attention (packed): it needs a ")
     assert line.endswith("; use 'auto' or 'sdpa'")
     assert "no-such-file" in command.refused(missing, "--model.layout=L", "--model.attention_backend=varlen")
+    line = command.refused(missing, "--moe.hidden_size=63", "--moe.backend=grouped_mm")
+    assert line == (
+        "error: moe.backend = 'grouped_mm': cannot compute grouped_mm: its rows are whole multiples of 16 bytes; "
+        "make their widths multiples of 4, use 'auto' or 'loop'"
+    )

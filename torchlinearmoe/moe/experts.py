@@ -12,12 +12,16 @@ R rows, D model width, F expert width, E experts (the local ones under expert pa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlinearmoe.initialize import Normal, set_initializers
-from torchlinearmoe.moe.grouped_mm import grouped_mm, pick_backend
+from torchlinearmoe.kernels import grouped_mm as products
+from torchlinearmoe.kernels.choose import KernelCall
+from torchlinearmoe.kernels.grouped_mm import grouped_mm
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -45,7 +49,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 class Experts(nn.Module):
     """E SwiGLU experts as two 3-D parameters, `gate_up` [E, D, 2F] and `down` [E, F, D].
 
-    backend: "grouped_mm", "loop", or "auto": grouped_mm wherever it runs.
+    backend: of their products, "auto" or one of `kernels/grouped_mm/`.
     """
 
     regions = ("forward",)
@@ -66,6 +70,11 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(num_experts, hidden_size, width))
         set_initializers(self, gate_up=Normal(std), down=Normal(out_std))
 
+    def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
+        """The two products."""
+        for _, inner, outer in (self.gate_up.shape, self.down.shape):
+            yield products.OPERATOR, self.backend, products.call(inner, outer, device, dtype)
+
     def forward(self, x_RD: Tensor, counts_E: Tensor, padded: bool = False) -> Tensor:
         """x_RD: [R, D] sorted by expert; counts_E: integer [E], rows of each expert, on x's device. Returns [R, D].
 
@@ -74,7 +83,7 @@ class Experts(nn.Module):
         GPU).
         """
         gate_up_EDF, down_EFD = self.gate_up, self.down
-        backend = pick_backend(self.backend, x_RD.dtype, (down_EFD.shape[2], down_EFD.shape[1]))
+        backend = self.backend
         offsets_E = counts_E.cumsum(0).to(torch.int32)
         if not padded:
             hidden_RF = swiglu(grouped_mm(x_RD, gate_up_EDF, offsets_E, backend))

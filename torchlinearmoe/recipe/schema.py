@@ -51,8 +51,9 @@ class MoERecipe:
     """The same in evaluation and decoding; absent: dropless."""
     drop_policy: Literal["probability", "position"] = "probability"
     """Over capacity, drop the least probable assignments or the latest tokens."""
-    backend: Literal["auto", "grouped_mm", "loop"] = "auto"
-    """How the experts are multiplied; `loop` is the slow oracle and the only one in float64."""
+    backend: str = "auto"
+    """How the experts are multiplied, a file of `kernels/grouped_mm/`: `grouped_mm`, or `loop`, the slow oracle and the
+    only one in float64."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,10 @@ def validate(recipe: Recipe) -> None:
 
 def _backends(recipe: Recipe) -> None:
     """The folder of an operator says which names there are."""
-    for key, value in (("model.attention_backend", recipe.model.attention_backend),):
+    for key, value in (
+        ("model.attention_backend", recipe.model.attention_backend),
+        ("moe.backend", recipe.model.moe.backend),
+    ):
         if value not in (legal := legal_names(key)):
             raise RecipeError(f"{key} = {value!r}: not a legal value; {nearest(value, legal)}")
 
