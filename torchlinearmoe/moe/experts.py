@@ -15,35 +15,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlinearmoe.initialize import Normal, set_initializers
 from torchlinearmoe.kernels import grouped_mm as products
 from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.grouped_mm import grouped_mm
-
-
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of [gate | up], saving nothing but its input and writing its gradient in one piece."""
-
-    @staticmethod
-    def forward(ctx, gate_up):
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate) * up  # not in place: torch 2.11 would compile a wrong backward
-
-    @staticmethod
-    def backward(ctx, *grads):
-        (grad,) = grads
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, -1)
-        return torch.cat((torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)), -1)
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up for gate_up = [gate | up]: [..., 2F] -> [..., F]."""
-    return _SwiGLU.apply(gate_up)  # type: ignore[return-value]
+from torchlinearmoe.kernels.swiglu import swiglu
 
 
 class Experts(nn.Module):
