@@ -12,17 +12,33 @@ import importlib.metadata
 import importlib.util
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import nn
 
 from torchlinearmoe.errors import UserError
 from torchlinearmoe.kernels.operator import Backend, Call, Operator, Version, legal_names, operators
+from torchlinearmoe.segments import Segments
 
 logger = logging.getLogger("torchlinearmoe.kernels")
 
 _chosen: dict[str, tuple[str, str]] = {}
+
+
+KernelCall = tuple[Operator, str, Call]
+"""An operator, the name that a recipe asks for, and the call."""
+
+
+@runtime_checkable
+class CallsKernels(Protocol):
+    """A module that says beforehand what it will call."""
+
+    def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterable[KernelCall]:
+        """The calls whose backend the recipe may name; device: its type; dtype: what is computed in."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -171,10 +187,32 @@ def refuse(backend: Backend, call: Call, machine: Machine, *, auto: bool) -> str
     return None
 
 
-def check(calls: Iterable[tuple[Operator, str, Call]]) -> None:
+def check(calls: Iterable[KernelCall], compiling: bool = False) -> list[Backend]:
     """Choose for calls that will be made, ahead of the first: UserError, in one line, for the first that cannot."""
+    chosen = []
     for operator, requested, call in calls:
-        choose(operator, requested, call)
+        name, reason = decide(operator, requested, call, this_machine(), compiling)
+        if not name:
+            raise UserError(reason)
+        chosen.append(operator.backends[name])
+    return chosen
+
+
+def calls_of(model: nn.Module, device: str, dtype: torch.dtype) -> list[KernelCall]:
+    """What the modules of `model` will call when they compute on a device of that type in `dtype`."""
+    modules = (module for module in model.modules() if isinstance(module, CallsKernels))
+    return [call for module in modules for call in module.kernel_calls(device, dtype)]
+
+
+def check_modules(model: nn.Module, device: str, dtype: torch.dtype, compiling: bool = False) -> None:
+    """`check` what the modules of `model` will call."""
+    check(calls_of(model, device, dtype), compiling)
+
+
+def views_of(model: nn.Module, device: str, dtype: torch.dtype) -> tuple[Callable[[Segments], Any], ...]:
+    """What makes the views that compiled regions of `model` read, ahead of them: all layers then share one."""
+    backends = check(calls_of(model, device, dtype), compiling=True)
+    return tuple(dict.fromkeys(backend.prepare for backend in backends if backend.prepare is not None))
 
 
 def this_machine() -> Machine:

@@ -40,7 +40,7 @@ class Call:
     dtype: torch.dtype
     """Of the tensors that are multiplied."""
     channels: int = 0
-    """Of a head's queries and keys."""
+    """Of a head's queries and keys; of grouped products, what divides the widths of their rows."""
     gradients: bool = True
     """Gradients are recorded."""
     single: bool = False

@@ -2,7 +2,7 @@
 
 pipeline stages of this rank, on meta -> tensor parallelism -> expert parallelism -> compile regions -> FSDP
 -> plain tensors inside forwards -> activation checkpointing -> allocate this rank's shards -> draw their initial values
--> bfloat16 weights beside the masters of what is nowhere sharded
+-> bfloat16 weights beside the masters of what is nowhere sharded -> views of documents that compiled regions read
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from torchlinearmoe.initialize import initialize
+from torchlinearmoe.kernels.choose import views_of
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.moe.balance import Balance, TokenLayout
 from torchlinearmoe.optim.masters import hold_masters
@@ -48,6 +49,8 @@ def build_parallel_model(recipe: Recipe, meshes: Meshes, device: torch.device, d
         part.to_empty(device=device)
         initialize(part, recipe.training.seed)
         hold_masters(part, dtype)
+        if recipe.training.compile:
+            part.views = views_of(part, device.type, dtype)
     stages = [part for part in parts if isinstance(part, Stage)]
     if not stages:
         return ParallelModel(parts, Loop(parts[0]))

@@ -26,6 +26,7 @@ from torchlinearmoe.data.splits import Splits
 from torchlinearmoe.data.tokenizer import check_vocabulary, load_tokenizer
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.evaluation import first_bad_layer, held_out_loss, silent_mixers
+from torchlinearmoe.kernels.choose import check_modules
 from torchlinearmoe.late import LateNumbers, to_device
 from torchlinearmoe.metrics.logger import MetricsLogger
 from torchlinearmoe.metrics.meter import Meter, peak_memory_gib
@@ -71,6 +72,9 @@ class Trainer:
         # Parts
         torch.use_deterministic_algorithms(training.deterministic)
         self.meshes = Meshes(degrees, device.type)
+        with torch.device("meta"):
+            self.whole = Decoder(recipe.model)
+        check_modules(self.whole, device.type, self.dtype, training.compile)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer)
         check_vocabulary(self.tokenizer, recipe.model.vocab_size)
         self.model_files = model_files(recipe, self.tokenizer)
@@ -118,8 +122,6 @@ class Trainer:
         )
         self.totals = StepTotals(self.tokens_per_step, self.tokens_per_step // training.sequence_length)
         # Watched
-        with torch.device("meta"):
-            self.whole = Decoder(recipe.model)
         self.flops_per_token = training_flops_per_token(self.whole, training.sequence_length)
         self.peak = peak_flops(device, self.dtype, recipe.metrics.peak_tflops)
         self.meter = Meter(total_steps=self.total_steps, step=self.step, device=device)

@@ -10,6 +10,7 @@ Documents stay where they are. With chunks of 4:
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -97,6 +98,7 @@ def layout_of(segments: Segments, chunk_size: int, with_states: bool) -> Layout:
     return Layout(tokens, M, C, documents, edges)
 
 
+@cache
 def prepare(chunk_size: int) -> Callable[[Segments], Layout]:
     """What makes the masks of a stream ahead of a compiled region, for `Backend.prepare`."""
     return lambda segments: layout_of(segments, chunk_size, False)

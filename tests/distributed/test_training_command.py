@@ -192,3 +192,16 @@ def test_a_run_that_stays_broken_exits_with_one_line(command: Command, monkeypat
     assert line.endswith(f"last good checkpoint: {command.folder}/checkpoints/step-2")
     monkeypatch.undo()
     assert [line["step"] for line in command("--training.max_skipped_steps=2")] == [1, 2, 3, 4]
+
+
+def test_a_backend_that_cannot_compute_is_refused_before_the_data_is_read(command: Command) -> None:
+    missing = f"--data.paths=['{command.folder}/no-such-file.jsonl']"
+    line = command.refused(missing, "--model.layout=LN", "--model.attention_backend=varlen")
+    assert line.startswith("error: model.attention_backend = 'varlen': cannot compute attention (packed): it needs a ")
+    assert line.endswith("; use 'auto' or 'sdpa'")
+    assert "no-such-file" in command.refused(missing, "--model.layout=L", "--model.attention_backend=varlen")
+    line = command.refused(missing, "--moe.hidden_size=63", "--moe.backend=grouped_mm")
+    assert line == (
+        "error: moe.backend = 'grouped_mm': cannot compute grouped_mm: its rows are whole multiples of 16 bytes; "
+        "make their widths multiples of 4, use 'auto' or 'loop'"
+    )

@@ -14,7 +14,7 @@ width of a head, N documents.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MethodType
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.mixers.past import After, Empty, Past, Resumed, Spanned, State
 from torchlinearmoe.models.rope import RopeScaling, frequencies
 from torchlinearmoe.registry import Registry
@@ -345,6 +346,10 @@ class Mixer(nn.Module):
     def tensor_parallel(self) -> dict[str, TensorWord]:
         """A word for each parameter of this layer, by its name in the module."""
         raise NotImplementedError
+
+    def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterable[KernelCall]:
+        """The calls of this layer whose backend the recipe may name, on a device of that type, computing in `dtype`."""
+        return ()
 
     def mixing_flops(self, length: int) -> float:
         """Forward FLOPs a token outside the projections, at `length` tokens a document."""

@@ -12,15 +12,18 @@ Shapes: T tokens, D width, H key heads, HV value heads, K and V key and value wi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.kernels.delta import delta_rule_flops
+from torchlinearmoe.kernels.choose import KernelCall
+from torchlinearmoe.kernels.delta import OPERATOR, delta_rule_flops
+from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
     Carry,
@@ -68,6 +71,8 @@ class DeltaMixer(LinearMixer):
     writes = {"k": ("k_proj",), "v": ("v_proj",), "b": ("b_proj",)}
     norm: nn.Module
     decay: nn.Module | None
+    gate_kind: ClassVar[str]
+    """Of the decay, as in `kernels.delta.kinds`."""
 
     def __init__(self, options: DeltaOptions, model: ModelDims, place: Place) -> None:
         super().__init__()
@@ -121,6 +126,9 @@ class DeltaMixer(LinearMixer):
     def tensor_parallel(self) -> dict[str, TensorWord]:
         words = {f"{name}_proj.weight": column() for name in "qkvb"} | self.convs.tensor_parallel("convs")
         return words | {"norm.weight": REPLICATED_SUMMED, "o_proj.weight": row()}
+
+    def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
+        yield OPERATOR, self.backend, Call(self.gate_kind, device, dtype, self.key_dim)
 
     def mixing_flops(self, length: int) -> float:
         return delta_rule_flops(self.value_heads, self.key_dim, self.value_dim)

@@ -33,6 +33,7 @@ class DeltaNet(DeltaMixer):
     """No decay; per-head norm, gate by choice."""
 
     Options = Options
+    gate_kind = "plain"
     variants = (
         {"conv": 0, "gate": True, "negative_eigenvalues": True},
         {"expand_k": 0.5, "expand_v": 1.5, "conv": 3},

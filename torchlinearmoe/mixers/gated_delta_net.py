@@ -60,6 +60,7 @@ class GatedDeltaNet(DeltaMixer):
     """One decay a head, float32 decay parameters; gated per-head norm."""
 
     Options = Options
+    gate_kind = "gated"
     writes = {**DeltaMixer.writes, "decay": ("a_proj",)}
     variants = (
         {"conv": 0, "expand_v": 1.0},

@@ -14,15 +14,19 @@ and value width of a head.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.kernels.linear import linear_recurrence_flops
+from torchlinearmoe.kernels.choose import KernelCall
+from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
+from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
     Carry,
@@ -152,6 +156,9 @@ class GLA(LinearMixer):
         words |= {"decay_down.weight": REPLICATED_SUMMED, "decay_up.weight": column(), "decay_up.bias": column()}
         words |= self.convs.tensor_parallel("convs")
         return words | {"norm.weight": REPLICATED_SUMMED, "o_proj.weight": row()}
+
+    def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
+        yield OPERATOR, self.backend, Call("diagonal", device, dtype, self.key_dim)
 
     def mixing_flops(self, length: int) -> float:
         return linear_recurrence_flops(self.heads, self.key_dim, self.value_dim)

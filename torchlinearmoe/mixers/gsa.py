@@ -14,6 +14,7 @@ and value width of a head, S slots.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,10 @@ from torch import Tensor
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
+from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import linear_recurrence_flops
+from torchlinearmoe.kernels.operator import Call
+from torchlinearmoe.kernels.slots import OPERATOR
 from torchlinearmoe.mixers.base import (
     Carry,
     MixerOptions,
@@ -145,6 +149,9 @@ class GSA(LinearMixer):
         words = {f"{name}_proj.weight": column() for name in "qkvf"}
         words |= self.convs.tensor_parallel("convs")
         return words | {"norm.weight": per_head(), "o_proj.weight": row()}
+
+    def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
+        yield OPERATOR, self.backend, Call("slots", device, dtype, self.key_dim)
 
     def mixing_flops(self, length: int) -> float:
         """Two passes: slots from keys, values from slots."""

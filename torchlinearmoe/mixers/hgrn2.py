@@ -12,6 +12,7 @@ Shapes: T tokens, D width, H heads of K = V, N documents.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlinearmoe.initialize import ZEROS, linear, set_initializers
-from torchlinearmoe.kernels.linear import linear_recurrence_flops
+from torchlinearmoe.kernels.choose import KernelCall
+from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
+from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.mixers.base import (
     Carry,
     Context,
@@ -140,6 +143,9 @@ class HGRN2(LinearMixer):
         words = {f"{name}.weight": column() for name in ("q_proj", "f_proj", "i_proj")}
         words |= self.convs.tensor_parallel("convs")
         return words | {"norm.weight": per_head(), "o_proj.weight": row()}
+
+    def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
+        yield OPERATOR, self.backend, Call("diagonal", device, dtype, self.head_dim)
 
     def mixing_flops(self, length: int) -> float:
         return linear_recurrence_flops(self.heads, self.head_dim, self.head_dim)

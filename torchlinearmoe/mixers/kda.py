@@ -64,6 +64,7 @@ class KDA(DeltaMixer):
     """One decay a channel from a low-rank gate, float32 decay parameters; per-head norm with a low-rank sigmoid."""
 
     Options = Options
+    gate_kind = "channels"
     reads = {"q": ("q_proj",), "gate": ("gate_down", "gate_up")}
     writes = {**DeltaMixer.writes, "decay": ("decay_down", "decay_up")}
     variants = (

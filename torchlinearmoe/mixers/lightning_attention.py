@@ -15,7 +15,7 @@ Shapes: T tokens, D width, H heads, K = V width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,7 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.kernels.linear import linear_recurrence_flops
+from torchlinearmoe.kernels.choose import KernelCall
+from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
+from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
     Carry,
@@ -129,6 +131,9 @@ class LightningAttention(LinearMixer):
         words |= self.convs.tensor_parallel("convs")
         norm = REPLICATED_SUMMED if self.norm_per_head else per_head()
         return words | {"norm.weight": norm, "o_proj.weight": row()}
+
+    def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
+        yield OPERATOR, self.backend, Call("constant", device, dtype, self.head_dim)
 
     def mixing_flops(self, length: int) -> float:
         return linear_recurrence_flops(self.heads, self.head_dim, self.head_dim)

@@ -12,6 +12,7 @@ Shapes: T tokens, D width, H heads, K and V key and value width of a head, F fea
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +21,9 @@ from torch import Tensor
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.kernels.linear import linear_recurrence_flops
+from torchlinearmoe.kernels.choose import KernelCall
+from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
+from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
     Carry,
@@ -171,6 +174,9 @@ class LinearAttention(LinearMixer):
         words |= self.convs.tensor_parallel("convs")
         words |= {name: REPLICATED_SUMMED for name, _ in self.named_parameters() if name.split(".")[0].endswith("_map")}
         return words | {"norm.weight": REPLICATED_SUMMED, "o_proj.weight": row()}
+
+    def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
+        yield OPERATOR, self.backend, Call("identity", device, dtype, self.features_per_head)
 
     def mixing_flops(self, length: int) -> float:
         columns = self.value_dim + self.normalize

@@ -16,6 +16,7 @@ width.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,10 @@ from torch import Tensor, nn
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import ONES, Uniform, linear, set_initializers
+from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import linear_recurrence_flops
+from torchlinearmoe.kernels.operator import Call
+from torchlinearmoe.kernels.ssd import OPERATOR
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
     Carry,
@@ -176,6 +180,9 @@ class Mamba2(Mixer):
         if self.groups == 1:
             words |= {name: REPLICATED_SUMMED for name in words if name.startswith(("b_", "c_", "convs.b", "convs.c"))}
         return words | {"norm.weight": per_head(), "o_proj.weight": row()}
+
+    def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
+        yield OPERATOR, self.backend, Call("ssd", device, dtype, self.state)
 
     def mixing_flops(self, length: int) -> float:
         return linear_recurrence_flops(self.heads, self.state, self.head_dim)

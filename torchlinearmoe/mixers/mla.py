@@ -21,6 +21,7 @@ query or key, v of a value, B sequences.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,9 @@ from torch import Tensor
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.kernels.attention import cached_attention
+from torchlinearmoe.kernels import attention
+from torchlinearmoe.kernels.cached_attention import cached_attention
+from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.mixers.attention import attend, attend_to_history, with_history
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
@@ -152,6 +155,10 @@ class MLA(Mixer):
             words = {"q_proj.weight": column()}
         words |= {f"{name}.weight": REPLICATED_SUMMED for name in ("kv_a_proj", "kv_a_norm")}
         return words | {"kv_b_proj.weight": column(), "o_proj.weight": row()}
+
+    def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
+        """Attention over packed documents."""
+        yield attention.OPERATOR, self.backend, attention.call(0, self.key_dim + self.rope_dim, device, dtype)
 
     def mixing_flops(self, length: int) -> float:
         """Scores and values, 2 H (n + r + v) a token seen, (length + 1) / 2 of them."""

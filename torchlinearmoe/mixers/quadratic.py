@@ -11,15 +11,19 @@ Shapes: T tokens, D width, H heads, K query and key width of a head, V value wid
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.kernels.quadratic import quadratic_attention_flops
+from torchlinearmoe.kernels.choose import KernelCall
+from torchlinearmoe.kernels.operator import Call
+from torchlinearmoe.kernels.quadratic import OPERATOR, quadratic_attention_flops
 from torchlinearmoe.kernels.quadratic.features import feature_width
 from torchlinearmoe.mixers.base import (
     Carry,
@@ -99,6 +103,9 @@ class QuadraticAttention(Mixer):
         names = ("q_proj", "k_proj", "v_proj") if self.g_proj is None else ("q_proj", "k_proj", "v_proj", "g_proj")
         words = {f"{name}.weight": column() for name in names}
         return words | self.convs.tensor_parallel("convs") | {"o_proj.weight": row()}
+
+    def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
+        yield OPERATOR, self.backend, Call(self.kind, device, dtype, self.feature_dim)
 
     def mixing_flops(self, length: int) -> float:
         rows = feature_width(self.kind, self.feature_dim)

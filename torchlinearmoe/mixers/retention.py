@@ -12,6 +12,7 @@ Shapes: T tokens, D width, H heads, K and V key and value width of a head.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +21,9 @@ from torch import Tensor
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.kernels.linear import linear_recurrence_flops
+from torchlinearmoe.kernels.choose import KernelCall
+from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
+from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
     Carry,
@@ -122,6 +125,9 @@ class Retention(LinearMixer):
         words = {f"{name}_proj.weight": column() for name in "qkvg"}
         words |= self.convs.tensor_parallel("convs")
         return words | {"norm.weight": REPLICATED_SUMMED, "o_proj.weight": row()}
+
+    def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
+        yield OPERATOR, self.backend, Call("constant", device, dtype, self.head_dim)
 
     def mixing_flops(self, length: int) -> float:
         return linear_recurrence_flops(self.heads, self.head_dim, self.value_dim)

@@ -17,6 +17,7 @@ Shapes: T tokens, D width, H heads of K = V, R rank of a mix, N documents.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,9 @@ from torch import Tensor, nn
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import ZEROS, Rows, Uniform, linear, set_initializers
-from torchlinearmoe.kernels.linear import linear_recurrence_flops
+from torchlinearmoe.kernels.choose import KernelCall
+from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
+from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
     Carry,
@@ -187,6 +190,9 @@ class RWKV6(Mixer):
         words |= {f"decay.{name}": per_head() for name in ("base", "bonus")}
         words |= {f"norm.{name}": per_head() for name in ("weight", "bias")}
         return words | {"decay_down.weight": REPLICATED_SUMMED, "o_proj.weight": row()}
+
+    def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
+        yield OPERATOR, self.backend, Call("bonus", device, dtype, self.head_dim)
 
     def mixing_flops(self, length: int) -> float:
         """The recurrence; the bonus is counted among the matrices, as if it were one."""

@@ -23,6 +23,7 @@ Shapes: T tokens, D width, H heads of K = V, R rank, N documents.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from torchlinearmoe.initialize import Constant, Initializer, Normal, Rows, Uniform, linear, set_initializers
+from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.delta.normalize import l2_normalize
-from torchlinearmoe.kernels.dplr import dplr_rule_flops
+from torchlinearmoe.kernels.dplr import OPERATOR, dplr_rule_flops
+from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
     Carried,
@@ -244,6 +247,9 @@ class RWKV7(Mixer):
                 words |= part.tensor_parallel(name)
         channels = ("decay.base", "removal", "replacement", "bonus", "norm.weight", "norm.bias")
         return words | {name: per_head() for name in channels} | {"o_proj.weight": row()}
+
+    def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
+        yield OPERATOR, self.backend, Call("dplr", device, dtype, self.head_dim)
 
     def mixing_flops(self, length: int) -> float:
         return dplr_rule_flops(self.heads, self.head_dim, self.head_dim)

@@ -13,6 +13,7 @@ longest.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,9 @@ from torch import Tensor
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.kernels.attention import cached_attention
+from torchlinearmoe.kernels import attention
+from torchlinearmoe.kernels.cached_attention import cached_attention
+from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.mixers.attention import attend
 from torchlinearmoe.mixers.base import (
     Carry,
@@ -128,6 +131,10 @@ class SoftmaxAttention(Mixer):
             words |= {f"{name}.bias": column() for name in ("q_proj", "k_proj", "v_proj")}
         words |= self.convs.tensor_parallel("convs")
         return words | {"o_proj.weight": row()}
+
+    def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
+        """Attention over packed documents."""
+        yield attention.OPERATOR, self.backend, attention.call(self.window, self.head_dim, device, dtype)
 
     def mixing_flops(self, length: int) -> float:
         """Scores and values, 4 H d a token seen: (length + 1) / 2 of them, fewer with a window."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torchlinearmoe.initialize import ONES, Uniform, set_initializers
 from torchlinearmoe.kernels.convolution import short_convolution
+from torchlinearmoe.kernels.norm import rms_norm
 from torchlinearmoe.kernels.operator import outside_graphs
 from torchlinearmoe.kernels.token_shift import token_shift as shift_kernel
 from torchlinearmoe.mixers.base import Carry, StateSpec, TensorWord, per_head
@@ -162,9 +163,7 @@ class GatedHeadNorm(nn.Module):
 
     def forward(self, o: Tensor, gate: Tensor) -> Tensor:
         """o, gate: [T, H, V] -> [T, H, V]."""
-        wide = in_float32(o)
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale * self.weight.to(wide.dtype) * self.activation(gate.to(wide.dtype))).to(gate.dtype)
+        return rms_norm(o, self.weight, self.eps, gate=gate, activation=self.activation)
 
 
 class GroupedRMSNorm(nn.Module):
@@ -179,9 +178,8 @@ class GroupedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]; the number of groups is read from the shape."""
-        wide = in_float32(x).unflatten(-1, (-1, self.group_width))
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return ((wide * scale).flatten(-2) * self.weight.to(wide.dtype)).to(x.dtype)
+        x, weight = (y.unflatten(-1, (-1, self.group_width)) for y in (x, self.weight))
+        return rms_norm(x, weight, self.eps).flatten(-2)
 
 
 def in_float32(x: Tensor) -> Tensor:

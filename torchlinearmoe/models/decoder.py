@@ -9,6 +9,7 @@ Shapes: B sequences, T tokens, D width, V vocabulary.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -25,6 +26,7 @@ from torchlinearmoe.models.block import Block
 from torchlinearmoe.models.norm import RMSNorm
 from torchlinearmoe.recipe.layers import layer_mixers
 from torchlinearmoe.recipe.schema import ModelRecipe
+from torchlinearmoe.segments import Segments
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Decoder(nn.Module):
     def __init__(self, recipe: ModelRecipe, layers: range | None = None) -> None:
         super().__init__()
         self.recipe = recipe
+        self.views: tuple[Callable[[Segments], Any], ...] = ()
+        """Of the documents of a forward, made ahead of the layers: what compiled regions read."""
         names = layer_mixers(recipe)
         layers = range(len(names)) if layers is None else layers
         self.holds_first, self.holds_last = layers.start == 0, layers.stop == len(names)
@@ -189,6 +193,8 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, list[State], Carried]:
         """Hidden states [T, D] and carried tensors through the blocks held here; the states come back if given."""
         after: list[State] = []
+        for make in self.views if states is None else ():
+            make(context.documents.bounded)
         for index, layer in enumerate(self.layers.values()):
             x, state, carried = layer(x, context, None if states is None else states[index], carried)
             if state is not None:

@@ -1,31 +1,30 @@
-"""RMSNorm with float32 statistics (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+"""RMSNorm as a module."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from torchlinearmoe.initialize import ONES, set_initializers
+from torchlinearmoe.kernels.norm import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim.
-
-    Statistics in float32 (float64 stays), result in x's type.
-    """
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim; `kernels.norm.rms_norm`."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(width))
         set_initializers(self, weight=ONES)
+        self.mean_square: Callable[[Tensor], Tensor] | None = None
+        """[..., width] -> [..., 1], in float32; given where ranks hold parts of the width."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        wide = x if x.dtype == torch.float64 else x.float()
-        scale = torch.rsqrt(self.mean_square(wide) + self.eps)
-        return (wide * scale * self.weight.to(wide.dtype)).to(x.dtype)
-
-    def mean_square(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., 1]; replaced where ranks hold parts of the width."""
-        return x.square().mean(-1, keepdim=True)
+        mean_square = None
+        if self.mean_square is not None:
+            mean_square = self.mean_square(x if x.dtype == torch.float64 else x.float())
+        return rms_norm(x, self.weight, self.eps, mean_square=mean_square)

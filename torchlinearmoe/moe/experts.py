@@ -12,40 +12,22 @@ R rows, D model width, F expert width, E experts (the local ones under expert pa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlinearmoe.initialize import Normal, set_initializers
-from torchlinearmoe.moe.grouped_mm import grouped_mm, pick_backend
-
-
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of [gate | up], saving nothing but its input and writing its gradient in one piece."""
-
-    @staticmethod
-    def forward(ctx, gate_up):
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate) * up  # not in place: torch 2.11 would compile a wrong backward
-
-    @staticmethod
-    def backward(ctx, *grads):
-        (grad,) = grads
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, -1)
-        return torch.cat((torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)), -1)
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up for gate_up = [gate | up]: [..., 2F] -> [..., F]."""
-    return _SwiGLU.apply(gate_up)  # type: ignore[return-value]
+from torchlinearmoe.kernels import grouped_mm as products
+from torchlinearmoe.kernels.choose import KernelCall
+from torchlinearmoe.kernels.grouped_mm import grouped_mm
+from torchlinearmoe.kernels.swiglu import swiglu
 
 
 class Experts(nn.Module):
     """E SwiGLU experts as two 3-D parameters, `gate_up` [E, D, 2F] and `down` [E, F, D].
 
-    backend: "grouped_mm", "loop", or "auto": grouped_mm wherever it runs.
+    backend: of their products, "auto" or one of `kernels/grouped_mm/`.
     """
 
     regions = ("forward",)
@@ -66,6 +48,11 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(num_experts, hidden_size, width))
         set_initializers(self, gate_up=Normal(std), down=Normal(out_std))
 
+    def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
+        """The two products."""
+        for _, inner, outer in (self.gate_up.shape, self.down.shape):
+            yield products.OPERATOR, self.backend, products.call(inner, outer, device, dtype)
+
     def forward(self, x_RD: Tensor, counts_E: Tensor, padded: bool = False) -> Tensor:
         """x_RD: [R, D] sorted by expert; counts_E: integer [E], rows of each expert, on x's device. Returns [R, D].
 
@@ -74,7 +61,7 @@ class Experts(nn.Module):
         GPU).
         """
         gate_up_EDF, down_EFD = self.gate_up, self.down
-        backend = pick_backend(self.backend, x_RD.dtype, (down_EFD.shape[2], down_EFD.shape[1]))
+        backend = self.backend
         offsets_E = counts_E.cumsum(0).to(torch.int32)
         if not padded:
             hidden_RF = swiglu(grouped_mm(x_RD, gate_up_EDF, offsets_E, backend))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlinearmoe.initialize import set_initializers
-from torchlinearmoe.moe.grouped_mm import grouped_mm, pick_backend
+from torchlinearmoe.kernels.grouped_mm import grouped_mm
 
 _ALIGNMENT = 16
 """Bytes that the fused kernel wants a row to be a multiple of."""
@@ -37,9 +37,8 @@ class GroupedLinear(nn.Module):
         # Narrow layers (one output a head) are widened with zeros to where the fused kernel runs.
         padding = -outputs % (_ALIGNMENT // x_RM.dtype.itemsize)
         wide_NEM = F.pad(weight_NEM, (0, 0, 0, 0, 0, padding)) if padding else weight_NEM
-        backend = pick_backend("auto", x_RM.dtype, (wide_NEM.shape[2], wide_NEM.shape[0]))
         offsets_E = counts_E.cumsum(0).to(torch.int32)
-        y_RN = grouped_mm(x_RM, wide_NEM.permute(1, 2, 0), offsets_E, backend)[:, :outputs]
+        y_RN = grouped_mm(x_RM, wide_NEM.permute(1, 2, 0), offsets_E)[:, :outputs]
         if self.bias is None:
             return y_RN
         rows_R = torch.arange(x_RM.shape[0], device=x_RM.device, dtype=torch.int32)

@@ -51,8 +51,9 @@ class MoERecipe:
     """The same in evaluation and decoding; absent: dropless."""
     drop_policy: Literal["probability", "position"] = "probability"
     """Over capacity, drop the least probable assignments or the latest tokens."""
-    backend: Literal["auto", "grouped_mm", "loop"] = "auto"
-    """How the experts are multiplied; `loop` is the slow oracle and the only one in float64."""
+    backend: str = "auto"
+    """How the experts are multiplied, a file of `kernels/grouped_mm/`: `grouped_mm`, or `loop`, the slow oracle and the
+    only one in float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +111,10 @@ class ModelRecipe:
     """Use the embedding as the output head."""
     init_std: float
     """Standard deviation of the initial weights; output projections use it over sqrt(2 num_layers)."""
-    attention_backend: Literal["auto", "sdpa", "varlen", "flex"] = "auto"
-    """Kernel of the softmax layers: torch SDPA with masks, FlashAttention over packed documents, or FlexAttention."""
-    kernel_backend: Literal["auto", "torch", "reference", "fla", "mamba_ssm", "triton"] = "auto"
+    attention_backend: str = "auto"
+    """Kernel of the softmax layers, a file of `kernels/attention/`: torch SDPA with masks (`sdpa`), FlashAttention over
+    packed documents (`varlen`), FlexAttention (`flex`), or the definition (`reference`)."""
+    kernel_backend: str = "auto"
     """Kernels of the linear mixers: chunk-parallel PyTorch, the definitions token by token, flash-linear-attention or
     mamba-ssm; `auto` decides operator by operator, and takes `torch` inside torch.compile."""
     moe: MoERecipe

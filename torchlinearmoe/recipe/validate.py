@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from torchlinearmoe.errors import RecipeError, divisors, nearest
+from torchlinearmoe.kernels.operator import legal_names
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.base import Transition
 from torchlinearmoe.recipe.layers import used_mixers
@@ -37,6 +38,7 @@ MIXER_LIMIT = 2**14
 
 def validate(recipe: Recipe) -> None:
     """Raise RecipeError for the first field that cannot be honoured."""
+    _backends(recipe)
     _bounded(recipe)
     _positive(recipe)
     _layers(recipe)
@@ -44,6 +46,17 @@ def validate(recipe: Recipe) -> None:
     _moe(recipe)
     _budget(recipe)
     _parallel(recipe)
+
+
+def _backends(recipe: Recipe) -> None:
+    """The folder of an operator says which names there are."""
+    for key, value in (
+        ("model.attention_backend", recipe.model.attention_backend),
+        ("model.kernel_backend", recipe.model.kernel_backend),
+        ("moe.backend", recipe.model.moe.backend),
+    ):
+        if value not in (legal := legal_names(key)):
+            raise RecipeError(f"{key} = {value!r}: not a legal value; {nearest(value, legal)}")
 
 
 def _bounded(recipe: Recipe) -> None:

@@ -8,33 +8,33 @@ from torch.nn import functional as F
 from torchlinearmoe.initialize import initialize
 from torchlinearmoe.mixers.past import Empty, Resumed, State
 from torchlinearmoe.mixers.tail import Convolutions, GroupedRMSNorm, inverse_softplus_of_exp, repeat_heads
+from torchlinearmoe.segments import Segments
 
 
 def _resumed(tokens: int, state: State) -> Resumed:
-    return Resumed(torch.zeros(tokens, dtype=torch.int32), torch.tensor([0, tokens], dtype=torch.int32), state)
+    return Resumed(Segments.of_lengths((tokens,)), state)
 
 
 def test_projections_without_convolution_are_activated_only_when_asked():
     x = torch.randn(6, 4)
-    ids = torch.zeros(6, dtype=torch.int32)
     for always, expected in ((False, x), (True, F.silu(x))):
         convs = Convolutions({"q": 4}, 0, always_activate=always)
-        resumed = _resumed(6, {})
-        for past in (Empty(ids), resumed):
-            assert torch.equal(convs({"q": x}, past)["q"], expected)
-        assert resumed.after == {}
+        for past in (Empty(Segments.of_lengths((6,))), _resumed(6, {})):
+            outputs, after = convs({"q": x}, past)
+            assert torch.equal(outputs["q"], expected)
+            assert after == {}
 
 
 def test_convolutions_activate_once():
-    x, ids = torch.randn(6, 4), torch.zeros(6, dtype=torch.int32)
+    x = torch.randn(6, 4)
     results = []
     for always in (False, True):
         convs = Convolutions({"q": 4}, 3, bias=True, always_activate=always)
         initialize(convs, 0)
-        results.append(convs({"q": x}, Empty(ids))["q"])
-        resumed = _resumed(6, {"conv_q": torch.zeros(1, 2, 4)})
-        torch.testing.assert_close(convs({"q": x}, resumed)["q"], results[-1])
-        assert torch.equal(resumed.after["conv_q"][0], x[-2:])
+        results.append(convs({"q": x}, Empty(Segments.of_lengths((6,))))[0]["q"])
+        outputs, after = convs({"q": x}, _resumed(6, {"conv_q": torch.zeros(1, 2, 4)}))
+        torch.testing.assert_close(outputs["q"], results[-1])
+        assert torch.equal(after["conv_q"][0], x[-2:])
     assert torch.equal(*results)
     assert sorted(name for name, _ in convs.named_parameters()) == ["q.bias", "q.weight"]
 

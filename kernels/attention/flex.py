@@ -1,0 +1,51 @@
+"""FlexAttention: a kernel that Inductor writes, with masks by blocks of rows. CUDA, where alone it has a backward."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from torchlinearmoe.kernels.attention.layout import Layout, by_rows
+from torchlinearmoe.kernels.operator import NARROW, Backend
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int) -> Tensor:
+    """As `packed_attention`; k and v have the keys of `layout`."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    grouped = k.shape[1] != q.shape[1]
+
+    def rows(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, key_ids: Tensor) -> Tensor:
+        (count, length), keys = ids.shape, key_ids.shape[1]
+        earlier = keys - length
+
+        def same_document(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+            seen = (ids[b, t] == key_ids[b, s]) & (s <= t + earlier)
+            return seen & (t + earlier - s < window) if window else seen
+
+        mask = create_block_mask(same_document, count, None, length, keys, device=str(q.device))
+        out = _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
+        assert isinstance(out, Tensor)
+        return out
+
+    return by_rows(rows, q, k, v, layout)
+
+
+@functools.cache
+def _compiled():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+BACKEND = Backend(
+    "flex",
+    attend,
+    kinds=("packed", "windowed"),
+    order=1,
+    dtypes=NARROW,
+    devices=frozenset(("cuda",)),
+    exact=False,  # TF32 where torch.set_float32_matmul_precision allows it
+)

@@ -1,0 +1,58 @@
+"""Where queries and keys lie: rows of equal length, and before a row's keys those of earlier tokens.
+
+two rows of 4, history (2, 0)      queries  a a b b | c c c d
+                                   keys   a a a a b b | c c c d
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The T queries and their keys; the last keys of a document are its queries' own."""
+
+    ids: Tensor
+    """int [T]: the document of each query."""
+    row_length: int
+    """L; no document crosses a multiple of it."""
+    history: tuple[int, ...]
+    """Keys before each row's own, all of its first document."""
+    borders: tuple[Tensor, Tensor]
+    """int32 [N + 1] each: where the documents' queries and keys end."""
+    longest: tuple[int, int]
+    """Most queries and most keys of a document."""
+
+    @property
+    def plain_rows(self) -> bool:
+        """Every row is one document that starts there."""
+        return self.borders[0].shape[0] - 1 == len(self.history) and not any(self.history)
+
+
+def by_rows(attend: Attend, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """`attend(q, k, v, ids, key_ids)` over rows, all at once where none has a history, else one after the other.
+
+    It is given q: [R, H, L, d], k: [R, G, M, d], v: [R, G, M, v], ids: [R, L] and key_ids: [R, M], the documents of
+    queries and keys, of which the last L are the queries' own, and returns [R, H, L, v].
+    """
+    length = layout.row_length
+    if not any(layout.history):
+        q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
+        ids = layout.ids.unflatten(0, (-1, length))
+        return attend(q, k, v, ids, ids).transpose(1, 2).flatten(0, 1)
+    keys = [length + earlier for earlier in layout.history]
+    rows = []
+    for *qkv, ids, earlier in zip(
+        q.split(length), k.split(keys), v.split(keys), layout.ids.split(length), layout.history
+    ):
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in qkv)
+        key_ids = torch.cat([ids[:1].expand(earlier), ids])
+        rows.append(attend(q, k, v, ids[None], key_ids[None]).squeeze(0).transpose(0, 1))
+    return torch.cat(rows)
