@@ -158,7 +158,7 @@ def refuse(backend: Backend, call: Call, machine: Machine, *, auto: bool) -> str
     With `auto` a defect of the backward pass also bars calls without gradients, so that a model is evaluated by the
     kernels that train it.
     """
-    if call.device not in backend.devices:
+    if backend.devices is not None and call.device not in backend.devices:
         wanted = "a CUDA device" if backend.devices == {"cuda"} else " or ".join(sorted(backend.devices))
         return f"it needs {wanted}, the tensors are on the {call.device}"
     missing = [name for name in backend.needs if name in machine.missing]

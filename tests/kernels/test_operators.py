@@ -65,12 +65,16 @@ def forced(operator: Operator, backend: Backend, run: Callable[[], Any]) -> Any:
         return run()
 
 
+def runs_on(backend: Backend, device: str) -> bool:
+    return backend.devices is None or device in backend.devices
+
+
 def parameters(devices: Callable[[Backend], bool]) -> list[Any]:
     return [pytest.param(o, b, id=f"{o.name}-{b.name}") for o, b in declared() if devices(b)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("operator, backend", parameters(lambda b: "cpu" in b.devices))
+@pytest.mark.parametrize("operator, backend", parameters(lambda b: runs_on(b, "cpu")))
 def test_equals_the_definition(operator: Operator, backend: Backend, dtype: torch.dtype) -> None:
     compare(operator, backend, "cpu", dtype)
 
@@ -102,7 +106,7 @@ def test_our_triton_equals_the_definition(
 @pytest.mark.gpu
 @pytest.mark.usefixtures("little_tuning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("operator, backend", parameters(lambda b: "cuda" in b.devices))
+@pytest.mark.parametrize("operator, backend", parameters(lambda b: runs_on(b, "cuda")))
 def test_equals_the_definition_on_a_gpu(operator: Operator, backend: Backend, dtype: torch.dtype) -> None:
     call = choose.Call(operator.kinds[0], "cuda", dtype, 64)
     refusal = choose.refuse(backend, call, choose.this_machine(), auto=False)
