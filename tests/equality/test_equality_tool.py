@@ -13,7 +13,7 @@ import pytest
 from equality_run import Figures, cases
 from record import RECORDED, differences, main, read
 
-from torchlinearmoe.kernels import ops
+from torchlinearmoe.mixers import recurrence
 
 CASE = "hgrn2"
 ROUNDING = 1 + 2.0**-23
@@ -39,7 +39,7 @@ def elsewhere(here: Path, tmp_path: Path) -> Path:
 
 def change(monkeypatch: pytest.MonkeyPatch, changed: Changed) -> None:
     """Let `changed` alter the arguments of the linear recurrence, and multiply its output by what it returns."""
-    usual = ops.linear_recurrence
+    usual = recurrence.linear_kernel
     signature = inspect.signature(usual)
 
     def other(*arguments: Any, **options: Any) -> Any:
@@ -48,7 +48,7 @@ def change(monkeypatch: pytest.MonkeyPatch, changed: Changed) -> None:
         o, *rest = usual(*bound.args, **bound.kwargs)
         return o * factor, *rest
 
-    monkeypatch.setattr(ops, "linear_recurrence", other)
+    monkeypatch.setattr(recurrence, "linear_kernel", other)
 
 
 def slower_decay(bound: inspect.BoundArguments) -> float:
