@@ -34,7 +34,7 @@ def of_backend(operator: Operator, backend: Backend, device: str, dtype: torch.d
     """Its cases, fresh."""
     for index, draw in enumerate(cases_of(operator)):
         torch.manual_seed(index)
-        case = draw()
+        case = draw().rounded(dtype)
         segments = case.options.get("segments")
         stateful = any(name.startswith(("initial", "first")) for name in case.inputs)
         single = segments is not None and segments.single and stateful

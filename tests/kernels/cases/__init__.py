@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,11 @@ class Case:
     """Times what a type is allowed."""
     channels: int = 0
     """Of `Call.channels`."""
+
+    def rounded(self, dtype: torch.dtype) -> Case:
+        """The same call with inputs that `dtype` can hold, so that only the arithmetic differs."""
+        inputs = {name: x if name in self.wide else x.to(dtype).double() for name, x in self.inputs.items()}
+        return replace(self, inputs=inputs)
 
     def run(self, backend: str, dtype: torch.dtype = torch.float64, device: str = "cpu") -> dict[str, Tensor]:
         """Every output, and the gradient of every input under fixed random cotangents."""
