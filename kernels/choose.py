@@ -70,6 +70,7 @@ def choose(operator: Operator, requested: str, call: Call) -> Backend:
         call.dtype,
         call.channels,
         call.gradients and torch.is_grad_enabled(),
+        call.states,
         call.single,
         torch.compiler.is_compiling(),
     )
@@ -87,6 +88,7 @@ def _choose(
     dtype: torch.dtype,
     channels: int,
     gradients: bool,
+    states: bool,
     single: bool,
     compiling: bool,
 ) -> tuple[str, str]:
@@ -96,7 +98,7 @@ def _choose(
     """
     operator = operators()[operator_name]
     name, reason = decide(
-        operator, requested, Call(kind, device, dtype, channels, gradients, single), this_machine(), compiling
+        operator, requested, Call(kind, device, dtype, channels, gradients, states, single), this_machine(), compiling
     )
     label = operator.label(kind) + (", one token" if single else "")
     if name and _chosen.get(label) != (name, reason):

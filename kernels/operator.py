@@ -43,6 +43,8 @@ class Call:
     """Of a head's queries and keys; of grouped products, what divides the widths of their rows."""
     gradients: bool = True
     """Gradients are recorded."""
+    states: bool = False
+    """States go in or out."""
     single: bool = False
     """One token a document, going on from a state: decoding."""
 

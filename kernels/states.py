@@ -19,6 +19,11 @@ def check_segments(segments: Segments, tokens: int) -> None:
     check_shape("segments", segments.ids, (tokens,))
 
 
+def facts_of(segments: Segments, initial: bool, want_final: bool) -> dict[str, bool]:
+    """What a `Call` says of states."""
+    return {"states": initial or want_final, "single": segments.single and initial}
+
+
 def checked_state(x: Tensor | None, shape: tuple[int, ...], segments: Segments, like: Tensor) -> Tensor | None:
     """An initial state [N, *shape] in float32, float64 where `like` is."""
     if x is None:

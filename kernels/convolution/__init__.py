@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchlinearmoe.kernels.choose import choose
 from torchlinearmoe.kernels.operator import Budget, Call, Operator
-from torchlinearmoe.kernels.states import check_segments, check_shape
+from torchlinearmoe.kernels.states import check_segments, check_shape, facts_of
 from torchlinearmoe.segments import Segments
 
 OPERATOR = Operator("convolution", ("convolution",))
@@ -40,8 +40,8 @@ def short_convolution(
         raise ValueError(f"activation: {activation!r}, legal: None, 'silu'")
     if initial_state is not None:
         check_shape("initial_state", initial_state, (segments.count, W - 1, D))
-    single = segments.single and initial_state is not None
-    chosen = choose(OPERATOR, backend, Call("convolution", x.device.type, x.dtype, single=single))
+    facts = facts_of(segments, initial_state is not None, want_final)
+    chosen = choose(OPERATOR, backend, Call("convolution", x.device.type, x.dtype, **facts))
     return chosen.run(x, weight, bias, activation, segments, initial_state, want_final)
 
 

@@ -10,7 +10,7 @@ from torchlinearmoe.kernels.delta.kinds import KINDS, delta_kind
 from torchlinearmoe.kernels.delta.normalize import l2_normalize
 from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Budget, Call, Operator
-from torchlinearmoe.kernels.states import check_segments, check_shape, checked_state
+from torchlinearmoe.kernels.states import check_segments, check_shape, checked_state, facts_of
 from torchlinearmoe.segments import Segments
 
 OPERATOR = Operator("delta", KINDS, key="model.kernel_backend")
@@ -50,8 +50,8 @@ def delta_rule(
     if l2_norm:
         q, k = l2_normalize(q), l2_normalize(k)
     initial_state = checked_state(initial_state, (HV, K, V), segments, q)
-    single = segments.single and initial_state is not None
-    chosen = choose(OPERATOR, backend, Call(delta_kind(log_decay), q.device.type, q.dtype, K, single=single))
+    facts = facts_of(segments, initial_state is not None, want_final)
+    chosen = choose(OPERATOR, backend, Call(delta_kind(log_decay), q.device.type, q.dtype, K, **facts))
     factor = K**-0.5 if scale is None else scale
     return chosen.run(q, k, v, beta, log_decay, factor, segments, initial_state, want_final)
 

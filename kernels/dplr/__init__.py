@@ -8,7 +8,7 @@ from torch import Tensor
 from torchlinearmoe.kernels.choose import choose
 from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Budget, Call, Operator
-from torchlinearmoe.kernels.states import check_segments, check_shape, checked_state
+from torchlinearmoe.kernels.states import check_segments, check_shape, checked_state, facts_of
 from torchlinearmoe.segments import Segments
 
 OPERATOR = Operator("dplr", ("dplr",), key="model.kernel_backend")
@@ -44,8 +44,8 @@ def dplr_rule(
     if lower_bound is not None and lower_bound >= 0:
         raise ValueError(f"lower_bound: {lower_bound}, legal: None, numbers below 0")
     initial_state = checked_state(initial_state, (H, K, V), segments, q)
-    single = segments.single and initial_state is not None
-    chosen = choose(OPERATOR, backend, Call("dplr", q.device.type, q.dtype, K, single=single))
+    facts = facts_of(segments, initial_state is not None, want_final)
+    chosen = choose(OPERATOR, backend, Call("dplr", q.device.type, q.dtype, K, **facts))
     factor = K**-0.5 if scale is None else scale
     return chosen.run(q, k, v, a, b, log_decay, lower_bound, factor, segments, initial_state, want_final)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchlinearmoe.kernels.choose import choose
 from torchlinearmoe.kernels.linear.kinds import KINDS, linear_kind
 from torchlinearmoe.kernels.operator import Budget, Call, Operator
-from torchlinearmoe.kernels.states import check_segments, check_shape, checked_state
+from torchlinearmoe.kernels.states import check_segments, check_shape, checked_state, facts_of
 from torchlinearmoe.segments import Segments
 
 OPERATOR = Operator("linear", KINDS, key="model.kernel_backend")
@@ -46,8 +46,8 @@ def linear_recurrence(
         if log_decay is None or log_decay.dim() != 3:
             raise ValueError("bonus: needs log_decay per channel, [T, H, K]")
     initial_state = checked_state(initial_state, (H, K, V), segments, q)
-    single = segments.single and initial_state is not None
-    call = Call(linear_kind(log_decay, bonus, want_final), q.device.type, q.dtype, K, single=single)
+    facts = facts_of(segments, initial_state is not None, want_final)
+    call = Call(linear_kind(log_decay, bonus, want_final), q.device.type, q.dtype, K, **facts)
     chosen = choose(OPERATOR, backend, call)
     factor = K**-0.5 if scale is None else scale
     return chosen.run(q, k, v, log_decay, bonus, factor, segments, initial_state, want_final)

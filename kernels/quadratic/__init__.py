@@ -9,7 +9,7 @@ from torch import Tensor
 from torchlinearmoe.kernels.choose import choose
 from torchlinearmoe.kernels.operator import Budget, Call, Operator
 from torchlinearmoe.kernels.quadratic.features import KINDS, feature_width
-from torchlinearmoe.kernels.states import check_segments, check_shape, checked_state
+from torchlinearmoe.kernels.states import check_segments, check_shape, checked_state, facts_of
 from torchlinearmoe.segments import Segments
 
 OPERATOR = Operator("quadratic", KINDS, key="model.kernel_backend")
@@ -47,8 +47,8 @@ def quadratic_attention(
     if factor <= 0:
         raise ValueError(f"scale: {factor}, legal: positive numbers")
     initial_state = checked_state(initial_state, (H, feature_width(kind, K), V + normalize), segments, q)
-    single = segments.single and initial_state is not None
-    chosen = choose(OPERATOR, backend, Call(kind, q.device.type, q.dtype, K, single=single))
+    facts = facts_of(segments, initial_state is not None, want_final)
+    chosen = choose(OPERATOR, backend, Call(kind, q.device.type, q.dtype, K, **facts))
     return chosen.run(q, k, v, kind, factor, normalize, eps, segments, initial_state, want_final)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchlinearmoe.kernels.choose import choose
 from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Budget, Call, Operator
-from torchlinearmoe.kernels.states import check_segments, check_shape, checked_state
+from torchlinearmoe.kernels.states import check_segments, check_shape, checked_state, facts_of
 from torchlinearmoe.segments import Segments
 
 OPERATOR = Operator("slots", ("slots",), key="model.kernel_backend")
@@ -45,8 +45,8 @@ def slot_attention(
         values = checked_state(initial_state[1], (H, S, V), segments, q)
         assert keys is not None and values is not None
         initial_state = (keys, values)
-    single = segments.single and initial_state is not None
-    chosen = choose(OPERATOR, backend, Call("slots", q.device.type, q.dtype, K, single=single))
+    facts = facts_of(segments, initial_state is not None, want_final)
+    chosen = choose(OPERATOR, backend, Call("slots", q.device.type, q.dtype, K, **facts))
     factor = K**-0.5 if scale is None else scale
     return chosen.run(q, k, v, s, log_decay, factor, segments, initial_state, want_final)
 

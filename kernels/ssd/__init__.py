@@ -11,7 +11,7 @@ from torch import Tensor
 from torchlinearmoe.kernels.choose import choose
 from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Budget, Call, Operator
-from torchlinearmoe.kernels.states import check_segments, check_shape, checked_state
+from torchlinearmoe.kernels.states import check_segments, check_shape, checked_state, facts_of
 from torchlinearmoe.segments import Segments
 
 OPERATOR = Operator("ssd", ("ssd",), key="model.kernel_backend")
@@ -45,8 +45,8 @@ def ssd(
     if H % G:
         raise ValueError(f"B, C: {G} groups, legal: a divisor of the {H} heads")
     initial_state = checked_state(initial_state, (H, K, V), segments, x)
-    single = segments.single and initial_state is not None
-    chosen = choose(OPERATOR, backend, Call("ssd", x.device.type, x.dtype, K, single=single))
+    facts = facts_of(segments, initial_state is not None, want_final)
+    chosen = choose(OPERATOR, backend, Call("ssd", x.device.type, x.dtype, K, **facts))
     return chosen.run(x, dt, A, B, C, segments, initial_state, want_final)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchlinearmoe.kernels.choose import choose
 from torchlinearmoe.kernels.operator import Budget, Call, Operator
-from torchlinearmoe.kernels.states import check_segments, check_shape
+from torchlinearmoe.kernels.states import check_segments, check_shape, facts_of
 from torchlinearmoe.segments import Segments
 
 OPERATOR = Operator("token_shift", ("token_shift",))
@@ -29,8 +29,8 @@ def token_shift(
     check_segments(segments, T)
     if initial_state is not None:
         check_shape("initial_state", initial_state, (segments.count, 1, D))
-    single = segments.single and initial_state is not None
-    chosen = choose(OPERATOR, backend, Call("token_shift", x.device.type, x.dtype, single=single))
+    facts = facts_of(segments, initial_state is not None, want_final)
+    chosen = choose(OPERATOR, backend, Call("token_shift", x.device.type, x.dtype, **facts))
     return chosen.run(x, segments, initial_state, want_final)
 
 

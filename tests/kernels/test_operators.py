@@ -38,7 +38,8 @@ def of_backend(operator: Operator, backend: Backend, device: str, dtype: torch.d
         segments = case.options.get("segments")
         stateful = any(name.startswith(("initial", "first")) for name in case.inputs)
         single = segments is not None and segments.single and stateful
-        call = choose.Call(case.kind, device, dtype, case.channels)
+        states = stateful or bool(case.options.get("want_final"))
+        call = choose.Call(case.kind, device, dtype, case.channels, states=states)
         if case.kind in backend.kinds and backend.single == single and backend.refuses(call) is None:
             yield index, case
 
