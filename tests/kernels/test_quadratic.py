@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from torchlinearmoe.kernels.reference.quadratic import second_order_features
 
 from torchlinearmoe.kernels import flops, ops, step
 from torchlinearmoe.kernels.chunked import quadratic
 from torchlinearmoe.kernels.quadratic.features import KINDS, QuadraticFeatures, feature_width
-from torchlinearmoe.kernels.reference.quadratic import second_order_features
 
 LENGTHS = (*AWKWARD_LENGTHS, 128, 129, 1, 300)
 

@@ -30,7 +30,8 @@ def test_using_the_package_from_the_repository_root_leaves_kernels_and_parallel_
     code = (
         "import sys; from torchlinearmoe import load_recipe, build_model, load_model, MIXERS, FAMILIES;"
         "import torchlinearmoe.trainer;"
-        "print([n for n in ('kernels', 'parallel') if n in sys.modules], 'torchlinearmoe.kernels.linear' in sys.modules)"
+        "print([n for n in ('kernels', 'parallel') if n in sys.modules], "
+        "'torchlinearmoe.kernels.linear' in sys.modules)"
     )
     assert _python(code) == "[] True"
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 MARK = "RESULT "
-_WORDS = ("contestant", "category", "part", "error")
+_WORDS = ("contestant", "category", "part", "operator", "backend", "error")
 
 
 def run_contestant(module: str, options: Mapping[str, Any], timeout: float) -> dict[str, Any]:

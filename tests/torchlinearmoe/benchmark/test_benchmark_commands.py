@@ -3,10 +3,13 @@
 import math
 
 import pytest
+import torch
 
 from torchlinearmoe.benchmark import __main__ as command
-from torchlinearmoe.benchmark import optimizer, profile, train
+from torchlinearmoe.benchmark import kernels, optimizer, profile, train
 from torchlinearmoe.benchmark.categories import CATEGORIES
+from torchlinearmoe.benchmark.kernel_calls import OPERATORS, timed_call
+from torchlinearmoe.kernels.operator import operators
 
 RECIPE = "recipes/quickstart.toml"
 TINY = ["--model.hidden_size=32", "--model.num_layers=2", "--model.layout=LN", "--model.num_heads=2"]
@@ -17,7 +20,7 @@ TINY += ["--moe.num_experts=4", "--moe.hidden_size=16"]
 def shown(monkeypatch: pytest.MonkeyPatch) -> dict[str, list]:
     """Rows of the tables, by title."""
     tables: dict[str, list] = {}
-    for module in (train, optimizer, profile):
+    for module in (train, kernels, optimizer, profile):
         monkeypatch.setattr(module, "show", lambda title, rows: tables.update({title: list(rows)}))
     return tables
 
@@ -56,6 +59,31 @@ def test_a_large_model_without_a_gpu_is_refused_in_one_line(monkeypatch, capsys)
         command.main(["optimizer", "--recipe", "recipes/qwen2_hgrn2.toml"])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: --recipe") and "quickstart" in line
+
+
+def test_kernels_are_held_to_their_definition_and_timed(shown, capsys):
+    small = ["--shape", "2x32", "--heads", "1", "--width", "8", "--repeats", "3", "--eager"]
+    assert command.main(["kernels", "--operators", "linear:scalar", "--backends", "torch", "fla", *small]) == 0
+    ((title, rows),) = shown.items()
+    assert title.startswith("kernels, 2x32")
+    ours, theirs = rows
+    assert ours["operator"] == "linear (scalar)" and ours["ms"] > ours["forward_ms"] > 0 and ours["difference"] < 1e-5
+    assert math.isclose(ours["of_floor"], ours["floor_ms"] / ours["ms"])
+    assert "needs a CUDA device" in theirs["error"]
+    with pytest.raises(SystemExit):
+        command.main(["kernels", "--operators", "linear:wide"])
+    assert "legal: linear:identity, linear:constant" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_call_that_is_timed_is_one_of_its_operator(operator):
+    for kind in operators()[operator].kinds:
+        call = timed_call(operator, kind, (5, 3), 2, 8, torch.device("cpu"), torch.float32)
+        out = call.run("torch")
+        out.sum().backward()
+        assert out.shape[0] == 8 and all(x.grad is not None for x in call.inputs.values())
+        moved = sum(x.numel() * x.element_size() for x in [*call.inputs.values(), out])
+        assert call.budget.forward_bytes == pytest.approx(moved, rel=0.2)
 
 
 @pytest.mark.parametrize("arguments", [["train", "--steps", "2"], ["optimizer", "--repeats", "2"]])
