@@ -95,7 +95,7 @@ class Backend:
     order: int | None = None
     """"auto" tries the highest first; None: only who names it gets it."""
     dtypes: frozenset[torch.dtype] = WIDE
-    devices: frozenset[str] = frozenset(("cpu", "cuda"))
+    devices: frozenset[str] = frozenset(("cpu", "cuda", "meta"))
     needs: tuple[str, ...] = ()
     """Top-level modules that must be importable; they are imported by the first call that is computed."""
     install: str = ""
