@@ -59,5 +59,6 @@ BACKEND = Backend(
     order=2,
     dtypes=frozenset((torch.bfloat16, torch.float16)),
     devices=frozenset(("cuda",)),
+    kept=("aten::_flash_attention_forward", "torch_attn::_varlen_attn"),
     refuses=refuse,
 )
