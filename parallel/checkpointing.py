@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from torchlinearmoe.kernels.operator import operators
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.recipe.schema import TrainingRecipe
 
@@ -28,16 +29,10 @@ KEPT_OPERATORS = (
     "aten::mm",
     "aten::addmm",
     "aten::topk",
-    "aten::_scaled_dot_product_flash_attention",
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_efficient_attention",
-    "aten::_scaled_dot_product_cudnn_attention",
-    "aten::_flash_attention_forward",
-    "torch_attn::_varlen_attn",
     "torchlinearmoe::scatter_rows",
     "torchlinearmoe::sum_over",
 )
-"""Whose outputs `selective` keeps."""
+"""Whose outputs `selective` keeps, besides those that backends name."""
 
 
 def is_checkpointed(training: TrainingRecipe, layer: int) -> bool:
@@ -63,8 +58,14 @@ def selective_contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
 
 
 @cache
+def _kept() -> frozenset[str]:
+    backends = (backend for operator in operators().values() for backend in operator.find_backends().values())
+    return frozenset(KEPT_OPERATORS).union(*(backend.kept for backend in backends))
+
+
+@cache
 def _is_kept(operator: Any) -> bool:
-    return getattr(operator, "_schema", None) is not None and operator._schema.name in KEPT_OPERATORS
+    return getattr(operator, "_schema", None) is not None and operator._schema.name in _kept()
 
 
 class _Selective(TorchDispatchMode):

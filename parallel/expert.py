@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchlinearmoe.moe.dispatch import DispatchContext, LocalDispatch, permute
+from torchlinearmoe.kernels.dispatch import permute
+from torchlinearmoe.moe.dispatch import DispatchContext, LocalDispatch
 from torchlinearmoe.moe.layer import MoE
 from torchlinearmoe.moe.router import Routing
 from torchlinearmoe.parallel.local import split_tensor

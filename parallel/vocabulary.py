@@ -30,7 +30,7 @@ def split_vocabulary(model: Decoder, group: str, rank: int, ranks: int) -> None:
         model.embed.forward = partial(embed_rows, model.embed, first=first, rows=rows, group=group)  # pyright: ignore
     if not model.holds_last:
         return
-    model.head.kernel = SplitLoss(first, group, ranks).chunk_loss
+    model.head.kernel, model.head.backend = SplitLoss(first, group, ranks).chunk_loss, "torch"
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         h_TD, *rest = args

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torchlinearmoe.kernels.attention.layout import Layout, by_rows
@@ -15,7 +16,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window
     """As `packed_attention`; k and v have the keys of `layout`."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    grouped = k.shape[1] != q.shape[1]
+    grouped, value_width = k.shape[1] != q.shape[1], v.shape[-1]
+    # Its products are of at least 16 channels. Those of zeros change no score and come back as zeros.
+    q, k, v = (F.pad(x, (0, 16 - x.shape[-1])) if x.shape[-1] < 16 else x for x in (q, k, v))
 
     def rows(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, key_ids: Tensor) -> Tensor:
         (count, length), keys = ids.shape, key_ids.shape[1]
@@ -30,7 +33,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window
         assert isinstance(out, Tensor)
         return out
 
-    return by_rows(rows, q, k, v, layout)
+    return by_rows(rows, q, k, v, layout)[..., :value_width]
 
 
 @functools.cache

@@ -35,4 +35,15 @@ def _mask(ids: Tensor, key_ids: Tensor, window: int) -> Tensor:
     return ((ids[:, :, None] == key_ids[:, None, :]) & causal)[:, None]
 
 
-BACKEND = Backend("sdpa", attend, kinds=("packed", "windowed"), order=0)
+BACKEND = Backend(
+    "sdpa",
+    attend,
+    kinds=("packed", "windowed"),
+    order=0,
+    kept=(
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+    ),
+)

@@ -17,10 +17,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window
     from torch.nn.attention.varlen import varlen_attn
 
     knows, value_width = parameters(), v.shape[-1]
-    if q.shape[-1] != value_width:
-        # FlashAttention wants one width. Channels of zeros change no score and come back as zeros.
-        width = max(q.shape[-1], value_width)
-        q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    # FlashAttention wants one width, a multiple of 8. Channels of zeros change no score and come back as zeros.
+    width = -(-max(q.shape[-1], value_width) // 8) * 8
+    q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
     options: dict[str, object] = {"window_size": (window - 1, 0)} if "window_size" in knows else {"is_causal": True}
     if k.shape[1] != q.shape[1]:
         if "enable_gqa" in knows:
@@ -47,10 +46,10 @@ def parameters() -> frozenset[str]:
 
 
 def refuse(call: Call) -> str | None:
-    """Windows, where this torch has none."""
+    """Windows, where this torch has none, and wide heads."""
     if call.kind == "windowed" and "window_size" not in parameters():
         return "this torch has it without windows; use 'auto' or 'flex'"
-    return None
+    return "it takes heads of at most 256 channels" if call.channels > 256 else None
 
 
 BACKEND = Backend(
@@ -60,5 +59,6 @@ BACKEND = Backend(
     order=2,
     dtypes=frozenset((torch.bfloat16, torch.float16)),
     devices=frozenset(("cuda",)),
+    kept=("aten::_flash_attention_forward", "torch_attn::_varlen_attn"),
     refuses=refuse,
 )

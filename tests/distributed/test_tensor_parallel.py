@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.initialize import initialize
-from torchlinearmoe.kernels import cross_entropy
+from torchlinearmoe.kernels.cross_entropy import chunked
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.parallel.local import shadow
@@ -83,11 +83,11 @@ def built(recipe: ModelRecipe, spread: bool) -> Decoder:
 
 
 def spread_results(rank: int, cases: list[Case], chunk: int) -> list[dict[str, Tensor]]:
-    usual, cross_entropy.CHUNK_ELEMENTS = cross_entropy.CHUNK_ELEMENTS, chunk
+    usual, chunked.CHUNK_ELEMENTS = chunked.CHUNK_ELEMENTS, chunk
     try:
         return [results_of(built(model_recipe(*case), spread=True)) for case in cases]
     finally:
-        cross_entropy.CHUNK_ELEMENTS = usual
+        chunked.CHUNK_ELEMENTS = usual
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.kernels.operator import legal_names, operators
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.models.families import FAMILIES
@@ -134,13 +135,20 @@ def _optimizers() -> dict[str, Group]:
 
 
 def _recipe_keys() -> Group:
-    """The type and default of every key."""
+    """The type and default of every key, and what those may say that name a backend."""
     classes = {**SECTIONS, **{f"mixer.{name}": MIXERS[name].Options for name in MIXERS.names()}}
-    return {
-        f"{section}.{entry.name}": f"{entry.type}{_default(entry)}"
+    entries = {
+        f"{section}.{entry.name}": entry
         for section, cls in classes.items()
         for entry in dataclasses.fields(cls)
         if entry.name not in NESTED
+    }
+    backends = {operator.key for operator in operators().values()}
+    return {key: f"{entry.type}{_default(entry)}" for key, entry in entries.items()} | {
+        f"{key} = {name!r}": "legal"
+        for key, entry in entries.items()
+        if key in backends and entry.type == "str"
+        for name in legal_names(key)
     }
 
 

@@ -51,7 +51,7 @@ class Head(nn.Module):
     def __init__(self, width: int, vocab_size: int, std: float, tied: bool) -> None:
         super().__init__()
         self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, width))
-        self.kernel = chunk_loss
+        self.kernel, self.backend = chunk_loss, "auto"
         set_initializers(self, weight=Normal(std))
 
     def forward(self, h: Tensor, labels: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
@@ -60,7 +60,7 @@ class Head(nn.Module):
         assert weight is not None
         if labels is None:
             return h @ weight.t()
-        return linear_cross_entropy(h, weight, labels, self.kernel)
+        return linear_cross_entropy(h, weight, labels, self.kernel, self.backend)
 
 
 class Decoder(nn.Module):

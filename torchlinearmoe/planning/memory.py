@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchlinearmoe.checkpoint.state import model_tensors
-from torchlinearmoe.kernels.cross_entropy import CHUNK_ELEMENTS
+from torchlinearmoe.kernels.cross_entropy.chunked import CHUNK_ELEMENTS
 from torchlinearmoe.mixers.base import Mixer
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.models.mlp import SwiGLU

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from torchlinearmoe.kernels.cross_entropy import chunk_rows
+from torchlinearmoe.kernels.cross_entropy.chunked import chunk_rows
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.models.mlp import SwiGLU
 from torchlinearmoe.models.norm import RMSNorm

@@ -30,21 +30,6 @@ def test_rows_are_sorted_by_expert_then_token(T: int, E: int, k: int, drop: bool
     assert context.padded == drop
 
 
-@pytest.mark.parametrize("T, E, k", [(1, 3, 2), (9, 4, 1), (12, 5, 3)])
-def test_gradients(T: int, E: int, k: int) -> None:
-    torch.manual_seed(T)
-    decision = routing(T, E, k)
-    x = torch.randn(T, 3, dtype=torch.float64, requires_grad=True)
-    scale = torch.randn(T * k, 1, dtype=torch.float64)
-    dispatcher = LocalDispatch(E)
-
-    def there_and_back(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        rows, _, context = dispatcher.dispatch(x, decision._replace(topk_weights_Tk=weights))
-        return dispatcher.combine(rows.tanh() * scale, context)
-
-    assert torch.autograd.gradcheck(there_and_back, (x, decision.topk_weights_Tk))
-
-
 def test_weights_are_applied_in_fp32() -> None:
     torch.manual_seed(7)
     decision = routing(64, 8, 4, torch.float32)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchlinearmoe.kernels import cross_entropy
-from torchlinearmoe.kernels.cross_entropy import IGNORED, chunk_loss, linear_cross_entropy
+from torchlinearmoe.kernels.cross_entropy import IGNORED, chunk_loss, chunked, linear_cross_entropy
 
 T, D, V = 37, 16, 53
 
@@ -29,7 +28,7 @@ def _run(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("rows", [1, 5, 36, 37, 1000])
 @pytest.mark.parametrize("ignored", [0.0, 0.3])
 def test_loss_and_both_gradients_equal_torchs_for_any_chunk(monkeypatch, rows: int, ignored: float):
-    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", rows * V)
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", rows * V)
     hidden, weight, labels = _inputs(torch.float64, ignored)
     chunks: list[int] = []
 
@@ -48,7 +47,7 @@ def test_loss_and_both_gradients_equal_torchs_for_any_chunk(monkeypatch, rows: i
 @pytest.mark.parametrize("rows", [8, 1000])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_bfloat16_is_close_to_float64_with_a_float32_loss(monkeypatch, rows: int, device: str):
-    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", rows * V)
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", rows * V)
     hidden, weight, labels = (x.detach().to(device) for x in _inputs(torch.bfloat16))
     for leaf in (hidden, weight):
         leaf.requires_grad_()

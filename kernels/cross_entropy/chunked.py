@@ -1,50 +1,26 @@
-"""Output head and cross entropy in one op that never holds all logits.
+"""Tokens go through the head in chunks, so that never all logits are held.
 
-Tokens go through the head in chunks; where a gradient is wanted, each chunk's gradient of the logits is turned into
-its share of the gradients of the hidden states and of the head right away, so forward costs the three matrix products
-and backward only a scale.
-
-Shapes: T tokens, D width, V vocabulary.
+Where a gradient is wanted, each chunk's gradient of the logits is turned into its share of the gradients of the hidden
+states and of the head right away, so forward costs the three matrix products and backward only a scale.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORED = -100
-"""Label of a position without a target."""
+from torchlinearmoe.kernels.cross_entropy import ChunkKernel
+from torchlinearmoe.kernels.operator import Backend
+
 CHUNK_ELEMENTS = 2**28
 """Logits of one chunk."""
 
-ChunkKernel = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-
-def chunk_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy of a chunk and its gradient by the logits.
-
-    logits: [C, V]; labels: int64 [C]. Computed in float32 (float64 stays); the gradient comes in the logits' type.
-    """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    valid = labels != IGNORED
-    target = labels.clamp(min=0)[:, None]
-    log_total = wide.logsumexp(-1, keepdim=True)
-    losses = (log_total - wide.gather(-1, target)).squeeze(-1)
-    hot = torch.arange(logits.shape[-1], device=logits.device) == target
-    gradient = (torch.exp(wide - log_total) - hot.to(wide.dtype)) * valid[:, None]
-    return torch.where(valid, losses, 0).sum(), gradient.to(logits.dtype)
-
-
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, kernel: ChunkKernel = chunk_loss) -> Tensor:
-    """Sum over tokens of the cross entropy of `hidden @ weight.T`.
-
-    hidden: [T, D]; weight: [V, D]; labels: int64 [T], IGNORED where there is no target. Returns a scalar, float32
-    (float64 for float64 inputs). Differentiable once.
-    """
+def loss(hidden: Tensor, weight: Tensor, labels: Tensor, kernel: ChunkKernel) -> Tensor:
+    """As `linear_cross_entropy`."""
     if not torch.is_grad_enabled():
         # An autograd.Function would see the parameters' requires_grad and compute gradients that nobody asked for.
         hidden, weight = hidden.detach(), weight.detach()
@@ -104,3 +80,6 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor, kind: torch.dtype) 
         return torch.addmm(total, a, b, out_dtype=kind, out=total)  # pyright: ignore[reportCallIssue]
     product = a @ b
     return product.to(kind) if total is None else total.add_(product)
+
+
+BACKEND = Backend("torch", loss, kinds=("cross_entropy",), order=0)
