@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchlinearmoe.kernels.operator import Operator
+from torchlinearmoe.kernels.operator import Operator, operators
 
 
 @dataclass
@@ -35,6 +35,11 @@ class Case:
     """Of `Call.channels`."""
     sums: tuple[str, ...] = ()
     """Inputs whose gradient is one sum over all tokens: its terms may cancel, the roundings of 16 bits do not."""
+
+    @property
+    def operator(self) -> Operator:
+        """The operator of `function`."""
+        return operators()[self.function.__module__.rpartition(".")[2]]
 
     @property
     def tokens(self) -> int:
