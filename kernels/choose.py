@@ -122,17 +122,17 @@ def decide(
         if refusal is None:
             return backend.name, "; ".join(refusals) or ("the only one" if len(backends) == 1 else "preferred")
         # The way out is for those who named the backend.
-        refusals.append(f"not {backend.name}: {refusal.rpartition('; ')[0]}")
+        refusals.append(f"not {backend.name}: {refusal.partition('; ')[0]}")
     return "", f"{operator.label(call.kind)}: nothing computes it here: {'; '.join(refusals)}"
 
 
 def _named(operator: Operator, name: str, call: Call, machine: Machine) -> tuple[str, str]:
-    legal = legal_names(operator.key) if operator.key else tuple(operator.find_backends())
-    key = operator.key or operator.name
+    key, backends = operator.key or operator.name, operator.find_backends()
+    legal = legal_names(operator.key) if operator.key else [n for n, b in backends.items() if not b.single]
     if name not in legal:
         return "", f"{key} = {name!r}: legal: {', '.join(legal)}"
-    backend = operator.find_backends().get(name)
-    others = [b for b in operator.backends.values() if call.kind in b.kinds and not b.single and b.order is not None]
+    backend = backends.get(name)
+    others = [b for b in backends.values() if call.kind in b.kinds and not b.single and b.order is not None]
     last = min(others, key=_order).name
     use = f"use 'auto' or '{last}'"
     if backend is None or call.kind not in backend.kinds:

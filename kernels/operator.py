@@ -1,7 +1,8 @@
 """What an operator and its backends say about themselves.
 
 An operator is a folder here: `__init__.py` holds its signature, its checks and its `OPERATOR`; every other file that
-ends in a `BACKEND` is one way to compute it and is found by being there. `choose.py` picks between them.
+ends in a `BACKEND` is one way to compute it and is found by being there. `choose.py` picks between them. Files named
+`..._kernels` need a package that may be missing: backends import them when they are called.
 """
 
 from __future__ import annotations
@@ -145,8 +146,9 @@ class Operator:
         """Import the files of the folder, once; {name: backend}."""
         if not self.backends:
             package = importlib.import_module(f"{ROOM}.{self.name}")
-            for info in pkgutil.iter_modules(package.__path__):
-                backend = getattr(importlib.import_module(f"{package.__name__}.{info.name}"), "BACKEND", None)
+            names = [info.name for info in pkgutil.iter_modules(package.__path__)]
+            for name in (name for name in names if not name.endswith("_kernels")):
+                backend = getattr(importlib.import_module(f"{package.__name__}.{name}"), "BACKEND", None)
                 if isinstance(backend, Backend):
                     assert backend.name not in self.backends, f"{self.name}: two backends named {backend.name}"
                     self.backends[backend.name] = backend

@@ -78,7 +78,8 @@ class Segments:
         return self.lengths
 
     def view(self, name: str, make: Callable[[Segments], V]) -> V:
-        """What `make` makes of these segments, once for all who ask for `name`."""
+        """What `make` makes of these segments, once for all who ask for `name`: a Python identifier, or the compiler
+        stops."""
         found = getattr(self._views, name, None)
         if found is None:
             found = make(self)

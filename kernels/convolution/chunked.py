@@ -25,7 +25,7 @@ def short_convolution(
     W = weight.shape[1]
     dtype = compute_dtype(x)
     wide, taps = x.to(dtype), weight.to(dtype).t()
-    masks = segments.view(f"lags_{W}_{dtype}", lambda segments: _lag_masks(segments.ids, W, dtype))
+    masks = segments.view(f"lags_{W}_{dtype.itemsize}", lambda segments: _lag_masks(segments.ids, W, dtype))
     y: Tensor = _ShiftedProducts.apply(F.pad(wide, (0, 0, W - 1, 0)), taps, masks)  # pyright: ignore
     final = None
     if initial_state is not None or want_final:

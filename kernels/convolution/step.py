@@ -16,14 +16,14 @@ def convolution_step(
     segments: Segments,
     initial_state: Tensor,
     want_final: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """As the operator, with T = N; the new state leaves the old one alone."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     window = torch.cat([initial_state.to(x.dtype), x.unsqueeze(1)], 1)
     y = (window.to(dtype) * weight.t().to(dtype)).sum(1)
     y = y if bias is None else y + bias.to(dtype)
     y = F.silu(y) if activation == "silu" else y
-    return y.to(x.dtype), window[:, 1:]
+    return y.to(x.dtype), window[:, 1:] if want_final else None
 
 
 BACKEND = Backend("step", convolution_step, ("convolution",), order=0, fused=True, single=True)

@@ -19,7 +19,7 @@ def delta_step(
     segments: Segments,
     initial_state: Tensor,
     want_final: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """As the operator, with T = N; the new state leaves the old one alone."""
     groups = v.shape[1] // q.shape[1]
     if groups > 1:
@@ -28,7 +28,7 @@ def delta_step(
     k_NHK = k.to(state.dtype)
     error = v.to(state.dtype) - torch.matmul(k_NHK.unsqueeze(-2), state).squeeze(-2)
     new_state = state + k_NHK.unsqueeze(-1) * (beta.to(state.dtype).unsqueeze(-1) * error).unsqueeze(-2)
-    return read_state(q, new_state, scale), new_state
+    return read_state(q, new_state, scale), new_state if want_final else None
 
 
 BACKEND = Backend("step", delta_step, KINDS, order=0, fused=True, single=True)

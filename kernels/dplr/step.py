@@ -20,13 +20,13 @@ def dplr_step(
     segments: Segments,
     initial_state: Tensor,
     want_final: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """As the operator, with T = N; the new state leaves the old one alone."""
     state = initial_state
     x = torch.matmul(a.to(state.dtype).unsqueeze(-2), state)
     write = k.to(state.dtype).unsqueeze(-1) * v.to(state.dtype).unsqueeze(-2)
     new_state = decayed(state, log_decay) + b.to(state.dtype).unsqueeze(-1) * x + write
-    return read_state(q, new_state, scale), new_state
+    return read_state(q, new_state, scale), new_state if want_final else None
 
 
 BACKEND = Backend("step", dplr_step, ("dplr",), order=0, fused=True, single=True)

@@ -18,13 +18,13 @@ def linear_step(
     segments: Segments,
     initial_state: Tensor,
     want_final: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """As the operator, with T = N; the new state leaves the old one alone."""
     state = initial_state
     write = k.to(state.dtype).unsqueeze(-1) * v.to(state.dtype).unsqueeze(-2)
     new_state = write + decayed(state, log_decay)
     read = new_state if bonus is None else state + bonus.to(state.dtype).unsqueeze(-1) * write
-    return read_state(q, read, scale), new_state
+    return read_state(q, read, scale), new_state if want_final else None
 
 
 def decayed(state: Tensor, log_decay: Tensor | None) -> Tensor:

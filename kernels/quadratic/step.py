@@ -19,7 +19,7 @@ def quadratic_step(
     segments: Segments,
     initial_state: Tensor,
     want_final: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """As the operator, with T = N; the new state leaves the old one alone."""
     state = initial_state
     phi = QuadraticFeatures(kind, q.shape[-1], scale, q.device)
@@ -30,7 +30,7 @@ def quadratic_step(
     read = torch.matmul(phi.features(q.to(state.dtype)).unsqueeze(-2), new_state).squeeze(-2)
     if normalize:
         read = read[..., :-1] / (read[..., -1:] + eps)
-    return read.to(q.dtype), new_state
+    return read.to(q.dtype), new_state if want_final else None
 
 
 BACKEND = Backend("step", quadratic_step, KINDS, order=0, fused=True, single=True)

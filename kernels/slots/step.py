@@ -17,7 +17,7 @@ def slot_step(
     segments: Segments,
     initial_state: tuple[Tensor, Tensor],
     want_final: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """As the operator, with T = N; the new states leave the old ones alone."""
     keys, values = initial_state
     s_NHS = s.to(keys.dtype)
@@ -25,7 +25,7 @@ def slot_step(
     keys = keys * decay.unsqueeze(-2) + k.to(keys.dtype).unsqueeze(-1) * s_NHS.unsqueeze(-2)
     values = values * decay.unsqueeze(-1) + s_NHS.unsqueeze(-1) * v.to(values.dtype).unsqueeze(-2)
     weights = (scale * torch.matmul(q.to(keys.dtype).unsqueeze(-2), keys)).softmax(-1)
-    return torch.matmul(weights, values).squeeze(-2).to(q.dtype), (keys, values)
+    return torch.matmul(weights, values).squeeze(-2).to(q.dtype), (keys, values) if want_final else None
 
 
 BACKEND = Backend("step", slot_step, ("slots",), order=0, fused=True, single=True)

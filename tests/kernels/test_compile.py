@@ -1,46 +1,80 @@
-"""The operators trace into one graph, forward and backward, when documents come as ids and no state goes in or out."""
+"""The operators trace into one graph, forward and backward, and one graph serves every batch."""
 
 import pytest
 import torch
-from oracle import FAMILIES, assert_close, random_call
+from cases import Case, assert_close, convolution, token_shift
+from cases.families import FAMILIES
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from torchlinearmoe.kernels import ops
+from torchlinearmoe.documents import Documents
 
-OWN_KERNEL = ("scalar", "diagonal", "grouped_delta", "kda", "dplr")
-"""One family of each file of kernels; tracing takes seconds."""
-
-
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name not in OWN_KERNEL))
-        for name in FAMILIES
-        if name != "grouped_kda"  # as grouped_delta
-    ],
+ALL = FAMILIES | {"convolution": convolution.case, "token_shift": token_shift.case}
+OWN_FILE = (
+    "scalar",
+    "diagonal",
+    "grouped_delta",
+    "kda",
+    "dplr",
+    "slots",
+    "taylor",
+    "ssd",
+    "convolution",
+    "token_shift",
 )
-def test_compiles_without_a_graph_break(family):
+"""One family of each file of chunks; tracing takes seconds."""
+plain_and_slow = pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name not in OWN_FILE)) for name in ALL]
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+def compare(case: Case) -> None:
+    expected = case.run("torch", torch.float32)
+    case.function = torch.compile(case.function, fullgraph=True, backend="aot_eager")
+    assert_close(case.run("torch", torch.float32), expected, 1e-4)
+
+
+@plain_and_slow
+def test_one_graph(family):
     torch.manual_seed(7)
-    torch._dynamo.reset()
-    call = random_call(family, lengths=(100, 70), dtype=torch.float32)
-    lengths = call.options.pop("cu_seqlens").diff().long()
-    call.options["document_ids"] = torch.repeat_interleave(torch.arange(2), lengths)
-    expected = call.run("torch")
-    function = getattr(ops, call.operator)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    inputs = {name: x.clone().requires_grad_() for name, x in call.inputs.items()}
-    o, _ = compiled(**inputs, **call.options)
-    o.backward(torch.randn(o.shape, generator=torch.Generator().manual_seed(11), dtype=torch.float64).float())
-    actual = {"o": o.detach()} | {f"d_{name}": x.grad for name, x in inputs.items() if x.grad is not None}
-    assert_close(actual, expected, 1e-4)
+    compare(ALL[family]((100, 0, 70), ""))
 
 
-@pytest.mark.parametrize("family", ["constant", "diagonal", "gated_delta", "kda"])
-def test_compiles_with_states_of_plain_rows(family):
+@pytest.mark.parametrize("family", ["constant", "diagonal", "gated_delta", "kda", "convolution", "token_shift"])
+def test_one_graph_with_states_in_and_out(family):
     torch.manual_seed(8)
-    torch._dynamo.reset()
-    call = random_call(family, T=70, initial=True, final=True, dtype=torch.float32)
-    function = getattr(ops, call.operator)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    o, final = compiled(**call.inputs, **call.options)
-    expected = function(**call.inputs, **call.options)
-    assert_close({"o": o, "final": final}, {"o": expected[0], "final": expected[1]}, 1e-5)
+    compare(ALL[family]((40, 0, 31), "in out"))
+
+
+def batches(tokens: int, count: int) -> list[Documents]:
+    """Batches of one to sixteen documents."""
+    found = []
+    for n in range(count):
+        inside = torch.randperm(tokens - 1)[: n % 16] + 1
+        found.append(Documents.packed([0, *sorted(inside.tolist()), tokens]))
+    return found
+
+
+@pytest.mark.parametrize("family", ["scalar", "diagonal", "taylor", "convolution"])
+@pytest.mark.parametrize("prepared", [True, False], ids=["prepared", "made in the graph"])
+def test_one_graph_for_batches_of_different_documents(family, prepared):
+    torch.manual_seed(9)
+    case = ALL[family]((128,), "")
+    counter = CompileCounterWithBackend("aot_eager")
+    function = torch.compile(case.function, fullgraph=True, backend=counter)
+    backend = case.operator.find_backends()["torch"]
+    inputs = {name: x.float().requires_grad_() for name, x in case.inputs.items()}
+    for documents in batches(128, 50):
+        segments = documents.bounded
+        if prepared and backend.prepare is not None:
+            backend.prepare(segments)
+        options = case.options | {"segments": segments}
+        o, _ = function(**inputs, **options)
+        o.sum().backward()
+        exact, _ = case.function(**inputs, **(options | {"segments": documents.segments}))
+        torch.testing.assert_close(o, exact)
+    assert counter.frame_count == 1

@@ -53,6 +53,28 @@ def test_empty_batch_is_refused():
         Documents.batch(0, 4)
 
 
+def test_segments_are_the_documents():
+    documents = Documents.packed([0, 3, 5, 8])
+    segments = documents.segments
+    assert segments.ids is documents.ids and segments.borders is documents.cu_seqlens
+    assert segments.lengths == (3, 2, 3) and not segments.single and documents.segments is segments
+    assert Documents.batch(4, 1).segments.single
+
+
+def test_bounded_segments_tell_no_shape_how_many_documents_there_are():
+    shapes = set()
+    for count in range(1, 17):
+        documents = Documents.packed([*range(count), 64])
+        bounded = documents.bounded
+        shapes.add((tuple(bounded.ids.shape), tuple(bounded.borders.shape)))
+        assert bounded.ids is documents.ids and not bounded.single
+        assert bounded.borders.tolist() == [*range(count), *[64] * (17 - count)]
+        assert bounded.borders.dtype == torch.int32
+        assert bounded.host_lengths() == (*documents.lengths, *(0,) * (16 - count))
+    assert shapes == {((64,), (17,))}
+    assert Documents.packed(range(18)).bounded.count == 32
+
+
 @pytest.mark.gpu
 def test_the_gpu_is_not_waited_for():
     lengths = torch.randint(1, 100, (500,)).tolist()

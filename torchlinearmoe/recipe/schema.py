@@ -52,8 +52,8 @@ class MoERecipe:
     drop_policy: Literal["probability", "position"] = "probability"
     """Over capacity, drop the least probable assignments or the latest tokens."""
     backend: str = "auto"
-    """How the experts are multiplied, a file of `kernels/grouped_mm/`: `grouped_mm`, or `loop`, the slow oracle and the
-    only one in float64."""
+    """How the experts are multiplied, a file of `kernels/grouped_mm/`: all in one launch (`grouped_mm`), one after the
+    other (`loop`), which takes any width and float64, or by the definition (`reference`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from torchlinearmoe.kernels.operator import Operator
+from torchlinearmoe.kernels.operator import Operator, operators
 
 
 @dataclass
@@ -32,11 +33,24 @@ class Case:
     """Times what a type is allowed."""
     channels: int = 0
     """Of `Call.channels`."""
+    sums: tuple[str, ...] = ()
+    """Inputs whose gradient is one sum over all tokens: its terms may cancel, the roundings of 16 bits do not."""
+
+    @property
+    def operator(self) -> Operator:
+        """The operator of `function`."""
+        return operators()[self.function.__module__.rpartition(".")[2]]
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.options["segments"].tokens
 
     def rounded(self, dtype: torch.dtype) -> Case:
-        """The same call with inputs that `dtype` can hold, so that only the arithmetic differs."""
-        inputs = {name: x if name in self.wide else x.to(dtype).double() for name, x in self.inputs.items()}
-        return replace(self, inputs=inputs)
+        """The case with inputs that `dtype` holds exactly, so that only the computation's errors are compared."""
+        for name, x in self.inputs.items():
+            self.inputs[name] = x.to(torch.float32 if name in self.wide else dtype).double()
+        return self
 
     def run(self, backend: str, dtype: torch.dtype = torch.float64, device: str = "cpu") -> dict[str, Tensor]:
         """Every output, and the gradient of every input under fixed random cotangents."""
@@ -79,6 +93,21 @@ def to_device(x: Any, device: str) -> Any:
 def cases_of(operator: Operator) -> list[Callable[[], Case]]:
     """The cases of an operator's file; a plain failure where it has none."""
     return importlib.import_module(f"cases.{operator.name}").CASES
+
+
+def forced(operator: Operator, backend: str, run: Callable[[], Any]) -> Any:
+    """`run` with the choice of the operator's backend taken out of the chooser's hands."""
+    with pytest.MonkeyPatch.context() as patch:
+        package = importlib.import_module(f"torchlinearmoe.kernels.{operator.name}")
+        patch.setattr(package, "choose", lambda *_: operator.find_backends()[backend])
+        return run()
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Every result is within `tolerance` in relative L2 norm."""
+    assert found.keys() == expected.keys()
+    errors = {name: relative_error(found[name], expected[name]) for name in expected}
+    assert max(errors.values()) < tolerance, errors
 
 
 def relative_error(x: Tensor, expected: Tensor) -> float:

@@ -16,11 +16,11 @@ def case(kind: str, lengths: tuple[int, ...], states: str, H: int = 2, K: int = 
     """A call of the kind."""
     T, N = sum(lengths), len(lengths)
     inputs = {"q": strided(T, H, K), "k": normal(T, H, K), "v": strided(T, H, V)}
-    options = stream(lengths, states)
+    options, sums = stream(lengths, states), ("bonus",)
     if kind == "constant":
         decay = -torch.rand(H, dtype=torch.float64) / 4
         if "out" in states:
-            inputs["log_decay"], kind = decay, "scalar"
+            inputs["log_decay"], kind, sums = decay, "scalar", ("log_decay",)
         else:
             options["log_decay"] = decay
     elif kind != "identity":
@@ -29,7 +29,8 @@ def case(kind: str, lengths: tuple[int, ...], states: str, H: int = 2, K: int = 
         inputs["bonus"] = normal(H, K)
     if "in" in states:
         inputs["initial_state"] = normal(N, H, K, V)
-    return Case(kind, linear_recurrence, inputs, options, wide=("log_decay", "bonus", "initial_state"), channels=K)
+    wide = ("log_decay", "bonus", "initial_state")
+    return Case(kind, linear_recurrence, inputs, options, wide=wide, channels=K, sums=sums)
 
 
 CASES = [

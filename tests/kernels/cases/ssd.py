@@ -19,7 +19,7 @@ def case(lengths: tuple[int, ...], states: str, H: int = 2, G: int = 1, K: int =
     if "in" in states:
         inputs["initial_state"] = normal(len(lengths), H, K, V)
     wide = ("dt", "A", "initial_state")
-    return Case("ssd", ssd, inputs, stream(lengths, states), wide=wide, channels=K)
+    return Case("ssd", ssd, inputs, stream(lengths, states), wide=wide, channels=K, sums=("A",))
 
 
 CASES = [

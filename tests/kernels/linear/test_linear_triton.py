@@ -1,0 +1,90 @@
+"""Our Triton kernels as operators of the compiler, and decays of any size in them, interpreted."""
+
+from __future__ import annotations
+
+import importlib.util
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+from cases import Case, assert_close, forced, relative_error
+from cases.families import FAMILIES, mixed_decays
+
+from torchlinearmoe.kernels.chunk_table import table_of
+from torchlinearmoe.kernels.linear import triton as ours
+from torchlinearmoe.segments import Segments
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+LENGTHS = (3, 0, 66)
+
+
+def run(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    return forced(case.operator, "triton", lambda: case.run("triton", dtype))
+
+
+@pytest.mark.parametrize("decay", [0.0, -1e-6, -3.0, -20.0, -1e4, -torch.inf, "mixed"])
+def test_decays_of_any_size(interpreter: ProcessPoolExecutor, decay: float | str) -> None:
+    torch.manual_seed(1)
+    case = FAMILIES["scalar"]((140,), "in out", H=1)
+    if isinstance(decay, float):
+        case.inputs["log_decay"] = torch.full_like(case.inputs["log_decay"], decay)
+    else:
+        mixed_decays(case)
+    found, expected = interpreter.submit(run, case).result(), case.run("reference")
+    for name in expected:
+        if expected[name].norm() > 1e-6:
+            assert relative_error(found[name], expected[name]) < 1e-4, name
+        else:  # next to nothing comes through
+            assert found[name].norm() < 1e-5, name
+
+
+def check_operators(has_g: bool, has_initial: bool, want_final: bool) -> None:
+    """torch.library's own checks of both operators: schema, fake tensors, autograd, the compiler's view of them."""
+    torch.manual_seed(2)
+    lengths = (2, 0, 1)
+    case = FAMILIES["scalar"](lengths, "in", H=1)
+    q, k, v, g, initial = (case.inputs[name].float() for name in ("q", "k", "v", "log_decay", "initial_state"))
+    table = table_of(Segments.of_lengths(lengths))
+    places = (table.start_M, table.end_M, table.first_N1)
+    states = g if has_g else None, initial if has_initial else None
+    leaves = [x if x is None else x.detach().clone().requires_grad_() for x in (q, k, v, *states)]
+    torch.library.opcheck(ours.per_head, (*leaves, *places, 0.25, want_final))
+    d_final = torch.randn_like(initial) if want_final else None
+    arguments = (q, k, v, *states, torch.randn_like(v), d_final, *places, 0.25, has_g)
+    # A gradient has none of its own.
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(ours.per_head_backward, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    "has_g, has_initial, want_final",
+    [(False, False, False), (True, False, False), (False, True, True), (True, True, True)],
+)
+def test_the_operators_are_what_the_compiler_takes_them_for(
+    interpreter: ProcessPoolExecutor, has_g: bool, has_initial: bool, want_final: bool
+) -> None:
+    interpreter.submit(check_operators, has_g, has_initial, want_final).result()
+
+
+def compiled_and_eager(kind: str, states: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Results and gradients through one full graph, and without the compiler."""
+    torch.manual_seed(3)
+    case = FAMILIES[kind](LENGTHS, states)
+
+    def call(q, k, v, log_decay=None, initial_state=None, *, segments, want_final, backend):
+        assert backend == "triton"
+        scale = q.shape[-1] ** -0.5
+        return ours.linear_recurrence(q, k, v, log_decay, None, scale, segments, initial_state, want_final)
+
+    results = []
+    for function in (torch.compile(call, fullgraph=True, backend="aot_eager"), call):
+        case.function = function
+        results.append(case.run("triton", torch.float32))
+    return results[0], results[1]
+
+
+@pytest.mark.parametrize("kind", ["identity", "constant", "scalar"])
+@pytest.mark.parametrize("states", ["", "in out"])
+def test_one_full_graph_gives_what_eager_gives(interpreter: ProcessPoolExecutor, kind: str, states: str) -> None:
+    found, expected = interpreter.submit(compiled_and_eager, kind, states).result()
+    assert_close(found, expected, 1e-6)
