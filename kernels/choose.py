@@ -96,15 +96,19 @@ def _choose(
 
     The arguments are plain because torch.compile takes the answer for a constant of them.
     """
-    operator = operators()[operator_name]
-    name, reason = decide(
-        operator, requested, Call(kind, device, dtype, channels, gradients, states, single), this_machine(), compiling
-    )
-    label = operator.label(kind) + (", one token" if single else "")
-    if name and _chosen.get(label) != (name, reason):
+    operator, call = operators()[operator_name], Call(kind, device, dtype, channels, gradients, states, single)
+    name, reason = decide(operator, requested, call, this_machine(), compiling)
+    if not name:
+        return "", reason
+    _record(operator, call, name, reason)
+    return name, ""
+
+
+def _record(operator: Operator, call: Call, name: str, reason: str) -> None:
+    label = operator.label(call.kind) + (", one token" if call.single else "")
+    if _chosen.get(label) != (name, reason):
         _chosen[label] = (name, reason)
         logger.info("%s runs on the %s backend: %s", label, name, reason)
-    return (name, "") if name else ("", reason)
 
 
 def decide(
@@ -196,6 +200,7 @@ def check(calls: Iterable[KernelCall], compiling: bool = False) -> list[Backend]
         name, reason = decide(operator, requested, call, this_machine(), compiling)
         if not name:
             raise UserError(reason)
+        _record(operator, call, name, reason)
         chosen.append(operator.backends[name])
     return chosen
 
