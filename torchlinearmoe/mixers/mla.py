@@ -162,7 +162,8 @@ class MLA(Mixer):
 
     def mixing_flops(self, length: int) -> float:
         """Scores and values, 2 H (n + r + v) a token seen, (length + 1) / 2 of them."""
-        return 2.0 * self.heads * (self.key_dim + self.rope_dim + self.value_dim) * (length + 1) / 2
+        width = self.key_dim + self.rope_dim
+        return attention.budget([length], self.heads, self.heads, width, self.value_dim).flops / length
 
     def project(self, x_TD: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, H, n + r], the latent [T, C] and the shared key [T, r], rotated where they are."""

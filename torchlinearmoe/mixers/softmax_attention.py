@@ -138,9 +138,8 @@ class SoftmaxAttention(Mixer):
 
     def mixing_flops(self, length: int) -> float:
         """Scores and values, 4 H d a token seen: (length + 1) / 2 of them, fewer with a window."""
-        reach = min(self.window or length, length)
-        seen = reach * (length - (reach - 1) / 2) / length
-        return 4.0 * self.heads * self.head_dim * seen
+        width = self.head_dim
+        return attention.budget([length], self.heads, self.kv_heads, width, width, self.window).flops / length
 
     def project(self, x_TD: Tensor) -> dict[str, Tensor]:
         """Raw queries q [T, H d], keys k and values v [T, G d]."""
