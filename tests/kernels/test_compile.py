@@ -44,7 +44,11 @@ def test_one_graph(family):
     compare(ALL[family]((100, 0, 70), ""))
 
 
-@pytest.mark.parametrize("family", ["constant", "diagonal", "gated_delta", "kda", "convolution", "token_shift"])
+@pytest.mark.parametrize(
+    "family",
+    ["constant", "kda", "convolution", "token_shift"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("diagonal", "gated_delta", "dplr", "slots", "taylor")],
+)
 def test_one_graph_with_states_in_and_out(family):
     torch.manual_seed(8)
     compare(ALL[family]((40, 0, 31), "in out"))

@@ -19,11 +19,10 @@ def harsh(family, lengths, H=2, width=32):
 
 
 @pytest.mark.parametrize("family", DECAYED)
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("lengths", [(150,), (1, 40, 0, 70, 30)], ids=str)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), FP32, BF16])
-def test_mixed_decays(family, seed, dtype, tolerance):
-    torch.manual_seed(seed)
-    lengths = (150,) if seed < 3 else (1, 40, 0, 70, 30)
+def test_mixed_decays(family, lengths, dtype, tolerance):
+    torch.manual_seed(1)
     case = harsh(family, lengths).rounded(dtype)
     tolerance *= 1.5 if family == "slots" else 1  # two recurrences, one after the other
     assert_close(case.run("torch", dtype), case.run("reference"), tolerance)

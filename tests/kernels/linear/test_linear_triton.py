@@ -83,8 +83,7 @@ def compiled_and_eager(kind: str, states: str) -> tuple[dict[str, torch.Tensor],
     return results[0], results[1]
 
 
-@pytest.mark.parametrize("kind", ["identity", "constant", "scalar"])
-@pytest.mark.parametrize("states", ["", "in out"])
+@pytest.mark.parametrize("kind, states", [("identity", ""), ("constant", "in"), ("scalar", "in out")])
 def test_one_full_graph_gives_what_eager_gives(interpreter: ProcessPoolExecutor, kind: str, states: str) -> None:
     found, expected = interpreter.submit(compiled_and_eager, kind, states).result()
     assert_close(found, expected, 1e-6)
