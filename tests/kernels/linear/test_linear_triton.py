@@ -9,8 +9,11 @@ import pytest
 import torch
 from cases import Case, assert_close, forced, relative_error
 from cases.families import FAMILIES, mixed_decays
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from torchlinearmoe.documents import Documents
 from torchlinearmoe.kernels.chunk_table import table_of
+from torchlinearmoe.kernels.linear import definition
 from torchlinearmoe.kernels.linear import triton as ours
 from torchlinearmoe.segments import Segments
 
@@ -87,3 +90,27 @@ def compiled_and_eager(kind: str, states: str) -> tuple[dict[str, torch.Tensor],
 def test_one_full_graph_gives_what_eager_gives(interpreter: ProcessPoolExecutor, kind: str, states: str) -> None:
     found, expected = interpreter.submit(compiled_and_eager, kind, states).result()
     assert_close(found, expected, 1e-6)
+
+
+def graphs_of_batches(prepared: bool) -> int:
+    """Graphs made for batches of one to sixteen documents, whose outputs are compared with the definition's."""
+    torch.manual_seed(4)
+    case, counter = FAMILIES["scalar"]((40,), "", H=1), CompileCounterWithBackend("aot_eager")
+    q, k, v, g = (case.inputs[name].float() for name in ("q", "k", "v", "log_decay"))
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def call(segments: Segments) -> torch.Tensor:
+        return ours.linear_recurrence(q, k, v, g, None, 1.0, segments, None, False)[0]
+
+    for borders in ([0, 40], [0, 7, 40], [*range(16), 40]):
+        documents = Documents.packed(borders)
+        if prepared:
+            table_of(documents.bounded)
+        expected, _ = definition.linear_recurrence(q, k, v, g, None, 1.0, documents.segments, None, False)
+        torch.testing.assert_close(call(documents.bounded), expected)
+    return counter.frame_count
+
+
+@pytest.mark.parametrize("prepared", [True, False], ids=["prepared", "in the graph"])
+def test_one_graph_for_batches_of_different_documents(interpreter: ProcessPoolExecutor, prepared: bool) -> None:
+    assert interpreter.submit(graphs_of_batches, prepared).result() == 1
