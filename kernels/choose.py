@@ -26,6 +26,8 @@ from torchlinearmoe.segments import Segments
 logger = logging.getLogger("torchlinearmoe.kernels")
 
 _chosen: dict[str, tuple[str, str]] = {}
+_answers: dict[tuple[Any, ...], tuple[str, str]] = {}
+"""What `decide` said, by everything that it depends on: eager calls ask at every layer."""
 
 
 KernelCall = tuple[Operator, str, Call]
@@ -96,16 +98,20 @@ def _choose(
 
     The arguments are plain because torch.compile takes the answer for a constant of them.
     """
-    operator, call = operators()[operator_name], Call(kind, device, dtype, channels, gradients, states, single)
-    name, reason = decide(operator, requested, call, this_machine(), compiling)
+    facts = (operator_name, requested, kind, device, dtype, channels, gradients, states, single, compiling)
+    known = (*facts, torch.are_deterministic_algorithms_enabled(), this_machine)
+    if known not in _answers:
+        operator, call = operators()[operator_name], Call(kind, device, dtype, channels, gradients, states, single)
+        _answers[known] = decide(operator, requested, call, this_machine(), compiling)
+    name, reason = _answers[known]
     if not name:
         return "", reason
-    _record(operator, call, name, reason)
+    _record(operators()[operator_name], kind, single, name, reason)
     return name, ""
 
 
-def _record(operator: Operator, call: Call, name: str, reason: str) -> None:
-    label = operator.label(call.kind) + (", one token" if call.single else "")
+def _record(operator: Operator, kind: str, single: bool, name: str, reason: str) -> None:
+    label = operator.label(kind) + (", one token" if single else "")
     if _chosen.get(label) != (name, reason):
         _chosen[label] = (name, reason)
         logger.info("%s runs on the %s backend: %s", label, name, reason)
@@ -200,7 +206,7 @@ def check(calls: Iterable[KernelCall], compiling: bool = False) -> list[Backend]
         name, reason = decide(operator, requested, call, this_machine(), compiling)
         if not name:
             raise UserError(reason)
-        _record(operator, call, name, reason)
+        _record(operator, call.kind, call.single, name, reason)
         chosen.append(operator.backends[name])
     return chosen
 

@@ -229,6 +229,7 @@ def test_where_nothing_computes_a_call_every_reason_is_told():
 
 def test_gradients_count_where_they_are_recorded_only(monkeypatch):
     seen = []
+    monkeypatch.setattr(choose, "_answers", {})
     monkeypatch.setattr(
         choose, "decide", lambda operator, name, facts, *_: (seen.append(facts.gradients), ("torch", ""))[1]
     )
