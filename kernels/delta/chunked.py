@@ -21,6 +21,7 @@ from torchlinearmoe.kernels.chunked.layout import CHUNK_SIZE, Layout, layout_of,
 from torchlinearmoe.kernels.chunked.scalar_decay import scalar_decay
 from torchlinearmoe.kernels.chunked.solve import solve_unit_lower
 from torchlinearmoe.kernels.delta.kinds import KINDS
+from torchlinearmoe.kernels.heads import repeat_heads
 from torchlinearmoe.kernels.operator import Backend
 from torchlinearmoe.segments import Segments
 
@@ -96,9 +97,7 @@ def per_channel(
 def grouped(q_C: Tensor, k_C: Tensor, v_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys repeated to the heads of the values, [1, HV, M, C, ...]."""
     groups = v_C.shape[1] // q_C.shape[1]
-    if groups > 1:
-        q_C, k_C = q_C.repeat_interleave(groups, 1), k_C.repeat_interleave(groups, 1)
-    return q_C, k_C, v_C
+    return repeat_heads(q_C, groups), repeat_heads(k_C, groups), v_C
 
 
 BACKEND = Backend("torch", delta_rule, KINDS, order=0, fused=True, prepare=prepare(CHUNK_SIZE))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from torchlinearmoe.kernels.delta.kinds import KINDS
+from torchlinearmoe.kernels.heads import repeat_heads
 from torchlinearmoe.kernels.linear.step import decayed, read_state
 from torchlinearmoe.kernels.operator import Backend
 from torchlinearmoe.segments import Segments
@@ -21,9 +22,7 @@ def delta_step(
     want_final: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """As the operator, with T = N; the new state leaves the old one alone."""
-    groups = v.shape[1] // q.shape[1]
-    if groups > 1:
-        q, k = q.repeat_interleave(groups, 1), k.repeat_interleave(groups, 1)
+    q, k = (repeat_heads(x, v.shape[1] // x.shape[1]) for x in (q, k))
     state = decayed(initial_state, log_decay)
     k_NHK = k.to(state.dtype)
     error = v.to(state.dtype) - torch.matmul(k_NHK.unsqueeze(-2), state).squeeze(-2)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from torchlinearmoe.kernels.heads import repeat_heads
 from torchlinearmoe.kernels.operator import Backend, Call
 from torchlinearmoe.segments import Segments
 
@@ -30,7 +31,7 @@ def lowered(backend: Backend) -> Backend:
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v, log_decay = as_recurrence(x, dt, A, B, C)
         times = x.shape[1] // B.shape[1]
-        q, k = (part.repeat_interleave(times, 1) for part in (q, k))
+        q, k = (repeat_heads(part, times) for part in (q, k))
         return backend.run(q, k, v, log_decay, None, 1.0, segments, initial_state, want_final)
 
     def refuses(call: Call) -> str | None:

@@ -30,10 +30,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from torchlinearmoe.kernels import linear, quadratic, slots
+from torchlinearmoe.kernels.heads import repeat_heads
 from torchlinearmoe.kernels.operator import outside_graphs
 from torchlinearmoe.kernels.quadratic.features import QuadraticFeatures
 from torchlinearmoe.mixers.past import Spanned
-from torchlinearmoe.mixers.tail import in_float32, repeat_heads, same_heads
+from torchlinearmoe.mixers.tail import in_float32, same_heads
 from torchlinearmoe.parallel.gather import Pending, finish_gather, start_gather
 from torchlinearmoe.parallel.spans import Spans
 

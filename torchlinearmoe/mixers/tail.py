@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torchlinearmoe.initialize import ONES, Uniform, set_initializers
 from torchlinearmoe.kernels.convolution import short_convolution
+from torchlinearmoe.kernels.heads import repeat_heads
 from torchlinearmoe.kernels.norm import rms_norm
 from torchlinearmoe.kernels.operator import outside_graphs
 from torchlinearmoe.kernels.token_shift import token_shift as shift_kernel
@@ -185,16 +186,6 @@ class GroupedRMSNorm(nn.Module):
 def in_float32(x: Tensor) -> Tensor:
     """x in float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def repeat_heads(x: Tensor, times: int) -> Tensor:
-    """Each head of dim 1 `times` times in a row, [T, G, ...] -> [T, G times, ...]; one head becomes a view.
-
-    Heads 0 1 twice: 0 0 1 1, so that query head h reads key-value head h // times.
-    """
-    if times == 1:
-        return x
-    return x.unsqueeze(2).expand(-1, -1, times, *x.shape[2:]).flatten(1, 2)
 
 
 def same_heads(*inputs: Any) -> Any:

@@ -6,8 +6,9 @@ import torch
 from torch.nn import functional as F
 
 from torchlinearmoe.initialize import initialize
+from torchlinearmoe.kernels.heads import repeat_heads
 from torchlinearmoe.mixers.past import Empty, Resumed, State
-from torchlinearmoe.mixers.tail import Convolutions, GroupedRMSNorm, inverse_softplus_of_exp, repeat_heads
+from torchlinearmoe.mixers.tail import Convolutions, GroupedRMSNorm, inverse_softplus_of_exp
 from torchlinearmoe.segments import Segments
 
 
