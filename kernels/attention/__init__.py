@@ -9,13 +9,13 @@ Shapes: T tokens, H query heads, G key-value heads (G divides H), d width of a q
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from torchlinearmoe.kernels.attention.layout import Layout
+from torchlinearmoe.documents import Documents
+from torchlinearmoe.kernels.attention.layout import layout_of
 from torchlinearmoe.kernels.choose import choose
 from torchlinearmoe.kernels.operator import Budget, Call, Operator
 
@@ -31,61 +31,20 @@ def packed_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    documents: Documents,
     *,
-    ids: Tensor,
-    cu_seqlens: Tensor,
-    longest: int,
-    row_length: int,
     scale: float,
     window: int = 0,
+    history: tuple[int, ...] = (),
     backend: str = "auto",
 ) -> Tensor:
-    """Attention of documents that start empty.
+    """Attention inside every document.
 
-    q: [T, H, d]; k: [T, G, d]; v: [T, G, v]; ids: [T] document of each token; cu_seqlens: int32 [N + 1]; `longest`
-    document in tokens; no document crosses a multiple of `row_length`. Returns [T, H, v].
+    q: [T, H, d]; k: [S, G, d]; v: [S, G, v]; S = T where documents start empty. With `history` the first document of
+    row r started history[r] keys before it; keys and values then lie row after row, those before a row's own first:
+    S = T + all history. Returns [T, H, v].
     """
-    history = (0,) * (q.shape[0] // row_length)
-    layout = Layout(ids, row_length, history, (cu_seqlens, cu_seqlens), (longest, longest))
-    return _attend(q, k, v, layout, scale, window, backend)
-
-
-def continued_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    ids: Tensor,
-    borders: Sequence[int],
-    history: Sequence[int],
-    scale: float,
-    window: int = 0,
-    backend: str = "auto",
-) -> Tensor:
-    """`packed_attention` of rows whose first documents started before them.
-
-    Rows are of equal length, and `history[r]` keys stand before row r's own. q: [T, H, d]; k, v: [T + all history, G,
-    d or v], row after row; ids: [T]; borders: where documents start in the T tokens, 0 .. T, rows' starts among them.
-    Returns [T, H, v].
-    """
-    length = q.shape[0] // len(history)
-    # What follows a document's border may see its own tokens and, in a row's first document, the history.
-    pieces = [end - start for start, end in pairwise(borders)]
-    first = {row * length: keys for row, keys in enumerate(history)}
-    seen = [piece + first.get(start, 0) for piece, start in zip(pieces, borders)]
-    on_device = (_borders(pieces, q), _borders(seen, q))
-    layout = Layout(ids, length, tuple(history), on_device, (max(pieces), max(seen)))
-    return _attend(q, k, v, layout, scale, window, backend)
-
-
-def _borders(lengths: Sequence[int], like: Tensor) -> Tensor:
-    """int32 [N + 1] on the device of `like`."""
-    host = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    host = host.pin_memory() if like.device.type == "cuda" else host
-    return host.to(like.device, non_blocking=True)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int, backend: str) -> Tensor:
+    layout = layout_of(documents, history)
     window = 0 if window >= layout.longest[1] else window
     chosen = choose(OPERATOR, backend, call(window, q.shape[-1], q.device.type, q.dtype))
     return chosen.run(q, k, v, layout, scale, window)

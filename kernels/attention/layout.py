@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from torchlinearmoe.documents import Documents
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -34,6 +37,26 @@ class Layout:
     def plain_rows(self) -> bool:
         """Every row is one document that starts there."""
         return self.borders[0].shape[0] - 1 == len(self.history) and not any(self.history)
+
+
+def layout_of(documents: Documents, history: tuple[int, ...] = ()) -> Layout:
+    """The layout of a stream whose rows go on from `history` keys each, made once for all layers that share it."""
+    if any(history):
+        return documents.segments.view(f"attention_{history}", lambda _: _continued(documents, history))
+    borders, longest = documents.cu_seqlens, documents.max_length
+    none = (0,) * documents.num_rows
+    return Layout(documents.ids, documents.row_length, none, (borders, borders), (longest, longest))
+
+
+def _continued(documents: Documents, history: tuple[int, ...]) -> Layout:
+    # What follows a document's border may see its own tokens and, in a row's first document, the history.
+    first = {row * documents.row_length: keys for row, keys in enumerate(history)}
+    starts = accumulate(documents.lengths, initial=0)
+    seen = [length + first.get(start, 0) for length, start in zip(documents.lengths, starts)]
+    host = torch.tensor([0, *accumulate(seen)], dtype=torch.int32)
+    host = host.pin_memory() if documents.ids.device.type == "cuda" else host
+    borders = (documents.cu_seqlens, host.to(documents.ids.device, non_blocking=True))
+    return Layout(documents.ids, documents.row_length, history, borders, (documents.max_length, max(seen)))
 
 
 def by_rows(attend: Attend, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchlinearmoe.documents import Documents
-from torchlinearmoe.kernels.attention import continued_attention, packed_attention
+from torchlinearmoe.kernels.attention import packed_attention
 from torchlinearmoe.parallel.gather import all_to_all, finish_gather, start_gather
 from torchlinearmoe.parallel.spans import Spans
 
@@ -69,17 +69,8 @@ def attend_to_history(
 ) -> Tensor:
     """`attend` under context parallelism, k and v [T + h_1 + ... + h_R, G, ...] being the output of `with_history`."""
     assert documents.spans is not None
-    return continued_attention(
-        q,
-        k,
-        v,
-        ids=documents.ids,
-        borders=documents.spans.borders,
-        history=history(documents.spans, window),
-        scale=scale,
-        backend=backend,
-        window=window,
-    )
+    before = tuple(history(documents.spans, window))
+    return packed_attention(q, k, v, documents, scale=scale, window=window, history=before, backend=backend)
 
 
 def _whole_rows(inputs: tuple[Tensor, ...], spans: Spans) -> list[Tensor]:
@@ -98,15 +89,4 @@ def _own_spans(o: Tensor, spans: Spans) -> Tensor:
 
 
 def _whole(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, backend: str, window: int) -> Tensor:
-    return packed_attention(
-        q,
-        k,
-        v,
-        ids=documents.ids,
-        cu_seqlens=documents.cu_seqlens,
-        longest=max(documents.lengths),
-        row_length=documents.row_length,
-        scale=scale,
-        backend=backend,
-        window=window,
-    )
+    return packed_attention(q, k, v, documents, scale=scale, window=window, backend=backend)

@@ -25,16 +25,8 @@ def _packed(lengths: tuple[int, ...], row: int, window: int, backend: str) -> li
     generator = torch.Generator().manual_seed(3)
     qkv = [torch.randn(sum(lengths), heads, 6, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)]
     qkv = [x.requires_grad_() for x in qkv]
-    o = packed_attention(
-        *qkv,
-        ids=documents.ids,
-        cu_seqlens=documents.cu_seqlens,
-        longest=documents.max_length,
-        row_length=row,
-        scale=SCALE,
-        window=window,
-        backend=backend,
-    )
+    q, k, v = qkv
+    o = packed_attention(q, k, v, documents, scale=SCALE, window=window, backend=backend)
     return [o.detach(), *torch.autograd.grad(o, qkv, torch.randn(o.shape, generator=generator, dtype=torch.float64))]
 
 

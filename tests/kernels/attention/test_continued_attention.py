@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchlinearmoe.documents import Documents
-from torchlinearmoe.kernels.attention import continued_attention, packed_attention
+from torchlinearmoe.kernels.attention import packed_attention
 
 SCALE = 0.31
 
@@ -17,18 +17,6 @@ SCALE = 0.31
 def _inputs(tokens: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(tokens)
     return [torch.randn(tokens, heads, 6, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)]
-
-
-def _packed(qkv: list[Tensor], documents: Documents, window: int) -> Tensor:
-    return packed_attention(
-        *qkv,
-        ids=documents.ids,
-        cu_seqlens=documents.cu_seqlens,
-        longest=documents.max_length,
-        row_length=documents.row_length,
-        scale=SCALE,
-        window=window,
-    )
 
 
 def _continued(qkv: list[Tensor], lengths: tuple[int, ...], row: int, skip: int, window: int) -> Tensor:
@@ -45,9 +33,8 @@ def _continued(qkv: list[Tensor], lengths: tuple[int, ...], row: int, skip: int,
         keys.append(slice(first - history[-1], end))
     q = torch.cat([qkv[0][part] for part in queries])
     k, v = (torch.cat([x[part] for part in keys]) for x in qkv[1:])
-    borders.append(q.shape[0])
-    ids = torch.cat([documents.ids[part] for part in queries]).to(q.device)
-    return continued_attention(q, k, v, ids=ids, borders=borders, history=history, scale=SCALE, window=window)
+    pieces = Documents.packed([*borders, q.shape[0]], row - skip)
+    return packed_attention(q, k, v, pieces, history=tuple(history), scale=SCALE, window=window)
 
 
 @pytest.mark.parametrize(("lengths", "row"), [((9,), 9), ((6, 2, 1, 7, 1, 1), 9), ((3, 2, 4, 8, 1), 9)], ids=str)
@@ -57,7 +44,9 @@ def test_attention_continues_a_document_as_if_it_had_not_been_cut(lengths, row, 
     documents = Documents.packed([0, *accumulate(lengths)], row)
     qkv = [x.requires_grad_() for x in _inputs(sum(lengths))]
     actual = _continued(qkv, lengths, row, skip, window)
-    expected = _packed(qkv, documents, window).unflatten(0, (-1, row))[:, skip:].flatten(0, 1)
+    q, k, v = qkv
+    expected = packed_attention(q, k, v, documents, scale=SCALE, window=window)
+    expected = expected.unflatten(0, (-1, row))[:, skip:].flatten(0, 1)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
     weights = torch.randn(actual.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for mine, theirs in zip(*(torch.autograd.grad((o * weights).sum(), qkv) for o in (actual, expected))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cases import Case
-from torchlinearmoe.kernels.attention import continued_attention, packed_attention
+from torchlinearmoe.documents import Documents
+from torchlinearmoe.kernels.attention import packed_attention
 
 SCALE = 0.31
 
@@ -30,27 +32,37 @@ def packed(
     window: int = 0,
 ) -> Case:
     """Documents of `lengths` tokens in rows of `row_length`."""
-    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    options = {
-        "ids": ids,
-        "cu_seqlens": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
-        "longest": max(lengths),
-        "row_length": row_length,
-        "scale": SCALE,
-        "window": window,
-    }
-    drawn = inputs(len(ids), len(ids), heads, groups, width, value_width)
-    return Case("windowed" if window else "packed", packed_attention, drawn, options, channels=width)
+    drawn = inputs(sum(lengths), sum(lengths), heads, groups, width, value_width)
+    options = {"documents": Packed(lengths, row_length), "scale": SCALE, "window": window}
+    return Case("windowed" if window else "packed", call, drawn, options, channels=width)
 
 
 def continued(rows: tuple[tuple[int, ...], ...], history: tuple[int, ...], window: int = 0) -> Case:
     """Rows of documents of so many tokens, the first of each with a history."""
-    lengths = [n for row in rows for n in row]
-    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    borders = [0, *accumulate(lengths)]
-    options = {"ids": ids, "borders": borders, "history": list(history), "scale": SCALE, "window": window}
-    drawn = inputs(len(ids), len(ids) + sum(history), 4, 2, 16, 16)
-    return Case("windowed" if window else "packed", continued_attention, drawn, options, channels=16)
+    lengths = tuple(n for row in rows for n in row)
+    documents = Packed(lengths, sum(rows[0]))
+    options = {"documents": documents, "history": history, "scale": SCALE, "window": window}
+    drawn = inputs(sum(lengths), sum(lengths) + sum(history), 4, 2, 16, 16)
+    return Case("windowed" if window else "packed", call, drawn, options, channels=16)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Documents on any device."""
+
+    lengths: tuple[int, ...]
+    row_length: int
+    device: str = "cpu"
+
+    def to(self, device: str) -> Packed:
+        """As a tensor moves."""
+        return replace(self, device=device)
+
+
+def call(documents: Packed, **arguments):
+    """The operator over documents on the device of the inputs."""
+    borders = [0, *accumulate(documents.lengths)]
+    return packed_attention(documents=Documents.packed(borders, documents.row_length, documents.device), **arguments)
 
 
 CASES = [
