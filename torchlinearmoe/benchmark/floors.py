@@ -8,12 +8,11 @@ width F, b bytes an activation; everything a token and layer unless said.
                  feed-forwards, at one rate whatever their type
     recurrence   3 x `mixing_flops` of the linear mixers; bytes: see `_core_bytes`
     attention    the same of the softmax mixers
-    moe          (5 k + 4) D b bytes: dispatch reads 1 and writes k rows, combine reads k and writes 1; its backward
-                 reads 1 and, for the weights, k, and writes k; dispatch's reads k and writes 1
+    moe          bytes: `kernels.dispatch.budget`
     head         3 x 2 D V FLOPs, the three products; once a token. Logits need not pass through memory
     optimizer    the bytes of norm and update, once a step: see `update_bytes`
     other        16 D b bytes for two norms with their residual sums (x, y read, x, h written; backward the same of
-                 gradients and x), 8 F b for every SwiGLU of width F (reads 2, writes 1; backward reads 3, writes 2)
+                 gradients and x), and `kernels.swiglu.budget` for every SwiGLU
 
 Sharding has none.
 """
@@ -27,6 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from torchlinearmoe.benchmark.rates import Rates
+from torchlinearmoe.kernels import dispatch, swiglu
+from torchlinearmoe.kernels.operator import Budget
 from torchlinearmoe.mixers.base import Mixer, Transition
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.models.flops import active_parameters, head_flops
@@ -68,8 +69,10 @@ def step_work(model: Decoder, tokens: int, length: int, itemsize: int, optimizer
         products = mixer.flops_per_token(length) - core + 2.0 * active_parameters(ffn)
         token["matmul"] += Work(3 * products)
         token[kind] += Work(3 * core, _core_bytes(mixer, model.recipe.hidden_size, itemsize))
-        token["moe"] += Work(bytes=_movement_bytes(ffn, model.recipe.hidden_size, itemsize))
-        token["other"] += Work(bytes=itemsize * (16 * model.recipe.hidden_size + 8 * _hidden_widths(ffn)))
+        if isinstance(ffn, MoE):
+            token["moe"] += _moved(dispatch.budget(1, ffn.router.top_k, model.recipe.hidden_size, itemsize))
+        norms = Work(bytes=16 * model.recipe.hidden_size * itemsize)
+        token["other"] += norms + _moved(swiglu.budget(1, _hidden_widths(ffn), itemsize))
     step = {name: work.times(tokens) for name, work in token.items()}
     return step | {
         "head": Work(3 * head_flops(model.recipe)).times(tokens),
@@ -111,8 +114,9 @@ def _core_bytes(mixer: Mixer, width: int, itemsize: int) -> float:
     return itemsize * (3 * made + 2 * taken)
 
 
-def _movement_bytes(ffn: nn.Module, width: int, itemsize: int) -> float:
-    return itemsize * width * (5 * ffn.router.top_k + 4) if isinstance(ffn, MoE) else 0.0
+def _moved(budget: Budget) -> Work:
+    """Bytes alone: their FLOPs are few, and not those of products."""
+    return Work(bytes=budget.forward_bytes + budget.backward_bytes)
 
 
 def _hidden_widths(ffn: nn.Module) -> int:
