@@ -21,7 +21,7 @@ from torchlinearmoe.parallel.spans import Exchange, cut_spans
 from torchlinearmoe.recipe.schema import ParallelRecipe
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class SpanBatch(MicroBatch):
     """This rank's spans of a micro-batch, one after the other; `cu_seqlens` are the borders of the whole rows."""
 
@@ -31,7 +31,9 @@ class SpanBatch(MicroBatch):
     def documents(self, device: torch.device | str = "cpu") -> Documents:
         """The pieces of documents in the spans, and how they go on over the ranks."""
         spans = cut_spans(self.cu_seqlens, self.row_length * self.group.size(), self.group, device, self.exchange)
-        return Documents.packed(spans.borders, self.row_length, device, spans if spans.crossed else None)
+        return Documents.packed(
+            spans.borders, self.row_length, device, spans if spans.crossed else None, filled=self.filled
+        )
 
 
 def own_spans(batch: MicroBatch, group: dist.ProcessGroup, exchange: Exchange | None = None) -> SpanBatch:
@@ -40,12 +42,15 @@ def own_spans(batch: MicroBatch, group: dist.ProcessGroup, exchange: Exchange | 
     tokens, labels = (
         x.view(-1, ranks, batch.row_length // ranks)[:, rank].flatten() for x in (batch.tokens, batch.labels)
     )
+    length = batch.row_length // ranks
+    filled = batch.filled and tuple(min(max(count - rank * length, 0), length) for count in batch.filled)
     return SpanBatch(
         tokens=tokens,
         labels=labels,
         cu_seqlens=batch.cu_seqlens,
-        row_length=batch.row_length // ranks,
+        row_length=length,
         valid_tokens=int((labels != IGNORED).sum()),
+        filled=filled,
         group=group,
         exchange=exchange or Exchange(),
     )

@@ -9,6 +9,12 @@ Letters: B batch, T tokens of the flat stream, N documents.
     cu_seqlens  0       3     5       8
     ids         0 0 0   1 1   2 2 2
     positions   0 1 2   0 1   0 1 2
+
+A row may end in padding, positions that hold no text: routers leave them out. They are real tokens to everything else,
+documents of their own that nothing is predicted from.
+
+    stream      a b c . | d e f g        row_length = 4, filled = (3, 4)
+    counted     1 1 1 0   1 1 1 1
 """
 
 from __future__ import annotations
@@ -16,12 +22,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from torchlinearmoe.late import to_device
 from torchlinearmoe.segments import Segments, bound_on_documents
 
 if TYPE_CHECKING:
@@ -44,6 +51,10 @@ class Documents:
     """Tokens of one packed sequence; the stream is T / row_length of them, and no document crosses into the next."""
     spans: Spans | None = None
     """Under context parallelism: how the documents go on over the ranks. A row is this rank's span of it then."""
+    filled: tuple[int, ...] | None = None
+    """Tokens of each row that count, on the host; what follows them in the row is padding. None: all count."""
+    apart: bool = False
+    """Each document is a sequence of its own, a prompt of a batch perhaps, and no part of a packed one."""
 
     @property
     def num_documents(self) -> int:
@@ -64,6 +75,28 @@ class Documents:
     def num_rows(self) -> int:
         """Packed sequences in the stream."""
         return self.num_tokens // self.row_length
+
+    @cached_property
+    def counted(self) -> Tensor | None:
+        """bool [T] on the device: False for padding; None where all tokens count."""
+        if self.filled is None:
+            return None
+        filled_R1 = to_device(torch.tensor(self.filled, device="cpu").unsqueeze(1), self.ids.device)
+        return (torch.arange(self.row_length, device=self.ids.device) < filled_R1).flatten()
+
+    @cached_property
+    def sequence_ids(self) -> Tensor:
+        """int64 [T] on the device: the sequence of each token; a row, or a document where they stand apart."""
+        if self.apart:
+            return self.ids.long()
+        return torch.arange(self.num_tokens, device=self.ids.device) // self.row_length
+
+    def count_sequences(self, part: int = 0, parts: int = 1) -> list[int]:
+        """Counting tokens of each sequence in number `part` of `parts` equal pieces of the stream, on the host."""
+        lengths = self.lengths if self.apart else self.filled or (self.row_length,) * self.num_rows
+        starts = accumulate(self.lengths, initial=0) if self.apart else range(0, self.num_tokens, self.row_length)
+        begin, end = (self.num_tokens // parts * n for n in (part, part + 1))
+        return [max(0, min(end, start + length) - max(begin, start)) for start, length in zip(starts, lengths)]
 
     @property
     def max_length(self) -> int:
@@ -90,12 +123,13 @@ class Documents:
         row_length: int | None = None,
         device: torch.device | str = "cpu",
         spans: Spans | None = None,
+        filled: Sequence[int] | None = None,
     ) -> Documents:
         """Documents from their borders on the host, `[0, ..., T]`, strictly increasing.
 
         `row_length` defaults to T, one packed sequence. Only the N + 1 borders are copied to the device; the copy
         does not wait for it. Raises ValueError on borders that do not increase from 0, on a T that is not whole
-        rows, and on a document that crosses a row.
+        rows, on a document that crosses a row, and on a `filled` that does not fit the rows.
         """
         borders = [int(border) for border in cu_seqlens]
         if len(borders) < 2 or borders[0] != 0:
@@ -113,7 +147,16 @@ class Documents:
                 f"cu_seqlens = {_short(borders)}: a document crosses token {min(missing)}, "
                 f"where a row of row_length = {row_length} tokens begins"
             )
-        return replace(cls._build(borders, lengths, row_length, torch.device(device)), spans=spans)
+        rows = num_tokens // row_length
+        if filled is not None and (len(filled) != rows or min(filled) < 0 or max(filled) > row_length):
+            raise ValueError(f"filled = {_short(list(filled))}: needs {rows} numbers from 0 to {row_length}")
+        built = cls._build(borders, lengths, row_length, torch.device(device))
+        return replace(built, spans=spans, filled=None if filled is None else tuple(filled))
+
+    @classmethod
+    def prompts(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Documents:
+        """Sequences of unequal lengths, one after the other. Raises ValueError where one has no tokens."""
+        return replace(cls.packed([0, *accumulate(lengths)], device=device), apart=True)
 
     @classmethod
     def batch(cls, batch_size: int, length: int, device: torch.device | str = "cpu") -> Documents:

@@ -102,22 +102,22 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _encode(options: argparse.Namespace, tokenizer: Tokenizer, texts: list[str]) -> tuple[list[list[int]], int]:
-    """The ids of every prompt, and the id that ends a continuation."""
-    from torchlinearmoe.checkpoint.model import begin_of_text, checkpoint_template
+def _encode(options: argparse.Namespace, tokenizer: Tokenizer, texts: list[str]) -> tuple[list[list[int]], set[int]]:
+    """The ids of every prompt, and those that end a continuation."""
+    from torchlinearmoe.checkpoint.model import begin_of_text, checkpoint_template, ends_of_text
     from torchlinearmoe.data.chat_template import Message
 
+    begin, ends = begin_of_text(options.checkpoint, tokenizer), ends_of_text(options.checkpoint, tokenizer)
     if not options.chat:
         if options.system:
             raise Failure("--system: only a conversation has a system message; add --chat")
-        begin = begin_of_text(options.checkpoint, tokenizer)
-        return [[begin, *tokenizer.encode(text)] for text in texts], tokenizer.end_of_text
+        return [[begin, *tokenizer.encode(text)] for text in texts], ends
     if options.prompt is None:
         raise Failure("--chat: give the message with --prompt")
     template = checkpoint_template(options.checkpoint)
     before = [Message("system", options.system)] if options.system else []
-    prompts = [template.prompt([*before, Message("user", text)], tokenizer) for text in texts]
-    return prompts, template.end_id(tokenizer)
+    prompts = [template.prompt([*before, Message("user", text)], tokenizer, begin) for text in texts]
+    return prompts, ends | {template.end_id(tokenizer)}
 
 
 def _prompts(given: list[str] | None) -> list[str]:

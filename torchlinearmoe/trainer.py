@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -206,13 +207,15 @@ class Trainer:
         self.modules.train()
         batches = [self._own(batch) for batch in batches]
         group, tokens_group = self.meshes.loss_group, self.meshes.tokens_group
-        valid = sum(batch.valid_tokens for batch in batches)
-        counts = to_device(torch.tensor([valid, received or 0], dtype=torch.float64), self.device)
-        dist.all_reduce(counts[:1], group=group)
-        dist.all_reduce(counts[1:], op=dist.ReduceOp.MAX)
+        valid, counted = (sum(counts) for counts in zip(*((b.valid_tokens, b.counted_tokens) for b in batches)))
+        counts = to_device(torch.tensor([valid, counted, received or 0], dtype=torch.float64), self.device)
+        dist.all_reduce(counts[:2], group=group)
+        dist.all_reduce(counts[2:], op=dist.ReduceOp.MAX)
         tokens = counts[0].clamp(min=1)
 
-        inputs = [self._inputs(batch) for batch in batches]
+        padded = any(batch.filled is not None for batch in batches)
+        totals = replace(self.totals, without_padding=counts[1].clamp(min=1)) if padded else self.totals
+        inputs = [self._inputs(batch, totals) for batch in batches]
         if len(batches) > 1 and needs_counting_pass(self.whole):
             with counting_pass(self.modules, tokens_group):
                 self.passes.forward(inputs)
@@ -230,7 +233,7 @@ class Trainer:
         forget_global_counts(self.modules)
 
         # What happened in a step is read one step later, when it is known without waiting for the device.
-        previous, self._pending = self._pending, LateNumbers(torch.stack([skipped.double(), counts[1]]))
+        previous, self._pending = self._pending, LateNumbers(torch.stack([skipped.double(), counts[2]]))
         if previous is not None:
             self._note(previous)
         self.step += 1
@@ -241,9 +244,9 @@ class Trainer:
     def _own(self, batch: MicroBatch) -> MicroBatch:
         return own_part(batch, self.meshes, self.recipe.parallel)
 
-    def _inputs(self, batch: MicroBatch) -> Inputs:
+    def _inputs(self, batch: MicroBatch, totals: StepTotals | None = None) -> Inputs:
         batch = batch.to(self.device)
-        return Inputs(batch.tokens, batch.labels, batch.documents(self.device), self.totals)
+        return Inputs(batch.tokens, batch.labels, batch.documents(self.device), totals)
 
     def _gradient_norm(self) -> Tensor:
         """Complete the gradients; their norm, the same on all ranks."""

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from harness import RankPool
 from torch import Tensor, nn
 
+from torchlinearmoe.documents import Documents
 from torchlinearmoe.moe import MoE, StepTotals, TokenLayout, collect_statistics, counting_pass, update_bias
 from torchlinearmoe.moe.experts import Experts
 from torchlinearmoe.parallel.local import shadow
@@ -40,8 +41,9 @@ def stream() -> Tensor:
     return torch.randn(S, L, D, dtype=torch.float64)
 
 
-def loss_gradient(module: MoE, x_TD: Tensor, row_length: int) -> Tensor:
-    y = module(x_TD, totals=StepTotals(S * L, S), row_length=row_length)
+def loss_gradient(module: MoE, x_TD: Tensor, row_length: int, parts: int = 1) -> Tensor:
+    documents = Documents.batch(parts * len(x_TD) // row_length, row_length)
+    y = module(x_TD, totals=StepTotals(S * L, S), documents=documents)
     y.backward(torch.zeros_like(y))
     assert module.router.weight.grad is not None
     return module.router.weight.grad
@@ -66,7 +68,7 @@ def summed_gradient(rank: int, scope: str, cut: str, count_first: bool) -> tuple
         with counting_pass(module, group):
             module(x_TD)
         module.balance.layout = TokenLayout()
-    gradient = loss_gradient(module, x_TD, row_length)
+    gradient = loss_gradient(module, x_TD, row_length, layout.stream_parts)
     dist.all_reduce(gradient)
     return gradient, collect_statistics(torch.nn.ModuleList([module]), group)
 

@@ -88,3 +88,16 @@ def test_the_gpu_is_not_waited_for():
         torch.cuda.set_sync_debug_mode("default")
     for name in ("cu_seqlens", "ids", "positions"):
         assert torch.equal(getattr(documents, name).cpu(), getattr(expected, name))
+
+
+def test_padding_at_the_end_of_rows_is_told_wherever_the_stream_is_cut() -> None:
+    documents = Documents.packed([0, 3, 4, 8, 12], 4, filled=(3, 4, 0))
+    assert documents.counted is not None and Documents.packed([0, 4]).counted is None
+    assert documents.counted.int().tolist() == [1, 1, 1, 0, 1, 1, 1, 1, 0, 0, 0, 0]
+    assert documents.sequence_ids.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+    assert documents.count_sequences() == [3, 4, 0]
+    assert [documents.count_sequences(part, 2) for part in range(2)] == [[3, 2, 0], [0, 2, 0]]
+    prompts = Documents.prompts([3, 1])
+    assert prompts.sequence_ids.tolist() == [0, 0, 0, 1] and prompts.count_sequences() == [3, 1]
+    with pytest.raises(ValueError, match=r"filled = \[5\]: needs 1 numbers from 0 to 4"):
+        Documents.packed([0, 4], filled=[5])

@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from torchlinearmoe import build_model
-from torchlinearmoe.data.packing import IGNORED, MicroBatch
+from torchlinearmoe.data.packing import IGNORED, MicroBatch, Sample, collate, ignored_sample
 from torchlinearmoe.evaluation import first_bad_layer, held_out_loss, silent_mixers
+from torchlinearmoe.generation.padded import forward_masked
 from torchlinearmoe.models.decoder import Decoder
+from torchlinearmoe.moe import MoE
 from torchlinearmoe.parallel.inputs import Inputs
 from torchlinearmoe.parallel.passes import Loop
 from torchlinearmoe.recipe import resolve
@@ -49,6 +52,44 @@ def loss_by_hand(model: Decoder, count: int) -> float:
         total += F.cross_entropy(logits, batch.labels, ignore_index=IGNORED, reduction="sum").item()
         labels += int((batch.labels != IGNORED).sum())
     return total / labels
+
+
+def test_the_loss_under_a_capacity_does_not_depend_on_the_micro_batch(model: Decoder) -> None:
+    """Samples of 12 tokens, the third one short; like the loader, micro-batches end in samples that do not count."""
+    generator = np.random.default_rng(13)
+    ids = [generator.integers(VOCABULARY, size=(2, 12)) for _ in range(5)]
+    samples = [Sample(inputs, labels, [0, 5]) for inputs, labels in ids]
+    samples[2] = Sample(ids[2][0], np.where(np.arange(12) < 7, ids[2][1], IGNORED), [0, 5, 7], 7)
+
+    def loss(size: int) -> float:
+        filled_up = samples + [ignored_sample(12, 0)] * (-len(samples) % size)
+        return held_out_loss(
+            Loop(model), (collate(filled_up[first : first + size]) for first in range(0, len(filled_up), size)), CPU
+        )
+
+    dropless = loss(1)
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.eval_capacity_factor = 0.6
+    assert abs(loss(1) - dropless) > 1e-3
+    assert [loss(2), loss(4)] == pytest.approx([loss(1)] * 2, rel=1e-6)
+
+
+def test_prompts_under_a_capacity_do_not_know_of_each_other(model: Decoder) -> None:
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.eval_capacity_factor = 0.6
+    model.eval()
+    tokens = torch.randint(VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(14))
+    logits, state = model.prefill(tokens, model.init_state(2), [9, 4])
+    torch.testing.assert_close(logits[0], model(tokens[:1])[0])
+    torch.testing.assert_close(logits[1, :4], model(tokens[1:, :4])[0])
+    torch.testing.assert_close(
+        logits[1, :4], forward_masked(model, tokens, torch.arange(9) < torch.tensor([[9], [4]]))[1, :4]
+    )
+    together, _ = model.step(tokens[:, 0], state)
+    alone, _ = model.step(tokens[:1, 0], model.prefill(tokens[:1], model.init_state(1))[1])
+    torch.testing.assert_close(together[:1], alone)
 
 
 def test_the_loss_is_a_mean_over_tokens_and_leaves_no_trace(model: Decoder) -> None:

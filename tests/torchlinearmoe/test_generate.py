@@ -77,7 +77,7 @@ def test_a_sequence_stops_alone_and_the_padding_is_never_chosen() -> None:
     prompts = prompts_of([5, 6])
     first, second = (rows(list(generate(model, prompts, 10)), row) for row in (0, 1))
     stop = next(token for token in first if token not in second)
-    items = list(generate(model, prompts, 10, stop=stop))
+    items = list(generate(model, prompts, 10, stop={stop}))
     assert rows(items, 0) == first[: first.index(stop)] and rows(items, 1) == second
     used = max(second)
     assert max(rows(list(generate(model, prompts, 10, vocab_size=used)), 1)) < used

@@ -11,7 +11,7 @@ import torch
 from torchlinearmoe.checkpoint.load import check_fits, load_model_weights
 from torchlinearmoe.checkpoint.plain import SMALL, is_there, plain_file, read_plain
 from torchlinearmoe.checkpoint.storage import CheckpointError
-from torchlinearmoe.checkpoint.tokenizer_files import CONFIG, NEIGHBOURS, TOKENIZER, tokenizer_names, without_code
+from torchlinearmoe.checkpoint.tokenizer_files import NEIGHBOURS, TOKENIZER, tokenizer_names, without_code
 from torchlinearmoe.data.chat_template import ChatTemplate, load_template, parse_template
 from torchlinearmoe.data.tokenizer import Tokenizer, load_tokenizer
 from torchlinearmoe.errors import UserError
@@ -75,17 +75,36 @@ def checkpoint_tokenizer(path: str | Path) -> Tokenizer:
 def begin_of_text(path: str | Path, tokenizer: Tokenizer) -> int:
     """The id that a text begins with: the end-of-text token, which training puts before every document.
 
-    An imported model was trained elsewhere: its tokenizer's `bos_token`, if it has one and adds it.
+    An imported model was trained elsewhere: the token that its tokenizer puts before a text, if it does.
     """
-    name = f"{TOKENIZER_FOLDER}/{CONFIG}"
-    if not is_there(Path(path) / SPECIAL_IDS_FILE) or not is_there(Path(path) / name):
-        return tokenizer.end_of_text
-    described = read_table(path, name)
-    token = described.get("bos_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    if token is None or described.get("add_bos_token") is False:
-        return tokenizer.end_of_text
-    return tokenizer.special_tokens.get(token, tokenizer.end_of_text)
+    begin = tokenizer.begin_of_text if is_there(Path(path) / SPECIAL_IDS_FILE) else None
+    return tokenizer.end_of_text if begin is None else begin
+
+
+def ends_of_text(path: str | Path, tokenizer: Tokenizer) -> set[int]:
+    """The ids after which generation stops: the end-of-text token, and those that an imported model's files name.
+
+    Raises UserError where they name something else than ids.
+    """
+    ends = {tokenizer.end_of_text}
+    if is_there(Path(path) / SPECIAL_IDS_FILE):
+        for ids in read_special_ids(path).values():
+            named = ids.get("eos_token_id")
+            ends |= set(named if isinstance(named, list) else [] if named is None else [named])
+    return ends
+
+
+def read_special_ids(path: str | Path) -> dict[str, dict[str, Any]]:
+    """What an imported model's files said of special ids, by file. Raises UserError."""
+    found = read_table(path, SPECIAL_IDS_FILE)
+    where = Path(path) / SPECIAL_IDS_FILE
+    for ids in found.values():
+        if not isinstance(ids, dict):
+            raise UserError(f"{where}: must hold an object a file; import the model again")
+        ends = ids.get("eos_token_id")
+        if not all(type(end) is int for end in (ends if isinstance(ends, list) else [ends]) if end is not None):
+            raise UserError(f"{where}: eos_token_id = {ends!r}: must be an id or a list of ids; import the model again")
+    return found
 
 
 def read_table(path: str | Path, name: str) -> dict[str, Any]:

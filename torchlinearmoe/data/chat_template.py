@@ -71,9 +71,9 @@ class ChatTemplate:
             trained.pop()
         return ids, trained
 
-    def prompt(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-        """The ids of a conversation up to where the assistant's next content begins."""
-        ids = [tokenizer.end_of_text]
+    def prompt(self, messages: Sequence[Message], tokenizer: Tokenizer, begin: int) -> list[int]:
+        """The ids of a conversation, `begin` first, up to where the assistant's next content begins."""
+        ids = [begin]
         for message in messages:
             before, after = self.around[message.role]
             ids += self._literal(before, tokenizer) + tokenizer.encode(message.content)

@@ -101,7 +101,7 @@ class PackedConversations:
             place = end
         if place < self.length:
             starts.append(place)
-        return Sample(sample.tokens, sample.labels, starts)
+        return Sample(sample.tokens, sample.labels, starts, place)
 
     def ignored(self) -> Sample:
         """A sample that counts for nothing."""

@@ -67,31 +67,52 @@ class HuggingFaceTokenizer(Tokenizer):
         if not vocabulary:
             raise UserError(f"{path}: not a Hugging Face tokenizer: its vocabulary is empty")
         self.vocab_size = max(vocabulary.values()) + 1
-        end_of_text = self._find_end_of_text(vocabulary)
+        config = self._read_config()
+        end_of_text = self._find_end_of_text(vocabulary, config)
         self.end_of_text = vocabulary[end_of_text]
+        self.begin_of_text = self._find_begin_of_text(vocabulary, config)
         added = [token for token in described.get("added_tokens", ()) if token.get("special")]
         self.special_tokens = {token["content"]: token["id"] for token in added}
         self._bytes = _token_bytes(described, vocabulary, path)
         self.fingerprint = hashlib.blake2b(content + end_of_text.encode(), digest_size=16).hexdigest()
 
-    def _find_end_of_text(self, vocabulary: dict[str, int]) -> str:
+    def _read_config(self) -> dict[str, Any]:
+        """What `tokenizer_config.json` beside the file says; nothing where it is not there."""
+        path = self.path.with_name("tokenizer_config.json")
+        if not path.is_file():
+            return {}
+        content = read_file(path)
+        self.files[path.name] = content
+        try:
+            config = json.loads(content.decode("utf-8"))
+        except ValueError:
+            config = None
+        if not isinstance(config, dict):
+            raise UserError(f"{path}: not a JSON object")
+        return config
+
+    def _find_end_of_text(self, vocabulary: dict[str, int], config: dict[str, Any]) -> str:
         config_path = self.path.with_name("tokenizer_config.json")
-        if config_path.is_file():
-            content = read_file(config_path)
-            self.files[config_path.name] = content
-            try:
-                token = json.loads(content.decode("utf-8")).get("eos_token")
-            except (ValueError, AttributeError):
-                raise UserError(f"{config_path}: not a JSON object") from None
-            token = token.get("content") if isinstance(token, dict) else token
-            if token is not None:
-                if token not in vocabulary:
-                    raise UserError(f"{config_path}: eos_token = {token!r} is not in the vocabulary of {self.path}")
-                return token
+        token = _spelling(config, "eos_token")
+        if token is not None:
+            if token not in vocabulary:
+                raise UserError(f"{config_path}: eos_token = {token!r} is not in the vocabulary of {self.path}")
+            return token
         for token in END_OF_TEXT_NAMES:
             if token in vocabulary:
                 return token
         raise UserError(f"{self.path}: no end-of-text token; set eos_token in {config_path}")
+
+    def _find_begin_of_text(self, vocabulary: dict[str, int], config: dict[str, Any]) -> int | None:
+        """The `bos_token` of `tokenizer_config.json`, else what the `post_processor` of the file puts before a text."""
+        if config.get("add_bos_token") is False:
+            return None
+        token = _spelling(config, "bos_token")
+        if token is not None:
+            return vocabulary.get(token)
+        marked = self._model.encode("a", add_special_tokens=True)
+        starts = 0 in marked.special_tokens_mask and marked.special_tokens_mask[0] == 1
+        return marked.ids[0] if starts else None
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
@@ -101,6 +122,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(self._bytes.get(token, b"") for token in ids)
+
+
+def _spelling(config: dict[str, Any], key: str) -> Any:
+    """A token that is named by itself or by an object of its properties; None where it is not named."""
+    token = config.get(key)
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _token_bytes(described: dict[str, Any], vocabulary: dict[str, int], path: Path) -> dict[int, bytes]:

@@ -41,6 +41,8 @@ class Sample:
     """int64 [L], IGNORED where there is nothing to predict."""
     starts: list[int]
     """Where its documents start; the first is 0."""
+    filled: int | None = None
+    """Tokens that come from the data, what follows is padding; None: all, in every sample of its kind."""
 
 
 class SampleSource(Protocol):
@@ -78,9 +80,9 @@ class Samples:
         labels = np.full(self.length, IGNORED, dtype=np.int64)
         tokens[:num_targets], labels[:num_targets] = ids[:-1], ids[1:]
         starts = [0, *(1 + np.flatnonzero(ids[1:-1] == self.stream.end_of_text)).tolist()]
-        if num_targets < self.length:
-            starts.append(num_targets)
-        return Sample(tokens, labels, starts)
+        if num_targets == self.length:
+            return Sample(tokens, labels, starts)
+        return Sample(tokens, labels, [*starts, num_targets], num_targets)
 
     def ignored(self) -> Sample:
         """A sample that counts for nothing."""
@@ -90,7 +92,7 @@ class Samples:
 def ignored_sample(length: int, end_of_text: int) -> Sample:
     """One document of end-of-text markers without labels."""
     tokens = np.full(length, end_of_text, dtype=np.int64)
-    return Sample(tokens, np.full(length, IGNORED, dtype=np.int64), [0])
+    return Sample(tokens, np.full(length, IGNORED, dtype=np.int64), [0], 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,15 +109,22 @@ class MicroBatch:
     """Tokens of one sample; T is a multiple of it."""
     valid_tokens: int
     """Labels that are not IGNORED, counted on the host."""
+    filled: tuple[int, ...] | None = None
+    """Tokens of each sample before its padding; None where no sample has any."""
 
     @property
     def num_sequences(self) -> int:
         """Samples in it."""
         return self.tokens.shape[0] // self.row_length
 
+    @property
+    def counted_tokens(self) -> int:
+        """Tokens that are no padding."""
+        return self.tokens.shape[0] if self.filled is None else sum(self.filled)
+
     def documents(self, device: torch.device | str = "cpu") -> Documents:
         """Its documents, with their borders on `device`."""
-        return Documents.packed(self.cu_seqlens, self.row_length, device)
+        return Documents.packed(self.cu_seqlens, self.row_length, device, filled=self.filled)
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same with tokens and labels on `device`; from pinned memory the copy does not wait."""
@@ -133,6 +142,7 @@ def collate(samples: Sequence[Sample]) -> MicroBatch:
     length = len(samples[0].tokens)
     tokens = np.concatenate([sample.tokens for sample in samples])
     labels = np.concatenate([sample.labels for sample in samples])
+    filled = tuple(length if sample.filled is None else sample.filled for sample in samples)
     borders = [row * length + start for row, sample in enumerate(samples) for start in sample.starts]
     return MicroBatch(
         tokens=torch.from_numpy(tokens),
@@ -140,4 +150,5 @@ def collate(samples: Sequence[Sample]) -> MicroBatch:
         cu_seqlens=[*borders, len(tokens)],
         row_length=length,
         valid_tokens=int((labels != IGNORED).sum()),
+        filled=None if all(sample.filled is None for sample in samples) else filled,
     )

@@ -53,6 +53,8 @@ class Tokenizer(ABC):
     """The largest id plus one, special tokens included."""
     end_of_text: int
     """The id that starts every document and ends the last."""
+    begin_of_text: int | None = None
+    """The id that its own files put before a text; None where they name none. Training here does not use it."""
     special_tokens: Mapping[str, int] = {}
     """Tokens that no text encodes to, by their spelling."""
     fingerprint: str

@@ -10,7 +10,7 @@ Shapes: B sequences, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class Generation(Iterator[list[int | None]]):
         prompts: Sequence[Sequence[int]],
         max_tokens: int,
         sampling: Sampling,
-        stop: int | None,
+        stop: Collection[int],
         vocab_size: int | None,
     ) -> None:
         self._check(model, prompts, max_tokens)
@@ -78,7 +78,7 @@ class Generation(Iterator[list[int | None]]):
         self._tokens = tokens
         self.left -= 1
         chosen = tokens.tolist()
-        self.running = [go and token != self.stop for go, token in zip(self.running, chosen)]
+        self.running = [go and token not in self.stop for go, token in zip(self.running, chosen)]
         if not any(self.running):
             raise StopIteration
         return [token if go else None for go, token in zip(self.running, chosen)]
@@ -110,14 +110,14 @@ def generate(
     max_tokens: int,
     *,
     sampling: Sampling = GREEDY,
-    stop: int | None = None,
+    stop: Collection[int] = (),
     vocab_size: int | None = None,
 ) -> Generation:
     """Go on from `prompts`, lists of ids of unequal lengths, together; iterate over the result for the tokens.
 
     Each item is a list of B entries: the next token of every sequence, None once it has stopped. A sequence stops at
-    `stop` (not part of the output) or after `max_tokens`. Ids from `vocab_size` on, the padding of a vocabulary, are
-    never chosen. The model is put into eval mode.
+    any of `stop` (not part of the output) or after `max_tokens`. Ids from `vocab_size` on, the padding of a vocabulary,
+    are never chosen. The model is put into eval mode.
 
     Raises UserError for an empty prompt, for `max_tokens` below 1, and where softmax layers have no room for a prompt
     and `max_tokens` (model.max_length); linear layers have no bound.

@@ -8,8 +8,6 @@ Shapes: B sequences, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import torch
 from torch import Tensor
 
@@ -23,7 +21,7 @@ def forward_masked(model: Decoder, tokens: Tensor, mask: Tensor | None) -> Tenso
         return model(tokens)
     valid = mask.bool()
     lengths = [count for count in valid.sum(1).tolist() if count]
-    documents = Documents.packed([0, *accumulate(lengths)], device=tokens.device)
+    documents = Documents.prompts(lengths, tokens.device)
     return _spread(model(tokens[valid], documents=documents), valid)
 
 

@@ -245,10 +245,14 @@ class MoM(Mixer):
         """Count this rank's part of the stream, as the experts' routers do, and attach the balance loss."""
         if not self.training:
             return routing
-        layout = self.balance.layout
-        own = Routing(*(part.chunk(layout.stream_parts)[layout.stream_part] for part in routing))
+        layout, documents = self.balance.layout, context.documents
         loss, _ = account(
-            own, self.balance, self.statistics, totals=context.totals, row_length=context.documents.row_length
+            Routing(*map(layout.own, routing)),
+            self.balance,
+            self.statistics,
+            totals=context.totals,
+            row_length=documents.row_length,
+            counted_T=None if documents.counted is None else layout.own(documents.counted),
         )
         return routing if loss is None else routing._replace(topk_weights_Tk=attach_loss(routing.topk_weights_Tk, loss))
 

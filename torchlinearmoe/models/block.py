@@ -42,7 +42,7 @@ class Block(nn.Module):
         y_TD, after, passed_on = self.mixer(self.norm_mixer(x_TD), context, state, carried)
         x_TD, h_TD = self.add_norm(x_TD, y_TD)
         if isinstance(self.ffn, MoE):
-            h_TD = self.ffn(h_TD, totals=context.totals, row_length=context.documents.row_length)
+            h_TD = self.ffn(h_TD, totals=context.totals, documents=context.documents)
         else:
             h_TD = self.ffn(h_TD)
         return x_TD + h_TD, after, passed_on

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -156,7 +155,7 @@ class Decoder(nn.Module):
             return logits, state
         part = state if len(rows) == batch else _select(state, rows)
         kept = [counts[i] for i in rows]
-        documents = Documents.packed([0, *accumulate(kept)], device=tokens.device)
+        documents = Documents.prompts(kept, tokens.device)
         row_of = torch.tensor(rows, device=tokens.device)[documents.ids.long()]
         h, part = self._decode(tokens[row_of, documents.positions], documents, part, kept, stepping=False)
         logits[row_of, documents.positions] = self.project(h)

@@ -11,6 +11,8 @@ arXiv 2501.11873). z-loss (Zoph et al. 2022, ST-MoE, arXiv 2202.08906): the toke
 Every loss here carries its whole normalisation (totals of the step), so micro-batches and ranks simply add up, and is
 attached to an activation: it never travels to the trainer, and its gradient needs no other path than the model's own.
 
+Padding counts nowhere: tokens are those that count, `counted_T` says which. A sequence of nothing else has loss zero.
+
 T local tokens, k experts a token, E experts, S packed sequences, L their length.
 """
 
@@ -48,17 +50,19 @@ def attach_loss(x: Tensor, loss: Tensor) -> Tensor:
     return _AttachLoss.apply(x, loss)  # type: ignore[return-value]
 
 
-def count_assignments(topk_ids_Tk: Tensor, num_experts: int) -> Tensor:
-    """Assignments to each expert, int64 [E]; no host synchronisation."""
+def count_assignments(topk_ids_Tk: Tensor, num_experts: int, counted_T: Tensor | None = None) -> Tensor:
+    """Assignments to each expert, int64 [E]; no host synchronisation. counted_T: bool [T], None for all."""
     ids_A = topk_ids_Tk.flatten()
-    return torch.zeros(num_experts, dtype=torch.int64, device=ids_A.device).scatter_add_(
-        0, ids_A, torch.ones_like(ids_A)
-    )
+    one_A = torch.ones_like(ids_A) if counted_T is None else counted_T.long().repeat_interleave(topk_ids_Tk.shape[1])
+    return torch.zeros(num_experts, dtype=torch.int64, device=ids_A.device).scatter_add_(0, ids_A, one_A)
 
 
-def z_loss(logits_TE: Tensor, total_tokens: int) -> Tensor:
+def z_loss(logits_TE: Tensor, total_tokens: int | Tensor, counted_T: Tensor | None = None) -> Tensor:
     """sum_t logsumexp(logits_t)^2 / total_tokens."""
-    return logits_TE.logsumexp(-1).square().sum() / total_tokens
+    squares_T = logits_TE.logsumexp(-1).square()
+    if counted_T is not None:
+        squares_T = torch.where(counted_T, squares_T, 0)
+    return (squares_T.sum() / total_tokens).to(logits_TE.dtype)
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,10 @@ class TokenLayout:
     row_parts: int = 1
     stream_parts: int = 1
     stream_part: int = 0
+
+    def own(self, x_T: Tensor) -> Tensor:
+        """This rank's part of something that a stream has for each token, [stream_parts * T, ...] -> [T, ...]."""
+        return x_T.chunk(self.stream_parts)[self.stream_part]
 
 
 def _sum_rows(values_TE: Tensor, row_length: int, parts: int, part: int) -> Tensor:
@@ -95,9 +103,13 @@ def _sum_rows(values_TE: Tensor, row_length: int, parts: int, part: int) -> Tens
 
 
 @torch.no_grad()
-def count_rows(topk_ids_Tk: Tensor, probs_TE: Tensor, row_length: int, parts: int, part: int) -> Tensor:
+def count_rows(
+    topk_ids_Tk: Tensor, probs_TE: Tensor, counted_T: Tensor | None, row_length: int, parts: int, part: int
+) -> Tensor:
     """Local assignments of each row to each expert, [S, E] in the probabilities' type."""
     chosen_TE = torch.zeros_like(probs_TE).scatter_(1, topk_ids_Tk, 1.0)
+    if counted_T is not None:
+        chosen_TE = chosen_TE * counted_T.unsqueeze(1)
     return _sum_rows(chosen_TE, row_length, parts, part)
 
 
@@ -113,6 +125,7 @@ def sequence_balance_loss(
     total_sequences: int,
     layout: TokenLayout | None = None,
     *,
+    counted_T: Tensor | None = None,
     coefficient: float = 1.0,
     count: Callable[..., Tensor] = count_rows,
     weigh: Callable[..., Tensor] = weigh_rows,
@@ -121,7 +134,7 @@ def sequence_balance_loss(
 
     Shares of all micro-batches and ranks add up to the mean over the sequences. Counts are summed over
     `layout.group` (no gradient flows through them); probabilities stay local. `count` and `weigh` are its two halves,
-    compiled ones perhaps.
+    compiled ones perhaps. counted_T: bool [T], False for padding, whose probabilities are zero.
     Raises ValueError when the stream is not whole rows.
     """
     layout = layout or TokenLayout()
@@ -129,18 +142,20 @@ def sequence_balance_loss(
     if T * layout.stream_parts % row_length:
         raise ValueError(f"row_length = {row_length}: must divide the stream of {T * layout.stream_parts} tokens")
     place = (row_length, layout.stream_parts, layout.stream_part)
-    counts_SE = count(topk_ids_Tk, probs_TE.detach(), *place)
+    counts_SE = count(topk_ids_Tk, probs_TE.detach(), counted_T, *place)
     if layout.group is not None:
         dist.all_reduce(counts_SE, group=layout.group)
     length = row_length * layout.row_parts
     scale = coefficient * E / (length * topk_ids_Tk.shape[1] * length * total_sequences)
+    if counted_T is not None:  # f and P of a row are means over its n tokens, of which the counts tell k n
+        counts_SE = counts_SE * (length * topk_ids_Tk.shape[1] / counts_SE.sum(1, keepdim=True).clamp(min=1)).square()
     return weigh(counts_SE, probs_TE, scale, *place)
 
 
-def global_balance_loss(counts_E: Tensor, probs_TE: Tensor, top_k: int, total_tokens: int) -> Tensor:
+def global_balance_loss(counts_E: Tensor, probs_TE: Tensor, top_k: int, total_tokens: int | Tensor) -> Tensor:
     """E * sum_i f_i P_i over the step: this rank's share. counts_E: assignments of all `total_tokens` tokens."""
     fractions_E = counts_E.to(probs_TE.dtype) / (total_tokens * top_k)
-    return counts_E.shape[0] * (fractions_E * probs_TE.sum(0)).sum() / total_tokens
+    return (counts_E.shape[0] * (fractions_E * probs_TE.sum(0)).sum() / total_tokens).to(probs_TE.dtype)
 
 
 class Balance(nn.Module):
@@ -186,9 +201,12 @@ class Balance(nn.Module):
         self.has_global_counts = counts_E is not None
         self.global_counts_E.copy_(torch.zeros_like(self.global_counts_E) if counts_E is None else counts_E)
 
-    def forward(self, routing: Routing, totals: StepTotals, row_length: int | None) -> tuple[Tensor, Tensor] | None:
+    def forward(
+        self, routing: Routing, totals: StepTotals, row_length: int | None, counted_T: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
         """This micro-batch's (balance loss, z-loss), weighted and normalised; None when neither is in use.
 
+        counted_T: bool [T], False for padding, whose probabilities are zero.
         Raises ValueError when the global scope has to know other micro-batches and nobody counted them.
         """
         if not self.coefficient and not self.z_loss_coefficient:
@@ -203,20 +221,24 @@ class Balance(nn.Module):
                 row_length,
                 totals.sequences,
                 self.layout,
+                counted_T=counted_T,
                 coefficient=self.coefficient,
                 count=self.count_rows,
                 weigh=self.weigh_rows,
             )
         elif self.coefficient:
             balance = self.coefficient * global_balance_loss(
-                self._step_counts(routing, totals), routing.probs_TE, routing.topk_ids_Tk.shape[1], totals.tokens
+                self._step_counts(routing, totals, counted_T),
+                routing.probs_TE,
+                routing.topk_ids_Tk.shape[1],
+                totals.counted,
             )
         if self.z_loss_coefficient:
-            z = self.z_loss_coefficient * z_loss(routing.logits_TE, totals.tokens)
+            z = self.z_loss_coefficient * z_loss(routing.logits_TE, totals.counted, counted_T)
         return balance, z
 
     @torch.no_grad()
-    def _step_counts(self, routing: Routing, totals: StepTotals) -> Tensor:
+    def _step_counts(self, routing: Routing, totals: StepTotals, counted_T: Tensor | None) -> Tensor:
         if self.has_global_counts:
             return self.global_counts_E
         group = self.layout.group
@@ -226,7 +248,7 @@ class Balance(nn.Module):
                 f"moe.balance_scope = 'global': this forward and its group see {seen} of the step's {totals.tokens} "
                 "tokens; run the micro-batches under counting_pass first"
             )
-        counts_E = count_assignments(routing.topk_ids_Tk, self.global_counts_E.shape[0])
+        counts_E = count_assignments(routing.topk_ids_Tk, self.global_counts_E.shape[0], counted_T)
         if group is not None:
             dist.all_reduce(counts_E, group=group)
         return counts_E

@@ -1,6 +1,7 @@
 """The sparse feed-forward: route, dispatch, experts, combine.
 
-x_TD is a flat stream of packed sequences; tokens do not see each other here, so document borders do not matter.
+x_TD is a flat stream of packed sequences; tokens do not see each other here, so document borders do not matter. Padding
+is nobody's: it goes to no expert, takes no one's place and counts in no loss.
 
 Routing and accounting (losses, statistics) run eagerly: the router may be a sharded unit of its own, and counts go
 through collectives. The dispatcher's two methods, the experts' forward and `add_shared` take and give tensors, each fit
@@ -16,7 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from torchlinearmoe.documents import Documents
 from torchlinearmoe.initialize import linear
+from torchlinearmoe.late import to_device
 from torchlinearmoe.models.mlp import SwiGLU
 from torchlinearmoe.moe.accounting import account
 from torchlinearmoe.moe.balance import Balance, attach_loss
@@ -84,37 +87,70 @@ class MoE(nn.Module):
         """Forget the counts that `update_bias` reads."""
         self.step_counts_E.zero_()
 
-    def forward(self, x_TD: Tensor, *, totals: StepTotals | None = None, row_length: int | None = None) -> Tensor:
+    def forward(self, x_TD: Tensor, *, totals: StepTotals | None = None, documents: Documents | None = None) -> Tensor:
         """[T, D] -> [T, D].
 
         totals: of the optimizer step; None (outside training) leaves the auxiliary losses out.
-        row_length: tokens of a packed sequence in this stream, for the balance loss of scope "sequence".
+        documents: of the whole stream, of which `balance.layout` says what part x_TD is: its packed sequences and what
+        of them is padding. None: one sequence, and no balance loss of scope "sequence".
         """
         routing = self.router(x_TD)
-        keep_Tk = self._keep(routing)
-        routing = self._account(routing, keep_Tk, totals, row_length)
+        counted_T = None
+        if documents is not None and documents.counted is not None:
+            counted_T = self.balance.layout.own(documents.counted)
+        keep_Tk = self._keep(routing, documents, counted_T)
+        routing = self._account(routing, keep_Tk, totals, documents, counted_T)
         x_RD, counts_E, context = self.dispatcher.dispatch(x_TD, routing, keep_Tk)
         y_RD = self.experts(x_RD, counts_E, context.padded)
         y_TD = self.dispatcher.combine(y_RD, context)
         return y_TD if self.shared is None else self.add_shared(y_TD, x_TD)
 
-    def _keep(self, routing: Routing) -> Tensor | None:
-        """Which assignments fit the capacity of this mode; None for all."""
+    def _keep(self, routing: Routing, documents: Documents | None, counted_T: Tensor | None) -> Tensor | None:
+        """Which assignments fit the capacity of this mode; None for all.
+
+        In training of all tokens of this rank together. Outside it of each sequence by itself, so that no text depends
+        on what it is computed beside; decoding drops nothing, for a token's experts are distinct.
+        """
+        ids_Tk, num_experts = routing.topk_ids_Tk, self.router.num_experts
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        everything = None if counted_T is None else counted_T.unsqueeze(1).expand_as(ids_Tk)
         if factor is None:
-            return None
-        tokens, top_k = routing.topk_ids_Tk.shape
-        capacity = expert_capacity(tokens, top_k, self.router.num_experts, factor)
-        return keep_within_capacity(routing.topk_ids_Tk, routing.probs_TE, capacity, self.drop_policy)
+            return everything
+        (tokens, top_k), layout = ids_Tk.shape, self.balance.layout
+        counts, sequence_T = [tokens], None
+        if documents is not None:
+            counts = documents.count_sequences(layout.stream_part, layout.stream_parts)
+            if self.training:
+                counts = [sum(counts)]
+            else:
+                sequence_T = layout.own(documents.sequence_ids)
+        capacities = [expert_capacity(count, top_k, num_experts, factor) for count in counts]
+        if all(capacity >= count for capacity, count in zip(capacities, counts)):
+            return everything
+        capacity = capacities[0] if sequence_T is None else to_device(torch.tensor(capacities), ids_Tk.device)
+        return keep_within_capacity(
+            ids_Tk, routing.probs_TE, capacity, self.drop_policy, counted_T=counted_T, sequence_T=sequence_T
+        )
 
     def _account(
-        self, routing: Routing, keep_Tk: Tensor | None, totals: StepTotals | None, row_length: int | None
+        self,
+        routing: Routing,
+        keep_Tk: Tensor | None,
+        totals: StepTotals | None,
+        documents: Documents | None,
+        counted_T: Tensor | None,
     ) -> Routing:
         """Count what was routed and attach the auxiliary losses to the weights."""
         if not self.training:
             return routing
         loss, counts_E = account(
-            routing, self.balance, self.statistics, totals=totals, row_length=row_length, keep_Tk=keep_Tk
+            routing,
+            self.balance,
+            self.statistics,
+            totals=totals,
+            row_length=None if documents is None else documents.row_length,
+            keep_Tk=keep_Tk,
+            counted_T=counted_T,
         )
         if counts_E is not None and self.router.expert_bias is not None:
             self.step_counts_E += counts_E

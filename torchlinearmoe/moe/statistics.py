@@ -54,14 +54,22 @@ class LoadStatistics(nn.Module):
 
     @torch.no_grad()
     def record(
-        self, counts_E: Tensor, probs_TE: Tensor, keep_Tk: Tensor | None, losses: tuple[Tensor, Tensor] | None
+        self,
+        counts_E: Tensor,
+        probs_TE: Tensor,
+        keep_Tk: Tensor | None,
+        losses: tuple[Tensor, Tensor] | None,
+        counted_T: Tensor | None = None,
     ) -> None:
-        """Add a micro-batch: assignments [E] before dropping, probabilities [T, E], kept assignments, losses."""
+        """Add a micro-batch: assignments [E] before dropping, probabilities [T, E], kept assignments [T, k], losses.
+
+        counted_T: bool [T], False for padding, of which the assignments know and whose probabilities are zero.
+        """
         self.counts_E += counts_E
-        self.tokens += probs_TE.shape[0]
+        self.tokens += probs_TE.shape[0] if counted_T is None else counted_T.sum()
         self.probs_E += probs_TE.sum(0)
         if keep_Tk is not None:
-            self.dropped += (~keep_Tk).sum()
+            self.dropped += counts_E.sum() - keep_Tk.sum()
         if losses is not None:
             self.losses += torch.stack(losses)
 

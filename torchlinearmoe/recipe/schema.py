@@ -48,7 +48,7 @@ class MoERecipe:
     capacity_factor: float | None = None
     """Tokens an expert takes in training, as a multiple of an even share; absent: dropless."""
     eval_capacity_factor: float | None = None
-    """The same in evaluation and decoding; absent: dropless."""
+    """The same in evaluation and decoding, of each sequence by itself; absent: dropless."""
     drop_policy: Literal["probability", "position"] = "probability"
     """Over capacity, drop the least probable assignments or the latest tokens."""
     backend: str = "auto"

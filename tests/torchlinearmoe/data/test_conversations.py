@@ -196,3 +196,15 @@ def test_files_of_another_kind_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="b.jsonl, line 1: not UTF-8"):
         opened(tmp_path / "b.jsonl")
     assert list(read_conversations([write(tmp_path, ["", GOOD, " "])])) == [[("user", "a"), ("assistant", "b")]]
+
+
+def test_a_row_knows_what_is_padding_and_a_prompt_is_none(tmp_path: Path) -> None:
+    pairs = random_pairs(12)
+    stream = opened(write(tmp_path, pairs)).train
+    loader = build_validation_loader(stream, sequence_length=128, micro_batch_size=2)
+    places = sum(len(tokens) for tokens, _ in expected_pairs(pairs))
+    assert sum(batch.counted_tokens for batch in loader) == places < 128 * 2 * len(loader)
+    for batch in loader:
+        counted = batch.documents().counted
+        assert counted is not None and bool(counted[batch.labels != IGNORED].all())
+        assert bool((batch.tokens[~counted] == TOKENIZER.end_of_text).all())

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from torchlinearmoe.documents import Documents
 from torchlinearmoe.moe import StepTotals, counting_pass, needs_counting_pass, update_bias
 from torchlinearmoe.moe.balance import (
     _sum_rows,
@@ -42,7 +43,7 @@ def router_gradient(layer, micro_batches, totals, row_length) -> torch.Tensor:
     """Gradient of the attached losses alone: the output's own gradient is zero."""
     layer.zero_grad()
     for x in micro_batches:
-        y = layer(x, totals=totals, row_length=row_length)
+        y = layer(x, totals=totals, documents=Documents.batch(len(x) // row_length, row_length))
         y.backward(torch.zeros_like(y))
     return layer.router.weight.grad.clone()
 
@@ -90,14 +91,14 @@ def test_splitting_a_step_changes_nothing(build, scope: str) -> None:
             router_gradient(layer, parts, totals, 4)
         with counting_pass(layer):
             for part in parts:
-                layer(part, totals=totals, row_length=4)
+                layer(part, totals=totals, documents=Documents.batch(2, 4))
     torch.testing.assert_close(router_gradient(layer, parts, totals, 4), whole)
 
 
 def test_counting_pass_touches_nothing_else(build) -> None:
     layer = build(D, balance_scope="global", balance_coefficient=0.3, num_experts=E, top_k=K)
     with counting_pass(layer):
-        y = layer(stream(3), totals=StepTotals(T, 1), row_length=T)
+        y = layer(stream(3), totals=StepTotals(T, 1), documents=Documents.batch(1, T))
     assert not y.requires_grad and not layer.balance.counting
     assert layer.statistics.counts_E.sum() == 0 and layer.step_counts_E.sum() == 0
     assert layer.balance.global_counts_E.sum() == T * K
@@ -151,7 +152,7 @@ def test_rows_are_summed_wherever_the_stream_is_cut(parts: int, row_length: int)
 
 def test_rows_that_do_not_fill_the_stream_are_refused(build) -> None:
     with pytest.raises(ValueError, match="row_length = 7: must divide the stream of 24 tokens"):
-        build(D)(stream(9), totals=StepTotals(T, 1), row_length=7)
+        sequence_balance_loss(torch.zeros(T, K, dtype=torch.int64), torch.ones(T, E), 7, 1)
     with pytest.raises(ValueError, match="needs row_length"):
         build(D)(stream(9), totals=StepTotals(T, 1))
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from torchlinearmoe.documents import Documents
 from torchlinearmoe.moe import StepTotals
 
 pytestmark = pytest.mark.gpu
@@ -11,7 +12,7 @@ T, D = 1000, 64  # groups of no particular size
 
 
 def results(layer, x, dy):
-    y = layer(x, totals=StepTotals(T, 4), row_length=T // 4)
+    y = layer(x, totals=StepTotals(T, 4), documents=Documents.batch(4, T // 4, x.device))
     return [y, *torch.autograd.grad(y, [x, *layer.parameters()], dy)]
 
 

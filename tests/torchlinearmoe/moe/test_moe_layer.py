@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from torchlinearmoe.documents import Documents
 from torchlinearmoe.initialize import initialize
 from torchlinearmoe.moe import MoE, StepTotals
 from torchlinearmoe.moe.capacity import expert_capacity, keep_within_capacity
@@ -117,7 +118,7 @@ def test_grouped_and_loop_agree_on_the_whole_layer(build, dtype: torch.dtype, ca
         layer.experts.to(dtype)
         torch.manual_seed(8)
         x = torch.randn(40, 16).to(dtype).requires_grad_()
-        y = layer(x, totals=StepTotals(40, 4), row_length=10)
+        y = layer(x, totals=StepTotals(40, 4), documents=Documents.batch(4, 10))
         results.append([y, *torch.autograd.grad(y, [x, *layer.parameters()], torch.randn(40, 16).to(dtype))])
         assert y.dtype == dtype and all(torch.isfinite(t).all() for t in results[-1])
     tolerance = 1e-5 if dtype == torch.float32 else 5e-2
@@ -132,7 +133,7 @@ def test_compiled_pieces_around_an_eager_router_change_nothing(build) -> None:
 
     def run() -> list[Tensor]:
         inputs = [x.requires_grad_(), *layer.parameters()]
-        y = layer(x, totals=totals, row_length=4)
+        y = layer(x, totals=totals, documents=Documents.batch(3, 4))
         return [y, *torch.autograd.grad(y, inputs, dy)]
 
     expected = run()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from torchlinearmoe.documents import Documents
 from torchlinearmoe.moe import StepTotals, collect_statistics
 
 D = 6
@@ -20,7 +21,7 @@ def test_figures_are_those_of_the_routing(build) -> None:
     totals = StepTotals(60, 15)
     for x in batches:
         for layer in layers.values():
-            layer(x, totals=totals, row_length=4)
+            layer(x, totals=totals, documents=Documents.batch(len(x) // 4, 4))
     figures = collect_statistics(model)
     for name, layer in layers.items():
         routing = layer.router(batches.view(60, D))
@@ -47,7 +48,7 @@ def test_figures_are_those_of_the_routing(build) -> None:
 
 def test_collecting_without_reset_leaves_the_sums(build) -> None:
     layer = build(D)
-    layer(torch.randn(4, D, dtype=torch.float64), totals=StepTotals(4, 1), row_length=4)
+    layer(torch.randn(4, D, dtype=torch.float64), totals=StepTotals(4, 1), documents=Documents.batch(1, 4))
     model = nn.ModuleList([layer])
     first = collect_statistics(model, reset=False, steps=2)
     assert first == collect_statistics(model, reset=False, steps=2)
@@ -62,9 +63,13 @@ def test_recomputation_is_not_counted_again(build, use_reentrant: bool) -> None:
     calls = []
     layer.router.register_forward_hook(lambda *_: calls.append(1))
     y = (
-        checkpoint(layer, x, totals=StepTotals(10, 1), row_length=10, use_reentrant=False)
+        checkpoint(layer, x, totals=StepTotals(10, 1), documents=Documents.batch(1, 10), use_reentrant=False)
         if not use_reentrant
-        else (checkpoint(lambda x: layer(x, totals=StepTotals(10, 1), row_length=10), x, use_reentrant=True))
+        else (
+            checkpoint(
+                lambda x: layer(x, totals=StepTotals(10, 1), documents=Documents.batch(1, 10)), x, use_reentrant=True
+            )
+        )
     )
     y.sum().backward()
     assert len(calls) == 2  # it did run twice

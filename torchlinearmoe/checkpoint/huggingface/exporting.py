@@ -30,12 +30,11 @@ from torchlinearmoe.checkpoint.model import (
     begin_of_text,
     checkpoint_template,
     checkpoint_tokenizer,
-    read_table,
+    read_special_ids,
 )
 from torchlinearmoe.checkpoint.plain import is_there
 from torchlinearmoe.checkpoint.stream import Progress, SavedWeights
 from torchlinearmoe.checkpoint.tokenizer_files import read_tokenizer_file, tokenizer_names
-from torchlinearmoe.errors import UserError
 from torchlinearmoe.models.families.huggingface import Config
 
 SHARD_BYTES = 5 * 10**9
@@ -139,9 +138,7 @@ def _ends(checkpoint: Path) -> int | list[int]:
 def _special_ids(checkpoint: Path) -> dict[str, Config]:
     """What each file says of special ids: as they were imported, or as training here used them."""
     if is_there(checkpoint / SPECIAL_IDS_FILE):
-        found = read_table(checkpoint, SPECIAL_IDS_FILE)
-        if not all(isinstance(ids, dict) for ids in found.values()):
-            raise UserError(f"{checkpoint / SPECIAL_IDS_FILE}: must hold an object a file; import the model again")
+        found = read_special_ids(checkpoint)
         ids = found.get(CONFIG, {})
         return {CONFIG: ids, GENERATION: found.get(GENERATION, ids)}
     ids: Config = {}

@@ -15,9 +15,11 @@ from published_cases import make, save
 
 from torchlinearmoe.checkpoint.huggingface.exporting import export_checkpoint
 from torchlinearmoe.checkpoint.huggingface.importing import import_directory
-from torchlinearmoe.checkpoint.model import begin_of_text, checkpoint_tokenizer, model_files
+from torchlinearmoe.checkpoint.model import begin_of_text, checkpoint_tokenizer, ends_of_text, load_model, model_files
 from torchlinearmoe.data.tokenizer import load_tokenizer
+from torchlinearmoe.errors import UserError
 from torchlinearmoe.generate import _encode
+from torchlinearmoe.generation import generate
 from torchlinearmoe.recipe import resolve
 
 KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -93,7 +95,34 @@ def test_a_prompt_begins_as_the_imported_model_knows_it(config: dict[str, Any], 
     source = imported(tmp_path, {"bos_token_id": 0, "eos_token_id": 1}, None, **config)
     options = argparse.Namespace(chat=False, system="", checkpoint=str(source))
     prompts, stop = _encode(options, checkpoint_tokenizer(source), ["ab", ""])
-    assert (prompts, stop) == ([[begin, 2, 3], [begin]], 1)
+    assert (prompts, stop) == ([[begin, 2, 3], [begin]], {1})
+    options.chat, options.prompt = True, ["ab"]
+    assert [prompt[0] for prompt in _encode(options, checkpoint_tokenizer(source), ["ab"])[0]] == [begin]
+
+
+@pytest.mark.parametrize("adds", [True, False, None])
+def test_a_begin_token_that_only_the_post_processor_names_begins_a_prompt(adds: bool | None, tmp_path: Path) -> None:
+    config = {} if adds is None else {"add_bos_token": adds}
+    source = imported(tmp_path, {"bos_token_id": 0, "eos_token_id": 1}, None, **config)
+    file = source / "tokenizer" / "tokenizer.json"
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 1)])  # pyright: ignore
+    tokenizer.save(str(file))
+    assert begin_of_text(source, checkpoint_tokenizer(source)) == (1 if adds is False else 0)
+    assert checkpoint_tokenizer(source).encode("ab") == [2, 3]
+
+
+def test_generation_stops_at_every_end_that_an_imported_model_names(tmp_path: Path) -> None:
+    source = imported(tmp_path, {"eos_token_id": 1}, {"eos_token_id": [1, 3]})
+    options = argparse.Namespace(chat=False, system="", checkpoint=str(source))
+    assert _encode(options, checkpoint_tokenizer(source), ["a"])[1] == {1, 3}
+    model = load_model(source)
+    tokens = [chosen[0] or 0 for chosen in generate(model, [[0, 2]], 12)]
+    found = [chosen[0] for chosen in generate(model, [[0, 2]], 12, stop=set(tokens[3:5]))]
+    assert found == tokens[: min(tokens.index(token) for token in tokens[3:5])]
+    (source / "special_ids.json").write_text('{"config.json": {"eos_token_id": ["x"]}}')
+    with pytest.raises(UserError, match=r"special_ids.json: eos_token_id = \['x'\]: must be an id or a list of ids"):
+        ends_of_text(source, checkpoint_tokenizer(source))
 
 
 def test_a_model_trained_here_begins_as_its_documents_do(tmp_path: Path) -> None:
