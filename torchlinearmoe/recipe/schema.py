@@ -208,7 +208,8 @@ class OptimizerRecipe:
     states: Literal["float32", "bfloat16"] = "float32"
     """Type of Adam's two moments; bfloat16 halves them, rounded by chance so that small changes are not lost."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices and embeddings (not of norms, biases and decay parameters)."""
+    """Decoupled weight decay of matrices and embeddings (not of norms, biases, decay parameters and
+    RWKV's low-rank factors)."""
     clip_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 for never."""
 
