@@ -59,6 +59,29 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class Orthogonal:
+    """Orthonormal rows, or columns where those are fewer, scaled until the values' root mean square is `std`.
+
+    Each block is made so by itself. Blocks of orthonormal columns have such columns together as well; rows of different
+    blocks are independent draws.
+    """
+
+    std: float
+
+    def draw(self, shape: tuple[int, ...], start: int, generator: torch.Generator) -> Tensor:
+        """Values of the rows from `start` on, [shape]."""
+        values = _empty(shape, generator)
+        matrix = values.flatten(0, -2)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the order of a processor's sums, and so their rounding, is a matter of its threads
+        try:
+            nn.init.orthogonal_(matrix, self.std * max(matrix.shape) ** 0.5, generator)
+        finally:
+            torch.set_num_threads(threads)
+        return values
+
+
+@dataclass(frozen=True)
 class Rows:
     """A function of the row indices of dim 0: `fill(rows [n]) -> [n]`, the same along the other dims, or [n, ...]."""
 
@@ -76,7 +99,7 @@ def _empty(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=generator.device)
 
 
-Initializer = Normal | Uniform | Constant | Rows
+Initializer = Normal | Uniform | Orthogonal | Constant | Rows
 
 ZEROS = Constant(0.0)
 ONES = Constant(1.0)
@@ -91,6 +114,13 @@ def linear(inputs: int, outputs: int, std: float, bias: bool = False) -> nn.Line
     """A linear layer with normal weights and a zero bias, inputs -> outputs."""
     layer = nn.Linear(inputs, outputs, bias=bias)
     set_initializers(layer, weight=Normal(std), **({"bias": ZEROS} if bias else {}))
+    return layer
+
+
+def orthogonal(inputs: int, outputs: int, gain: float) -> nn.Linear:
+    """A linear layer, inputs -> outputs, orthogonal weights of the size that `gain` has in `nn.init.orthogonal_`."""
+    layer = nn.Linear(inputs, outputs, bias=False)
+    set_initializers(layer, weight=Orthogonal(gain / max(inputs, outputs) ** 0.5))
     return layer
 
 

@@ -26,6 +26,7 @@ def _train(path: str, overrides: Sequence[str]) -> int:
     from torchlinearmoe.parallel.mesh import resolve_degrees, tokens_per_step
     from torchlinearmoe.parallel.pipeline import check_micro_batches
     from torchlinearmoe.recipe import load_recipe
+    from torchlinearmoe.recipe.validate import check_steps
     from torchlinearmoe.run_folder import with_tokenizer, with_tokens_per_step
     from torchlinearmoe.runtime import choose_device, process_group, world_size
 
@@ -34,6 +35,7 @@ def _train(path: str, overrides: Sequence[str]) -> int:
     degrees = resolve_degrees(recipe.parallel, world_size())
     recipe = with_tokenizer(recipe)
     recipe = with_tokens_per_step(recipe, tokens_per_step(recipe.training, degrees))
+    check_steps(recipe)
     check_micro_batches(recipe, degrees)
     device = choose_device(recipe.training)
     with process_group(device):

@@ -7,7 +7,6 @@ finite, log. Everything around it (validation, checkpoints, signals, the end) ha
 from __future__ import annotations
 
 import gc
-import math
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +48,7 @@ from torchlinearmoe.parallel.inputs import Inputs
 from torchlinearmoe.parallel.mesh import Degrees, Meshes
 from torchlinearmoe.parallel.tensor import sum_partial_gradients
 from torchlinearmoe.recipe import Recipe
+from torchlinearmoe.recipe.remarks import remarks
 from torchlinearmoe.run_folder import check_same_run, write_recipe
 from torchlinearmoe.runtime import StopSignal, choose_dtype, on_rank_0
 
@@ -68,7 +68,7 @@ class Trainer:
         self.dtype = choose_dtype(training, device)
         self.folder = Path(training.output_dir)
         self.tokens_per_step = training.tokens_per_step
-        self.total_steps = training.steps or math.ceil((training.tokens or 0) / self.tokens_per_step)
+        self.total_steps = training.total_steps
         self.rank = dist.get_rank()
         # Parts
         torch.use_deterministic_algorithms(training.deterministic)
@@ -152,7 +152,7 @@ class Trainer:
     def run(self) -> int | None:
         """Train to the last step. Returns the signal that stopped the run early, else None.
 
-        Raises Diverged when too many steps in a row were not finite; the last good checkpoint stays.
+        Raises Diverged when too many steps in a row were not finite, or the last ones; the last good checkpoint stays.
         """
         baselines = self._begin()
         stop = StopSignal()
@@ -177,7 +177,7 @@ class Trainer:
                     saves = bool(checkpoint.interval) and self.step % checkpoint.interval == 0
                     if last or logs or saves or self.device.type == "cpu":
                         self._settle()
-                    if self.skipped_in_a_row >= self.recipe.training.max_skipped_steps:
+                    if self.skipped_in_a_row >= self._too_many_skipped():
                         self._diverged(batches)
                     if last or validates:
                         self._validate()
@@ -260,15 +260,12 @@ class Trainer:
 
     def _learning_rate(self, step: int) -> float:
         optimizer = self.recipe.optimizer
-        warmup = optimizer.warmup_steps or 0
-        if optimizer.warmup_tokens is not None:
-            warmup = math.ceil(optimizer.warmup_tokens / self.tokens_per_step)
         return learning_rate(
             step,
             total_steps=self.total_steps,
             lr=optimizer.lr,
             min_lr=optimizer.min_lr,
-            warmup_steps=warmup,
+            warmup_steps=optimizer.warmup(self.tokens_per_step),
             schedule=optimizer.schedule,
             decay_fraction=optimizer.decay_fraction,
         )
@@ -279,6 +276,11 @@ class Trainer:
         self.skipped_steps += int(skipped)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self.stop_signal = int(received) or self.stop_signal
+
+    def _too_many_skipped(self) -> int:
+        """How many steps in a row end the run; at its end two, or all there are: what comes after will not mend it."""
+        most = self.recipe.training.max_skipped_steps
+        return min(most, 2, self.total_steps) if self.step == self.total_steps else most
 
     def _settle(self) -> None:
         """Wait for the last step's report."""
@@ -316,7 +318,7 @@ class Trainer:
         )
         if self.resumed_from is not None:
             self.metrics.message(f"resumed from {self.resumed_from} after step {self.step}")
-        lines = self.initial_weights.describe() if self.initial_weights is not None else []
+        lines = [*remarks(self.recipe), *(self.initial_weights.describe() if self.initial_weights else [])]
         for line in filter(None, [*lines, self.splits.train.note(self.recipe.training.sequence_length)]):
             self.metrics.message(line)
         if left_out := self.splits.left_out:
@@ -410,6 +412,8 @@ class Trainer:
                     silent = self._held_out_loss()
                 self.metrics.message(f"  with every mixer's output set to zero: {silent:.4f} (+{silent - loss:.4f})")
         last = self.checkpoints.directory / f"step-{self.step}"
+        if self.skipped_in_a_row:
+            self.metrics.message("the last step had a loss or gradient that is not finite, and changed nothing")
         curves = f"{self.folder / 'metrics.jsonl'}"
         if metrics.tensorboard:
             curves += f", tensorboard --logdir {self.folder / 'tensorboard'}"

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from torchlinearmoe import initialize as init
-from torchlinearmoe.initialize import Normal, Rows, Uniform, initialize, set_initializers
+from torchlinearmoe.initialize import Normal, Orthogonal, Rows, Uniform, initialize, set_initializers
 
 EXPERTS = 6
 
@@ -39,8 +39,15 @@ class Model(nn.Module):
         self.tiny = nn.Parameter(torch.empty(2, 4))
         self.flat = nn.Parameter(torch.empty(init.ROWS + 9))
         self.rows = nn.Parameter(torch.empty(init.ROWS + 3, 2))
+        self.orthogonal = nn.Parameter(torch.empty(init.ROWS + 50, 70))
         set_initializers(
-            self, long=Normal(1.0), small=Uniform(-1.0, 1.0), tiny=Normal(1.0), flat=Uniform(0.0, 1.0), rows=Rows(_rows)
+            self,
+            long=Normal(1.0),
+            small=Uniform(-1.0, 1.0),
+            tiny=Normal(1.0),
+            flat=Uniform(0.0, 1.0),
+            rows=Rows(_rows),
+            orthogonal=Orthogonal(1.0),
         )
         self.experts = Experts()
 

@@ -98,7 +98,6 @@ def test_steps_layout_metrics_and_checkpoints_may_change(command: Command) -> No
         "--metrics.validation_interval=5",
         "--checkpoint.keep=1",
         "--checkpoint.asynchronous=false",
-        "--mixer.gated_delta_net.conv=2",  # of a mixer that is not in use
     )
     assert lines[:4] == first
     assert [(line["step"], "loss" in line) for line in lines[4:]] == [(5, False), (6, True), (7, True)]
@@ -163,6 +162,10 @@ def test_tokens_say_how_long_and_how_long_to_warm_up(command: Command) -> None:
         (["--parallel.data_replicate=2"], "data_replicate x context x tensor = 2 does not divide 1 ranks"),
         (["--data.paths=['/nowhere.jsonl']"], "data.paths: '/nowhere.jsonl' does not exist"),
         (["--data.tokenizer=/nowhere"], "data.tokenizer = '/nowhere'"),
+        (["--mixer.gla.conv=2"], "mixer.gla.conv = 2: no layer runs gla; in use: "),
+        (["--metrics.profile_steps=[5, 9]"], "metrics.profile_steps = [5, 9]: the run ends with step 4; name an earl"),
+        (["--metrics.memory_snapshot_step=5"], "metrics.memory_snapshot_step = 5: the run ends with step 4"),
+        (["--metrics.profile_steps=[3, 3]", "--training.tokens=96"], "the run ends with step 2"),
         (["--model.vocab_size=100"], "model.vocab_size = 100 is smaller than"),
         (["--training.sequence_length=100000", "--training.tokens_per_step=100000"], "training.sequence_length = 1000"),
     ],
@@ -192,6 +195,46 @@ def test_a_run_that_stays_broken_exits_with_one_line(command: Command, monkeypat
     assert line.endswith(f"last good checkpoint: {command.folder}/checkpoints/step-2")
     monkeypatch.undo()
     assert [line["step"] for line in command("--training.max_skipped_steps=2")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("bad, saved", [({1, 2, 3, 4}, []), ({3, 4}, ["step-2"])], ids=str)
+def test_a_run_whose_last_steps_were_not_finite_ends_badly_and_keeps_the_last_good_checkpoint(
+    command: Command, monkeypatch: pytest.MonkeyPatch, bad: set[int], saved: list[str]
+) -> None:
+    _spoil(monkeypatch, bad)
+    line = command.refused("--checkpoint.interval=1", "--checkpoint.keep=1")
+    assert line.startswith(f"error: {len(bad)} steps in a row had a loss or gradient that is not finite, first bad:")
+    checkpoints = command.folder / "checkpoints"
+    assert line.endswith(f"last good checkpoint: {checkpoints / saved[0] if saved else 'none yet'}")
+    assert [path.name for path in checkpoints.glob("*")] == saved
+
+
+def test_one_last_step_that_was_not_finite_is_told_and_costs_nothing_else(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _spoil(monkeypatch, {4})
+    assert command()[-1]["skipped_steps"] == 1
+    assert "the last step had a loss or gradient that is not finite" in command.capsys.readouterr().out
+    assert (command.folder / "checkpoints/step-4").is_dir()
+    _spoil(monkeypatch, {1})
+    command.folder = command.folder.with_name("short")
+    assert command.refused("--training.steps=1", f"--training.output_dir={command.folder}").startswith("error: 1 steps")
+
+
+def _spoil(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
+    """Losses that are not finite in those steps of the next run."""
+    from torchlinearmoe.parallel.passes import Loop
+
+    monkeypatch.undo()
+    run, steps = Loop.forward_backward, count(1)
+    factor = {True: float("nan"), False: 1}
+    monkeypatch.setattr(Loop, "forward_backward", lambda self, *args: run(self, *args) * factor[next(steps) in bad])
+
+
+def test_what_the_recipe_says_in_vain_is_told_before_the_run(command: Command) -> None:
+    command("--optimizer.warmup_steps=8")
+    out = command.capsys.readouterr().out
+    assert "optimizer.warmup_steps = 8: longer than the run, which ends at 50% of optimizer.lr = 0.001" in out
 
 
 def test_a_backend_that_cannot_compute_is_refused_before_the_data_is_read(command: Command) -> None:

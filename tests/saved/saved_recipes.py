@@ -217,6 +217,11 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "mixer": {"mom_gla": {"inner": "linear_attention"}, "mom_gated_delta_net": {"inner": "gsa"}},
         "training": {"steps": 9},
     },
+    "linear_attention-hedgehog": {
+        "model": {"mixer": "linear_attention"},
+        "mixer": {"linear_attention": {"feature_map": "hedgehog", "feature_scale": 2.0}},
+        "training": {"steps": 9},
+    },
 }
 ONE_VALUE = {"optimizer.name"}
 """Keys with a single legal value."""

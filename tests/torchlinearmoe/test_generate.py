@@ -146,6 +146,9 @@ def test_what_has_no_room_or_no_meaning_is_refused() -> None:
     for wrong in [*wrongs, {"top_p": 0.0}, {"top_p": 1.5}]:
         with pytest.raises(UserError, match=next(iter(wrong))):
             Sampling(**wrong)
+    for name, value in {"top_k": 5, "top_p": 0.9}.items():
+        with pytest.raises(UserError, match=rf"^{name} = {value}: at temperature 0, greedy, nothing is drawn; give "):
+            Sampling(**{name: value})
 
 
 def test_a_cast_model_keeps_decays_routers_and_bounds_in_float32() -> None:
@@ -216,6 +219,7 @@ def test_the_command_reads_standard_input(checkpoint: Path) -> None:
         (["{checkpoint}", "--prompt", "a", "--max-tokens", "400"], "model.max_length = 256"),
         (["{checkpoint}", "--prompt", "a", "--max-tokens", "0"], "max_tokens = 0"),
         (["{checkpoint}", "--prompt", "a", "--top-p", "2"], "top_p = 2.0"),
+        (["{checkpoint}", "--prompt", "a", "--top-k", "5"], "top_k = 5: at temperature 0, greedy, nothing is drawn"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -6,13 +6,26 @@ import math
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from torchlinearmoe import initialize as init
-from torchlinearmoe.initialize import ONES, ROWS, ZEROS, Constant, Normal, Rows, Uniform, initialize, set_initializers
+from torchlinearmoe.initialize import (
+    ONES,
+    ROWS,
+    ZEROS,
+    Constant,
+    Normal,
+    Orthogonal,
+    Rows,
+    Uniform,
+    initialize,
+    orthogonal,
+    set_initializers,
+)
 
 
 class Holder(nn.Module):
@@ -62,6 +75,49 @@ def test_rows_see_global_indices_across_blocks():
     assert torch.equal(values["full"][:, 1], -torch.arange(n).float())
 
 
+def test_orthogonal_blocks_have_orthonormal_rows_or_columns_of_the_named_size():
+    shapes = {"wide": (30, 100), "square": (64, 64), "tall": (ROWS + 300, 40), "broad": (ROWS + 300, ROWS + 100)}
+    parts: dict[str, Any] = {name: (shape, Orthogonal(0.3)) for name, shape in shapes.items()}
+    values = _values(**parts)
+    blocks = [block for value in values.values() for block in value.split(ROWS)]
+    for block in (*blocks, values["tall"]):
+        flat = block.double() if block.shape[0] <= block.shape[1] else block.double().T
+        few, many = flat.shape
+        torch.testing.assert_close(flat @ flat.T, 0.09 * many * torch.eye(few).double(), rtol=0, atol=1e-4)
+        assert float(block.square().mean().sqrt()) == pytest.approx(0.3, rel=1e-5)
+    upper, lower = values["broad"].split(ROWS)
+    products = (upper @ lower.T) / (0.09 * upper.shape[1])
+    assert float(products.square().mean()) == pytest.approx(1 / upper.shape[1], rel=0.1), "independent rows"
+
+
+def test_orthogonal_values_take_every_sign():
+    """Signs are the generator's: the products of two draws have no side that they prefer."""
+    stack = _values(a=((200, 3, 3), Orthogonal(1.0)))["a"]
+    assert stack.mean(0).abs().max() < 0.3
+    assert 60 < int((torch.linalg.det(stack) > 0).sum()) < 140
+    torch.testing.assert_close(stack @ stack.mT, 3 * torch.eye(3).expand(200, 3, 3), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("inputs, outputs", [(48, 48), (20, 48), (48, 20)])
+def test_an_orthogonal_layer_has_torchs_size(inputs: int, outputs: int):
+    layer = orthogonal(inputs, outputs, 0.1)
+    initialize(layer, 0)
+    norm = layer.weight.norm()
+    torch.testing.assert_close(norm, nn.init.orthogonal_(torch.empty(outputs, inputs), 0.1).norm())
+
+
+def test_orthogonal_values_do_not_depend_on_the_number_of_threads():
+    draws, threads = [], torch.get_num_threads()
+    try:
+        for number in (1, 2, 4):
+            torch.set_num_threads(number)
+            draws.append(_values(a=((ROWS, 600), Orthogonal(1.0)))["a"])
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(draws[0], draws[1]) and torch.equal(draws[0], draws[2])
+
+
 def test_blocks_names_and_seeds_all_draw_different_values():
     shape = (2 * ROWS, 3)
     values = _values(a=(shape, Normal(1.0)), b=(shape, Normal(1.0)), e=((3, ROWS, 3), Normal(1.0)))
@@ -93,6 +149,7 @@ def test_a_longer_parameter_begins_with_the_same_whole_blocks():
 
 def test_values_do_not_depend_on_the_parameters_type_or_the_default_type():
     parts = {"a": ((5, 3), Normal(1.0)), "b": ((7,), Uniform(0.0, 1.0)), "c": ((2,), ONES)}
+    parts |= {"o": ((5, 3), Orthogonal(1.0))}
     plain, wide = _values(**parts), _values(dtype=torch.float64, **parts)
     torch.set_default_dtype(torch.float64)
     try:
@@ -144,9 +201,10 @@ def test_buffers_are_reset():
 
 SCRIPT = """
 import torch
-from torchlinearmoe.initialize import Normal, _generator
+from torchlinearmoe.initialize import Normal, Orthogonal, _generator
 torch.manual_seed({noise})
-print(Normal(1.0).draw((3,), 0, _generator("0/layers.1.weight/2", torch.device("cpu"))).tolist())
+for distribution in (Normal(1.0), Orthogonal(1.0)):
+    print(distribution.draw((3, 2), 0, _generator("0/layers.1.weight/2", torch.device("cpu"))).tolist())
 """
 
 

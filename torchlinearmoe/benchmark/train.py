@@ -56,9 +56,10 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         if not (sequences.isdigit() and length.isdigit() and int(sequences) and int(length)):
             raise RecipeError(f"--shapes {shape}: a shape reads SEQUENCESxLENGTH, e.g. 8x2048")
         for name in arguments.contestants:
+            of_compiled = "training.compile_backend="
             options: dict[str, Any] = {
                 "recipe": arguments.recipe,
-                "overrides": list(overrides),
+                "overrides": [text for text in overrides if name == "ours" or of_compiled not in text],
                 "sequences": int(sequences),
                 "length": int(length),
                 "steps": arguments.steps,

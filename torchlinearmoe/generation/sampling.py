@@ -35,6 +35,11 @@ class Sampling:
             raise UserError(f"top_k = {self.top_k}: must be at least 1, or 0 for all tokens")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p}: must lie in (0, 1]")
+        for name, said in (("top_k", self.top_k > 0), ("top_p", self.top_p < 1)):
+            if said and not self.temperature:
+                raise UserError(
+                    f"{name} = {getattr(self, name)}: at temperature 0, greedy, nothing is drawn; give one above 0"
+                )
 
 
 GREEDY = Sampling()

@@ -8,7 +8,7 @@ may be normalised: phi(q) . phi(k) is then a weight. This file registers no mixe
     silu       silu(x)
     identity   x
     t2r        relu(W x)                            positive    Kasai et al. 2021, arXiv 2103.13076
-    hedgehog   softmax([W x + b, -(W x + b)])       positive    Zhang et al. 2024, arXiv 2402.04347
+    hedgehog   softmax(s [W x + b, -(W x + b)])     positive    Zhang et al. 2024, arXiv 2402.04347; fla's has s = 2
     dpfp       r_i r_{i+j}, j = 1 .. nu,            positive    Schlag et al. 2021, arXiv 2102.11174
                r = [relu(x), relu(-x)]
     hadamard   (W x + b) * (W' x + b')
@@ -59,14 +59,14 @@ def num_parameters(name: str, head_dim: int, feature_dim: int) -> int:
     return feature_matrices(name, head_dim, feature_dim) + biases
 
 
-def make_feature_map(name: str, head_dim: int, feature_dim: int, nu: int) -> FeatureMap:
-    """The map `name` of heads of `head_dim`; `feature_dim` and `nu` are read by the maps that have them."""
+def make_feature_map(name: str, head_dim: int, feature_dim: int, nu: int, scale: float) -> FeatureMap:
+    """The map `name` of heads of `head_dim`; `feature_dim`, `nu` and `scale` are read by the maps that have them."""
     if name in ELEMENTWISE:
         return Elementwise(head_dim, ELEMENTWISE[name])
     if name == "dpfp":
         return DPFP(head_dim, nu)
     if name == "hedgehog":
-        return Hedgehog(head_dim)
+        return Hedgehog(head_dim, scale)
     return {"t2r": T2R, "hadamard": Hadamard}[name](head_dim, feature_dim or head_dim)
 
 
@@ -123,10 +123,11 @@ class T2R(FeatureMap):
 
 
 class Hedgehog(FeatureMap):
-    """A softmax over a linear map and its negative, F = 2 K; starts with W the identity and b zero."""
+    """A softmax over `scale` times a linear map and its negative, F = 2 K; starts with W the identity and b zero."""
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, head_dim: int, scale: float) -> None:
         super().__init__(head_dim)
+        self.scale = scale
         self.weight = nn.Parameter(torch.empty(head_dim, head_dim))
         self.bias = nn.Parameter(torch.empty(head_dim))
         set_initializers(self, weight=Rows(self._identity_rows), bias=ZEROS)
@@ -136,7 +137,7 @@ class Hedgehog(FeatureMap):
 
     def of_heads(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
-        wide = y if y.dtype == torch.float64 else y.float()
+        wide = self.scale * (y if y.dtype == torch.float64 else y.float())
         return torch.cat([wide, -wide], -1).softmax(-1).to(x.dtype)
 
 

@@ -69,6 +69,8 @@ class Options(MixerOptions):
     """Features of `t2r` and `hadamard`; 0 for the key width."""
     nu: int = 4
     """Neighbours that `dpfp` multiplies by; 2 K nu features."""
+    feature_scale: float = 1.0
+    """What `hedgehog` multiplies by before its softmax; flash-linear-attention takes 2."""
     tie_feature_maps: bool = False
     """One learned map for queries and keys together."""
     normalize: bool = False
@@ -91,6 +93,7 @@ class LinearAttention(LinearMixer):
         {"feature_map": "t2r", "feature_dim": 20, "normalize": True},
         {"feature_map": "hedgehog", "normalize": True, "conv": 3},
         {"feature_map": "hedgehog", "tie_feature_maps": True, "heads": 3, "head_dim": 16, "expand_v": 0.5},
+        {"feature_map": "hedgehog", "feature_scale": 2.0},
         {"feature_map": "dpfp", "nu": 2, "normalize": True},
         {"feature_map": "hadamard", "feature_dim": 12},
     )
@@ -102,9 +105,10 @@ class LinearAttention(LinearMixer):
         self.heads, self.head_dim = geometry(options, model)
         self.value_dim = expanded(self.head_dim, options.expand_v)
         phi = (options.feature_map, self.head_dim, options.feature_dim, options.nu)
+        scale = options.feature_scale
         self.features_per_head = feature_width(*phi)
-        self.q_map = make_feature_map(*phi)
-        self.k_map = None if options.tie_feature_maps else make_feature_map(*phi)
+        self.q_map = make_feature_map(*phi, scale)
+        self.k_map = None if options.tie_feature_maps else make_feature_map(*phi, scale)
         # Every head applies the maps, while the parameters of a map count once.
         entries = feature_matrices(*phi[:3])
         self.map_flops = 2.0 * entries * (2 * self.heads - (1 if self.k_map is None else 2))
@@ -131,6 +135,14 @@ class LinearAttention(LinearMixer):
             raise RecipeError(
                 f"mixer.linear_attention.feature_dim = {options.feature_dim}: only {' and '.join(FREE_WIDTH)} choose "
                 f"their features, not '{name}'"
+            )
+        if options.feature_scale != 1.0 and name != "hedgehog":
+            raise RecipeError(
+                f"mixer.linear_attention.feature_scale = {options.feature_scale:g}: only hedgehog has one, not '{name}'"
+            )
+        if not 0 < options.feature_scale < float("inf"):
+            raise RecipeError(
+                f"mixer.linear_attention.feature_scale = {options.feature_scale:g}: must be above zero and finite"
             )
         if name == "dpfp" and not 1 <= options.nu < 2 * head_dim:
             raise RecipeError(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchlinearmoe.initialize import ONES, ZEROS, Initializer, Rows, set_initializers
+from torchlinearmoe.initialize import ZEROS, Constant, Initializer, Rows, set_initializers
 from torchlinearmoe.mixers.tail import in_float32
 
 
@@ -32,6 +32,10 @@ class Depth:
         """From 1 in the first layer to almost 0."""
         return 1.0 - self.layer / self.layers
 
+    def norm(self) -> Constant:
+        """The GroupNorm's weight, ((layer + 1) / layers)^0.7."""
+        return Constant(((self.layer + 1) / self.layers) ** 0.7)
+
     def ramp(self, width: int, power: float, lift: float = 0.0) -> Rows:
         """A mix with the token before, 1 - ((n / D)^(power * falling) + lift) in channel n."""
         return Rows(lambda rows: 1.0 - ((rows / width) ** (power * self.falling) + lift))
@@ -40,7 +44,7 @@ class Depth:
 class HeadGroupNorm(nn.Module):
     """GroupNorm with a head a group; statistics and result in float32 (float64 stays)."""
 
-    def __init__(self, heads: int, head_dim: int, eps: float, weight: Initializer = ONES) -> None:
+    def __init__(self, heads: int, head_dim: int, eps: float, weight: Initializer) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.eps = eps

@@ -9,8 +9,9 @@ arXiv 2404.05892, equations 11 to 20. x'_t is the token before x_t in the same d
     S_t = diag(a_t) S_{t-1} + k_t v_t^T,       o_t = (S_{t-1} + diag(u) k_t v_t^T)^T r_t
     y_t = W_o (GroupNorm(o_t) * swish(W_g x^g_t))                    a group is a head, eps 64e-5
 
-The state is S and the last input. w_0 and u stay in float32 in a module of their own. Initial values follow the
-authors' recipe: ramps over channels that depend on the layer's depth (see `_Recipe`).
+The state is S and the last input. w_0 and u stay in float32 in a module of their own. Initial values are those of the
+authors' training code (RWKV-LM, `RWKV-v5/src/model.py`): orthogonal projections and ramps over channels that depend on
+the layer's depth (see `_Recipe`), but for W_o, which starts as in every other mixer where theirs is zero.
 
 Shapes: T tokens, D width, H heads of K = V, R rank of a mix, N documents.
 """
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlinearmoe.errors import RecipeError
-from torchlinearmoe.initialize import ZEROS, Rows, Uniform, linear, set_initializers
+from torchlinearmoe.initialize import ZEROS, Rows, Uniform, linear, orthogonal, set_initializers
 from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
@@ -112,6 +113,8 @@ class Decay(nn.Module):
 class TokenMix(nn.Module):
     """Five mixes of a token with the one before, each by a learned ramp and a low-rank function of the token."""
 
+    no_weight_decay = ("down", "up")
+
     def __init__(self, width: int, rank: int, recipe: _Recipe) -> None:
         super().__init__()
         self.rank = rank
@@ -142,25 +145,25 @@ class RWKV6(Mixer):
     Options = Options
     variants = ({"mix_rank": 3, "decay_rank": 5}, {"heads": 3, "head_dim": 16})
     regions = ("project", "mix")
+    no_weight_decay = ("decay_down.weight", "decay_up.weight")
 
     def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
         super().__init__()
         self.heads, self.head_dim = geometry(options, model)
         self.backend = model.kernel_backend
-        inner, width, std = self.heads * self.head_dim, model.hidden_size, model.init_std
+        inner, width = self.heads * self.head_dim, model.hidden_size
         recipe = _Recipe(place.layer, model.num_layers)
         self.token_mix = TokenMix(width, options.mix_rank, recipe)
-        self.r_proj = linear(width, inner, std)
-        self.k_proj = linear(width, inner, std)
-        self.v_proj = linear(width, inner, std)
-        self.g_proj = linear(width, inner, std)
-        self.decay_down = linear(width, options.decay_rank, std)
-        set_initializers(self.decay_down, weight=ZEROS)
-        self.decay_up = linear(options.decay_rank, inner, std)
+        self.r_proj = orthogonal(width, inner, 1.0)
+        self.k_proj = orthogonal(width, inner, 0.1)
+        self.v_proj = orthogonal(width, inner, 1.0)
+        self.g_proj = orthogonal(width, inner, 0.1)
+        self.decay_down = linear(width, options.decay_rank, 0.0)
+        self.decay_up = linear(options.decay_rank, inner, 0.0)
         set_initializers(self.decay_up, weight=Uniform(-0.01, 0.01))
         self.decay = Decay(self.heads, self.head_dim, recipe)
-        self.norm = HeadGroupNorm(self.heads, self.head_dim, 64e-5)
-        self.o_proj = linear(inner, width, std / (2 * model.num_layers) ** 0.5)
+        self.norm = HeadGroupNorm(self.heads, self.head_dim, 64e-5, recipe.norm())
+        self.o_proj = linear(inner, width, model.init_std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
     def check(cls, options: Any, model: ModelDims) -> None:

@@ -13,9 +13,8 @@ Peng et al. 2025, arXiv 2503.14456, section 4. x'_t is the token before x_t in t
     y_t = W_o ((GroupNorm(o_t) + (rho * r_t . k~_t) v_t) * W_g2 sigmoid(W_g1 x^g_t))
 
 A group is a head, its eps the head's width times 1e-5. The state is S and the last input; v^1 is the carried tensor
-`v_first`. w_0 stays in float32 in a module of its own. Initial values follow the authors' recipe, but for W_o, which
-starts as in every other mixer where theirs is zero, and for the second low-rank matrices, normal of the same size where
-theirs are orthogonal.
+`v_first`. w_0 stays in float32 in a module of its own. Initial values are those of the authors' training code
+(RWKV-LM, `RWKV-v7/train_temp`), but for W_o, which starts as in every other mixer where theirs is zero.
 
 Shapes: T tokens, D width, H heads of K = V, R rank, N documents.
 """
@@ -30,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchlinearmoe.initialize import Constant, Initializer, Normal, Rows, Uniform, linear, set_initializers
+from torchlinearmoe.initialize import Constant, Initializer, Orthogonal, Rows, linear, orthogonal, set_initializers
 from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.delta.normalize import l2_normalize
 from torchlinearmoe.kernels.dplr import OPERATOR, dplr_rule_flops
@@ -117,10 +116,6 @@ class _Recipe:
         """xi = 0.71 - 0.1 (x - 1/2)."""
         return Rows(lambda n: 0.71 - 0.1 * (self._x(n) - 0.5))
 
-    def norm(self) -> Constant:
-        """The GroupNorm's weight, ((layer + 1) / layers)^0.7."""
-        return Constant(((self.depth.layer + 1) / self.depth.layers) ** 0.7)
-
     def _x(self, n: Tensor) -> Tensor:
         return n / max(self.channels - 1, 1)
 
@@ -151,15 +146,17 @@ class Decay(nn.Module):
 class LowRank(nn.Module):
     """up(activation(down(x))); what it makes of the data is zero at first, so that only the bias is left."""
 
+    no_weight_decay = ("down.weight", "up.weight")
+
     def __init__(
         self, inputs: int, rank: int, outputs: int, activation: str | None = None, bias: Initializer | None = None
     ) -> None:
         super().__init__()
         self.activation = activation
         self.down = linear(inputs, rank, 0.0)
-        self.up = linear(rank, outputs, 0.1 / outputs**0.5, bias is not None)
-        if bias is not None:
-            set_initializers(self.up, weight=Normal(0.1 / outputs**0.5), bias=bias)
+        self.up = nn.Linear(rank, outputs, bias=bias is not None)
+        up = Orthogonal(0.1 / outputs**0.5)
+        set_initializers(self.up, weight=up, **({} if bias is None else {"bias": bias}))
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] -> [T, outputs]."""
@@ -191,14 +188,14 @@ class RWKV7(Mixer):
         self.backend = model.kernel_backend
         self.sets_values = place.ordinal == 0
         inner, width = self.heads * self.head_dim, model.hidden_size
-        ranks, reach = _ranks(options, width), width**-0.5
+        ranks = _ranks(options, width)
         depth = Depth(place.layer, model.num_layers)
         recipe = _Recipe(depth, self.heads, self.head_dim)
         self.mixes = nn.ParameterDict({name: nn.Parameter(torch.empty(width)) for name in MIXES})
         set_initializers(self.mixes, **{name: depth.ramp(width, power) for name, power in MIXES.items()})
-        self.r_proj = _uniform(width, inner, 0.5 * reach)
-        self.k_proj = _uniform(width, inner, 0.05 * reach)
-        self.v_proj = _uniform(width, inner, 0.5 * reach)
+        self.r_proj = orthogonal(width, inner, 1.0)
+        self.k_proj = orthogonal(width, inner, 0.1)
+        self.v_proj = orthogonal(width, inner, 1.0)
         self.decay_lora = LowRank(width, ranks["decay_rank"], inner, "tanh")
         self.decay = Decay(self.head_dim, inner, recipe.decay())
         self.rate_lora = LowRank(width, ranks["rate_rank"], inner, bias=recipe.rate())
@@ -209,7 +206,7 @@ class RWKV7(Mixer):
         self.replacement = nn.Parameter(torch.empty(inner))
         self.bonus = nn.Parameter(torch.empty(inner))
         set_initializers(self, removal=recipe.removal(), replacement=Constant(1.02), bonus=Constant(-0.04))
-        self.norm = HeadGroupNorm(self.heads, self.head_dim, self.head_dim * 1e-5, recipe.norm())
+        self.norm = HeadGroupNorm(self.heads, self.head_dim, self.head_dim * 1e-5, depth.norm())
         self.o_proj = linear(inner, width, model.init_std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
@@ -301,10 +298,3 @@ class RWKV7(Mixer):
         y_TD, recurrent = self.region("mix", past)(r, k, v, rate, gate, self.decay(logits), past)
         after = None if state is None else {"recurrent": recurrent, "shift": last}
         return y_TD, after, {**carried, "v_first": v} if self.sets_values else carried
-
-
-def _uniform(inputs: int, outputs: int, reach: float) -> nn.Linear:
-    """A linear layer, weights uniform between -reach and reach."""
-    layer = linear(inputs, outputs, 0.0)
-    set_initializers(layer, weight=Uniform(-reach, reach))
-    return layer

@@ -5,7 +5,7 @@ meaning: a norm's scale, a bias, a recurrence's decay (`A_log` at zero is a deca
 A module with such a parameter of two or more dimensions names it:
 
     class Gate(nn.Module):
-        no_weight_decay = ("lower_bounds",)   # direct parameters of this module, by attribute name
+        no_weight_decay = ("lower_bounds", "up.weight")   # parameters of this module, by their names in it
 """
 
 from typing import Any
@@ -33,7 +33,10 @@ def _exempt_parameters(module: nn.Module) -> list[nn.Parameter]:
     listed: tuple[str, ...] = getattr(module, "no_weight_decay", ())
     assert isinstance(listed, tuple), f"{type(module).__name__}.no_weight_decay must be a tuple of names"
     return [
-        parameter
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() < 2 or name == "bias" or name.endswith("_bias") or name in listed
+        *(
+            parameter
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.dim() < 2 or name == "bias" or name.endswith("_bias")
+        ),
+        *(module.get_parameter(name) for name in listed),
     ]

@@ -21,6 +21,7 @@ from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.models.families import FAMILIES, Family
 from torchlinearmoe.recipe import schema
 from torchlinearmoe.recipe.layers import used_sections
+from torchlinearmoe.recipe.remarks import not_read, unread
 from torchlinearmoe.recipe.validate import validate
 
 SECTIONS = {
@@ -131,7 +132,21 @@ def resolve(file: Mapping[str, Any], command_line: Mapping[str, Any] | None = No
         **sections,
     )
     validate(recipe)
+    _check_read(recipe, command_line)
     return _without_unused(recipe)
+
+
+def _check_read(recipe: schema.Recipe, command_line: Mapping[str, Any]) -> None:
+    """Raise RecipeError for a key of the command line that makes no difference to this recipe."""
+    used = used_sections(recipe.model)
+    for name, table in command_line.get("mixer", {}).items():
+        for key, value in table.items():
+            if name not in used:
+                raise RecipeError(f"mixer.{name}.{key} = {value!r}: no layer runs {name}; in use: {', '.join(used)}")
+    for key, needs in unread(recipe).items():
+        section, _, name = key.partition(".")
+        if name in command_line.get(section, {}):
+            raise RecipeError(not_read(recipe, key, needs))
 
 
 def _without_unused(recipe: schema.Recipe) -> schema.Recipe:

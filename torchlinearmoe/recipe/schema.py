@@ -7,6 +7,7 @@ Only declarations live here. `parse.py` reads TOML and `--section.key=value` int
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -182,6 +183,14 @@ class TrainingRecipe:
     """Take torch's deterministic algorithms, so that two runs on a GPU are equal bit for bit: attention's backward, the
     embedding's and sums by index are other ones then."""
 
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run; needs `tokens_per_step` where `tokens` says how long."""
+        if self.steps is not None:
+            return self.steps
+        assert self.tokens is not None and self.tokens_per_step is not None
+        return math.ceil(self.tokens / self.tokens_per_step)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerRecipe:
@@ -208,9 +217,16 @@ class OptimizerRecipe:
     states: Literal["float32", "bfloat16"] = "float32"
     """Type of Adam's two moments; bfloat16 halves them, rounded by chance so that small changes are not lost."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices and embeddings (not of norms, biases and decay parameters)."""
+    """Decoupled weight decay of matrices and embeddings (not of norms, biases, decay parameters and
+    RWKV's low-rank factors)."""
     clip_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 for never."""
+
+    def warmup(self, tokens_per_step: int) -> int:
+        """Steps of linear warm-up."""
+        if self.warmup_tokens is not None:
+            return math.ceil(self.warmup_tokens / tokens_per_step)
+        return self.warmup_steps or 0
 
 
 @dataclass(frozen=True, kw_only=True)

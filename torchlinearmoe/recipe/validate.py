@@ -48,6 +48,17 @@ def validate(recipe: Recipe) -> None:
     _parallel(recipe)
 
 
+def check_steps(recipe: Recipe) -> None:
+    """Raise RecipeError for a step to look at that the run does not reach. Needs `training.tokens_per_step`."""
+    metrics, last = recipe.metrics, recipe.training.total_steps
+    for name, value, first in (
+        ("profile_steps", list(metrics.profile_steps), metrics.profile_steps[0] if metrics.profile_steps else 0),
+        ("memory_snapshot_step", metrics.memory_snapshot_step, metrics.memory_snapshot_step or 0),
+    ):
+        if first > last:
+            raise RecipeError(f"metrics.{name} = {value}: the run ends with step {last}; name an earlier one")
+
+
 def _backends(recipe: Recipe) -> None:
     """The folder of an operator says which names there are."""
     for key, value in (
@@ -114,6 +125,7 @@ def _positive(recipe: Recipe) -> None:
         ("metrics", recipe.metrics, "validation_interval validation_batches"),
         ("data", recipe.data, "workers"),
         ("optimizer", recipe.optimizer, "lr min_lr weight_decay clip_norm"),
+        ("parallel", recipe.parallel, "pipeline_stages_per_rank"),
         ("moe", model.moe, "num_experts top_k hidden_size shared_hidden_size"),
         ("moe", model.moe, "num_groups top_k_groups first_dense_layers"),
         ("moe", model.moe, "balance_coefficient z_loss_coefficient bias_rate"),
@@ -121,6 +133,13 @@ def _positive(recipe: Recipe) -> None:
         for name in names.split():
             if getattr(owner, name) < 0:
                 raise RecipeError(f"{section}.{name} = {getattr(owner, name)}: must not be negative")
+    if not training.output_dir:
+        raise RecipeError("training.output_dir = '': name the folder of the run, e.g. 'runs/default'")
+    if "" in recipe.data.paths:
+        raise RecipeError(
+            f"data.paths = {list(recipe.data.paths)}: a path is empty; name files or folders, or leave data.paths out "
+            "for the text that ships"
+        )
     if not 0 < recipe.data.validation_fraction < 1:
         raise RecipeError(f"data.validation_fraction = {recipe.data.validation_fraction}: must lie between 0 and 1")
     if recipe.data.format == "messages" and recipe.metrics.baselines:
@@ -222,7 +241,7 @@ def _budget(recipe: Recipe) -> None:
         value = getattr(optimizer, name)
         if value is not None and value < 0:
             raise RecipeError(f"optimizer.{name} = {value}: must not be negative")
-    if optimizer.min_lr > optimizer.lr:
+    if optimizer.min_lr > optimizer.lr and optimizer.schedule != "constant":
         raise RecipeError(f"optimizer.min_lr = {optimizer.min_lr}: must not exceed optimizer.lr = {optimizer.lr}")
 
 

@@ -26,12 +26,13 @@ from torchlinearmoe.mixers.feature_maps import (
 NAMES = (*ELEMENTWISE, "t2r", "hedgehog", "dpfp", "hadamard")
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_map_is_its_formula_on_every_head(name: str):
+def test_a_map_is_its_formula_on_every_head(name: str, scale: float):
     torch.manual_seed(0)
     heads, width, nu = 3, 8, 2
     feature_dim = 5 if name in ("t2r", "hadamard") else 0
-    phi = make_feature_map(name, width, feature_dim, nu).double()
+    phi = make_feature_map(name, width, feature_dim, nu, scale).double()
     with torch.no_grad():
         for parameter in phi.parameters():
             parameter.normal_()
@@ -40,7 +41,7 @@ def test_a_map_is_its_formula_on_every_head(name: str):
     with torch.no_grad():
         features = phi(x)
     assert features.shape == (4, heads, feature_width(name, width, feature_dim, nu))
-    torch.testing.assert_close(features, definition.features(name, split(x, width), weight, nu))
+    torch.testing.assert_close(features, definition.features(name, split(x, width), weight, nu, scale))
     assert sum(parameter.numel() for parameter in phi.parameters()) == num_parameters(name, width, feature_dim)
     assert bool((features >= 0).all()) == (name in POSITIVE)
     assert bool(weight) == (name in LEARNED)
@@ -49,7 +50,7 @@ def test_a_map_is_its_formula_on_every_head(name: str):
 @pytest.mark.parametrize("name", LEARNED)
 def test_half_precision_maps_stay_close(name: str):
     torch.manual_seed(1)
-    phi = make_feature_map(name, 16, 0, 1)
+    phi = make_feature_map(name, 16, 0, 1, 1.0)
     with torch.no_grad():
         for parameter in phi.parameters():
             parameter.normal_(0, 0.3)
@@ -97,6 +98,9 @@ def test_the_recipe_lists_every_map():
     "options, message",
     [
         ({"feature_dim": 8}, "feature_dim = 8: only t2r and hadamard choose their features, not 'elu'"),
+        ({"feature_scale": 2.0}, "feature_scale = 2: only hedgehog has one, not 'elu'"),
+        ({"feature_map": "hedgehog", "feature_scale": 0.0}, "feature_scale = 0: must be above zero and finite"),
+        ({"feature_map": "hedgehog", "feature_scale": -2.0}, "feature_scale = -2: must be above zero and finite"),
         ({"feature_map": "dpfp", "nu": 64}, "nu = 64: must be 1 to 63, below twice the head width"),
         ({"feature_map": "dpfp", "nu": 0}, "nu = 0: must be 1 to 63, below twice the head width"),
         ({"tie_feature_maps": True}, "tie_feature_maps = true: 'elu' has nothing to tie; for t2r, hedgehog, hadamard"),

@@ -13,9 +13,10 @@ from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import initialize
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.rwkv6 import Decay, _Recipe
+from torchlinearmoe.optim.groups import parameter_groups
 
 
-def test_initial_values_are_the_authors_ramps():
+def test_initial_values_are_the_authors():
     layers, width = 3, 64
     stack = make_stack(Case("rwkv6", {}), num_layers=layers)
     initialize(stack, 0)
@@ -43,7 +44,19 @@ def test_initial_values_are_the_authors_ramps():
         for name in ("token_mix.up", "decay_up.weight"):
             assert 0.009 < float(weight[name].abs().max()) < 0.01
             assert abs(float(weight[name].mean())) < 1e-3
-        assert weight["norm.weight"].eq(1).all() and weight["norm.bias"].eq(0).all()
+        scale = ((layer + 1) / layers) ** 0.7
+        assert (weight["norm.weight"] - scale).abs().max() < 1e-6 and weight["norm.bias"].eq(0).all()
+        for name, gain in {"r": 1.0, "k": 0.1, "v": 1.0, "g": 0.1}.items():
+            W = weight[f"{name}_proj.weight"]
+            torch.testing.assert_close(W @ W.T, gain**2 * torch.eye(width).to(W), rtol=0, atol=1e-5)
+
+
+def test_no_low_rank_factor_is_decayed():
+    """As in the authors' code, which decays no parameter named w1 or w2."""
+    layer = make_stack(Case("rwkv6", {})).layers[1]
+    decayed = {id(parameter) for parameter in parameter_groups(layer, 0.1)[0]["params"]}
+    names = {name for name, parameter in layer.named_parameters() if id(parameter) in decayed}
+    assert names == {f"{name}_proj.weight" for name in "rkvgo"}
 
 
 def test_one_layer_takes_the_first_layers_values():

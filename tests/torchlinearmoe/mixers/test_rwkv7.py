@@ -13,7 +13,8 @@ from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import Constant, initialize
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.base import Place
-from torchlinearmoe.mixers.rwkv7 import Decay, Options
+from torchlinearmoe.mixers.rwkv7 import Decay, LowRank, Options
+from torchlinearmoe.optim.groups import parameter_groups
 
 
 def test_only_the_first_layer_of_the_mixer_sets_the_values():
@@ -66,13 +67,44 @@ def test_initial_values_are_the_authors():
                 expected["value_lora.up.bias"] = 0.73 - 0.4 * line
             for name, value in expected.items():
                 assert float(weight[name][n]) == pytest.approx(value, abs=1e-6), name
-        for name, reach in {"r": 0.5, "k": 0.05, "v": 0.5}.items():
-            largest = float(weight[f"{name}_proj.weight"].abs().max())
-            assert 0.99 < largest / (reach / width**0.5) <= 1.0
+        for name, gain in {"r": 1.0, "k": 0.1, "v": 1.0}.items():
+            W = weight[f"{name}_proj.weight"]
+            torch.testing.assert_close(W @ W.T, gain**2 * torch.eye(width).to(W), rtol=0, atol=1e-5)
         for name in ("decay", "rate", "gate", *(("value",) if layer else ())):
             assert weight[f"{name}_lora.down.weight"].eq(0).all()
-            columns = weight[f"{name}_lora.up.weight"].square().sum(0).sqrt()
-            assert float(columns.mean()) == pytest.approx(0.1, rel=0.1)
+            up = weight[f"{name}_lora.up.weight"]
+            torch.testing.assert_close(up.T @ up, 0.01 * torch.eye(up.shape[1]).to(up), rtol=0, atol=1e-5)
+
+
+def test_low_rank_matrices_wider_than_the_layer_start_at_the_authors_size():
+    """theirs, [rank, width]: gain 0.1 sqrt(rank / width), orthonormal columns."""
+    low = LowRank(8, 20, 8)
+    initialize(low, 0)
+    up = low.up.weight.detach()
+    torch.testing.assert_close(up @ up.T, 0.01 * 20 / 8 * torch.eye(8), rtol=0, atol=1e-6)
+
+
+def test_the_denominator_of_the_group_norm_is_not_its_eps_at_the_start():
+    torch.manual_seed(0)
+    stack = make_stack(Case("rwkv7", {}), dtype=torch.float32)
+    initialize(stack, 0)
+    seen: list[torch.Tensor] = []
+    for layer in stack.layers:
+        layer.get_submodule("norm").register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        stack.packed(random_inputs(200, dtype=torch.float32), [200])
+    for o, layer in zip(seen, stack.layers, strict=True):
+        eps = layer.get_submodule("norm").eps
+        assert isinstance(eps, float)
+        assert float(o.var(-1, correction=0).median()) > 20 * eps
+
+
+def test_no_low_rank_factor_is_decayed():
+    """As in the authors' code, which decays the weights of layers alone."""
+    layer = make_stack(Case("rwkv7", {})).layers[1]
+    decayed = {id(parameter) for parameter in parameter_groups(layer, 0.1)[0]["params"]}
+    names = {name for name, parameter in layer.named_parameters() if id(parameter) in decayed}
+    assert names == {f"{name}_proj.weight" for name in "rkvo"}
 
 
 def test_log_decays_are_float32_between_their_bounds():

@@ -50,6 +50,12 @@ def test_instance_attribute_exempts_as_well_as_class_attribute():
     assert names_by_decay(model) == {0.1: ["0.weight"], 0.0: ["0.bias", "1.bias", "1.weight"]}
 
 
+def test_a_module_may_exempt_parameters_of_those_in_it():
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    object.__setattr__(model, "no_weight_decay", ("1.weight",))
+    assert names_by_decay(model) == {0.1: ["0.weight"], 0.0: ["1.weight"]}
+
+
 def test_shared_parameter_is_exempt_when_any_owner_exempts_it():
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
     model[1].weight = model[0].weight

@@ -45,7 +45,7 @@ def test_a_dump_keeps_strings_numbers_lists_and_mixer_options(tmp_path: Path):
     text = {
         "model": {"mixers": ["lasp2", "softmax_attention", "hgrn2"], "layout": "LN", "rope_theta": 1e16},
         "mixer": {"linear_attention": {"normalize": True}, "hgrn2": {"conv": 4}, "gated_delta_net": {"conv": 2}},
-        "data": {"paths": ['a "b"\\c\n\x7f\x01é', ""], "validation_fraction": 1e-7},
+        "data": {"paths": ['a "b"\\c\n\x7f\x01é', " "], "validation_fraction": 1e-7},
         "optimizer": {"betas": [0.5, 0.25], "lr": 1, "min_lr": 0},
         "metrics": {"profile_steps": [2, 3]},
         **STEPS,
@@ -53,7 +53,7 @@ def test_a_dump_keeps_strings_numbers_lists_and_mixer_options(tmp_path: Path):
     recipe = resolve(text)
     again = _load(tmp_path, dump(recipe))
     assert again == recipe
-    assert again.data.paths == ('a "b"\\c\n\x7f\x01é', "")
+    assert again.data.paths == ('a "b"\\c\n\x7f\x01é', " ")
     assert again.model.mixer_options["linear_attention"].normalize and again.optimizer.lr == 1.0
     assert dump(again) == dump(recipe)
 

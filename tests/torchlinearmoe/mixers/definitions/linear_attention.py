@@ -43,12 +43,12 @@ def _convolved(layer: Layer, name: str, x: Tensor) -> Tensor:
 def _mapped(layer: Layer, name: str, owner: str, x: Tensor) -> Tensor:
     own = f"{owner}_map."
     weights = {key.removeprefix(own): value for key, value in layer.weights.items() if key.startswith(own)}
-    return features(
-        layer.options.feature_map, split(_convolved(layer, name, x), layer.width), weights, layer.options.nu
-    )
+    options = layer.options
+    x = split(_convolved(layer, name, x), layer.width)
+    return features(options.feature_map, x, weights, options.nu, options.feature_scale)
 
 
-def features(name: str, x: Tensor, weights: Mapping[str, Tensor], nu: int) -> Tensor:
+def features(name: str, x: Tensor, weights: Mapping[str, Tensor], nu: int, scale: float) -> Tensor:
     """phi of heads [..., K], every head by itself; papers in `feature_maps.py`."""
     if name in MAPS:
         return MAPS[name](x)
@@ -56,7 +56,7 @@ def features(name: str, x: Tensor, weights: Mapping[str, Tensor], nu: int) -> Te
         y = x @ weights["weight"].T
         return (y + y.abs()) / 2
     if name == "hedgehog":
-        y = x @ weights["weight"].T + weights["bias"]
+        y = scale * (x @ weights["weight"].T + weights["bias"])
         return softmax(torch.cat([y, -y], -1))
     if name == "dpfp":
         r = MAPS["relu"](torch.cat([x, -x], -1))
