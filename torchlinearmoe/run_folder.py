@@ -1,6 +1,6 @@
 """A run's folder: its resolved recipe, and whether another recipe may go on in it.
 
-recipe.toml   metrics.jsonl   tensorboard/   checkpoints/step-N/   cache/
+recipe.toml   metrics.jsonl   tensorboard/   checkpoints/step-N/   cache/   run.lock (while it runs)
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from torchlinearmoe.commands import Failure, failures_on_one_line
 
@@ -27,6 +28,7 @@ def _train(path: str, overrides: Sequence[str]) -> int:
     from torchlinearmoe.parallel.pipeline import check_micro_batches
     from torchlinearmoe.recipe import load_recipe
     from torchlinearmoe.run_folder import with_tokenizer, with_tokens_per_step
+    from torchlinearmoe.run_lock import locked
     from torchlinearmoe.runtime import choose_device, process_group, world_size
 
     # Everything that can be refused without other ranks is refused before they are needed.
@@ -36,7 +38,7 @@ def _train(path: str, overrides: Sequence[str]) -> int:
     recipe = with_tokens_per_step(recipe, tokens_per_step(recipe.training, degrees))
     check_micro_batches(recipe, degrees)
     device = choose_device(recipe.training)
-    with process_group(device):
+    with process_group(device), locked(Path(recipe.training.output_dir)):
         from torchlinearmoe.trainer import Diverged, Trainer
 
         trainer = Trainer(recipe, degrees, device)
