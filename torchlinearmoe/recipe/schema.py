@@ -143,6 +143,9 @@ class DataRecipe:
     """Loader processes a rank."""
     cache: str = ""
     """Folder of the tokenised text; empty: `cache` in the run's folder."""
+    on_change: Literal["refuse", "restart_epoch"] = "refuse"
+    """What a run does that goes on and finds other documents: `refuse`; or `restart_epoch`, go on at its step and count
+    of tokens with a fresh shuffle of all of the new documents, some of which it may have seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
