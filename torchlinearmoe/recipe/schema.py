@@ -263,7 +263,7 @@ class CheckpointRecipe:
     keep: int = 3
     """Newest checkpoints kept."""
     resume: str = "latest"
-    """`latest`: the newest complete one in `output_dir`, else start fresh; `never`: refuse a used folder; or a path."""
+    """`latest`: the newest sound one in `output_dir`, else start fresh; `never`: refuse a used folder; or a path."""
     asynchronous: bool = True
     """Write while training goes on."""
     init_from: str = ""
