@@ -1,6 +1,6 @@
 """A run's folder: its resolved recipe, and whether another recipe may go on in it.
 
-recipe.toml   metrics.jsonl   tensorboard/   checkpoints/step-N/   cache/
+recipe.toml   metrics.jsonl   tensorboard/   checkpoints/step-N/   cache/   run.lock (while it runs)
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.recipe import Recipe, dump
 
 FREE_SECTIONS = ("parallel", "metrics", "checkpoint")
-FREE_KEYS = ("training.steps", "training.tokens", "training.output_dir")
+FREE_KEYS = ("training.steps", "training.tokens", "training.output_dir", "data.on_change")
 """What may change when a run goes on. The folder was found already: it may have moved, or be written another way."""
+DATA_PLACES = ("data.paths", "data.cache")
+"""Where the data lie: free as well where a checkpoint knows them by their fingerprint."""
 SECTION_NAMES = {"model.moe": "moe", "model.mixer_options": "mixer"}
 """Where a recipe object differs from its file."""
 
@@ -36,11 +38,15 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_same_run(saved: Recipe, now: Recipe) -> None:
-    """Raise RecipeError naming the first key that differs and may not."""
+def check_same_run(saved: Recipe, now: Recipe, *, data_known: bool) -> None:
+    """Raise RecipeError naming the first key that differs and may not.
+
+    data_known: the data are compared by themselves, wherever they lie.
+    """
     before, after = flatten(saved), flatten(now)
+    free_keys = (*FREE_KEYS, *DATA_PLACES) if data_known else FREE_KEYS
     for key in sorted(before):
-        free = key in FREE_KEYS or key.split(".")[0] in FREE_SECTIONS
+        free = key in free_keys or key.split(".")[0] in FREE_SECTIONS
         if not free and before[key] != after[key]:
             raise RecipeError(
                 f"{key} = {after[key]!r}: the checkpoint to resume was made with {before[key]!r}; set it back, or "

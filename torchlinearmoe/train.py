@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from torchlinearmoe.commands import Failure, failures_on_one_line
 
@@ -28,6 +29,7 @@ def _train(path: str, overrides: Sequence[str]) -> int:
     from torchlinearmoe.recipe import load_recipe
     from torchlinearmoe.recipe.validate import check_steps
     from torchlinearmoe.run_folder import with_tokenizer, with_tokens_per_step
+    from torchlinearmoe.run_lock import locked
     from torchlinearmoe.runtime import choose_device, process_group, world_size
 
     # Everything that can be refused without other ranks is refused before they are needed.
@@ -38,7 +40,7 @@ def _train(path: str, overrides: Sequence[str]) -> int:
     check_steps(recipe)
     check_micro_batches(recipe, degrees)
     device = choose_device(recipe.training)
-    with process_group(device):
+    with process_group(device), locked(Path(recipe.training.output_dir)):
         from torchlinearmoe.trainer import Diverged, Trainer
 
         trainer = Trainer(recipe, degrees, device)

@@ -15,10 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from torchlinearmoe.checkpoint.folder import read_extra
 from torchlinearmoe.checkpoint.initial import InitialWeights
 from torchlinearmoe.checkpoint.manager import CheckpointManager
 from torchlinearmoe.checkpoint.model import checkpoint_recipe, model_files
 from torchlinearmoe.data.baselines import Baselines, baseline_losses
+from torchlinearmoe.data.fingerprint import DataState, fingerprint, follow
 from torchlinearmoe.data.loader import build_loader, build_validation_loader
 from torchlinearmoe.data.open import open_data
 from torchlinearmoe.data.packing import MicroBatch
@@ -84,6 +86,7 @@ class Trainer:
         fresh = source is None and recipe.checkpoint.init_from
         self.initial_weights = InitialWeights(recipe) if fresh else None
         self.splits = self._open_data()
+        self.data, self.data_note = self._follow_data(source)
         built = build_parallel_model(recipe, self.meshes, device, self.dtype)
         self.parts, self.passes, self.shared = built.parts, built.passes, built.shared
         self.modules = nn.ModuleList(self.parts)
@@ -118,6 +121,7 @@ class Trainer:
             ranks=degrees.data_ranks,
             start_step=self.step,
             stop_step=self.total_steps,
+            first_sample=self.data.first_sample,
             workers=recipe.data.workers,
             pin_memory=device.type == "cuda",
         )
@@ -301,12 +305,22 @@ class Trainer:
             )
         source = self.checkpoints.resume_from(choice)
         if source is not None:
-            check_same_run(checkpoint_recipe(source), self.recipe)
+            data_known = "fingerprint" in read_extra(source).get("data", {})
+            check_same_run(checkpoint_recipe(source), self.recipe, data_known=data_known)
         return source
 
     def _open_data(self) -> Splits:
         """The data, found and tokenised by rank 0 while the others wait."""
         return open_data(self.recipe.data, self.tokenizer, self.folder / "cache", self.folder, on_rank_0)
+
+    def _follow_data(self, source: Path | None) -> tuple[DataState, str | None]:
+        """How the data go on from where the run stood, and a line to say."""
+        now = on_rank_0(lambda: fingerprint(self.splits.stores))
+        if source is None:
+            return DataState(now), None
+        extra, training = read_extra(source), self.recipe.training
+        next_sample = extra["step"] * (self.tokens_per_step // training.sequence_length)
+        return follow(extra.get("data", {}), now, self.recipe.data.on_change, next_sample)
 
     def _begin(self) -> Baselines | None:
         parameters = sum(p.numel() for p in self.whole.parameters())
@@ -319,7 +333,9 @@ class Trainer:
         if self.resumed_from is not None:
             self.metrics.message(f"resumed from {self.resumed_from} after step {self.step}")
         lines = [*remarks(self.recipe), *(self.initial_weights.describe() if self.initial_weights else [])]
-        for line in filter(None, [*lines, self.splits.train.note(self.recipe.training.sequence_length)]):
+        for line in filter(
+            None, [self.data_note, *lines, self.splits.train.note(self.recipe.training.sequence_length)]
+        ):
             self.metrics.message(line)
         if left_out := self.splits.left_out:
             self.metrics.message(f"data.paths: not read is what training wrote in {', '.join(map(str, left_out))}")
@@ -381,7 +397,11 @@ class Trainer:
                 self.step,
                 self.parts,
                 self.optimizer,
-                {"tokens": self.tokens, "skipped_steps": self.skipped_steps, "data": self.loader.state_dict()},
+                {
+                    "tokens": self.tokens,
+                    "skipped_steps": self.skipped_steps,
+                    "data": self.loader.state_dict() | self.data.table(),
+                },
                 self.model_files,
                 blocking=blocking,
             )

@@ -111,6 +111,34 @@ def test_any_number_of_ranks_loads_what_another_saved(
     assert (tmp_path / "step-3/recipe.toml").read_text() == "rank = 0"
 
 
+def resume_damaged(rank: int, directory: str) -> tuple[str | None, str, str]:
+    """What `latest` means, and what is said of step 2, resumed from by its name and loaded."""
+    model, optimizer = build(1000 + rank)
+    manager = CheckpointManager(directory, keep=2)
+    found = manager.resume_from("latest")
+    said = []
+    for use in (lambda: manager.resume_from(f"{directory}/step-2"), lambda: manager.load(f"{directory}/step-2", model)):
+        with pytest.raises(CheckpointError) as caught:
+            use()
+        said.append(str(caught.value))
+    return found.name if found else None, said[0], said[1]
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", "recipe.toml"])
+def test_a_damaged_file_is_seen_by_all_ranks(ranks: RankPool, tmp_path: Path, name: str) -> None:
+    for step in (1, 2):
+        ranks(2, save_trained, str(tmp_path), step, step)
+    file = tmp_path / "step-2" / name
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 4
+    file.write_bytes(content)
+    first, second = ranks(2, resume_damaged, str(tmp_path))
+    assert first == second and first[0] == "step-1"
+    why = f"{name} is damaged: its checksum is not the one that was saved"
+    assert first[1].startswith(f"checkpoint.resume = '{tmp_path}/step-2' is damaged: {why}; name another")
+    assert first[2] == f"checkpoint {tmp_path}/step-2: {why}"
+
+
 class Table(nn.Module):
     """One stage of a pipeline: a tensor-parallel matrix of its own, and a replicated table that all stages share."""
 
@@ -254,7 +282,7 @@ def test_a_rank_killed_during_a_save_leaves_the_last_checkpoint(
         ranks(2, die_during_save, str(tmp_path), victim, moment)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-1", "step-2.tmp"]
     assert find_latest(tmp_path) == tmp_path / "step-1"
-    skipped = f"skipping incomplete checkpoint {tmp_path}/step-2.tmp: its save never finished"
+    skipped = f"skipping incomplete checkpoint {tmp_path}/step-2.tmp: its save never finished; step-1 is taken instead"
     assert [r.getMessage() for r in caplog.records if r.name.startswith("torchlinearmoe")] == [skipped]
     state, _, name = ranks(2, load_latest, str(tmp_path))[0]
     assert name == "step-1"

@@ -34,7 +34,13 @@ def test_keys_are_those_of_the_file() -> None:
     ],
 )
 def test_how_long_where_and_what_is_watched_may_change(sections: dict[str, Any]) -> None:
-    check_same_run(recipe(), recipe(**sections))
+    check_same_run(recipe(), recipe(**sections), data_known=False)
+
+
+def test_known_data_may_lie_elsewhere() -> None:
+    check_same_run(recipe(), recipe(data={"paths": ["a"], "cache": "b"}), data_known=True)
+    with pytest.raises(RecipeError, match="data.validation_fraction"):
+        check_same_run(recipe(), recipe(data={"validation_fraction": 0.2}), data_known=True)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +58,7 @@ def test_how_long_where_and_what_is_watched_may_change(sections: dict[str, Any])
 )
 def test_anything_else_is_refused_by_its_key(sections: dict[str, Any], told: str) -> None:
     with pytest.raises(RecipeError, match=told):
-        check_same_run(recipe(), recipe(**sections))
+        check_same_run(recipe(), recipe(**sections), data_known=False)
 
 
 def test_the_recipe_is_written_whole_over_the_old_one(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torchlinearmoe.checkpoint.boxes import read_box
 from torchlinearmoe.checkpoint.huggingface.directory import is_directory
 from torchlinearmoe.checkpoint.huggingface.weights import PublishedWeights, model_shapes
+from torchlinearmoe.checkpoint.nonfinite import is_finite, tell_nonfinite
 from torchlinearmoe.checkpoint.state import MODEL, as_parts, model_entries
 from torchlinearmoe.checkpoint.stream import SavedWeights, Weights
 from torchlinearmoe.checkpoint.transplant import describe, plan_transplant
@@ -20,6 +22,8 @@ from torchlinearmoe.errors import RecipeError, UserError
 from torchlinearmoe.initialize import Normal, add_noise, local_boxes
 from torchlinearmoe.optim.masters import read_master, write_master
 from torchlinearmoe.recipe import Recipe
+
+T = TypeVar("T")
 
 
 class InitialWeights:
@@ -48,7 +52,7 @@ class InitialWeights:
 
         Every rank of `group` calls it. Raises UserError on all of them when one cannot read.
         """
-        problem = None
+        problem, bad = None, set[str]()
         try:
             for part in as_parts(model):
                 for key, entry in model_entries(part).items():
@@ -56,11 +60,17 @@ class InitialWeights:
                         master = read_master(entry)
                         self._fill(name, master)
                         write_master(entry, master)
+                        if not is_finite(master):
+                            bad.add(name)
         except (UserError, OSError) as error:
             problem = str(error)
-        for found in _exchange(problem, group):
+        reports = _exchange((problem, bad), group)
+        for found, _ in reports:
             if found is not None:
                 raise UserError(found)
+        if group is None or dist.get_rank(group) == 0:
+            every = set[str]().union(*(names for _, names in reports))
+            tell_nonfinite(f"checkpoint.init_from = '{self.weights.path}'", every, len(self.plan.copies))
 
     def _fill(self, name: str, tensor: Tensor) -> None:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -81,9 +91,9 @@ def open_weights(path: str | Path) -> Weights:
     return PublishedWeights(path) if is_directory(path) else SavedWeights(path)
 
 
-def _exchange(problem: str | None, group: dist.ProcessGroup | None) -> list[str | None]:
+def _exchange(report: T, group: dist.ProcessGroup | None) -> list[T]:
     if group is None:
-        return [problem]
-    problems: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(problems, problem, group=group)
-    return problems
+        return [report]
+    reports: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(reports, report, group=group)
+    return reports

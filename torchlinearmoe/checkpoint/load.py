@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
-from torchlinearmoe.checkpoint.folder import one_line, read_extra, read_state
+from torchlinearmoe.checkpoint.folder import damage, one_line, read_extra, read_state
+from torchlinearmoe.checkpoint.nonfinite import nonfinite_names, tell_nonfinite
 from torchlinearmoe.checkpoint.state import (
     MODEL,
     OPTIMIZER,
@@ -61,7 +62,9 @@ def check_fits(path: str | Path, model: nn.Module) -> None:
     try:
         if missing := missing_data(Path(path), metadata):
             raise CheckpointError(missing)
-        _model_targets([model], metadata)
+        targets = _model_targets([model], metadata)
+        if surplus := _surplus(metadata, set(targets), with_optimizer=False):
+            raise CheckpointError(surplus)
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from None
 
@@ -72,12 +75,14 @@ def load(
     optimizer: Optimizer | Sequence[Optimizer] | None,
     *,
     group: dist.ProcessGroup | None,
+    compared: bool = False,
 ) -> dict[str, Any]:
     """Load the checkpoint ``path`` in place; every rank of ``group`` calls it, None is one process by itself.
 
     Args:
         model: the model, or the parts of it that this rank holds; parameters may be DTensors of any layout.
         optimizer: its optimizer or optimizers, fresh or used; None loads weights only.
+        compared: its files were compared with their checksums a moment ago.
 
     Returns:
         The ``extra`` of the checkpoint, with its ``step``.
@@ -101,6 +106,9 @@ def load(
                 )
             moments = OptimizerTargets(parts, optimizers, metadata, without)
             targets |= moments.tensors
+        share = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        if not compared and (changed := damage(path, *share)):
+            raise CheckpointError(changed)
     except CheckpointError as error:
         found = str(error)
     reports = _exchange(_Report(found, set(targets)), group)
@@ -126,6 +134,10 @@ def load(
             write_master(entry, targets[key])
     if moments:
         moments.hand_over()
+    weights = {key: tensor for key, tensor in targets.items() if key.startswith(MODEL)}
+    bad = nonfinite_names(weights, group)
+    if group is None or dist.get_rank(group) == 0:
+        tell_nonfinite(f"checkpoint {path}", bad, sum(key.startswith(MODEL) for key in metadata.state_dict_metadata))
     return read_extra(path)
 
 
@@ -165,7 +177,11 @@ def _first_problem(reports: Sequence[_Report], metadata: Metadata | None, *, wit
         if report.problem:
             return report.problem
     assert metadata is not None
-    wanted = set[str]().union(*(report.keys for report in reports))
+    return _surplus(metadata, set[str]().union(*(report.keys for report in reports)), with_optimizer=with_optimizer)
+
+
+def _surplus(metadata: Metadata, wanted: set[str], *, with_optimizer: bool) -> str | None:
+    """What the checkpoint holds and nobody wants."""
     prefixes = (MODEL, OPTIMIZER) if with_optimizer else (MODEL,)
     unwanted = sorted(key for key in metadata.state_dict_metadata if key.startswith(prefixes) and key not in wanted)
     if unwanted:

@@ -7,7 +7,7 @@ One save, seen from every rank:
     save(): wait for the previous save
             copy the state to the CPU
             start the thread           -->   rank 0 makes step-N.tmp, and says so
-    training goes on                         every rank writes and syncs its tensors; rank 0 writes .metadata
+    training goes on                         every rank writes, sums and syncs its tensors; rank 0: .metadata
                                              rank 0 adds state.json and the files, syncs, renames to step-N, and says so
     wait() / next save(): join         <--   (rank 0 deletes checkpoints beyond `keep`)
 
@@ -65,6 +65,8 @@ class CheckpointManager:
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
+        self._sound: Path | None = None
+        self._damaged: set[Path] = set()
 
     def __enter__(self) -> "CheckpointManager":
         return self
@@ -133,12 +135,14 @@ class CheckpointManager:
             raise CheckpointError(failure)
 
     def latest(self) -> Path | None:
-        """The complete checkpoint saved last, or None; the same on every rank.
+        """The sound checkpoint saved last, or None; the same on every rank.
 
-        Rank 0 looks, and logs one line for each incomplete checkpoint it passes over.
+        The ranks share out the files to compare. Rank 0 logs one line for each checkpoint that is passed over.
         """
         self.wait()
-        return self._on_rank_0(lambda: folder.find_latest(self.directory))
+        found = self._on_rank_0(lambda: folder.candidates(self.directory))
+        self._sound = folder.newest_sound(found, self._damage, aloud=self._rank == 0)
+        return self._sound
 
     def resume_from(self, choice: Literal["latest", "never"] | str) -> Path | None:
         """The checkpoint that `checkpoint.resume` means, or None to start fresh; the same on every rank.
@@ -147,10 +151,18 @@ class CheckpointManager:
             choice: ``latest``; ``never``, which refuses a folder that holds checkpoints; or a checkpoint's path.
 
         Raises:
-            CheckpointError: on every rank; ``never`` in a used folder, or a path that is no complete checkpoint.
+            CheckpointError: on every rank; ``never`` in a used folder, or a path that is no sound checkpoint.
         """
+        if choice == "latest":
+            return self.latest()
         self.wait()
-        return self._on_rank_0(lambda: self._choose(choice))
+        path = self._on_rank_0(lambda: self._choose(choice))
+        if path is not None and (why := self._damage(path)):
+            raise CheckpointError(
+                f"checkpoint.resume = '{choice}' is damaged: {why}; name another, or 'latest' for the newest sound one"
+            )
+        self._sound = path
+        return path
 
     def load(
         self,
@@ -164,11 +176,18 @@ class CheckpointManager:
             CheckpointError: on every rank, with the same line naming the key, shape or file that is missing or differs.
         """
         self.wait()
-        return load(path, model, optimizer, group=self._group)
+        compared, self._sound = Path(path) == self._sound, None
+        return load(path, model, optimizer, group=self._group, compared=compared)
+
+    def _damage(self, path: Path) -> str | None:
+        """The first of what the ranks find wrong with the files of ``path``, each with its share of them."""
+        ranks = 1 if self._group is None else dist.get_world_size(self._group)
+        why = next(filter(None, self._gather(folder.damage(path, self._rank, ranks))), None)
+        if why is not None:
+            self._damaged.add(path)
+        return why
 
     def _choose(self, choice: str) -> Path | None:
-        if choice == "latest":
-            return folder.find_latest(self.directory)
         if choice == "never":
             if folder.is_used(self.directory):
                 raise CheckpointError(
@@ -195,21 +214,24 @@ class CheckpointManager:
             temporary, serial = self._on_rank_0(lambda: folder.prepare(self.directory, step))
             if self._group is None:
                 expect_one_process()
+            writer = Writer(temporary)
             dcp.save(
                 tensors,
-                storage_writer=Writer(temporary),
+                storage_writer=writer,
                 planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
                 process_group=self._group,
                 no_dist=self._group is None,
             )
-            names = self._union(stateless)
-            state = folder.State(step, serial, None if names is None else sorted(names), extra)
-            self._on_rank_0(lambda: folder.publish(temporary, files, state))
+            written = self._gather((stateless, writer.sums))
+            without = None if stateless is None else sorted(set[str]().union(*(names or () for names, _ in written)))
+            sums = {name: entry for _, found in written for name, entry in found.items()}
+            state = folder.State(step, serial, without, extra)
+            self._damaged.discard(self._on_rank_0(lambda: folder.publish(temporary, files, state, sums)))
         except BaseException as error:  # torch's CheckpointException is one
             self._failure = f"checkpoint {self.directory}/step-{step} was not saved: {describe_failure(error)}"
             return
         try:
-            self._on_rank_0(lambda: folder.retain(self.directory, self.keep))
+            self._on_rank_0(lambda: folder.retain(self.directory, self.keep, self._damaged))
         except CheckpointError as error:
             self._failure = f"checkpoint step-{step} was saved, but old ones were not deleted: {error}"
 
@@ -229,10 +251,10 @@ class CheckpointManager:
             raise CheckpointError(outcome[1])
         return outcome[0]
 
-    def _union(self, names: set[str] | None) -> set[str] | None:
-        """The names of all ranks together; the parts of a pipeline hold different ones."""
-        if self._group is None or names is None:
-            return names
+    def _gather(self, own: T) -> list[T]:
+        """What every rank has; the parts of a pipeline hold different tensors."""
+        if self._group is None:
+            return [own]
         every: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(every, names, group=self._group)
-        return set().union(*every)
+        dist.all_gather_object(every, own, group=self._group)
+        return every

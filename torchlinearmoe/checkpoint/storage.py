@@ -10,7 +10,7 @@ import os
 import pickle
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -26,8 +26,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+from torch.utils.serialization import config
 
 from torchlinearmoe.checkpoint.plain import plain_file, read_plain
+from torchlinearmoe.checkpoint.sums import SummedFiles, Sums
 from torchlinearmoe.errors import UserError
 
 METADATA_FILE = ".metadata"
@@ -124,16 +126,31 @@ def _check_index(metadata: Metadata) -> None:
         if isinstance(entry, BytesStorageMetadata):
             continue
         _check_counts(f"the shape of '{name}'", entry.size)
-        held = 0
         for chunk in entry.chunks:
             _check_counts(f"a chunk of '{name}'", (*chunk.offsets, *chunk.sizes))
             size = math.prod(chunk.sizes) * entry.properties.dtype.itemsize
             length = lengths.get((name, tuple(chunk.offsets)))
             if length is None or size > length:
                 raise ValueError(f"a chunk of '{name}' has {size} bytes, but {length or 0} are written")
-            held += math.prod(chunk.sizes)
-        if held < math.prod(entry.size):
-            raise ValueError(f"the chunks of '{name}' leave a hole")
+        _check_coverage(name, entry)
+
+
+def _check_coverage(name: str, entry: TensorStorageMetadata) -> None:
+    """Raise unless the chunks of a tensor are all of it, every element once."""
+    size = tuple(entry.size)
+    boxes = sorted((tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks if math.prod(c.sizes))
+    for start, shape in boxes:
+        if len(start) != len(size) or len(shape) != len(size) or any(s + n > m for s, n, m in zip(start, shape, size)):
+            raise ValueError(f"a chunk of '{name}' lies outside of it")
+    if sum(math.prod(shape) for _, shape in boxes) < math.prod(size):
+        raise ValueError(f"the chunks of '{name}' leave a hole")
+    open_boxes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []  # those that reach the rows of the next one
+    for start, shape in boxes:
+        open_boxes = [(s, n) for s, n in open_boxes if not s or s[0] + n[0] > start[0]]
+        for other, extent in open_boxes:
+            if all(a < b + m and b < a + n for a, n, b, m in zip(start, shape, other, extent)):
+                raise ValueError(f"chunks of '{name}' overlap")
+        open_boxes.append((start, shape))
 
 
 def _check_counts(what: str, numbers: Any) -> None:
@@ -167,7 +184,7 @@ def missing_data(path: Path, metadata: Metadata) -> str | None:
 
 
 class Writer(FileSystemWriter):
-    """Writes the tensors of one rank into one file and syncs it.
+    """Writes the tensors of one rank into one file, sums it and syncs it.
 
     The copy-ahead of the base class is off: the tensors are on the CPU already, and it would open a CUDA context on
     device 0 from the saving thread.
@@ -175,6 +192,17 @@ class Writer(FileSystemWriter):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, sync_files=True, per_thread_copy_ahead=0)
+        self.fs = self._files = SummedFiles()
+
+    @property
+    def sums(self) -> Sums:
+        """Of what this rank has written."""
+        return self._files.sums
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write the plan's items, without the sum that torch would put beside ours."""
+        with config.patch({"save.compute_crc32": False}):  # pyright: ignore[reportAttributeAccessIssue]
+            return super().write_data(plan, planner)
 
     def storage_meta(self) -> StorageMeta | None:
         """Nothing: the path of the temporary folder says nothing to a reader, and a path is no index class."""
@@ -185,13 +213,13 @@ class StreamWriter(Writer):
     """Holds one tensor at a time, where the base class holds all that it has written into a file."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write each item as soon as the planner has made it."""
+        """Write each item as soon as the planner has made it, with torch's sums too: no time is lost by them here."""
         name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
         results = []
-        with (Path(self.path) / name).open("wb") as stream:
+        with self._files.create_stream(Path(self.path) / name, "wb") as stream:
             for item in plan.items:
                 start = stream.tell()
-                torch.save(_compact(planner.resolve_data(item)), stream)
+                torch.save(_compact(planner.resolve_data(item)), cast(IO[bytes], stream))
                 length = stream.tell() - start
                 results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
             os.fsync(stream.fileno())

@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, SavePlan
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -26,17 +27,13 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torchlinearmoe.checkpoint import folder
 from torchlinearmoe.checkpoint.aside import written_aside
 from torchlinearmoe.checkpoint.boxes import Copy, Place, read_box, slices
-from torchlinearmoe.checkpoint.load import describe_failure
+from torchlinearmoe.checkpoint.load import check_fits, describe_failure
 from torchlinearmoe.checkpoint.model import checkpoint_recipe
 from torchlinearmoe.checkpoint.plain import plain_file
 from torchlinearmoe.checkpoint.state import MODEL
-from torchlinearmoe.checkpoint.storage import (
-    CheckpointError,
-    StreamWriter,
-    expect_one_process,
-    missing_data,
-    read_metadata,
-)
+from torchlinearmoe.checkpoint.storage import CheckpointError, StreamWriter, expect_one_process, read_metadata
+from torchlinearmoe.checkpoint.sums import changed, changed_archive
+from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.recipe import Recipe
 
 Progress = Callable[[int, int], None]
@@ -72,16 +69,24 @@ class Weights(Protocol):
 
 
 class SavedWeights:
-    """The model's tensors of a complete checkpoint. Raises CheckpointError for any other `path`."""
+    """The model's tensors of a complete checkpoint. Raises CheckpointError for any other `path`.
+
+    A file of tensors is compared with its checksum when the first of them is read.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if why := folder.problem(self.path):
             raise CheckpointError(f"checkpoint {path}: {why}")
         self.recipe = checkpoint_recipe(self.path)
+        with torch.device("meta"):
+            check_fits(self.path, Decoder(self.recipe.model))
         self._metadata = read_metadata(self.path)
-        if missing := missing_data(self.path, self._metadata):
-            raise CheckpointError(f"checkpoint {path}: {missing}")
+        self._sums = folder.read_state(self.path).sums
+        self._compared = set[str]()
+        for name in self._sums or ():
+            if not name.endswith(DEFAULT_SUFFIX):
+                self._compare(name)
         entries = {
             key.removeprefix(MODEL): entry
             for key, entry in self._metadata.state_dict_metadata.items()
@@ -112,16 +117,32 @@ class SavedWeights:
         file = self.path
         try:
             info: Any = self._metadata.storage_data[MetadataIndex(MODEL + name, torch.Size(chunk.start))]
+            self._compare(info.relative_path)
             file = plain_file(self.path, info.relative_path)
             with file.open("rb") as stream:
                 stream.seek(info.offset)
                 data = io.BytesIO(stream.read(info.length))
             found = torch.load(data, map_location="cpu", weights_only=True)
-            if not isinstance(found, Tensor) or tuple(found.shape) != chunk.shape:
-                raise ValueError(f"not a tensor of shape {list(chunk.shape)}")
+            if not isinstance(found, Tensor) or (tuple(found.shape), found.dtype) != (chunk.shape, self.dtypes[name]):
+                raise ValueError(f"not a tensor of shape {list(chunk.shape)} and of {self.dtypes[name]}")
             return found
+        except CheckpointError:
+            raise
         except Exception as error:  # a damaged archive may raise anything
             raise CheckpointError(f"{file}: cannot read '{name}' ({folder.one_line(error)})") from None
+
+    def _compare(self, name: str) -> None:
+        """Raise CheckpointError when a file is not as it was saved."""
+        if name not in self._compared:
+            if self._sums is None:
+                why = changed_archive(self.path, name, self._metadata)
+            elif name in self._sums:
+                why = changed(self.path, name, self._sums[name])
+            else:
+                why = f"{folder.STATE_FILE} has no checksum of {name}"
+            if why:
+                raise CheckpointError(f"checkpoint {self.path}: {why}")
+            self._compared.add(name)
 
 
 class _Streaming(DefaultSavePlanner):
@@ -174,8 +195,9 @@ def write_weights(
     with written_aside(path) as temporary:
         try:
             expect_one_process()
-            dcp.save({}, storage_writer=StreamWriter(temporary), planner=planner, no_dist=True)
+            writer = StreamWriter(temporary)
+            dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
         except CheckpointException as error:  # a BaseException
             raise CheckpointError(f"{path}: cannot be written: {describe_failure(error)}") from None
-        folder.publish(temporary, files, folder.State(0, 0, None, extra))
+        folder.publish(temporary, files, folder.State(0, 0, None, extra), writer.sums)
     return path

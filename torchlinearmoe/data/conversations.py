@@ -141,7 +141,7 @@ def open_conversations(
         decide,
     )
     held_out = store.keys < int(validation_fraction * 2**64)
-    splits = Splits(Conversations(store, ~held_out), Conversations(store, held_out), found.left_out)
+    splits = Splits(Conversations(store, ~held_out), Conversations(store, held_out), (store,), found.left_out)
     check_not_empty(splits, validation_fraction)
     return splits
 

@@ -102,12 +102,14 @@ def build_loader(
     ranks: int = 1,
     start_step: int = 0,
     stop_step: int | None = None,
+    first_sample: int = 0,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> TrainingLoader:
     """Training micro-batches of data rank `rank` of `ranks`, from `start_step` up to `stop_step` (None: without end).
 
-    `workers` processes read ahead (0: read when asked). Raises UserError when the stream is shorter than one sample,
+    `first_sample` is where the order over these data began, see `fingerprint.py`. `workers` processes read ahead (0:
+    read when asked). Raises UserError when the stream is shorter than one sample,
     and when a step is not whole micro-batches on every rank.
     """
     samples = stream.samples(sequence_length)
@@ -119,7 +121,7 @@ def build_loader(
             f"training.tokens_per_step = {samples_per_step * sequence_length}: must be a multiple of "
             f"sequence_length * micro_batch_size * data ranks = {sequence_length} * {micro_batch_size} * {ranks}"
         )
-    batches = _TrainingBatches(samples, SampleOrder(len(samples), seed), micro_batch_size, rank, ranks)
+    batches = _TrainingBatches(samples, SampleOrder(len(samples), seed, first_sample), micro_batch_size, rank, ranks)
     return TrainingLoader(
         batches,
         accumulation=accumulation,

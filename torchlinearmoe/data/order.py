@@ -1,8 +1,9 @@
 """Which sample comes when: a shuffle that needs no memory.
 
-The g-th sample of a run is a pure function of (seed, g). Epoch e = g // n visits every one of the n samples once, in
-an order of its own; place g % n of the epoch maps to a sample through a keyed bijection of {0 .. n - 1}. So a run can
-start at any g, on any number of ranks, and nothing but g needs saving.
+The g-th sample of a run is a pure function of (seed, g), and of where the order began if the data changed on the way.
+Epoch e = g // n visits every one of the n samples once, in an order of its own; place g % n of the epoch maps to a
+sample through a keyed bijection of {0 .. n - 1}. So a run can start at any g, on any number of ranks, and nothing but g
+needs saving.
 
 The bijection is the generalised Feistel cipher with cycle walking of Black and Rogaway, "Ciphers with Arbitrary Finite
 Domains" (CT-RSA 2002): write x = left * b + right with left < a, right < b and a * b just above n; each round adds a
@@ -60,17 +61,22 @@ def _mix(x: int) -> int:
 
 
 class SampleOrder:
-    """Global sample index -> sample of the split, epoch by epoch."""
+    """Global sample index -> sample of the split, epoch by epoch.
 
-    def __init__(self, num_samples: int, seed: int) -> None:
+    first: the global index at which the first epoch begins; orders that begin at different ones are unlike.
+    """
+
+    def __init__(self, num_samples: int, seed: int, first: int = 0) -> None:
         self.num_samples = num_samples
         self.seed = seed
+        self.first = first
         self._epoch = -1
         self._permutation: Permutation | None = None
 
     def __getitem__(self, global_index: int) -> int:
         """The sample, 0 <= sample < num_samples, that is the `global_index`-th of the run."""
-        epoch, place = divmod(global_index, self.num_samples)
+        epoch, place = divmod(global_index - self.first, self.num_samples)
         if self._permutation is None or epoch != self._epoch:
-            self._permutation, self._epoch = Permutation(self.num_samples, (self.seed, epoch)), epoch
+            key = (self.seed, epoch, self.first) if self.first else (self.seed, epoch)
+            self._permutation, self._epoch = Permutation(self.num_samples, key), epoch
         return self._permutation(place)

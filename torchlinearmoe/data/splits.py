@@ -115,6 +115,8 @@ class Splits(Generic[S]):
 
     train: S
     validation: S
+    stores: tuple[TokenStore, ...]
+    """All documents of both, in their order."""
     left_out: tuple[Path, ...] = ()
     """Folders under `data.paths` in which something was passed over because training wrote it."""
 
@@ -148,7 +150,7 @@ def open_splits(
     bound = int(validation_fraction * 2**64)
     held_out = [store.keys < bound for store in stores]
     train, validation = TokenStream(stores, [~mask for mask in held_out]), TokenStream(stores, held_out)
-    splits = Splits(train, validation, found.left_out)
+    splits = Splits(train, validation, tuple(stores), found.left_out)
     check_not_empty(splits, validation_fraction)
     return splits
 

@@ -144,6 +144,9 @@ class DataRecipe:
     """Loader processes a rank."""
     cache: str = ""
     """Folder of the tokenised text; empty: `cache` in the run's folder."""
+    on_change: Literal["refuse", "restart_epoch"] = "refuse"
+    """What a run does that goes on and finds other documents: `refuse`; or `restart_epoch`, go on at its step and count
+    of tokens with a fresh shuffle of all of the new documents, some of which it may have seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +279,7 @@ class CheckpointRecipe:
     keep: int = 3
     """Newest checkpoints kept."""
     resume: str = "latest"
-    """`latest`: the newest complete one in `output_dir`, else start fresh; `never`: refuse a used folder; or a path."""
+    """`latest`: the newest sound one in `output_dir`, else start fresh; `never`: refuse a used folder; or a path."""
     asynchronous: bool = True
     """Write while training goes on."""
     init_from: str = ""

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from seals import reseal
 from torch.distributed.checkpoint import Metadata
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -89,6 +90,20 @@ def enlarge(entry: Any) -> None:
     entry.size = torch.Size([2**40, *entry.size[1:]])
 
 
+def twice(entry: Any) -> None:
+    entry.chunks = [entry.chunks[0]] * 2
+    entry.size = torch.Size([2 * entry.size[0], *entry.size[1:]]) if entry.size else entry.size
+
+
+def shift(entry: Any) -> None:
+    for chunk in entry.chunks:
+        chunk.sizes = torch.Size([chunk.sizes[0] + 1, *chunk.sizes[1:]]) if chunk.sizes else chunk.sizes
+
+
+def empty(entry: Any) -> None:
+    entry.chunks = []
+
+
 def enlarge_chunks(entry: Any) -> None:
     for chunk in entry.chunks:
         chunk.sizes = torch.Size([2**40, *chunk.sizes[1:]])
@@ -102,6 +117,9 @@ def enlarge_chunks(entry: Any) -> None:
         (each_file(transform_descriptors=["zstd"]), "transformed"),
         (each_tensor(enlarge), "leave a hole"),
         (each_tensor(enlarge_chunks), "bytes, but"),
+        (each_tensor(empty), "leave a hole"),
+        (each_tensor(twice), "overlap"),
+        (each_tensor(shift), "lies outside of it"),
         (each_tensor(lambda entry: vars(entry).pop("size")), "is not an index"),
         (lambda metadata: metadata.state_dict_metadata.update(x=3), "'x' is no tensor"),
         (lambda metadata: metadata.storage_data.clear(), "but 0 are written"),
@@ -178,14 +196,13 @@ def test_a_tokenizer_or_template_that_is_none_is_named(checkpoint: Path) -> None
 
 
 def test_a_tensor_of_another_shape_than_the_index_says_is_named(checkpoint: Path) -> None:
-    def shrink(metadata: Any) -> None:
-        for entry in metadata.state_dict_metadata.values():
-            entry.size = torch.Size([1, *entry.size[1:]])
-            entry.chunks = [c for c in entry.chunks if not any(c.offsets)][:1]
-            entry.chunks[0].sizes = entry.size
+    def swap(metadata: Any) -> None:
+        (large,) = (info for index, info in metadata.storage_data.items() if index.fqn == "model.embed.weight")
+        for index in metadata.storage_data:
+            if index.fqn == "model.norm.weight":
+                metadata.storage_data[index] = large
 
-    change_index(checkpoint, shrink)
-    weights = SavedWeights(checkpoint)
-    name, shape = next((name, shape) for name, shape in weights.shapes.items() if len(shape) == 2)
-    with pytest.raises(CheckpointError, match=f"cannot read '{name}'"):
-        weights.read(name, (0, 0), shape)
+    change_index(checkpoint, swap)
+    reseal(checkpoint)
+    with pytest.raises(CheckpointError, match="cannot read 'norm.weight'"):
+        SavedWeights(checkpoint).read("norm.weight", (0,), (64,))

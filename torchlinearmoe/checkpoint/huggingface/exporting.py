@@ -32,6 +32,7 @@ from torchlinearmoe.checkpoint.model import (
     checkpoint_tokenizer,
     read_special_ids,
 )
+from torchlinearmoe.checkpoint.nonfinite import is_finite, tell_nonfinite
 from torchlinearmoe.checkpoint.plain import is_there
 from torchlinearmoe.checkpoint.stream import Progress, SavedWeights
 from torchlinearmoe.checkpoint.tokenizer_files import read_tokenizer_file, tokenizer_names
@@ -102,16 +103,20 @@ def _shards(parts: Sequence[Part], limit: int) -> list[list[Part]]:
 def _write_tensors(folder: Path, weights: SavedWeights, shards: list[list[Part]], progress: Progress | None) -> None:
     total, done = sum(map(len, shards)), 0
     listed: dict[str, str] = {}
+    bad: set[str] = set()
     for number, shard in enumerate(shards, start=1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors: dict[str, Tensor] = {}
         for name, tensor in _read(weights, shard):
             tensors[name] = tensor
             listed[name] = file
+            if not is_finite(tensor):
+                bad.add(name)
             done += 1
             if progress is not None:
                 progress(done, total)
         save_file(tensors, folder / file, metadata={"format": "pt"})
+    tell_nonfinite(weights.path, bad, total)
     if len(shards) > 1:
         size = sum(part.size for shard in shards for part in shard)
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(listed.items()))}

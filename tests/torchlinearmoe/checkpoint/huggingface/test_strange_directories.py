@@ -14,6 +14,7 @@ import tokenizers
 import torch
 from published_cases import make, save
 from safetensors.torch import load_file, save_file
+from seals import reseal
 from tokenizers.models import WordLevel
 
 from torchlinearmoe import build_model, load_model
@@ -74,6 +75,7 @@ def test_only_a_tokenizers_files_leave_with_the_weights(checkpoint: Path, tmp_pa
     (planted / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "evil.safetensors"}}))
     (planted / "tokenizer_module").mkdir()
     os.mkfifo(planted / "pipe")
+    reseal(checkpoint)
     (planted / "key.pem").symlink_to("/etc/hostname")
 
     export_checkpoint(checkpoint, tmp_path / "after")
@@ -104,6 +106,7 @@ def test_the_weights_are_written_last(checkpoint: Path, tmp_path: Path, monkeypa
 def test_no_tokenizer_asks_for_code(checkpoint: Path, directory: Path, tmp_path: Path) -> None:
     assert b"auto_map" not in (checkpoint / "tokenizer" / "tokenizer_config.json").read_bytes()
     write_tokenizer(checkpoint / "tokenizer")
+    reseal(checkpoint)
     export_checkpoint(checkpoint, tmp_path / "exported")
     import_directory(directory, tmp_path / "imported")
     for folder in (tmp_path / "exported", tmp_path / "imported" / "tokenizer"):
