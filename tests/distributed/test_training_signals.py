@@ -34,10 +34,10 @@ def signalled(rank: int, tables: Settings, victim: int, number: int) -> Result:
     """A run in which rank `victim` is sent a signal in the middle of step 5."""
     inputs = Trainer._inputs
 
-    def interrupted(self: Trainer, batch: Any) -> Any:
+    def interrupted(self: Trainer, batch: Any, totals: Any) -> Any:
         if self.step == 4 and rank == victim:
             os.kill(os.getpid(), number)
-        return inputs(self, batch)
+        return inputs(self, batch, totals)
 
     Trainer._inputs = interrupted  # type: ignore[method-assign]
     try:
