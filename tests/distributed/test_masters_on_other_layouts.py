@@ -72,7 +72,7 @@ def run_in_parts(rank: int, tables: Settings) -> Result:
         sums.LARGE = large
 
 
-@pytest.mark.parametrize("call", [run, run_in_parts], ids=["whole", "in parts"])
+@pytest.mark.parametrize("call", [pytest.param(run, marks=pytest.mark.slow), run_in_parts], ids=["whole", "in parts"])
 def test_halves_train_as_shards_do(ranks: RankPool, tmp_path: Path, call: Callable[..., Result]) -> None:
     """Five steps in bfloat16, several micro-batches summed: one process beside ranks of FSDP, ep and tensor."""
     corpus = write_corpus(tmp_path)

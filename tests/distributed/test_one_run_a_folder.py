@@ -48,6 +48,7 @@ def test_the_second_run_is_refused_and_the_first_goes_on(corpus: Path, tmp_path:
     assert [line["step"] for line in read_lines(folder)] == list(range(1, steps_logged(folder) + 1))
 
 
+@pytest.mark.slow
 def test_the_lock_goes_with_errors_and_signals_and_stays_after_a_kill(corpus: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     recipe = str(write_recipe(settings(corpus, folder, LONG), tmp_path / "run.toml"))

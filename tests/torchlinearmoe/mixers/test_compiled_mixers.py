@@ -13,7 +13,7 @@ from torchlinearmoe.documents import Documents
 from torchlinearmoe.parallel.compile import compile_regions
 
 
-@pytest.mark.parametrize("name", ["hgrn2", "gated_delta_net", "mamba2"])
+@pytest.mark.parametrize("name", ["hgrn2", pytest.param("gated_delta_net", marks=pytest.mark.slow), "mamba2"])
 def test_batches_of_different_documents_make_no_new_graphs(name: str) -> None:
     torch.manual_seed(1)
     torch._dynamo.reset()
