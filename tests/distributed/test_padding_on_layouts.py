@@ -75,9 +75,18 @@ def train(ranks: RankPool, messages: Path, output: Path, size: int, *changes: Se
     ),
 )
 def test_padded_rows_train_alike_on_every_layout(
-    ranks: RankPool, messages: Path, whole: dict[str, Result], tmp_path: Path, case: str
+    ranks: RankPool,
+    messages: Path,
+    whole: dict[str, Result],
+    tmp_path: Path,
+    case: str,
+    request: pytest.FixtureRequest,
 ) -> None:
     router, layout = CASES[case]
+    if (router, layout) == ("memories", COMPILED):
+        # With padding or without: the compiler makes the number of experts dynamic when the second router comes, and
+        # the first one, run again by that graph, saves other tensors.
+        request.applymarker(pytest.mark.xfail(strict=True, reason="two sizes of routers, compiled and run again"))
     if router not in whole:
         at_once: Settings = {"training": {"micro_batch_size": 4}}
         whole[router] = train(ranks, messages, tmp_path / "whole", 1, ROUTERS[router], at_once)
