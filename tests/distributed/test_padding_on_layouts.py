@@ -92,7 +92,7 @@ def test_padded_rows_train_alike_on_every_layout(
         whole[router] = train(ranks, messages, tmp_path / "whole", 1, ROUTERS[router], at_once)
     one, (size, changes) = whole[router], LAYOUTS[layout]
     found = train(ranks, messages, tmp_path / "found", size, ROUTERS[router], changes)
-    assert_same_training(found, one, 3e-5)
+    assert_same_training(found, one)
     for key in ("moe/max_load", "moe/balance_loss", "moe/z_loss", "moe/entropy", "mom/max_load", "mom/balance_loss"):
         assert found.column(key) == pytest.approx(one.column(key), rel=1e-5), key
     biases = {name: value for name, value in one.state.items() if name.endswith("expert_bias")}

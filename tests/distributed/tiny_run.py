@@ -203,12 +203,18 @@ def read_lines(folder: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_same_training(found: Result, expected: Result, tolerance: float = 1e-5) -> None:
-    """Losses and gradient norms of every step, and the first step's gradients, agree to a relative `tolerance`."""
+def assert_same_training(
+    found: Result, expected: Result, tolerance: float = 1e-5, *, cancelling: tuple[str, ...] = ()
+) -> None:
+    """Losses and gradient norms of every step, and the first step's gradients, agree to a relative `tolerance`.
+
+    cancelling: parameters of few numbers whose gradients are sums of all tokens' terms, which cancel: three times it.
+    """
     for key in ("loss", "grad_norm", "lr", "tokens", "validation_loss"):
         assert found.column(key) == pytest.approx(expected.column(key), rel=tolerance), key
     assert found.gradients.keys() == expected.gradients.keys()
     for name, gradient in expected.gradients.items():
         assert gradient.norm() > 0, f"{name} has no gradient: nothing is shown"
         distance = (found.gradients[name] - gradient).norm() / gradient.norm()
-        assert distance < tolerance, f"gradient of {name}: {distance:.1e}"
+        limit = 3 * tolerance if name.endswith(cancelling) else tolerance
+        assert distance < limit, f"gradient of {name}: {distance:.1e}"

@@ -20,7 +20,9 @@ from torchlinearmoe.kernels.operator import Backend, Operator, operators
 
 ROUNDED = 5e-3
 """Of float32 that is rounded to TF32."""
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+CANCELLING = 30
+"""Times these are allowed to a float32 gradient that is one sum over all tokens."""
 
 
 def declared() -> list[tuple[Operator, Backend]]:
@@ -61,7 +63,9 @@ def compare(
             assert all(bool(found[f"d_{name}"].isfinite().all()) for name in case.sums if name in case.inputs)
             errors = {name: error for name, error in errors.items() if name.removeprefix("d_") not in case.sums}
         limit = (TOLERANCES[dtype] if backend.exact or dtype != torch.float32 else ROUNDED) * case.tolerance
-        assert all(error < limit for error in errors.values()), (operator.name, backend.name, index, errors)
+        for name, error in errors.items():
+            more = CANCELLING if name.removeprefix("d_") in case.sums else 1
+            assert error < limit * more, (operator.name, backend.name, index, name, errors)
 
 
 def runs_on(backend: Backend, device: str) -> bool:
