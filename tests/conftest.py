@@ -1,7 +1,9 @@
 """Fixtures of all tests, and how workers share them."""
 
 import importlib
+import math
 import os
+from typing import Any
 
 import pytest
 
@@ -27,7 +29,14 @@ def pytest_xdist_setupnodes() -> None:
 
 @pytest.fixture
 def little_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton tries two configurations of a kernel that is tuned: all of them cost minutes."""
+    """Triton tries two configurations of a kernel that is tuned, of the smallest tiles: all of them cost minutes."""
     tuner = importlib.import_module("triton.runtime.autotuner").Autotuner
     prune = tuner.prune_configs
-    monkeypatch.setattr(tuner, "prune_configs", lambda self, *args, **kwargs: prune(self, *args, **kwargs)[:2])
+
+    def room(config: Any) -> int:
+        return config.num_stages * math.prod(x for x in config.kwargs.values() if isinstance(x, int) and x > 0)
+
+    def smallest(self: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        return sorted(prune(self, *args, **kwargs), key=room)[:2]
+
+    monkeypatch.setattr(tuner, "prune_configs", smallest)

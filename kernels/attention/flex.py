@@ -29,11 +29,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window
             return seen & (t + earlier - s < window) if window else seen
 
         mask = create_block_mask(same_document, count, None, length, keys, device=str(q.device))
-        out = _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
+        out = _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=dict(KERNEL))
         assert isinstance(out, Tensor)
         return out
 
     return by_rows(rows, q, k, v, layout)[..., :value_width]
+
+
+KERNEL = {"BACKEND": "TRITON"}
+"""Not its decoding kernel, which takes rows of less than 128 tokens and has no choices for some grouped heads."""
 
 
 @functools.cache
