@@ -28,6 +28,8 @@ class ChunkTable:
     """int32: the first token of each chunk."""
     end_M: Tensor
     """int32: one past its last token."""
+    segment_M: Tensor
+    """int32: the segment that it is of."""
     first_N1: Tensor
     """int32 [N + 1]: the first chunk of each segment, and how many chunks there are."""
 
@@ -48,4 +50,4 @@ def _table(segments: Segments) -> ChunkTable:
     end_M = torch.minimum(start_M + CHUNK, borders[segment_M + 1])
     unused_M = place_M >= first_N1[-1]
     start_M, end_M = (torch.where(unused_M, borders[-1], x).to(torch.int32) for x in (start_M, end_M))
-    return ChunkTable(start_M, end_M, first_N1)
+    return ChunkTable(start_M, end_M, segment_M.to(torch.int32), first_N1)

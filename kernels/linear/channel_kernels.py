@@ -1,0 +1,263 @@
+"""Triton kernels of what a decay per channel adds to the walk: scores inside chunks, and the gradients of decays.
+
+With c_t the sum of a chunk's log decays up to and including t, per channel, and c' = c (for RWKV6's bonus: without t):
+
+    A_ts = scale * sum_k q_tk e^{c'_tk - c_sk} k_sk     for s <= t (with a bonus s < t, and A_tt = scale * q_t . u k_t)
+    o    = (scale q e^{c'}) S + A v                     S' = e^{c_C} S + (k e^{c_C - c})^T v
+
+The decays cannot leave the sum, so pairs are split by halving: at each level the later half of a block of tokens reads
+the earlier half, both relative to the border between them, where both factors are at most 1. What is left are pairs in
+blocks of 8 tokens, relative to one in their middle. A log decay below -20 counts as -20, under the rounding of float32:
+so no exponent of theirs goes beyond 80.
+
+Backward, dA = scale * do v^T: dq_t = scale e^{c'_t} (do_t S^T) + sum_s dA_ts e^{c'_t - c_s} k_s by the same levels, dk
+likewise, and
+
+    dg_j = sum over t >= j of q_t dq_t - k_t dk_t in the chunk + the sum over V of S' and its gradient.
+
+Tokens of all documents lie one after the other: q, k, g: [T, H, K]; v: [T, H, V]; scores: [T, H, C], by the place in the
+chunk; totals: e^{c_C}, [M, H, K].
+"""
+
+# pyright: basic, reportIndexIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+
+import triton
+import triton.language as tl
+
+from torchlinearmoe.kernels.linear.walk_kernels import rows_of, state_places
+
+LEAST = tl.constexpr(-20.0)
+LOG2E = tl.constexpr(1.4426950408889634)
+BLOCK = tl.constexpr(8)
+MIDDLE = tl.constexpr(3)
+
+
+@triton.jit
+def _row_of_block(x, C: tl.constexpr, B: tl.constexpr, SIZE: tl.constexpr, INDEX: tl.constexpr):
+    """[C, B]: for each row, row INDEX of its block of SIZE rows."""
+    blocks = tl.reshape(x, [C // SIZE, SIZE, B])
+    chosen = tl.sum(tl.where(tl.arange(0, SIZE)[None, :, None] == INDEX, blocks, 0.0), 1)
+    return tl.reshape(tl.broadcast_to(chosen[:, None, :], [C // SIZE, SIZE, B]), [C, B])
+
+
+@triton.jit
+def _log2_decays(g, tokens, inside, h, H, K, columns):
+    """[C, B] of the log decays, in base 2 and bounded."""
+    return tl.maximum(rows_of(g, tokens, inside, H * K, K, h, K, columns), LEAST) * LOG2E
+
+
+@triton.jit
+def _half_weights(c, read, place, C: tl.constexpr, B: tl.constexpr, HALF: tl.constexpr):
+    """Factors of the rows of blocks of 2 HALF tokens, relative to the border of their halves: <= 1."""
+    border = _row_of_block(c, C, B, 2 * HALF, HALF - 1)
+    later = (place % (2 * HALF)) >= HALF
+    return tl.exp2(tl.where(later[:, None], read - border, border - c))
+
+
+@triton.jit
+def _half_pairs(place, HALF: tl.constexpr):
+    """[t, s]: t in the later, s in the earlier half of a block of 2 HALF tokens."""
+    same = place[:, None] // (2 * HALF) == place[None, :] // (2 * HALF)
+    return same & (place[:, None] % (2 * HALF) >= HALF) & (place[None, :] % (2 * HALF) < HALF)
+
+
+@triton.jit
+def _block_pairs(place, BONUS: tl.constexpr):
+    """[t, s]: s before t in one block of BLOCK tokens, or t itself."""
+    same = place[:, None] // BLOCK == place[None, :] // BLOCK
+    if BONUS:
+        return same & (place[:, None] > place[None, :])
+    return same & (place[:, None] >= place[None, :])
+
+
+@triton.jit
+def _where(seen, x):
+    return tl.where(seen, x, tl.zeros_like(x))
+
+
+@triton.jit
+def prepare_channels(
+    q, k, g, bonus, queries, keys, totals, scores, start, end, scale, q_t, q_h, k_t, k_h, H, K,
+    C: tl.constexpr, B: tl.constexpr, BONUS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """scale q e^{c'}, k e^{c_C - c}, e^{c_C} and the scores. Grid: M, H."""
+    m, h = tl.program_id(0), tl.program_id(1)
+    place = tl.arange(0, C)
+    first_token = tl.load(start + m).to(tl.int64)
+    tokens = first_token + place
+    inside = tokens < tl.load(end + m)
+    if first_token >= tl.load(end + m):
+        return
+    pairs = tl.zeros([C, C], dtype=tl.float32)
+    own = tl.zeros([C], dtype=tl.float32)
+    for i in range(tl.cdiv(K, B)):
+        columns = i * B + tl.arange(0, B)
+        qs = rows_of(q, tokens, inside, q_t, q_h, h, K, columns).to(tl.float32)
+        ks = rows_of(k, tokens, inside, k_t, k_h, h, K, columns).to(tl.float32)
+        decays = _log2_decays(g, tokens, inside, h, H, K, columns)
+        c, total = tl.cumsum(decays, 0), tl.sum(decays, 0)
+        read = c - decays if BONUS else c
+        places = (tokens[:, None] * H + h) * K + columns[None, :]
+        mask = inside[:, None] & (columns < K)[None, :]
+        tl.store(queries + places, (qs * (tl.exp2(read) * scale)).to(queries.dtype.element_ty), mask=mask)
+        tl.store(keys + places, (ks * tl.exp2(total[None, :] - c)).to(keys.dtype.element_ty), mask=mask)
+        tl.store(totals + (m.to(tl.int64) * H + h) * K + columns, tl.exp2(total), mask=columns < K)
+        for level in tl.static_range(3):
+            weights = _half_weights(c, read, place, C, B, 32 >> level)
+            product = tl.dot(
+                (qs * weights).to(OPERAND), tl.trans((ks * weights).to(OPERAND)), input_precision=PRECISION
+            )
+            pairs += tl.where(_half_pairs(place, 32 >> level), product, 0.0)
+        middle = _row_of_block(c, C, B, BLOCK, MIDDLE)
+        product = tl.dot(
+            (qs * tl.exp2(read - middle)).to(OPERAND),
+            tl.trans((ks * tl.exp2(middle - c)).to(OPERAND)),
+            input_precision=PRECISION,
+        )
+        pairs += tl.where(_block_pairs(place, BONUS), product, 0.0)
+        if BONUS:
+            extra = tl.load(bonus + h * K + columns, mask=columns < K, other=0.0)
+            own += tl.sum(qs * ks * extra[None, :], 1)
+    if BONUS:
+        pairs += tl.where(place[:, None] == place[None, :], own[:, None], 0.0)
+    pairs *= scale
+    places = (tokens[:, None] * H + h) * C + place[None, :]
+    tl.store(scores + places, pairs.to(scores.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def channel_gradients(
+    q, k, v, g, bonus, do, dqueries, dkeys, passing, dq, dk, dg, dbonus, start, end, scale,
+    q_t, q_h, k_t, k_h, v_t, v_h, H, K, V,
+    C: tl.constexpr, B: tl.constexpr, BV: tl.constexpr, BONUS: tl.constexpr, WANT_DG: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, dk, dg and the sums of dbonus over each chunk, [M, H, K]. Grid: M, H.
+
+    dqueries, dkeys: of what `prepare_channels` made, without the scores; passing: [M, H, K], the sums over V of the
+    state that leaves the chunk and its gradient.
+    """
+    m, h = tl.program_id(0), tl.program_id(1)
+    place = tl.arange(0, C)
+    first_token = tl.load(start + m).to(tl.int64)
+    tokens = first_token + place
+    inside = tokens < tl.load(end + m)
+    if first_token >= tl.load(end + m):
+        return
+    dpairs = tl.zeros([C, C], dtype=tl.float32)
+    dpairs_transposed = tl.zeros([C, C], dtype=tl.float32)
+    for i in range(tl.cdiv(V, BV)):
+        columns = i * BV + tl.arange(0, BV)
+        douts = rows_of(do, tokens, inside, H * V, V, h, V, columns)
+        values = rows_of(v, tokens, inside, v_t, v_h, h, V, columns)
+        dpairs += tl.dot(douts, tl.trans(values), input_precision=PRECISION)
+        dpairs_transposed += tl.dot(values, tl.trans(douts), input_precision=PRECISION)
+    if BONUS:
+        own = scale * tl.sum(tl.where(place[:, None] == place[None, :], dpairs, 0.0), 1)
+    dpairs = (dpairs * scale).to(OPERAND)
+    dpairs_transposed = (dpairs_transposed * scale).to(OPERAND)
+    for i in range(tl.cdiv(K, B)):
+        columns = i * B + tl.arange(0, B)
+        places = (tokens[:, None] * H + h) * K + columns[None, :]
+        mask = inside[:, None] & (columns < K)[None, :]
+        qs = rows_of(q, tokens, inside, q_t, q_h, h, K, columns).to(tl.float32)
+        ks = rows_of(k, tokens, inside, k_t, k_h, h, K, columns).to(tl.float32)
+        decays = _log2_decays(g, tokens, inside, h, H, K, columns)
+        c, total = tl.cumsum(decays, 0), tl.sum(decays, 0)
+        read = c - decays if BONUS else c
+        dqs = tl.load(dqueries + places, mask=mask, other=0.0).to(tl.float32) * (tl.exp2(read) * scale)
+        dks = tl.load(dkeys + places, mask=mask, other=0.0).to(tl.float32) * tl.exp2(total[None, :] - c)
+        for level in tl.static_range(3):
+            weights = _half_weights(c, read, place, C, B, 32 >> level)
+            seen = _half_pairs(place, 32 >> level)
+            seen_transposed = _half_pairs_transposed(place, 32 >> level)
+            dqs += weights * tl.dot(
+                _where(seen, dpairs), (ks * weights).to(OPERAND), input_precision=PRECISION
+            )
+            dks += weights * tl.dot(
+                _where(seen_transposed, dpairs_transposed),
+                (qs * weights).to(OPERAND),
+                input_precision=PRECISION,
+            )
+        middle = _row_of_block(c, C, B, BLOCK, MIDDLE)
+        since, until = tl.exp2(read - middle), tl.exp2(middle - c)
+        seen, seen_transposed = _block_pairs(place, BONUS), _block_pairs_transposed(place, BONUS)
+        dqs += since * tl.dot(
+            _where(seen, dpairs), (ks * until).to(OPERAND), input_precision=PRECISION
+        )
+        dks += until * tl.dot(
+            _where(seen_transposed, dpairs_transposed),
+            (qs * since).to(OPERAND),
+            input_precision=PRECISION,
+        )
+        if WANT_DG:
+            later = tl.load(passing + (m.to(tl.int64) * H + h) * K + columns, mask=columns < K, other=0.0)
+            reads, writes = qs * dqs, ks * dks
+            change = reads - writes
+            after = tl.sum(change, 0)[None, :] - tl.cumsum(change, 0)  # of later tokens alone
+            after += later[None, :] - writes if BONUS else later[None, :] + change
+            tl.store(dg + places, after, mask=mask)
+        if BONUS:
+            extra = tl.load(bonus + h * K + columns, mask=columns < K, other=0.0)
+            tl.store(
+                dbonus + (m.to(tl.int64) * H + h) * K + columns, tl.sum(qs * ks * own[:, None], 0), mask=columns < K
+            )
+            dqs += own[:, None] * extra[None, :] * ks
+            dks += own[:, None] * extra[None, :] * qs
+        tl.store(dq + places, dqs.to(dq.dtype.element_ty), mask=mask)
+        tl.store(dk + places, dks.to(dk.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _half_pairs_transposed(place, HALF: tl.constexpr):
+    """[s, t] of `_half_pairs`."""
+    same = place[:, None] // (2 * HALF) == place[None, :] // (2 * HALF)
+    return same & (place[None, :] % (2 * HALF) >= HALF) & (place[:, None] % (2 * HALF) < HALF)
+
+
+@triton.jit
+def _block_pairs_transposed(place, BONUS: tl.constexpr):
+    """[s, t] of `_block_pairs`."""
+    same = place[:, None] // BLOCK == place[None, :] // BLOCK
+    if BONUS:
+        return same & (place[None, :] > place[:, None])
+    return same & (place[None, :] >= place[:, None])
+
+
+@triton.jit
+def passing_of_chunks(
+    read, written, states, dstates, ended, passing, segment, first, N, S, H, K, V,
+    GROUP: tl.constexpr, B: tl.constexpr, BV: tl.constexpr, HAS_STATES: tl.constexpr, HAS_ENDED: tl.constexpr,
+):  # fmt: skip
+    """The sum over V of state and gradient at the end of each chunk, [M, H, K]. Grid: tiles of K, H, stretches.
+
+    read, written: [M, H, K], sums over a chunk's tokens of what `walk` makes; states, dstates: what enters each stretch
+    from either side; ended: [N, H, K], the same sum at the end of each document.
+    """
+    columns = tl.program_id(0) * B + tl.arange(0, B)
+    h, s = tl.program_id(1), tl.program_id(2)
+    lowest = s * GROUP
+    highest = tl.minimum(lowest + GROUP, tl.load(first + N))
+    sums = tl.zeros([B], dtype=tl.float32)
+    if HAS_STATES:
+        there = s + 1 < S
+        for j in range(tl.cdiv(V, BV)):
+            columns_v = j * BV + tl.arange(0, BV)
+            places, mask = state_places(s + 1, there, h, H, K, V, columns, columns_v, False)
+            state = tl.load(states + places, mask=mask, other=0.0)
+            places, mask = state_places(s, there, h, H, K, V, columns, columns_v, False)
+            dstate = tl.load(dstates + places, mask=mask, other=0.0)
+            sums += tl.sum(state * dstate, 1)
+    for i in range(highest - lowest):
+        m = highest - 1 - i
+        n = tl.load(segment + m)
+        ends = m + 1 == tl.load(first + n + 1)
+        if HAS_ENDED:
+            at_end = tl.load(ended + (n.to(tl.int64) * H + h) * K + columns, mask=columns < tl.where(ends, K, 0), other=0.0)
+            sums = tl.where(ends, at_end, sums)
+        else:
+            sums = tl.where(ends, 0.0, sums)
+        places = (m.to(tl.int64) * H + h) * K + columns
+        tl.store(passing + places, sums, mask=columns < K)
+        sums += tl.load(read + places, mask=columns < K, other=0.0)
+        sums -= tl.load(written + places, mask=columns < K, other=0.0)

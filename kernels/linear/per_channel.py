@@ -1,0 +1,221 @@
+"""The linear recurrence with a decay per channel, and RWKV6's bonus, as walks over scaled queries and keys.
+
+Operators of torch.library as in `per_head`. Scaled queries and keys, and the scores inside chunks, are made again in
+the backward pass.
+
+Legend: T tokens, H heads, K/V key/value head dim, N segments, M places for chunks, S stretches of chunks.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchlinearmoe.kernels.chunk_table import CHUNK
+from torchlinearmoe.kernels.linear.walk import (
+    GROUP,
+    SETTINGS,
+    Stream,
+    Walk,
+    given,
+    left_states,
+    or_nothing,
+    precision,
+    rows_ready,
+    stretches_of,
+    strides,
+    tile,
+)
+
+
+@torch.library.custom_op("torchlinearmoe::linear_per_channel", mutates_args=())
+def per_channel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    bonus: Tensor | None,
+    initial: Tensor | None,
+    start: Tensor,
+    end: Tensor,
+    segment: Tensor,
+    first: Tensor,
+    scale: float,
+    want_final: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o [T, H, V], the final states [N, H, K, V], empty where they are not wanted, and what enters [S, H, K, V].
+
+    q, k: [T, H, K]; v: [T, H, V] of one type; g: [T, H, K], bonus: [H, K] and initial: [N, H, K, V] in fp32; start,
+    end, segment: [M], first: [N + 1], a `ChunkTable`.
+    """
+    q, k, v = rows_ready(q), rows_ready(k), rows_ready(v)
+    stream = Stream(start, end, segment, first)
+    made = _prepare(q, k, g, bonus, stream, scale)
+    walk = Walk(stream, 1.0, decay=2, decays=made.totals, enter=_contiguous(initial))
+    entered = walk.states(made.keys, v)
+    final = left_states(walk.enter, (first.shape[0] - 1, *q.shape[1:], v.shape[2]), q) if want_final else None
+    o, _ = walk.outputs(made.queries, made.keys, v, entered, scores=made.scores, leave=final)
+    return o, or_nothing(final, q), or_nothing(entered, q)
+
+
+@torch.library.custom_op("torchlinearmoe::linear_per_channel_backward", mutates_args=())
+def per_channel_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    bonus: Tensor | None,
+    initial: Tensor | None,
+    entered: Tensor,
+    final: Tensor,
+    do: Tensor,
+    dfinal: Tensor | None,
+    start: Tensor,
+    end: Tensor,
+    segment: Tensor,
+    first: Tensor,
+    scale: float,
+    want_dg: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, g (empty where it is not wanted), bonus and initial (empty without one)."""
+    q, k, v, do = rows_ready(q), rows_ready(k), rows_ready(v), do.contiguous()
+    stream = Stream(start, end, segment, first)
+    made = _prepare(q, k, g, bonus, stream, scale)
+    initial, dfinal = _contiguous(initial), _contiguous(dfinal)
+    states = entered if entered.numel() else None
+    (_, H, K), V, M = q.shape, v.shape[2], stream.places
+    rows = Walk(stream, 1.0, reverse=True, decay=2, decays=made.totals, enter=dfinal)
+    dstates = rows.states(made.queries, do)
+    dinitial = None if initial is None else left_states(dfinal, tuple(initial.shape), q)
+    dv, _ = rows.outputs(made.keys, made.queries, do, dstates, scores=made.scores, leave=dinitial)
+    onward = Walk(stream, 1.0, decay=3, decays=made.totals, enter=initial)
+    dqueries, read = onward.outputs(
+        do, v, made.keys, states, transposed=True, pairs=False, sums_with=made.queries if want_dg else None,
+        sums="chunks",
+    )  # fmt: skip
+    back = Walk(stream, 1.0, reverse=True, decay=3, decays=made.totals, enter=dfinal)
+    dkeys, written = back.outputs(
+        v, do, made.queries, dstates, transposed=True, pairs=False, sums_with=made.keys if want_dg else None,
+        sums="chunks",
+    )  # fmt: skip
+    passing = None
+    if want_dg:
+        assert read is not None and written is not None
+        ended = None if dfinal is None else (final * dfinal).sum(3)
+        passing, B = torch.empty_like(read), tile(K, 128)
+        channel_kernels().passing_of_chunks[-(-K // B), H, stream.stretches](
+            read, written, given(states, read), given(dstates, read), given(ended, read), passing, segment, first,
+            stream.segments, stream.stretches, H, K, V, GROUP=GROUP, B=B, BV=tile(V, 32),
+            HAS_STATES=states is not None, HAS_ENDED=ended is not None, num_warps=4,
+        )  # fmt: skip
+    dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    dg = torch.empty(g.shape, dtype=g.dtype, device=g.device) if want_dg else None
+    # Places without chunks stay zero.
+    dbonus = None if bonus is None else q.new_zeros(M, H, K, dtype=torch.float32)
+    channel_kernels().channel_gradients[M, H](
+        q, k, v, g.contiguous(), given(bonus, q), do, dqueries, dkeys, given(passing, q), dq, dk, given(dg, q),
+        given(dbonus, q), start, end, scale, *strides(q), *strides(k), *strides(v), H, K, V, C=CHUNK, B=tile(K, SETTINGS["gradients"][0]),
+        BV=tile(V, 64), BONUS=bonus is not None, WANT_DG=want_dg, OPERAND=_operand(q), PRECISION=precision(q),
+        num_warps=SETTINGS["gradients"][1], num_stages=SETTINGS["gradients"][2],
+    )  # fmt: skip
+    summed = None if dbonus is None else dbonus.sum(0)
+    return dq, dk, dv, or_nothing(dg, q), or_nothing(summed, q), or_nothing(dinitial, q)
+
+
+@dataclass(frozen=True)
+class _Made:
+    queries: Tensor
+    """scale q e^{c'}: [T, H, K]."""
+    keys: Tensor
+    """k e^{c_C - c}: [T, H, K]."""
+    totals: Tensor
+    """e^{c_C}: [M, H, K]."""
+    scores: Tensor
+    """[T, H, C]."""
+
+
+def _prepare(q: Tensor, k: Tensor, g: Tensor, bonus: Tensor | None, stream: Stream, scale: float) -> _Made:
+    (T, H, K), M = q.shape, stream.places
+    made = _Made(
+        torch.empty(q.shape, dtype=q.dtype, device=q.device),
+        torch.empty(k.shape, dtype=k.dtype, device=k.device),
+        q.new_empty(M, H, K, dtype=torch.float32),
+        q.new_empty(T, H, CHUNK),
+    )
+    channel_kernels().prepare_channels[M, H](
+        q, k, g.contiguous(), given(_contiguous(bonus), q), made.queries, made.keys, made.totals, made.scores,
+        stream.start, stream.end, scale, *strides(q), *strides(k), H, K, C=CHUNK, B=tile(K, SETTINGS["prepare"][0]),
+        BONUS=bonus is not None, OPERAND=_operand(q), PRECISION=precision(q), num_warps=SETTINGS["prepare"][1],
+        num_stages=SETTINGS["prepare"][2],
+    )  # fmt: skip
+    return made
+
+
+def _operand(x: Tensor) -> Any:
+    """The type of products of what is scaled up and down: float16 has not the range."""
+    import triton.language as tl
+
+    return tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+@functools.cache
+def channel_kernels() -> Any:
+    """The module of kernels."""
+    return importlib.import_module("torchlinearmoe.kernels.linear.channel_kernels")
+
+
+@per_channel.register_fake
+def _(q, k, v, g, bonus, initial, start, end, segment, first, scale, want_final):
+    (T, H, K), V, places = q.shape, v.shape[2], start.shape[0]
+    state = (H, K, V)
+    final = q.new_empty((first.shape[0] - 1, *state) if want_final else (0,), dtype=torch.float32)
+    S = stretches_of(places)
+    entered = q.new_empty((S, *state) if S > 1 else (0,), dtype=torch.float32)
+    return v.new_empty(T, H, V), final, entered
+
+
+@per_channel_backward.register_fake
+def _(q, k, v, g, bonus, initial, entered, final, do, dfinal, start, end, segment, first, scale, want_dg):
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dg = q.new_empty(g.shape if want_dg else (0,), dtype=torch.float32)
+    dbonus = q.new_empty((0,) if bonus is None else bonus.shape, dtype=torch.float32)
+    return dq, dk, dv, dg, dbonus, q.new_empty((0,) if initial is None else initial.shape, dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.scale, ctx.want_final = inputs
+    _, final, entered = output
+    ctx.mark_non_differentiable(entered)
+    ctx.save_for_backward(*tensors, final, entered)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    q, k, v, g, bonus, initial, *stream, final, entered = ctx.saved_tensors
+    do = torch.zeros_like(v) if do is None else do.to(v.dtype)
+    dfinal = None if dfinal is None or not ctx.want_final else dfinal.float()
+    want_dg = ctx.needs_input_grad[3]
+    dq, dk, dv, dg, dbonus, dinitial = per_channel_backward(
+        q, k, v, g, bonus, initial, entered, final, do, dfinal, *stream, ctx.scale, want_dg
+    )
+    return (
+        dq,
+        dk,
+        dv,
+        dg if want_dg else None,
+        None if bonus is None else dbonus,
+        None if initial is None else dinitial,
+        *(None,) * 6,
+    )
+
+
+per_channel.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,193 @@
+"""The walks of `walk_kernels` as calls on tensors.
+
+Legend: T tokens, H heads, N segments, M places for chunks, S stretches of chunks, K/V key/value head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from torchlinearmoe.kernels.chunk_table import CHUNK
+
+GROUP = 16
+"""Chunks of a stretch: steps that depend on each other, against states that are stored."""
+SETTINGS = {
+    "walk": (64, 4, 3),
+    "summarize": (128, 64, 4, 3),
+    "prepare": (32, 4, 3),
+    "gradients": (32, 4, 3),
+}
+
+Decay = Literal[0, 1, 2, 3]
+"""None, per token and head, per row of the state, per column."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A `ChunkTable` as tensors of an operator."""
+
+    start: Tensor
+    end: Tensor
+    segment: Tensor
+    first: Tensor
+
+    @property
+    def places(self) -> int:
+        """M."""
+        return self.start.shape[0]
+
+    @property
+    def segments(self) -> int:
+        """N."""
+        return self.first.shape[0] - 1
+
+    @property
+    def stretches(self) -> int:
+        """S."""
+        return stretches_of(self.places)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As kernels take them."""
+        return self.start, self.end, self.segment, self.first
+
+
+def stretches_of(places: int) -> int:
+    """Stretches of so many places for chunks."""
+    return (places + GROUP - 1) // GROUP
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What the walks of one call share."""
+
+    stream: Stream
+    scale: float
+    reverse: bool = False
+    decay: Decay = 0
+    decays: Tensor | None = None
+    """[T, H] log decays, or factors over chunks [M, H, rows or columns]."""
+    enter: Tensor | None = None
+    """[N, H, K, V]: the state that enters a segment from the side where the walk begins."""
+
+    def states(self, w: Tensor, u: Tensor) -> Tensor | None:
+        """The states [S, H, X, U] that enter the stretches; None of a single stretch, which enters empty.
+
+        w: [T, H, X]; u: [T, H, U].
+        """
+        stream, (_, H, X), U = self.stream, w.shape, u.shape[2]
+        S = stream.stretches
+        if S == 1:
+            return None
+        assert self.decay != 3
+        states = w.new_empty(S, H, X, U, dtype=torch.float32)
+        factors = w.new_empty(S, H, X if self.decay == 2 else 1, dtype=torch.float32)
+        most_x, most_u, warps, stages = SETTINGS["summarize"]
+        BX, BU = tile(X, most_x), tile(U, most_u)
+        grid = -(-X // BX) * -(-U // BU), H, S
+        walk_kernels().summarize[grid](
+            w, u, *self._decays(w), given(self.enter, w), states, factors, *stream.tensors, stream.segments, self.scale,
+            *strides(w), *strides(u), H, X, U, GROUP=GROUP, C=CHUNK, BX=BX, BU=BU, REVERSE=self.reverse,
+            DECAY=self.decay, HAS_ENTER=self.enter is not None, PRECISION=precision(w), num_warps=warps,
+            num_stages=stages,
+        )  # fmt: skip
+        BX, BU = tile(X, 32), tile(U, 64)
+        walk_kernels().join[-(-X // BX) * -(-U // BU), H](
+            states, factors, S, H, X, U, BX=BX, BU=BU, REVERSE=self.reverse, ROWS=self.decay == 2, num_warps=4
+        )
+        return states
+
+    def outputs(
+        self,
+        x: Tensor,
+        w: Tensor,
+        u: Tensor,
+        entered: Tensor | None,
+        *,
+        transposed: bool = False,
+        pairs: bool = True,
+        scores: Tensor | None = None,
+        leave: Tensor | None = None,
+        sums_with: Tensor | None = None,
+        sums: Literal["tokens", "chunks"] = "tokens",
+    ) -> tuple[Tensor, Tensor | None]:
+        """y [T, H, U], and the sums of y times `sums_with` [T, H, U]: by token, [tiles, T, H], or chunk, [M, H, U].
+
+        x, w: [T, H, X]; u: [T, H, U]; entered: of `states`; transposed: states are [.., U, X]; pairs: what tokens of a
+        chunk read of each other is added, by the products of x and w or by scores [T, H, C]; leave: [N, H, X, U] gets
+        the states at the other side of the segments that have tokens.
+        """
+        stream, (T, H, X), U = self.stream, x.shape, u.shape[2]
+        BX = tile(X, 1024)
+        most, warps, stages = SETTINGS["walk"]
+        BU = min(tile(U, most), max(16, 128 * most // BX))
+        grid = -(-U // BU), H, stream.stretches
+        y = torch.empty(T, H, U, dtype=u.dtype, device=u.device)
+        total, mode = None, 0
+        if sums_with is not None:
+            mode = 1 if sums == "tokens" else 2
+            shape = (grid[0], T, H) if mode == 1 else (stream.places, H, U)
+            total = y.new_empty(shape, dtype=torch.float32)
+        z = u if sums_with is None else sums_with
+        walk_kernels().walk[grid](
+            x, w, u, *self._decays(x), given(scores, x), given(entered, x), given(self.enter, x), given(leave, x), y, z,
+            given(total, x), *stream.tensors, stream.segments, self.scale, *strides(x), *strides(w), *strides(u),
+            *strides(z), H, X, U, T, GROUP=GROUP, C=CHUNK, BX=BX, BU=BU, REVERSE=self.reverse, DECAY=self.decay,
+            INSIDE=2 if scores is not None else int(pairs), TRANSPOSED=transposed, HAS_ENTERED=entered is not None,
+            HAS_ENTER=self.enter is not None, WANT_LEAVE=leave is not None, SUMS=mode, PRECISION=precision(x),
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        return y, total
+
+    def _decays(self, other: Tensor) -> tuple[Tensor, Tensor]:
+        decays = given(self.decays, other)
+        return (decays, other) if self.decay == 1 else (other, decays)
+
+
+def left_states(enter: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """What the states that leave are written to: a segment without tokens passes on what enters."""
+    if enter is not None:
+        return enter.clone(memory_format=torch.contiguous_format)
+    return like.new_zeros(shape, dtype=torch.float32)
+
+
+def rows_ready(x: Tensor) -> Tensor:
+    """x with channels that lie side by side; tokens and heads may lie anyhow."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def strides(x: Tensor) -> tuple[int, int]:
+    """Of tokens and heads."""
+    return x.stride(0), x.stride(1)
+
+
+def given(x: Tensor | None, other: Tensor) -> Tensor:
+    """A kernel's pointer; one that it does not use where there is none."""
+    return other if x is None else x
+
+
+def or_nothing(x: Tensor | None, like: Tensor) -> Tensor:
+    """x, or an empty tensor: what an operator returns where it has nothing."""
+    return like.new_empty(0, dtype=torch.float32) if x is None else x
+
+
+def tile(width: int, most: int) -> int:
+    """A power of two that holds `width`, from 16 to `most`."""
+    return max(16, min(most, 1 << (width - 1).bit_length()))
+
+
+def precision(x: Tensor) -> str:
+    """Of products of float32; those of others are their type's."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+@functools.cache
+def walk_kernels() -> Any:  # Triton turns numbers into its own constants
+    """The module of kernels."""
+    return importlib.import_module("torchlinearmoe.kernels.linear.walk_kernels")

@@ -1,0 +1,313 @@
+"""Triton kernels that walk a linear recurrence chunk by chunk, many stretches of chunks at once.
+
+    y_t = x_t^T S + sum over the chunk's earlier s of D_ts (x_t . w_s) u_s          S' = a S + sum_s w_s u_s^T
+
+with S [X, U] the state that enters the chunk. Output and gradients of o_t = scale * q_t^T S_t are four such walks,
+(x, w, u) = (q, k, v) for o, (do, v, k) for dq, and from the last chunk to the first (k, q, do) for dv and (v, do, q)
+for dk, whose "state" is the gradient of the state; that of dq and dk is transposed.
+
+A stretch is GROUP chunks of the whole stream, whatever documents they are of. `summarize` walks every stretch from an
+empty state, `join` folds the summaries into the state that enters each, and `walk` starts there: a long document fills
+the chip, and no state but one a stretch is stored. A stretch in which a document begins passes nothing on.
+
+Decays, by DECAY: 0 none; 1 one per token and head, g [T, H]; 2 one per row of the state, 3 per column, both as factors
+over a whole chunk, totals [M, H, rows or columns], with x, w and u already scaled. Of DECAY 1 a log decay below -20
+counts as a reset: e^-20 is under the rounding of float32. So the sums c, which are subtracted from each other, stay
+small, whatever the decays, -inf too.
+
+Matrices that are wanted transposed are loaded or multiplied that way; no product of a product is transposed, which
+Triton 3.4 to 3.7.0 miscompiles on Hopper GPUs (https://github.com/fla-org/flash-linear-attention/issues/640).
+
+x, w: [T, H, X] and u: [T, H, U], strides of tokens and heads as given; y: [T, H, U]; states: [stretches, H, K, V].
+"""
+
+# pyright: basic, reportIndexIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+
+import triton
+import triton.language as tl
+
+RESET = tl.constexpr(-20.0)
+
+
+@triton.jit
+def log_decays(g, tokens, inside, h, H):
+    """Of a chunk: sums c of log decays up to each token, the resets so far, and both at the chunk's end."""
+    decays = tl.load(g + tokens * H + h, mask=inside, other=0.0)
+    resets = tl.where(decays < RESET, 1.0, 0.0)
+    decays = tl.where(decays < RESET, 0.0, decays)
+    return tl.cumsum(decays, 0), tl.cumsum(resets, 0), tl.sum(decays, 0), tl.sum(resets, 0)
+
+
+@triton.jit
+def since_start(c, n):
+    return tl.where(n == 0.0, tl.exp(c), 0.0)
+
+
+@triton.jit
+def until_end(c, n, total, resets):
+    return tl.where(n == resets, tl.exp(total - c), 0.0)
+
+
+@triton.jit
+def between(c, n, C: tl.constexpr, REVERSE: tl.constexpr):
+    """e^{c_t - c_s} where s <= t, else 0: [t, s], or [s, t]."""
+    place = tl.arange(0, C)
+    if REVERSE:
+        seen = (place[:, None] <= place[None, :]) & (n[:, None] == n[None, :])
+        return tl.where(seen, tl.exp(tl.where(seen, c[None, :] - c[:, None], 0.0)), 0.0)
+    seen = (place[:, None] >= place[None, :]) & (n[:, None] == n[None, :])
+    return tl.where(seen, tl.exp(tl.where(seen, c[:, None] - c[None, :], 0.0)), 0.0)
+
+
+@triton.jit
+def rows_of(x, tokens, inside, stride_t, stride_h, h, width, columns):
+    """[C, B] of x [T, H, width]."""
+    places = tokens[:, None] * stride_t + h * stride_h + columns[None, :]
+    return tl.load(x + places, mask=inside[:, None] & (columns < width)[None, :], other=0.0)
+
+
+@triton.jit
+def state_places(row, wanted, h, H, X, U, rows, columns, TRANSPOSED: tl.constexpr):
+    """Where [rows, columns] of the state at `row` of [.., H, X, U], or [.., H, U, X], lies, and what is there; nothing
+    unless it is wanted."""
+    start = (row.to(tl.int64) * H + h) * X * U
+    mask = (rows < tl.where(wanted, X, 0))[:, None] & (columns < U)[None, :]
+    if TRANSPOSED:
+        return start + columns[None, :] * X + rows[:, None], mask
+    return start + rows[:, None] * U + columns[None, :], mask
+
+
+@triton.jit
+def passed_over(totals, m, h, H, width, places):
+    """Factors over a chunk, totals [M, H, width]."""
+    return tl.load(totals + (m.to(tl.int64) * H + h) * width + places, mask=places < width, other=0.0)
+
+
+@triton.jit
+def summarize(
+    w, u, g, totals, enter, states, factors, start, end, segment, first, N, scale,
+    w_t, w_h, u_t, u_h, H, X, U,
+    GROUP: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BU: tl.constexpr,
+    REVERSE: tl.constexpr, DECAY: tl.constexpr, HAS_ENTER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The state at each stretch's end, entered empty, and the factor of what enters: [stretches, H, 1 or X].
+
+    Grid: tiles of the state, H, stretches.
+    """
+    tiles_u = tl.cdiv(U, BU)
+    rows = (tl.program_id(0) // tiles_u) * BX + tl.arange(0, BX)
+    columns = (tl.program_id(0) % tiles_u) * BU + tl.arange(0, BU)
+    h, s = tl.program_id(1), tl.program_id(2)
+    lowest = s * GROUP
+    highest = tl.minimum(lowest + GROUP, tl.load(first + N))
+    state = tl.zeros([BX, BU], dtype=tl.float32)
+    if DECAY == 2:
+        factor = tl.full([BX], 1.0, dtype=tl.float32)
+    else:
+        factor = 1.0
+    for i in range(highest - lowest):
+        m = highest - 1 - i if REVERSE else lowest + i
+        n = tl.load(segment + m)
+        if REVERSE:
+            enters = m + 1 == tl.load(first + n + 1)
+        else:
+            enters = m == tl.load(first + n)
+        if HAS_ENTER:
+            places, mask = state_places(n, enters, h, H, X, U, rows, columns, False)
+            state = tl.where(enters, tl.load(enter + places, mask=mask, other=0.0), state)
+        else:
+            state = tl.where(enters, 0.0, state)
+        factor = tl.where(enters, 0.0, factor)
+        tokens = tl.load(start + m).to(tl.int64) + tl.arange(0, C)
+        inside = tokens < tl.load(end + m)
+        ws = rows_of(w, tokens, inside, w_t, w_h, h, X, rows)
+        us = rows_of(u, tokens, inside, u_t, u_h, h, U, columns)
+        if DECAY == 1:
+            c, resets, total, all_resets = log_decays(g, tokens, inside, h, H)
+            if REVERSE:
+                us = (us * (scale * since_start(c, resets))[:, None]).to(us.dtype)
+            else:
+                us = (us * until_end(c, resets, total, all_resets)[:, None]).to(us.dtype)
+            over = since_start(total, all_resets)
+            state = state * over
+            factor = factor * over
+        else:
+            if REVERSE:
+                us = (us * scale).to(us.dtype)
+            if DECAY == 2:
+                over = passed_over(totals, m, h, H, X, rows)
+                state = state * over[:, None]
+                factor = factor * over
+        state += tl.dot(tl.trans(ws), us, input_precision=PRECISION)
+    places, mask = state_places(s, True, h, H, X, U, rows, columns, False)
+    tl.store(states + places, state, mask=mask)
+    if DECAY == 2:
+        tl.store(factors + (s * H + h) * X + rows, factor, mask=rows < tl.where(tl.program_id(0) % tiles_u == 0, X, 0))
+    else:
+        tl.store(factors + s * H + h, factor, mask=tl.program_id(0) == 0)
+
+
+@triton.jit
+def join(
+    states, factors, S, H, X, U, BX: tl.constexpr, BU: tl.constexpr, REVERSE: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Summaries become the states that enter the S stretches, in place. Grid: tiles of the state, H."""
+    tiles_u = tl.cdiv(U, BU)
+    rows = (tl.program_id(0) // tiles_u) * BX + tl.arange(0, BX)
+    columns = (tl.program_id(0) % tiles_u) * BU + tl.arange(0, BU)
+    h = tl.program_id(1)
+    state = tl.zeros([BX, BU], dtype=tl.float32)
+    for i in range(S):
+        s = S - 1 - i if REVERSE else i
+        places, mask = state_places(s, True, h, H, X, U, rows, columns, False)
+        summary = tl.load(states + places, mask=mask, other=0.0)
+        tl.store(states + places, state, mask=mask)
+        if ROWS:
+            factor = tl.load(factors + (s * H + h) * X + rows, mask=rows < X, other=0.0)
+            state = state * factor[:, None] + summary
+        else:
+            state = state * tl.load(factors + s * H + h) + summary
+
+
+@triton.jit
+def walk(
+    x, w, u, g, totals, scores, entered, enter, leave, y, z, sums, start, end, segment, first, N, scale,
+    x_t, x_h, w_t, w_h, u_t, u_h, z_t, z_h, H, X, U, T,
+    GROUP: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BU: tl.constexpr,
+    REVERSE: tl.constexpr, DECAY: tl.constexpr, INSIDE: tl.constexpr, TRANSPOSED: tl.constexpr,
+    HAS_ENTERED: tl.constexpr, HAS_ENTER: tl.constexpr, WANT_LEAVE: tl.constexpr, SUMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Outputs y [T, H, U] of a walk from the states `entered`. Grid: tiles of U, H, stretches.
+
+    INSIDE: 0 nothing inside a chunk, 1 products of x and w, 2 scores [T, H, C] that are given, lower triangles.
+    TRANSPOSED: states lie as [.., U, X]. enter, leave: states of documents that enter and leave. SUMS: 1 sums over U of
+    y * z by token, [tiles of U, T, H]; 2 over the tokens of a chunk by channel, [M, H, U].
+    """
+    columns = tl.program_id(0) * BU + tl.arange(0, BU)
+    rows = tl.arange(0, BX)
+    place = tl.arange(0, C)
+    h, s = tl.program_id(1), tl.program_id(2)
+    lowest = s * GROUP
+    highest = tl.minimum(lowest + GROUP, tl.load(first + N))
+    state = tl.zeros([BX, BU], dtype=tl.float32)
+    if HAS_ENTERED:
+        places, mask = state_places(s, True, h, H, X, U, rows, columns, TRANSPOSED)
+        state += tl.load(entered + places, mask=mask, other=0.0)
+    for i in range(highest - lowest):
+        m = highest - 1 - i if REVERSE else lowest + i
+        n = tl.load(segment + m)
+        begins = m == tl.load(first + n)
+        ends = m + 1 == tl.load(first + n + 1)
+        enters = ends if REVERSE else begins
+        if HAS_ENTER:
+            places, mask = state_places(n, enters, h, H, X, U, rows, columns, TRANSPOSED)
+            state = tl.where(enters, tl.load(enter + places, mask=mask, other=0.0), state)
+        else:
+            state = tl.where(enters, 0.0, state)
+        tokens = tl.load(start + m).to(tl.int64) + place
+        inside = tokens < tl.load(end + m)
+        xs = rows_of(x, tokens, inside, x_t, x_h, h, X, rows)
+        ws = rows_of(w, tokens, inside, w_t, w_h, h, X, rows)
+        us = rows_of(u, tokens, inside, u_t, u_h, h, U, columns)
+        out = tl.dot(xs, state.to(xs.dtype), input_precision=PRECISION)
+        if DECAY == 1:
+            c, resets, total, all_resets = log_decays(g, tokens, inside, h, H)
+            from_start, to_end = since_start(c, resets), until_end(c, resets, total, all_resets)
+            out *= (to_end if REVERSE else from_start)[:, None]
+        if INSIDE == 1:
+            pairs = tl.dot(xs, tl.trans(ws), input_precision=PRECISION)
+            if DECAY == 1:
+                pairs *= between(c, resets, C, REVERSE)
+            elif REVERSE:
+                pairs = tl.where(place[:, None] <= place[None, :], pairs, 0.0)
+            else:
+                pairs = tl.where(place[:, None] >= place[None, :], pairs, 0.0)
+            if REVERSE:
+                pairs *= scale
+            out += tl.dot(pairs.to(us.dtype), us, input_precision=PRECISION)
+        if INSIDE == 2:
+            if REVERSE:
+                given = tl.load(
+                    scores + (tokens[None, :] * H + h) * C + place[:, None], mask=inside[None, :], other=0.0
+                )
+            else:
+                given = tl.load(
+                    scores + (tokens[:, None] * H + h) * C + place[None, :], mask=inside[:, None], other=0.0
+                )
+            out += tl.dot(given, us, input_precision=PRECISION)
+        if not REVERSE:
+            out *= scale
+        mask = inside[:, None] & (columns < U)[None, :]
+        tl.store(y + (tokens[:, None] * H + h) * U + columns[None, :], out.to(y.dtype.element_ty), mask=mask)
+        if SUMS > 0:
+            out *= rows_of(z, tokens, inside, z_t, z_h, h, U, columns)
+            if SUMS == 1:
+                row_sums = tl.sum(out, 1)
+                tl.store(sums + (tl.program_id(0).to(tl.int64) * T + tokens) * H + h, row_sums, mask=inside)
+            else:
+                column_sums = tl.sum(out, 0)
+                tl.store(sums + (m.to(tl.int64) * H + h) * U + columns, column_sums, mask=columns < U)
+        if DECAY == 1:
+            if REVERSE:
+                us = (us * (scale * from_start)[:, None]).to(us.dtype)
+            else:
+                us = (us * to_end[:, None]).to(us.dtype)
+            state = state * since_start(total, all_resets)
+        else:
+            if REVERSE:
+                us = (us * scale).to(us.dtype)
+            if DECAY == 2:
+                state = state * passed_over(totals, m, h, H, X, rows)[:, None]
+            if DECAY == 3:
+                state = state * passed_over(totals, m, h, H, U, columns)[None, :]
+        state += tl.dot(tl.trans(ws), us, input_precision=PRECISION)
+        if WANT_LEAVE:
+            leaves = begins if REVERSE else ends
+            places, mask = state_places(n, leaves, h, H, X, U, rows, columns, TRANSPOSED)
+            tl.store(leave + places, state, mask=mask)
+
+
+@triton.jit
+def decay_gradients(
+    read, written, states, dstates, ended, dg, start, end, segment, first, N, S, tiles_read, tiles_written, H, K, V, T,
+    GROUP: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BU: tl.constexpr,
+    HAS_STATES: tl.constexpr, HAS_ENDED: tl.constexpr,
+):  # fmt: skip
+    """Of DECAY 1: dg_j = sum over t >= j of q_t . dq_t - k_t . dk_t in the chunk, and <S, R> at its end.
+
+    read, written: [tiles, T, H], sums of q . dq and k . dk; states, dstates: what enters each stretch from either side;
+    ended: [N, H], <S, R> at the end of each document. Grid: H, stretches.
+    """
+    h, s = tl.program_id(0), tl.program_id(1)
+    lowest = s * GROUP
+    highest = tl.minimum(lowest + GROUP, tl.load(first + N))
+    passing = 0.0
+    if HAS_STATES:
+        there = s + 1 < S
+        for i in range(tl.cdiv(K, BX)):
+            for j in range(tl.cdiv(V, BU)):
+                rows, columns = i * BX + tl.arange(0, BX), j * BU + tl.arange(0, BU)
+                places, mask = state_places(s + 1, there, h, H, K, V, rows, columns, False)
+                state = tl.load(states + places, mask=mask, other=0.0)
+                places, mask = state_places(s, there, h, H, K, V, rows, columns, False)
+                dstate = tl.load(dstates + places, mask=mask, other=0.0)
+                passing += tl.sum(tl.sum(state * dstate, 1), 0)
+    for i in range(highest - lowest):
+        m = highest - 1 - i
+        n = tl.load(segment + m)
+        ends = m + 1 == tl.load(first + n + 1)
+        if HAS_ENDED:
+            passing = tl.where(ends, tl.load(ended + n * H + h), passing)
+        else:
+            passing = tl.where(ends, 0.0, passing)
+        tokens = tl.load(start + m).to(tl.int64) + tl.arange(0, C)
+        inside = tokens < tl.load(end + m)
+        change = tl.zeros([C], dtype=tl.float32)
+        for j in range(tiles_read):
+            change += tl.load(read + (j * T + tokens) * H + h, mask=inside, other=0.0)
+        for j in range(tiles_written):
+            change -= tl.load(written + (j * T + tokens) * H + h, mask=inside, other=0.0)
+        total = tl.sum(change, 0)
+        tl.store(dg + tokens * H + h, total - tl.cumsum(change, 0) + change + passing, mask=inside)
+        passing += total
