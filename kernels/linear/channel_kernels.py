@@ -171,9 +171,7 @@ def channel_gradients(
             weights = _half_weights(c, read, place, C, B, 32 >> level)
             seen = _half_pairs(place, 32 >> level)
             seen_transposed = _half_pairs_transposed(place, 32 >> level)
-            dqs += weights * tl.dot(
-                _where(seen, dpairs), (ks * weights).to(OPERAND), input_precision=PRECISION
-            )
+            dqs += weights * tl.dot(_where(seen, dpairs), (ks * weights).to(OPERAND), input_precision=PRECISION)
             dks += weights * tl.dot(
                 _where(seen_transposed, dpairs_transposed),
                 (qs * weights).to(OPERAND),
@@ -182,9 +180,7 @@ def channel_gradients(
         middle = _row_of_block(c, C, B, BLOCK, MIDDLE)
         since, until = tl.exp2(read - middle), tl.exp2(middle - c)
         seen, seen_transposed = _block_pairs(place, BONUS), _block_pairs_transposed(place, BONUS)
-        dqs += since * tl.dot(
-            _where(seen, dpairs), (ks * until).to(OPERAND), input_precision=PRECISION
-        )
+        dqs += since * tl.dot(_where(seen, dpairs), (ks * until).to(OPERAND), input_precision=PRECISION)
         dks += until * tl.dot(
             _where(seen_transposed, dpairs_transposed),
             (qs * since).to(OPERAND),
@@ -253,7 +249,9 @@ def passing_of_chunks(
         n = tl.load(segment + m)
         ends = m + 1 == tl.load(first + n + 1)
         if HAS_ENDED:
-            at_end = tl.load(ended + (n.to(tl.int64) * H + h) * K + columns, mask=columns < tl.where(ends, K, 0), other=0.0)
+            at_end = tl.load(
+                ended + (n.to(tl.int64) * H + h) * K + columns, mask=columns < tl.where(ends, K, 0), other=0.0
+            )
             sums = tl.where(ends, at_end, sums)
         else:
             sums = tl.where(ends, 0.0, sums)

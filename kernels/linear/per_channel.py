@@ -120,8 +120,8 @@ def per_channel_backward(
     channel_kernels().channel_gradients[M, H](
         q, k, v, g.contiguous(), given(bonus, q), do, dqueries, dkeys, given(passing, q), dq, dk, given(dg, q),
         given(dbonus, q), start, end, scale, *strides(q), *strides(k), *strides(v), H, K, V, C=CHUNK, B=tile(K, SETTINGS["gradients"][0]),
-        BV=tile(V, 64), BONUS=bonus is not None, WANT_DG=want_dg, OPERAND=_operand(q), PRECISION=precision(q),
-        num_warps=SETTINGS["gradients"][1], num_stages=SETTINGS["gradients"][2],
+        BV=tile(V, 32 if q.dtype == torch.float32 else 64), BONUS=bonus is not None, WANT_DG=want_dg, OPERAND=_operand(q), PRECISION=precision(q),
+        num_warps=SETTINGS["gradients"][1], num_stages=1 if q.dtype == torch.float32 else SETTINGS["gradients"][2],
     )  # fmt: skip
     summed = None if dbonus is None else dbonus.sum(0)
     return dq, dk, dv, or_nothing(dg, q), or_nothing(summed, q), or_nothing(dinitial, q)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from torchlinearmoe.kernels.chunk_table import table_of
@@ -10,6 +11,10 @@ from torchlinearmoe.kernels.linear.per_channel import per_channel
 from torchlinearmoe.kernels.linear.per_head import per_head
 from torchlinearmoe.kernels.operator import NARROW, Backend, Call
 from torchlinearmoe.segments import Segments
+
+
+WIDEST = 256
+"""Rows of a state that a program holds at once."""
 
 
 def linear_recurrence(
@@ -24,6 +29,15 @@ def linear_recurrence(
     want_final: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """As `definition.linear_recurrence`."""
+    if v.shape[-1] > WIDEST:  # columns of the state know nothing of each other
+        parts = v.split(WIDEST, -1)
+        states = [None] * len(parts) if initial_state is None else initial_state.split(WIDEST, -1)
+        found = [
+            linear_recurrence(q, k, part, log_decay, bonus, scale, segments, state, want_final)
+            for part, state in zip(parts, states)
+        ]
+        finals = [final for _, final in found if final is not None]
+        return torch.cat([o for o, _ in found], -1), torch.cat(finals, -1) if want_final else None
     table = table_of(segments)
     stream = table.start_M, table.end_M, table.segment_M, table.first_N1
     k, v = k.to(q.dtype), v.to(q.dtype)
@@ -37,8 +51,8 @@ def linear_recurrence(
 
 
 def at_most(call: Call) -> str | None:
-    """Refuses heads that no tile holds."""
-    return "it takes keys of at most 512 channels" if call.channels > 512 else None
+    """Refuses keys that no tile holds."""
+    return f"it takes keys of at most {WIDEST} channels" if call.channels > WIDEST else None
 
 
 BACKEND = Backend(

@@ -238,8 +238,8 @@ def walk(
             out += tl.dot(given, us, input_precision=PRECISION)
         if not REVERSE:
             out *= scale
-        mask = inside[:, None] & (columns < U)[None, :]
-        tl.store(y + (tokens[:, None] * H + h) * U + columns[None, :], out.to(y.dtype.element_ty), mask=mask)
+        there = inside[:, None] & (columns < U)[None, :]
+        tl.store(y + (tokens[:, None] * H + h) * U + columns[None, :], out.to(y.dtype.element_ty), mask=there)
         if SUMS > 0:
             out *= rows_of(z, tokens, inside, z_t, z_h, h, U, columns)
             if SUMS == 1:
