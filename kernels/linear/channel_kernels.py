@@ -15,8 +15,10 @@ likewise, and
 
     dg_j = sum over t >= j of q_t dq_t - k_t dk_t in the chunk + the sum over V of S' and its gradient.
 
-Tokens of all documents lie one after the other: q, k, g: [T, H, K]; v: [T, H, V]; scores: [T, H, C], by the place in the
-chunk; totals: e^{c_C}, [M, H, K].
+The c are stored once and read at every border: no program sums them again.
+
+Tokens of all documents lie one after the other: q, k, c: [T, H, K]; v: [T, H, V]; scores: [T, H, C], by the place in
+the chunk; totals: e^{c_C}, [M, H, K].
 """
 
 # pyright: basic, reportIndexIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
@@ -24,7 +26,7 @@ chunk; totals: e^{c_C}, [M, H, K].
 import triton
 import triton.language as tl
 
-from torchlinearmoe.kernels.linear.walk_kernels import rows_of, state_places
+from torchlinearmoe.kernels.linear.walk_kernels import rows_of, state_of
 
 LEAST = tl.constexpr(-20.0)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -33,88 +35,104 @@ MIDDLE = tl.constexpr(3)
 
 
 @triton.jit
-def _row_of_block(x, C: tl.constexpr, B: tl.constexpr, SIZE: tl.constexpr, INDEX: tl.constexpr):
-    """[C, B]: for each row, row INDEX of its block of SIZE rows."""
-    blocks = tl.reshape(x, [C // SIZE, SIZE, B])
-    chosen = tl.sum(tl.where(tl.arange(0, SIZE)[None, :, None] == INDEX, blocks, 0.0), 1)
-    return tl.reshape(tl.broadcast_to(chosen[:, None, :], [C // SIZE, SIZE, B]), [C, B])
+def cumulate(g, c, start, end, D, C: tl.constexpr, B: tl.constexpr):
+    """Sums c of a chunk's log decays up to each token, in base 2 and bounded; g, c: [T, D]. Grid: tiles of D, M."""
+    columns = tl.program_id(0) * B + tl.arange(0, B)
+    m = tl.program_id(1)
+    tokens = tl.load(start + m).to(tl.int64) + tl.arange(0, C)
+    inside = tokens < tl.load(end + m)
+    places = tokens[:, None] * D + columns[None, :]
+    mask = inside[:, None] & (columns < D)[None, :]
+    decays = tl.maximum(tl.load(g + places, mask=mask, other=0.0), LEAST) * LOG2E
+    tl.store(c + places, tl.cumsum(decays, 0), mask=mask)
 
 
 @triton.jit
-def _log2_decays(g, tokens, inside, h, H, K, columns):
-    """[C, B] of the log decays, in base 2 and bounded."""
-    return tl.maximum(rows_of(g, tokens, inside, H * K, K, h, K, columns), LEAST) * LOG2E
+def _sums_at(c, token, place, last, stride, columns, width):
+    """[C, B] of c [T, H, K] at those places of a chunk, the last one's after it; c: the pointer of the head."""
+    places = (token + tl.minimum(place, last))[:, None] * stride + columns[None, :]
+    return tl.load(c + places, mask=(columns < width)[None, :], other=0.0)
 
 
 @triton.jit
-def _half_weights(c, read, place, C: tl.constexpr, B: tl.constexpr, HALF: tl.constexpr):
-    """Factors of the rows of blocks of 2 HALF tokens, relative to the border of their halves: <= 1."""
-    border = _row_of_block(c, C, B, 2 * HALF, HALF - 1)
-    later = (place % (2 * HALF)) >= HALF
-    return tl.exp2(tl.where(later[:, None], read - border, border - c))
-
-
-@triton.jit
-def _half_pairs(place, HALF: tl.constexpr):
-    """[t, s]: t in the later, s in the earlier half of a block of 2 HALF tokens."""
-    same = place[:, None] // (2 * HALF) == place[None, :] // (2 * HALF)
-    return same & (place[:, None] % (2 * HALF) >= HALF) & (place[None, :] % (2 * HALF) < HALF)
-
-
-@triton.jit
-def _block_pairs(place, BONUS: tl.constexpr):
-    """[t, s]: s before t in one block of BLOCK tokens, or t itself."""
-    same = place[:, None] // BLOCK == place[None, :] // BLOCK
+def _sums_read(sums, c, token, place, last, stride, columns, width, BONUS: tl.constexpr):
+    """c', of which `sums` are c."""
     if BONUS:
-        return same & (place[:, None] > place[None, :])
-    return same & (place[:, None] >= place[None, :])
+        before = _sums_at(c, token, tl.maximum(place - 1, 0), last, stride, columns, width)
+        return tl.where(place[:, None] > 0, before, 0.0)
+    return sums
 
 
 @triton.jit
-def _where(seen, x):
+def _half_weights(sums, read, c, token, place, last, stride, columns, width, HALF: tl.constexpr):
+    """Factors of the rows of blocks of 2 HALF tokens, relative to the border of their halves: <= 1."""
+    border = _sums_at(c, token, place // (2 * HALF) * (2 * HALF) + HALF - 1, last, stride, columns, width)
+    later = place % (2 * HALF) >= HALF
+    return tl.exp2(tl.where(later[:, None], read - border, border - sums))
+
+
+@triton.jit
+def _half_pairs(t, s, HALF: tl.constexpr):
+    """t in the later, s in the earlier half of a block of 2 HALF tokens."""
+    return (t // (2 * HALF) == s // (2 * HALF)) & (t % (2 * HALF) >= HALF) & (s % (2 * HALF) < HALF)
+
+
+@triton.jit
+def _block_pairs(t, s, BONUS: tl.constexpr):
+    """s before t in one block of BLOCK tokens, or t itself."""
+    if BONUS:
+        return (t // BLOCK == s // BLOCK) & (t > s)
+    return (t // BLOCK == s // BLOCK) & (t >= s)
+
+
+@triton.jit
+def _only(seen, x):
     return tl.where(seen, x, tl.zeros_like(x))
 
 
 @triton.jit
 def prepare_channels(
-    q, k, g, bonus, queries, keys, totals, scores, start, end, scale, q_t, q_h, k_t, k_h, H, K,
+    q, k, c, bonus, queries, keys, totals, scores, start, end, scale, q_t, q_h, k_t, k_h, H, K,
     C: tl.constexpr, B: tl.constexpr, BONUS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """scale q e^{c'}, k e^{c_C - c}, e^{c_C} and the scores. Grid: M, H."""
     m, h = tl.program_id(0), tl.program_id(1)
     place = tl.arange(0, C)
-    first_token = tl.load(start + m).to(tl.int64)
-    tokens = first_token + place
-    inside = tokens < tl.load(end + m)
-    if first_token >= tl.load(end + m):
+    token = tl.load(start + m).to(tl.int64)
+    last = tl.load(end + m) - 1 - token
+    if last < 0:
         return
+    inside = place <= last
+    tokens = token + place
+    stride = H * K
+    c += h * K
     pairs = tl.zeros([C, C], dtype=tl.float32)
     own = tl.zeros([C], dtype=tl.float32)
     for i in range(tl.cdiv(K, B)):
         columns = i * B + tl.arange(0, B)
         qs = rows_of(q, tokens, inside, q_t, q_h, h, K, columns).to(tl.float32)
         ks = rows_of(k, tokens, inside, k_t, k_h, h, K, columns).to(tl.float32)
-        decays = _log2_decays(g, tokens, inside, h, H, K, columns)
-        c, total = tl.cumsum(decays, 0), tl.sum(decays, 0)
-        read = c - decays if BONUS else c
+        sums = _sums_at(c, token, place, last, stride, columns, K)
+        read = _sums_read(sums, c, token, place, last, stride, columns, K, BONUS)
+        total = tl.load(c + (token + last) * stride + columns, mask=columns < K, other=0.0)
         places = (tokens[:, None] * H + h) * K + columns[None, :]
         mask = inside[:, None] & (columns < K)[None, :]
         tl.store(queries + places, (qs * (tl.exp2(read) * scale)).to(queries.dtype.element_ty), mask=mask)
-        tl.store(keys + places, (ks * tl.exp2(total[None, :] - c)).to(keys.dtype.element_ty), mask=mask)
+        tl.store(keys + places, (ks * tl.exp2(total[None, :] - sums)).to(keys.dtype.element_ty), mask=mask)
         tl.store(totals + (m.to(tl.int64) * H + h) * K + columns, tl.exp2(total), mask=columns < K)
         for level in tl.static_range(3):
-            weights = _half_weights(c, read, place, C, B, 32 >> level)
+            weights = _half_weights(sums, read, c, token, place, last, stride, columns, K, 32 >> level)
             product = tl.dot(
                 (qs * weights).to(OPERAND), tl.trans((ks * weights).to(OPERAND)), input_precision=PRECISION
             )
-            pairs += tl.where(_half_pairs(place, 32 >> level), product, 0.0)
-        middle = _row_of_block(c, C, B, BLOCK, MIDDLE)
+            pairs += _only(_half_pairs(place[:, None], place[None, :], 32 >> level), product)
+        middle = _sums_at(c, token, place // BLOCK * BLOCK + MIDDLE, last, stride, columns, K)
         product = tl.dot(
             (qs * tl.exp2(read - middle)).to(OPERAND),
-            tl.trans((ks * tl.exp2(middle - c)).to(OPERAND)),
+            tl.trans((ks * tl.exp2(middle - sums)).to(OPERAND)),
             input_precision=PRECISION,
         )
-        pairs += tl.where(_block_pairs(place, BONUS), product, 0.0)
+        pairs += _only(_block_pairs(place[:, None], place[None, :], BONUS), product)
         if BONUS:
             extra = tl.load(bonus + h * K + columns, mask=columns < K, other=0.0)
             own += tl.sum(qs * ks * extra[None, :], 1)
@@ -127,97 +145,64 @@ def prepare_channels(
 
 @triton.jit
 def channel_gradients(
-    q, k, v, g, bonus, do, dqueries, dkeys, passing, dq, dk, dg, dbonus, start, end, scale,
-    q_t, q_h, k_t, k_h, v_t, v_h, H, K, V,
-    C: tl.constexpr, B: tl.constexpr, BV: tl.constexpr, BONUS: tl.constexpr, WANT_DG: tl.constexpr,
+    q, k, c, bonus, dpairs, dqueries, dkeys, passing, dq, dk, dg, dbonus, start, end, scale,
+    q_t, q_h, k_t, k_h, H, K,
+    C: tl.constexpr, B: tl.constexpr, BONUS: tl.constexpr, WANT_DG: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk, dg and the sums of dbonus over each chunk, [M, H, K]. Grid: M, H.
+    """dq, dk, dg and the sums of dbonus over each chunk, [M, H, K]. Grid: tiles of K, M, H.
 
-    dqueries, dkeys: of what `prepare_channels` made, without the scores; passing: [M, H, K], the sums over V of the
-    state that leaves the chunk and its gradient.
+    dpairs: do v^T inside chunks, [T, H, C]; dqueries, dkeys: of what `prepare_channels` made, without the scores;
+    passing: [M, H, K], the sums over V of the state that leaves the chunk and its gradient.
     """
-    m, h = tl.program_id(0), tl.program_id(1)
+    columns = tl.program_id(0) * B + tl.arange(0, B)
+    m, h = tl.program_id(1), tl.program_id(2)
     place = tl.arange(0, C)
-    first_token = tl.load(start + m).to(tl.int64)
-    tokens = first_token + place
-    inside = tokens < tl.load(end + m)
-    if first_token >= tl.load(end + m):
+    token = tl.load(start + m).to(tl.int64)
+    last = tl.load(end + m) - 1 - token
+    if last < 0:
         return
-    dpairs = tl.zeros([C, C], dtype=tl.float32)
-    dpairs_transposed = tl.zeros([C, C], dtype=tl.float32)
-    for i in range(tl.cdiv(V, BV)):
-        columns = i * BV + tl.arange(0, BV)
-        douts = rows_of(do, tokens, inside, H * V, V, h, V, columns)
-        values = rows_of(v, tokens, inside, v_t, v_h, h, V, columns)
-        dpairs += tl.dot(douts, tl.trans(values), input_precision=PRECISION)
-        dpairs_transposed += tl.dot(values, tl.trans(douts), input_precision=PRECISION)
+    inside = place <= last
+    tokens = token + place
+    stride = H * K
+    c += h * K
+    places = (tokens[:, None] * H + h) * C + place[None, :]
+    dscores = tl.load(dpairs + places, mask=inside[:, None], other=0.0)
+    places = (tokens[:, None] * H + h) * K + columns[None, :]
+    mask = inside[:, None] & (columns < K)[None, :]
+    qs = rows_of(q, tokens, inside, q_t, q_h, h, K, columns).to(tl.float32)
+    ks = rows_of(k, tokens, inside, k_t, k_h, h, K, columns).to(tl.float32)
+    sums = _sums_at(c, token, place, last, stride, columns, K)
+    read = _sums_read(sums, c, token, place, last, stride, columns, K, BONUS)
+    middle = _sums_at(c, token, place // BLOCK * BLOCK + MIDDLE, last, stride, columns, K)
+    since, until = tl.exp2(read - middle), tl.exp2(middle - sums)
+    seen = _only(_block_pairs(place[:, None], place[None, :], BONUS), dscores).to(OPERAND)
+    dqs = since * tl.dot(seen, (ks * until).to(OPERAND), input_precision=PRECISION)
+    dks = until * tl.dot(tl.trans(seen), (qs * since).to(OPERAND), input_precision=PRECISION)
+    for level in tl.static_range(3):
+        weights = _half_weights(sums, read, c, token, place, last, stride, columns, K, 32 >> level)
+        seen = _only(_half_pairs(place[:, None], place[None, :], 32 >> level), dscores).to(OPERAND)
+        dqs += weights * tl.dot(seen, (ks * weights).to(OPERAND), input_precision=PRECISION)
+        dks += weights * tl.dot(tl.trans(seen), (qs * weights).to(OPERAND), input_precision=PRECISION)
+    total = tl.load(c + (token + last) * stride + columns, mask=columns < K, other=0.0)
+    dqs += tl.load(dqueries + places, mask=mask, other=0.0).to(tl.float32) * tl.exp2(read)
+    dqs *= scale
+    dks = dks * scale + tl.load(dkeys + places, mask=mask, other=0.0).to(tl.float32) * tl.exp2(total[None, :] - sums)
+    if WANT_DG:
+        later = tl.load(passing + (m.to(tl.int64) * H + h) * K + columns, mask=columns < K, other=0.0)
+        writes = ks * dks
+        change = qs * dqs - writes
+        after = tl.sum(change, 0)[None, :] - tl.cumsum(change, 0)  # of later tokens alone
+        after += later[None, :] - writes if BONUS else later[None, :] + change
+        tl.store(dg + places, after, mask=mask)
     if BONUS:
-        own = scale * tl.sum(tl.where(place[:, None] == place[None, :], dpairs, 0.0), 1)
-    dpairs = (dpairs * scale).to(OPERAND)
-    dpairs_transposed = (dpairs_transposed * scale).to(OPERAND)
-    for i in range(tl.cdiv(K, B)):
-        columns = i * B + tl.arange(0, B)
-        places = (tokens[:, None] * H + h) * K + columns[None, :]
-        mask = inside[:, None] & (columns < K)[None, :]
-        qs = rows_of(q, tokens, inside, q_t, q_h, h, K, columns).to(tl.float32)
-        ks = rows_of(k, tokens, inside, k_t, k_h, h, K, columns).to(tl.float32)
-        decays = _log2_decays(g, tokens, inside, h, H, K, columns)
-        c, total = tl.cumsum(decays, 0), tl.sum(decays, 0)
-        read = c - decays if BONUS else c
-        dqs = tl.load(dqueries + places, mask=mask, other=0.0).to(tl.float32) * (tl.exp2(read) * scale)
-        dks = tl.load(dkeys + places, mask=mask, other=0.0).to(tl.float32) * tl.exp2(total[None, :] - c)
-        for level in tl.static_range(3):
-            weights = _half_weights(c, read, place, C, B, 32 >> level)
-            seen = _half_pairs(place, 32 >> level)
-            seen_transposed = _half_pairs_transposed(place, 32 >> level)
-            dqs += weights * tl.dot(_where(seen, dpairs), (ks * weights).to(OPERAND), input_precision=PRECISION)
-            dks += weights * tl.dot(
-                _where(seen_transposed, dpairs_transposed),
-                (qs * weights).to(OPERAND),
-                input_precision=PRECISION,
-            )
-        middle = _row_of_block(c, C, B, BLOCK, MIDDLE)
-        since, until = tl.exp2(read - middle), tl.exp2(middle - c)
-        seen, seen_transposed = _block_pairs(place, BONUS), _block_pairs_transposed(place, BONUS)
-        dqs += since * tl.dot(_where(seen, dpairs), (ks * until).to(OPERAND), input_precision=PRECISION)
-        dks += until * tl.dot(
-            _where(seen_transposed, dpairs_transposed),
-            (qs * since).to(OPERAND),
-            input_precision=PRECISION,
-        )
-        if WANT_DG:
-            later = tl.load(passing + (m.to(tl.int64) * H + h) * K + columns, mask=columns < K, other=0.0)
-            reads, writes = qs * dqs, ks * dks
-            change = reads - writes
-            after = tl.sum(change, 0)[None, :] - tl.cumsum(change, 0)  # of later tokens alone
-            after += later[None, :] - writes if BONUS else later[None, :] + change
-            tl.store(dg + places, after, mask=mask)
-        if BONUS:
-            extra = tl.load(bonus + h * K + columns, mask=columns < K, other=0.0)
-            tl.store(
-                dbonus + (m.to(tl.int64) * H + h) * K + columns, tl.sum(qs * ks * own[:, None], 0), mask=columns < K
-            )
-            dqs += own[:, None] * extra[None, :] * ks
-            dks += own[:, None] * extra[None, :] * qs
-        tl.store(dq + places, dqs.to(dq.dtype.element_ty), mask=mask)
-        tl.store(dk + places, dks.to(dk.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _half_pairs_transposed(place, HALF: tl.constexpr):
-    """[s, t] of `_half_pairs`."""
-    same = place[:, None] // (2 * HALF) == place[None, :] // (2 * HALF)
-    return same & (place[None, :] % (2 * HALF) >= HALF) & (place[:, None] % (2 * HALF) < HALF)
-
-
-@triton.jit
-def _block_pairs_transposed(place, BONUS: tl.constexpr):
-    """[s, t] of `_block_pairs`."""
-    same = place[:, None] // BLOCK == place[None, :] // BLOCK
-    if BONUS:
-        return same & (place[None, :] > place[:, None])
-    return same & (place[None, :] >= place[:, None])
+        own = scale * tl.sum(tl.where(place[:, None] == place[None, :], dscores.to(tl.float32), 0.0), 1)
+        extra = tl.load(bonus + h * K + columns, mask=columns < K, other=0.0)
+        tl.store(dbonus + (m.to(tl.int64) * H + h) * K + columns, tl.sum(qs * ks * own[:, None], 0), mask=columns < K)
+        dqs += own[:, None] * extra[None, :] * ks
+        dks += own[:, None] * extra[None, :] * qs
+    tl.store(dq + places, dqs.to(dq.dtype.element_ty), mask=mask)
+    tl.store(dk + places, dks.to(dk.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -235,15 +220,12 @@ def passing_of_chunks(
     lowest = s * GROUP
     highest = tl.minimum(lowest + GROUP, tl.load(first + N))
     sums = tl.zeros([B], dtype=tl.float32)
-    if HAS_STATES:
-        there = s + 1 < S
-        for j in range(tl.cdiv(V, BV)):
-            columns_v = j * BV + tl.arange(0, BV)
-            places, mask = state_places(s + 1, there, h, H, K, V, columns, columns_v, False)
-            state = tl.load(states + places, mask=mask, other=0.0)
-            places, mask = state_places(s, there, h, H, K, V, columns, columns_v, False)
-            dstate = tl.load(dstates + places, mask=mask, other=0.0)
-            sums += tl.sum(state * dstate, 1)
+    if HAS_STATES:  # noqa: SIM102 - a constant, not a value of the kernel
+        if s + 1 < S:
+            for j in range(tl.cdiv(V, BV)):
+                columns_v = j * BV + tl.arange(0, BV)
+                state = state_of(states, s + 1, h, H, K, V, columns, columns_v, False)
+                sums += tl.sum(state * state_of(dstates, s, h, H, K, V, columns, columns_v, False), 1)
     for i in range(highest - lowest):
         m = highest - 1 - i
         n = tl.load(segment + m)

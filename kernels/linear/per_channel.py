@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from torchlinearmoe.kernels.chunk_table import CHUNK
+from torchlinearmoe.kernels.linear import walk as walks
 from torchlinearmoe.kernels.linear.walk import (
-    GROUP,
     SETTINGS,
     Stream,
     Walk,
+    contiguous,
     given,
     left_states,
     or_nothing,
@@ -47,20 +48,22 @@ def per_channel(
     first: Tensor,
     scale: float,
     want_final: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """o [T, H, V], the final states [N, H, K, V], empty where they are not wanted, and what enters [S, H, K, V].
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o [T, H, V], the final states [N, H, K, V], empty where they are not wanted, what enters stretches, [S, H, K, V],
+    and the sums c of log decays in chunks, [T, H, K].
 
     q, k: [T, H, K]; v: [T, H, V] of one type; g: [T, H, K], bonus: [H, K] and initial: [N, H, K, V] in fp32; start,
     end, segment: [M], first: [N + 1], a `ChunkTable`.
     """
     q, k, v = rows_ready(q), rows_ready(k), rows_ready(v)
     stream = Stream(start, end, segment, first)
-    made = _prepare(q, k, g, bonus, stream, scale)
-    walk = Walk(stream, 1.0, decay=2, decays=made.totals, enter=_contiguous(initial))
+    c = _cumulated(g, stream)
+    made = _prepare(q, k, c, bonus, stream, scale)
+    walk = Walk(stream, 1.0, decay=2, totals=made.totals, enter=contiguous(initial))
     entered = walk.states(made.keys, v)
     final = left_states(walk.enter, (first.shape[0] - 1, *q.shape[1:], v.shape[2]), q) if want_final else None
-    o, _ = walk.outputs(made.queries, made.keys, v, entered, scores=made.scores, leave=final)
-    return o, or_nothing(final, q), or_nothing(entered, q)
+    o, _ = walk.outputs(made.queries, made.keys, v, entered, inside="scores", scores=made.scores, leave=final)
+    return o, or_nothing(final, q), or_nothing(entered, q), c
 
 
 @torch.library.custom_op("torchlinearmoe::linear_per_channel_backward", mutates_args=())
@@ -68,7 +71,7 @@ def per_channel_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    g: Tensor,
+    c: Tensor,
     bonus: Tensor | None,
     initial: Tensor | None,
     entered: Tensor,
@@ -85,22 +88,23 @@ def per_channel_backward(
     """The gradients of q, k, v, g (empty where it is not wanted), bonus and initial (empty without one)."""
     q, k, v, do = rows_ready(q), rows_ready(k), rows_ready(v), do.contiguous()
     stream = Stream(start, end, segment, first)
-    made = _prepare(q, k, g, bonus, stream, scale)
-    initial, dfinal = _contiguous(initial), _contiguous(dfinal)
+    made = _prepare(q, k, c, bonus, stream, scale)
+    initial, dfinal = contiguous(initial), contiguous(dfinal)
     states = entered if entered.numel() else None
     (_, H, K), V, M = q.shape, v.shape[2], stream.places
-    rows = Walk(stream, 1.0, reverse=True, decay=2, decays=made.totals, enter=dfinal)
+    rows = Walk(stream, 1.0, reverse=True, decay=2, totals=made.totals, enter=dfinal)
     dstates = rows.states(made.queries, do)
     dinitial = None if initial is None else left_states(dfinal, tuple(initial.shape), q)
-    dv, _ = rows.outputs(made.keys, made.queries, do, dstates, scores=made.scores, leave=dinitial)
-    onward = Walk(stream, 1.0, decay=3, decays=made.totals, enter=initial)
+    dv, _ = rows.outputs(made.keys, made.queries, do, dstates, inside="scores", scores=made.scores, leave=dinitial)
+    onward = Walk(stream, 1.0, decay=3, totals=made.totals, enter=initial)
+    dpairs = made.scores  # not read again
     dqueries, read = onward.outputs(
-        do, v, made.keys, states, transposed=True, pairs=False, sums_with=made.queries if want_dg else None,
-        sums="chunks",
+        do, v, made.keys, states, transposed=True, inside="kept", scores=dpairs,
+        sums_with=made.queries if want_dg else None, sums="chunks",
     )  # fmt: skip
-    back = Walk(stream, 1.0, reverse=True, decay=3, decays=made.totals, enter=dfinal)
+    back = Walk(stream, 1.0, reverse=True, decay=3, totals=made.totals, enter=dfinal)
     dkeys, written = back.outputs(
-        v, do, made.queries, dstates, transposed=True, pairs=False, sums_with=made.keys if want_dg else None,
+        v, do, made.queries, dstates, transposed=True, inside="nothing", sums_with=made.keys if want_dg else None,
         sums="chunks",
     )  # fmt: skip
     passing = None
@@ -110,21 +114,32 @@ def per_channel_backward(
         passing, B = torch.empty_like(read), tile(K, 128)
         channel_kernels().passing_of_chunks[-(-K // B), H, stream.stretches](
             read, written, given(states, read), given(dstates, read), given(ended, read), passing, segment, first,
-            stream.segments, stream.stretches, H, K, V, GROUP=GROUP, B=B, BV=tile(V, 32),
+            stream.segments, stream.stretches, H, K, V, GROUP=walks.GROUP, B=B, BV=tile(V, 32),
             HAS_STATES=states is not None, HAS_ENDED=ended is not None, num_warps=4,
         )  # fmt: skip
     dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    dg = torch.empty(g.shape, dtype=g.dtype, device=g.device) if want_dg else None
+    dg = torch.empty_like(c) if want_dg else None
     # Places without chunks stay zero.
     dbonus = None if bonus is None else q.new_zeros(M, H, K, dtype=torch.float32)
-    channel_kernels().channel_gradients[M, H](
-        q, k, v, g.contiguous(), given(bonus, q), do, dqueries, dkeys, given(passing, q), dq, dk, given(dg, q),
-        given(dbonus, q), start, end, scale, *strides(q), *strides(k), *strides(v), H, K, V, C=CHUNK, B=tile(K, SETTINGS["gradients"][0]),
-        BV=tile(V, 32 if q.dtype == torch.float32 else 64), BONUS=bonus is not None, WANT_DG=want_dg, OPERAND=_operand(q), PRECISION=precision(q),
-        num_warps=SETTINGS["gradients"][1], num_stages=1 if q.dtype == torch.float32 else SETTINGS["gradients"][2],
+    most, warps, stages = SETTINGS["gradients"]
+    B = tile(K, most)
+    channel_kernels().channel_gradients[-(-K // B), M, H](
+        q, k, c, given(contiguous(bonus), q), dpairs, dqueries, dkeys, given(passing, q), dq, dk, given(dg, q),
+        given(dbonus, q), start, end, scale, *strides(q), *strides(k), H, K, C=CHUNK, B=B, BONUS=bonus is not None,
+        WANT_DG=want_dg, OPERAND=_operand(q), PRECISION=precision(q), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     summed = None if dbonus is None else dbonus.sum(0)
     return dq, dk, dv, or_nothing(dg, q), or_nothing(summed, q), or_nothing(dinitial, q)
+
+
+def _cumulated(g: Tensor, stream: Stream) -> Tensor:
+    c = torch.empty(g.shape, dtype=torch.float32, device=g.device)
+    D = g.shape[1] * g.shape[2]
+    B = tile(D, 64)
+    channel_kernels().cumulate[-(-D // B), stream.places](
+        g.contiguous(), c, stream.start, stream.end, D, C=CHUNK, B=B, num_warps=4
+    )
+    return c
 
 
 @dataclass(frozen=True)
@@ -139,7 +154,7 @@ class _Made:
     """[T, H, C]."""
 
 
-def _prepare(q: Tensor, k: Tensor, g: Tensor, bonus: Tensor | None, stream: Stream, scale: float) -> _Made:
+def _prepare(q: Tensor, k: Tensor, c: Tensor, bonus: Tensor | None, stream: Stream, scale: float) -> _Made:
     (T, H, K), M = q.shape, stream.places
     made = _Made(
         torch.empty(q.shape, dtype=q.dtype, device=q.device),
@@ -148,7 +163,7 @@ def _prepare(q: Tensor, k: Tensor, g: Tensor, bonus: Tensor | None, stream: Stre
         q.new_empty(T, H, CHUNK),
     )
     channel_kernels().prepare_channels[M, H](
-        q, k, g.contiguous(), given(_contiguous(bonus), q), made.queries, made.keys, made.totals, made.scores,
+        q, k, c, given(contiguous(bonus), q), made.queries, made.keys, made.totals, made.scores,
         stream.start, stream.end, scale, *strides(q), *strides(k), H, K, C=CHUNK, B=tile(K, SETTINGS["prepare"][0]),
         BONUS=bonus is not None, OPERAND=_operand(q), PRECISION=precision(q), num_warps=SETTINGS["prepare"][1],
         num_stages=SETTINGS["prepare"][2],
@@ -161,10 +176,6 @@ def _operand(x: Tensor) -> Any:
     import triton.language as tl
 
     return tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 @functools.cache
@@ -180,32 +191,32 @@ def _(q, k, v, g, bonus, initial, start, end, segment, first, scale, want_final)
     final = q.new_empty((first.shape[0] - 1, *state) if want_final else (0,), dtype=torch.float32)
     S = stretches_of(places)
     entered = q.new_empty((S, *state) if S > 1 else (0,), dtype=torch.float32)
-    return v.new_empty(T, H, V), final, entered
+    return v.new_empty(T, H, V), final, entered, torch.empty_like(g, memory_format=torch.contiguous_format)
 
 
 @per_channel_backward.register_fake
-def _(q, k, v, g, bonus, initial, entered, final, do, dfinal, start, end, segment, first, scale, want_dg):
+def _(q, k, v, c, bonus, initial, entered, final, do, dfinal, start, end, segment, first, scale, want_dg):
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    dg = q.new_empty(g.shape if want_dg else (0,), dtype=torch.float32)
+    dg = q.new_empty(c.shape if want_dg else (0,), dtype=torch.float32)
     dbonus = q.new_empty((0,) if bonus is None else bonus.shape, dtype=torch.float32)
     return dq, dk, dv, dg, dbonus, q.new_empty((0,) if initial is None else initial.shape, dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.scale, ctx.want_final = inputs
-    _, final, entered = output
-    ctx.mark_non_differentiable(entered)
-    ctx.save_for_backward(*tensors, final, entered)
+    q, k, v, _, *tensors, ctx.scale, ctx.want_final = inputs
+    _, final, entered, c = output
+    ctx.mark_non_differentiable(entered, c)
+    ctx.save_for_backward(q, k, v, *tensors, final, entered, c)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    q, k, v, g, bonus, initial, *stream, final, entered = ctx.saved_tensors
+def _backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    q, k, v, bonus, initial, *stream, final, entered, c = ctx.saved_tensors
     do = torch.zeros_like(v) if do is None else do.to(v.dtype)
     dfinal = None if dfinal is None or not ctx.want_final else dfinal.float()
     want_dg = ctx.needs_input_grad[3]
     dq, dk, dv, dg, dbonus, dinitial = per_channel_backward(
-        q, k, v, g, bonus, initial, entered, final, do, dfinal, *stream, ctx.scale, want_dg
+        q, k, v, c, bonus, initial, entered, final, do, dfinal, *stream, ctx.scale, want_dg
     )
     return (
         dq,

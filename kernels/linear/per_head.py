@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from torchlinearmoe.kernels.chunk_table import CHUNK
+from torchlinearmoe.kernels.linear import walk as walks
 from torchlinearmoe.kernels.linear.walk import (
-    GROUP,
     Stream,
     Walk,
+    contiguous,
     given,
     left_states,
+    measured,
     or_nothing,
     rows_ready,
     stretches_of,
@@ -49,7 +51,9 @@ def per_head(
     first: [N + 1], a `ChunkTable`.
     """
     q, k, v = rows_ready(q), rows_ready(k), rows_ready(v)
-    walk = _walk(Stream(start, end, segment, first), scale, g, initial)
+    stream = Stream(start, end, segment, first)
+    decays, totals = (None, None) if g is None else measured(g, stream)
+    walk = Walk(stream, scale, False, int(g is not None), decays, totals, contiguous(initial))
     entered = walk.states(k, v)
     final = left_states(walk.enter, (first.shape[0] - 1, *q.shape[1:], v.shape[2]), q) if want_final else None
     o, _ = walk.outputs(q, k, v, entered, leave=final)
@@ -77,7 +81,9 @@ def per_head_backward(
     """The gradients of q, k, v, g (empty where it is not wanted) and initial (empty without one)."""
     q, k, v, do = rows_ready(q), rows_ready(k), rows_ready(v), rows_ready(do)
     stream = Stream(start, end, segment, first)
-    onward, back = _walk(stream, scale, g, initial), _walk(stream, scale, g, dfinal, reverse=True)
+    decays, totals = (None, None) if g is None else measured(g, stream)
+    onward = Walk(stream, scale, False, int(g is not None), decays, totals, contiguous(initial))
+    back = Walk(stream, scale, True, int(g is not None), decays, totals, contiguous(dfinal))
     states = entered if entered.numel() else None
     dstates = back.states(q, do)
     (T, H, K), V = q.shape, v.shape[2]
@@ -92,21 +98,10 @@ def per_head_backward(
         dg = q.new_empty(T, H, dtype=torch.float32)
         walk_kernels().decay_gradients[H, stream.stretches](
             read, written, given(states, read), given(dstates, read), given(ended, read), dg, *stream.tensors,
-            stream.segments, stream.stretches, read.shape[0], written.shape[0], H, K, V, T, GROUP=GROUP, C=CHUNK,
+            stream.segments, stream.stretches, read.shape[0], written.shape[0], H, K, V, T, GROUP=walks.GROUP, C=CHUNK,
             BX=tile(K, 64), BU=tile(V, 64), HAS_STATES=states is not None, HAS_ENDED=ended is not None, num_warps=4,
         )  # fmt: skip
     return dq, dk, dv, or_nothing(dg, q), or_nothing(dinitial, q)
-
-
-def _walk(stream: Stream, scale: float, g: Tensor | None, enter: Tensor | None, reverse: bool = False) -> Walk:
-    return Walk(
-        stream,
-        scale,
-        reverse,
-        0 if g is None else 1,
-        None if g is None else g.contiguous(),
-        None if enter is None else enter.contiguous(),
-    )
 
 
 @per_head.register_fake

@@ -12,7 +12,6 @@ from torchlinearmoe.kernels.linear.per_head import per_head
 from torchlinearmoe.kernels.operator import NARROW, Backend, Call
 from torchlinearmoe.segments import Segments
 
-
 WIDEST = 256
 """Rows of a state that a program holds at once."""
 
@@ -43,7 +42,7 @@ def linear_recurrence(
     k, v = k.to(q.dtype), v.to(q.dtype)
     if log_decay is not None and log_decay.dim() == 3:
         extra = None if bonus is None else bonus.float()
-        o, final, _ = per_channel(q, k, v, log_decay.float(), extra, initial_state, *stream, scale, want_final)
+        o, final, *_ = per_channel(q, k, v, log_decay.float(), extra, initial_state, *stream, scale, want_final)
     else:
         decay = None if log_decay is None else log_decay.float().expand(q.shape[:2])
         o, final, _ = per_head(q, k, v, decay, initial_state, *stream, scale, want_final)

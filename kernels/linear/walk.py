@@ -24,8 +24,8 @@ SETTINGS = {
     "gradients": (32, 4, 3),
 }
 
-Decay = Literal[0, 1, 2, 3]
-"""None, per token and head, per row of the state, per column."""
+INSIDE = {"nothing": 0, "pairs": 1, "scores": 2, "kept": 3}
+"""Of the kernel."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,12 @@ class Walk:
     stream: Stream
     scale: float
     reverse: bool = False
-    decay: Decay = 0
+    decay: int = 0
+    """0 none, 1 per token and head, 2 per row of the state, 3 per column."""
     decays: Tensor | None = None
-    """[T, H] log decays, or factors over chunks [M, H, rows or columns]."""
+    """[4, H, T], what `measured` makes of a decay per head."""
+    totals: Tensor | None = None
+    """Factors over chunks: [M, H], or [M, H, rows or columns]."""
     enter: Tensor | None = None
     """[N, H, K, V]: the state that enters a segment from the side where the walk begins."""
 
@@ -92,12 +95,12 @@ class Walk:
         BX, BU = tile(X, most_x), tile(U, most_u)
         grid = -(-X // BX) * -(-U // BU), H, S
         walk_kernels().summarize[grid](
-            w, u, *self._decays(w), given(self.enter, w), states, factors, *stream.tensors, stream.segments, self.scale,
-            *strides(w), *strides(u), H, X, U, GROUP=GROUP, C=CHUNK, BX=BX, BU=BU, REVERSE=self.reverse,
-            DECAY=self.decay, HAS_ENTER=self.enter is not None, PRECISION=precision(w), num_warps=warps,
-            num_stages=stages,
+            w, u, given(self.decays, w), given(self.totals, w), given(self.enter, w), states, factors,
+            *stream.tensors, stream.segments, self.scale, *strides(w), *strides(u), H, X, U, w.shape[0], GROUP=GROUP,
+            C=CHUNK, BX=BX, BU=BU, REVERSE=self.reverse, DECAY=self.decay, HAS_ENTER=self.enter is not None, SCALED=self.scale != 1.0,
+            PRECISION=precision(w), num_warps=warps, num_stages=stages,
         )  # fmt: skip
-        BX, BU = tile(X, 32), tile(U, 64)
+        BX, BU = tile(X, 16), tile(U, 64)
         walk_kernels().join[-(-X // BX) * -(-U // BU), H](
             states, factors, S, H, X, U, BX=BX, BU=BU, REVERSE=self.reverse, ROWS=self.decay == 2, num_warps=4
         )
@@ -111,7 +114,7 @@ class Walk:
         entered: Tensor | None,
         *,
         transposed: bool = False,
-        pairs: bool = True,
+        inside: Literal["pairs", "scores", "nothing", "kept"] = "pairs",
         scores: Tensor | None = None,
         leave: Tensor | None = None,
         sums_with: Tensor | None = None,
@@ -119,8 +122,9 @@ class Walk:
     ) -> tuple[Tensor, Tensor | None]:
         """y [T, H, U], and the sums of y times `sums_with` [T, H, U]: by token, [tiles, T, H], or chunk, [M, H, U].
 
-        x, w: [T, H, X]; u: [T, H, U]; entered: of `states`; transposed: states are [.., U, X]; pairs: what tokens of a
-        chunk read of each other is added, by the products of x and w or by scores [T, H, C]; leave: [N, H, X, U] gets
+        x, w: [T, H, X]; u: [T, H, U]; entered: of `states`; transposed: states are [.., U, X]; inside: what tokens
+        of a chunk read of each other, by the products of x and w, by scores [T, H, C], not at all, or not at all but
+        with scores set to the products; leave: [N, H, X, U] gets
         the states at the other side of the segments that have tokens.
         """
         stream, (T, H, X), U = self.stream, x.shape, u.shape[2]
@@ -136,18 +140,26 @@ class Walk:
             total = y.new_empty(shape, dtype=torch.float32)
         z = u if sums_with is None else sums_with
         walk_kernels().walk[grid](
-            x, w, u, *self._decays(x), given(scores, x), given(entered, x), given(self.enter, x), given(leave, x), y, z,
-            given(total, x), *stream.tensors, stream.segments, self.scale, *strides(x), *strides(w), *strides(u),
-            *strides(z), H, X, U, T, GROUP=GROUP, C=CHUNK, BX=BX, BU=BU, REVERSE=self.reverse, DECAY=self.decay,
-            INSIDE=2 if scores is not None else int(pairs), TRANSPOSED=transposed, HAS_ENTERED=entered is not None,
-            HAS_ENTER=self.enter is not None, WANT_LEAVE=leave is not None, SUMS=mode, PRECISION=precision(x),
-            num_warps=warps * 2 if BX > 128 else warps, num_stages=stages if x.dtype != torch.float32 else 1,
+            x, w, u, given(self.decays, x), given(self.totals, x), given(scores, x), given(entered, x),
+            given(self.enter, x), given(leave, x), y, z, given(total, x),
+            *stream.tensors, stream.segments, self.scale, *strides(x), *strides(w), *strides(u), *strides(z),
+            H, X, U, T, GROUP=GROUP, C=CHUNK, BX=BX, BU=BU, REVERSE=self.reverse, DECAY=self.decay, INSIDE=INSIDE[inside], TRANSPOSED=transposed, HAS_ENTERED=entered is not None,
+            HAS_ENTER=self.enter is not None, WANT_LEAVE=leave is not None, SUMS=mode, SCALED=self.scale != 1.0,
+            PRECISION=precision(x), num_warps=warps * 2 if BX > 128 else warps,
+            num_stages=1 if x.dtype == torch.float32 else stages,
         )  # fmt: skip
         return y, total
 
-    def _decays(self, other: Tensor) -> tuple[Tensor, Tensor]:
-        decays = given(self.decays, other)
-        return (decays, other) if self.decay == 1 else (other, decays)
+
+def measured(g: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
+    """What walks read of log decays g [T, H]: `Walk.decays` and `Walk.totals`."""
+    T, H = g.shape
+    decays = g.new_empty(4, H, T)
+    totals = g.new_empty(stream.places, H)
+    walk_kernels().measure[stream.places, H](
+        g.contiguous(), decays, totals, stream.start, stream.end, H, T, stream.places, C=CHUNK, num_warps=1
+    )
+    return decays, totals
 
 
 def left_states(enter: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -160,6 +172,11 @@ def left_states(enter: Tensor | None, shape: tuple[int, ...], like: Tensor) -> T
 def rows_ready(x: Tensor) -> Tensor:
     """x with channels that lie side by side; tokens and heads may lie anyhow."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """x, contiguous."""
+    return None if x is None else x.contiguous()
 
 
 def strides(x: Tensor) -> tuple[int, int]:

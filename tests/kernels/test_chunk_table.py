@@ -25,7 +25,9 @@ def check(lengths: tuple[int, ...], segments: Segments) -> None:
     table = table_of(segments)
     found = table.start_M.tolist(), table.end_M.tolist(), table.first_N1.tolist()
     assert found == looped(lengths), lengths
-    assert {x.dtype for x in (table.start_M, table.end_M, table.first_N1)} == {torch.int32}
+    assert {x.dtype for x in (table.start_M, table.end_M, table.segment_M, table.first_N1)} == {torch.int32}
+    used = [n for n, length in enumerate(lengths) for _ in range(0, length, CHUNK)]
+    assert table.segment_M[: len(used)].tolist() == used
 
 
 def test_every_length_up_to_200():
