@@ -64,7 +64,7 @@ def convolve(
     x, weight, bias, initial, ids = _readable(x), *_contiguous(weight, bias, initial, ids)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     grid, span = _tiles(x)
-    _kernels().forward[grid](
+    _kernels().convolve_forward[grid](
         x, weight, _given(bias, weight), ids, _given(initial, x), y, *x.shape, x.stride(0), span,
         **_facts(weight, bias, silu), HAS_INITIAL=initial is not None, **TILE, STEP=AT_ONCE,
     )  # fmt: skip
@@ -90,16 +90,16 @@ def convolve_backward(
     grid, span = _tiles(x)
     parts = W + (bias is not None)
     sums = x.new_empty(grid[1], parts, D, dtype=torch.float32)
-    kernels.backward[grid](
+    kernels.convolve_backward[grid](
         x, weight, _given(bias, weight), ids, _given(initial, x), dy, dx, sums, *x.shape, x.stride(0), dy.stride(0),
         span, **facts, HAS_INITIAL=initial is not None, **TILE, STEP=AT_ONCE_BACKWARD,
         maxnreg=REGISTERS if W <= 4 else None,
     )  # fmt: skip
-    kernels.add_sums[(-(-D // 64), parts)](
+    kernels.convolve_sums[(-(-D // 64), parts)](
         sums, dweight, dbias, grid[1], D, W=W, HAS_BIAS=bias is not None, B=64, ROWS=16, num_warps=4
     )
     if initial is not None:
-        kernels.initial_gradient[(-(-D // 128), borders.shape[0] - 1)](
+        kernels.convolve_initial[(-(-D // 128), borders.shape[0] - 1)](
             x, weight, _given(bias, weight), borders, initial, dy, dinitial, D, x.stride(0), dy.stride(0), **facts,
             B=128, num_warps=1,
         )  # fmt: skip

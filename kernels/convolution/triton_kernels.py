@@ -179,7 +179,7 @@ def _forward_tile(
 
 
 @triton.jit(do_not_specialize=["T"])
-def forward(
+def convolve_forward(
     x, weight, bias, ids, initial, y, T, D, stride, span,
     W: tl.constexpr, PADDED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, SILU: tl.constexpr,
     B: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
@@ -277,7 +277,7 @@ def _backward_tile(
 
 
 @triton.jit(do_not_specialize=["T"])
-def backward(
+def convolve_backward(
     x, weight, bias, ids, initial, dy, dx, sums, T, D, stride, stride_dy, span,
     W: tl.constexpr, PADDED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, SILU: tl.constexpr,
     B: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
@@ -305,7 +305,7 @@ def backward(
 
 
 @triton.jit(do_not_specialize=["tiles"])
-def add_sums(
+def convolve_sums(
     sums, dweight, dbias, tiles, D, W: tl.constexpr, HAS_BIAS: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr
 ):
     """The sums of all tiles; grid: blocks of channels, W + HAS_BIAS."""
@@ -324,7 +324,7 @@ def add_sums(
 
 
 @triton.jit
-def initial_gradient(
+def convolve_initial(
     x, weight, bias, borders, initial, dy, dinitial, D, stride, stride_dy,
     W: tl.constexpr, PADDED: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
