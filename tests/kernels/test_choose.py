@@ -155,7 +155,8 @@ ORDER = [
     ("linear", "diagonal", lacking("fla", "triton", "einops", "mamba_ssm"), "torch"),
     ("convolution", "convolution", HOPPER, "triton"),
     ("convolution", "convolution", lacking("triton"), "torch"),
-    ("token_shift", "token_shift", HOPPER, "torch"),
+    ("token_shift", "token_shift", HOPPER, "triton"),
+    ("token_shift", "token_shift", lacking("triton"), "torch"),
 ]
 
 
@@ -188,7 +189,7 @@ def test_a_reason_tells_why_without_the_way_out():
 
 
 def test_under_the_compiler_auto_takes_what_it_can_fuse_and_a_name_what_it_names():
-    for operator, kind in KERNELS:
+    for operator, kind in (*KERNELS, ("token_shift", "token_shift")):
         assert auto(operator, call(kind), HOPPER, compiling=True) == ("torch", "torch.compile fuses it")
     assert decide(operators()["linear"], "fla", call("scalar"), HOPPER, True)[0] == "fla"
     assert decide(operators()["linear"], "triton", call("scalar"), HOPPER, True)[0] == "triton"
