@@ -33,9 +33,7 @@ def width(W: int, bias: bool, activation: str | None, states: str) -> None:
 
 @pytest.mark.parametrize("bias, activation, states", [(True, "silu", "in out"), (False, "silu", ""), (True, None, "")])
 @pytest.mark.parametrize("W", [1, 2, 3, 4, 5, 8])
-def test_every_width(
-    interpreter: ProcessPoolExecutor, W: int, bias: bool, activation: str | None, states: str
-) -> None:
+def test_every_width(interpreter: ProcessPoolExecutor, W: int, bias: bool, activation: str | None, states: str) -> None:
     interpreter.submit(width, W, bias, activation, states).result()
 
 
@@ -133,9 +131,7 @@ def check_operators(has_bias: bool, has_initial: bool) -> None:
     torch.library.opcheck(ours.convolve_backward, (*detached, torch.randn(5, 2), True), test_utils=checks)
 
 
-@pytest.mark.parametrize(
-    "has_bias, has_initial", [pytest.param(False, False, marks=pytest.mark.slow), (True, True)]
-)
+@pytest.mark.parametrize("has_bias, has_initial", [pytest.param(False, False, marks=pytest.mark.slow), (True, True)])
 def test_the_operators_are_what_the_compiler_takes_them_for(
     interpreter: ProcessPoolExecutor, has_bias: bool, has_initial: bool
 ) -> None:
