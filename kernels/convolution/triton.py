@@ -60,7 +60,8 @@ def convolve(
     borders: Tensor,
     silu: bool,
 ) -> Tensor:
-    """y [T, D] in x's dtype; x: [T, D]; weight: [D, W]; bias: [D]; initial: [N, W - 1, D]; ids: [T]; borders: [N + 1]."""
+    """y [T, D] in x's dtype; x: [T, D]; weight: [D, W]; bias: [D]; initial: [N, W - 1, D]; ids: [T]; borders:
+    [N + 1]."""
     x, weight, bias, initial, ids = _readable(x), *_contiguous(weight, bias, initial, ids)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     grid, span = _tiles(x)

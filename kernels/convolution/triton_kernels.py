@@ -75,7 +75,7 @@ def _one_document(ids, first, last, T, HAS_INITIAL: tl.constexpr):
 
 @triton.jit
 def _enter(window, before, ids, initial, t, columns, inside, T, D, W: tl.constexpr, HAS_INITIAL: tl.constexpr):
-    """The window as tokens t see it, their documents, and which of them begin one; before: documents of tokens t - 1."""
+    """The window as tokens t see it, their documents, and which begin one; before: the documents of tokens t - 1."""
     document = tl.load(ids + t, mask=(t >= 0) & (t < T), other=-1).to(tl.int32)
     begins = (document != before) & (document >= 0)
     entered = ()

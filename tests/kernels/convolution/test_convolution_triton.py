@@ -37,14 +37,18 @@ def test_every_width(interpreter: ProcessPoolExecutor, W: int, bias: bool, activ
     interpreter.submit(width, W, bias, activation, states).result()
 
 
-def awkward_streams(states: str) -> None:
+def awkward_streams(lengths: tuple[int, ...], states: str) -> None:
     torch.manual_seed(1)
-    compare(convolution.case(AWKWARD, states, D=2))
+    compare(convolution.case(lengths, states, D=2))
 
 
 @pytest.mark.parametrize("states", ["", "in out"])
-def test_tiles_of_one_document_and_of_several(interpreter: ProcessPoolExecutor, states: str) -> None:
-    interpreter.submit(awkward_streams, states).result()
+@pytest.mark.parametrize("lengths", [AWKWARD, (64, 5)], ids=["borders anywhere", "a border at the end of a tile"])
+def test_tiles_of_one_document_and_of_several(
+    interpreter: ProcessPoolExecutor, lengths: tuple[int, ...], states: str
+) -> None:
+    assert ours.SHORT * ours.SPANS == 64
+    interpreter.submit(awkward_streams, lengths, states).result()
 
 
 def long_spans() -> None:
