@@ -31,7 +31,7 @@ AT_ONCE, AT_ONCE_BACKWARD = 8, 4
 """Tokens whose loads are on their way at once; backward there are two loads a token."""
 REGISTERS = 128
 """Of a thread, backward, up to 4 taps: four programs then share a multiprocessor."""
-TILE = {"B": CHANNELS, "ROWS": SPANS, "num_warps": SPANS}
+TILE = {"B": CHANNELS, "ROWS": SPANS, "num_warps": SPANS, "enable_fp_fusion": True}
 
 
 def short_convolution(

@@ -18,7 +18,9 @@ token that begins a document gets a window of zeros, or its state, and hands no 
 x: [T, D] with rows of any stride; weight: [D, W], tap k in column W - 1 - k; initial: [N, W - 1, D], oldest first.
 """
 
-# pyright: basic, reportIndexIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# Constants of the compiler, tuples that grow and its loops are not what Python takes them for.
+# pyright: basic, reportIndexIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl

@@ -107,8 +107,8 @@ def kept() -> None:
     segments, kept = Segments.of_lengths((13, 27)), []
     inputs = {z.data_ptr() for z in (x, weight, bias, segments.ids, segments.borders)}
     with torch.autograd.graph.saved_tensors_hooks(lambda z: kept.append(z.data_ptr()), lambda z: z):
-        leaves = [z.requires_grad_() for z in (x, weight, bias)]
-        ours.short_convolution(*leaves, "silu", segments, None, False)
+        x, weight, bias = (z.requires_grad_() for z in (x, weight, bias))
+        ours.short_convolution(x, weight, bias, "silu", segments, None, False)
     assert set(kept) == inputs
 
 
