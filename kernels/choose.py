@@ -124,8 +124,8 @@ def decide(
     backends = [b for b in operator.find_backends().values() if call.kind in b.kinds and b.single == call.single]
     if requested != "auto" and not call.single:
         return _named(operator, requested, call, machine)
-    if compiling and (fused := [b for b in backends if b.fused and b.order is not None]):
-        return max(fused, key=_order).name, "torch.compile fuses it"
+    if compiling and (name := _under_the_compiler(backends, call, machine)):
+        return name, "torch.compile fuses it" if operator.backends[name].fused else "an operator of the compiler"
     refusals = []
     for backend in sorted((b for b in backends if b.order is not None), key=_order, reverse=True):
         refusal = refuse(backend, call, machine, auto=True)
@@ -134,6 +134,12 @@ def decide(
         # The way out is for those who named the backend.
         refusals.append(f"not {backend.name}: {refusal.partition('; ')[0]}")
     return "", f"{operator.label(call.kind)}: nothing computes it here: {'; '.join(refusals)}"
+
+
+def _under_the_compiler(backends: list[Backend], call: Call, machine: Machine) -> str:
+    """The first that the compiler fuses or that is faster than what it would fuse; "" where there is none."""
+    known = sorted((b for b in backends if b.order is not None and (b.fused or b.graphed)), key=_order, reverse=True)
+    return next((b.name for b in known if b.fused or refuse(b, call, machine, auto=True) is None), "")
 
 
 def _named(operator: Operator, name: str, call: Call, machine: Machine) -> tuple[str, str]:

@@ -114,6 +114,9 @@ class Backend:
     training.deterministic."""
     fused: bool = False
     """Plain PyTorch, which torch.compile fuses with what is around it: "auto" under the compiler."""
+    graphed: bool = False
+    """An operator of the compiler that is faster than what it would fuse: "auto" takes it under torch.compile as
+    well."""
     single: bool = False
     """It computes single tokens that go on from a state, and nothing else."""
     kept: tuple[str, ...] = ()

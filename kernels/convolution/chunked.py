@@ -27,13 +27,9 @@ def short_convolution(
     wide, taps = x.to(dtype), weight.to(dtype).t()
     masks = segments.view(f"lags_{W}_{dtype.itemsize}", lambda segments: _lag_masks(segments.ids, W, dtype))
     y: Tensor = _ShiftedProducts.apply(F.pad(wide, (0, 0, W - 1, 0)), taps, masks)  # pyright: ignore
-    final = None
-    if initial_state is not None or want_final:
-        starts, ends = segments.borders[:-1].long(), segments.borders[1:].long()
-        if initial_state is not None and W > 1:
-            y = _add_initial(y, initial_state.to(dtype), taps, starts, ends)
-        if want_final:
-            final = _final(x, initial_state, starts, ends, W)
+    if initial_state is not None and W > 1:
+        y = _add_initial(y, initial_state.to(dtype), taps, segments.borders)
+    final = last_inputs(x, initial_state, segments.borders, W) if want_final else None
     if bias is not None:
         y = y + bias.to(dtype)
     if activation == "silu":
@@ -81,8 +77,9 @@ def _lag_masks(ids_T: Tensor, W: int, dtype: torch.dtype) -> Tensor:
     return masks
 
 
-def _add_initial(y: Tensor, state: Tensor, taps: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+def _add_initial(y: Tensor, state: Tensor, taps: Tensor, borders: Tensor) -> Tensor:
     """Add what the first W - 1 tokens of each document read from its state: token i, state[i:] by taps[: W - 1 - i]."""
+    starts, ends = borders[:-1].long(), borders[1:].long()
     W1 = taps.shape[0] - 1
     reads = [(state[:, i:] * taps[: W1 - i]).sum(1) for i in range(W1)]
     offsets = torch.arange(W1, device=y.device)
@@ -92,8 +89,10 @@ def _add_initial(y: Tensor, state: Tensor, taps: Tensor, starts: Tensor, ends: T
     return y.index_add(0, tokens, (torch.stack(reads, 1) * inside).flatten(0, 1))
 
 
-def _final(x: Tensor, state: Tensor | None, starts: Tensor, ends: Tensor, W: int) -> Tensor:
-    """The last W - 1 inputs of every document [N, W - 1, D], its state standing in before its start."""
+def last_inputs(x: Tensor, state: Tensor | None, borders: Tensor, W: int) -> Tensor:
+    """The last W - 1 inputs of every document [N, W - 1, D], its state standing in before its start; x: [T, D]; state:
+    [N, W - 1, D]; borders: [N + 1]."""
+    starts, ends = borders[:-1].long(), borders[1:].long()
     offsets = torch.arange(W - 1, device=x.device)
     tokens = ends.unsqueeze(1) - (W - 1) + offsets
     inside = (tokens >= starts.unsqueeze(1)).unsqueeze(-1)

@@ -123,7 +123,7 @@ def test_an_unknown_name_is_answered_with_the_legal_ones():
     assert message == f"model.kernel_backend = 'cuda': legal: {', '.join(names)}"
     assert set(names) == {"auto", "torch", "reference", "fla", "mamba_ssm", "triton"}
     _, message = decide(operators()["convolution"], "cuda", call("convolution"), HOPPER)
-    assert message == "convolution = 'cuda': legal: torch, reference"
+    assert message == "convolution = 'cuda': legal: torch, reference, triton"
 
 
 def test_wide_keys_are_refused_by_delta_rules_only():
@@ -153,8 +153,10 @@ ORDER = [
     ("linear", "identity", lacking("fla", "einops", "mamba_ssm"), "triton"),
     ("ssd", "ssd", lacking("fla"), "mamba_ssm"),
     ("linear", "diagonal", lacking("fla", "triton", "einops", "mamba_ssm"), "torch"),
-    ("convolution", "convolution", HOPPER, "torch"),
-    ("token_shift", "token_shift", HOPPER, "torch"),
+    ("convolution", "convolution", HOPPER, "triton"),
+    ("convolution", "convolution", lacking("triton"), "torch"),
+    ("token_shift", "token_shift", HOPPER, "triton"),
+    ("token_shift", "token_shift", lacking("triton"), "torch"),
 ]
 
 
@@ -187,10 +189,26 @@ def test_a_reason_tells_why_without_the_way_out():
 
 
 def test_under_the_compiler_auto_takes_what_it_can_fuse_and_a_name_what_it_names():
-    for operator, kind in KERNELS:
+    for operator, kind in (*KERNELS, ("token_shift", "token_shift")):
         assert auto(operator, call(kind), HOPPER, compiling=True) == ("torch", "torch.compile fuses it")
     assert decide(operators()["linear"], "fla", call("scalar"), HOPPER, True)[0] == "fla"
     assert decide(operators()["linear"], "triton", call("scalar"), HOPPER, True)[0] == "triton"
+
+
+@pytest.mark.parametrize(
+    "changes, machine, name",
+    [
+        ({}, HOPPER, "triton"),
+        ({"dtype": torch.float32}, replace(HOPPER, deterministic=True), "triton"),
+        ({"single": True}, HOPPER, "step"),
+        ({"dtype": torch.float64}, HOPPER, "torch"),
+        ({"device": "cpu"}, HOPPER, "torch"),
+        ({}, lacking("triton"), "torch"),
+    ],
+)
+def test_under_the_compiler_auto_takes_an_operator_that_is_faster_than_what_it_would_fuse(changes, machine, name):
+    found, reason = auto("convolution", call("convolution", **changes), machine, compiling=True)
+    assert (found, reason) == (name, "an operator of the compiler" if name == "triton" else "torch.compile fuses it")
 
 
 def test_a_call_knows_whether_it_is_compiled(monkeypatch):

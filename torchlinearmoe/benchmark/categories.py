@@ -23,7 +23,7 @@ _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "_grouped_mm", "_sc
 _BATCHED = {"bmm", "baddbmm"}
 _PRODUCT = re.compile(r"nvjet|gemm|gemv|xmma|splitkreduce|triton_tem_.*mm|triton_mm|grouped_mm")
 _ATTENTION = re.compile(r"flash|fmha|sdpa|attention|varlen_attn")
-_RECURRENCE = re.compile(r"^_?chunk_|fused_recurrent|causal_conv1d|selective_scan")
+_RECURRENCE = re.compile(r"^_?chunk_|fused_recurrent|causal_conv1d|^convolve_|selective_scan")
 _MOVEMENT = re.compile(
     r"topk|sort|gather|scatter|index_?select|index_put|indexing|index_elementwise|searchsorted|histogram|bincount"
 )

@@ -37,6 +37,7 @@ SUMMED = (
         ("matmul", SGEMM),
         ("matmul", GEMV),
         ("attention", FLASH),
+        ("recurrence", "convolve_forward"),
         (
             "moe",
             "void at::native::sbtopk::gatherTopK<float, unsigned int, 2, false>(at::cuda::detail::TensorInfo<float",
