@@ -97,8 +97,8 @@ class Walk:
         walk_kernels().summarize[grid](
             w, u, given(self.decays, w), given(self.totals, w), given(self.enter, w), states, factors,
             *stream.tensors, stream.segments, self.scale, *strides(w), *strides(u), H, X, U, w.shape[0], GROUP=GROUP,
-            C=CHUNK, BX=BX, BU=BU, REVERSE=self.reverse, DECAY=self.decay, HAS_ENTER=self.enter is not None, SCALED=self.scale != 1.0,
-            PRECISION=precision(w), num_warps=warps, num_stages=stages,
+            C=CHUNK, BX=BX, BU=BU, REVERSE=self.reverse, DECAY=self.decay, HAS_ENTER=self.enter is not None,
+            SCALED=self.scale != 1.0, PRECISION=precision(w), num_warps=warps, num_stages=stages,
         )  # fmt: skip
         BX, BU = tile(X, 16), tile(U, 64)
         walk_kernels().join[-(-X // BX) * -(-U // BU), H](
@@ -143,9 +143,9 @@ class Walk:
             x, w, u, given(self.decays, x), given(self.totals, x), given(scores, x), given(entered, x),
             given(self.enter, x), given(leave, x), y, z, given(total, x),
             *stream.tensors, stream.segments, self.scale, *strides(x), *strides(w), *strides(u), *strides(z),
-            H, X, U, T, GROUP=GROUP, C=CHUNK, BX=BX, BU=BU, REVERSE=self.reverse, DECAY=self.decay, INSIDE=INSIDE[inside], TRANSPOSED=transposed, HAS_ENTERED=entered is not None,
-            HAS_ENTER=self.enter is not None, WANT_LEAVE=leave is not None, SUMS=mode, SCALED=self.scale != 1.0,
-            PRECISION=precision(x), num_warps=warps * 2 if BX > 128 else warps,
+            H, X, U, T, GROUP=GROUP, C=CHUNK, BX=BX, BU=BU, REVERSE=self.reverse, DECAY=self.decay,
+            INSIDE=INSIDE[inside], TRANSPOSED=transposed, HAS_ENTERED=entered is not None, HAS_ENTER=self.enter is not None,
+            WANT_LEAVE=leave is not None, SUMS=mode, SCALED=self.scale != 1.0, PRECISION=precision(x), num_warps=warps * 2 if BX > 128 else warps,
             num_stages=1 if x.dtype == torch.float32 else stages,
         )  # fmt: skip
         return y, total
