@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +30,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window
             return seen & (t + earlier - s < window) if window else seen
 
         mask = create_block_mask(same_document, count, None, length, keys, device=str(q.device))
-        out = _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=dict(KERNEL))
+        out = _compiled()(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=_options(q))
         assert isinstance(out, Tensor)
         return out
 
     return by_rows(rows, q, k, v, layout)[..., :value_width]
 
 
-KERNEL = {"BACKEND": "TRITON"}
-"""Not its decoding kernel, which takes rows of less than 128 tokens and has no choices for some grouped heads."""
+def _options(q: Tensor) -> dict[str, Any]:
+    """Not its decoding kernel, which takes rows of less than 128 tokens and has no choices for some grouped heads; of
+    float32, no tiles that are loaded ahead: they do not fit."""
+    return {"BACKEND": "TRITON"} | ({"num_stages": 1} if q.dtype == torch.float32 else {})
 
 
 @functools.cache

@@ -72,17 +72,19 @@ def _half_weights(sums, read, c, token, place, last, stride, columns, width, HAL
 
 
 @triton.jit
-def _half_pairs(t, s, HALF: tl.constexpr):
-    """t in the later, s in the earlier half of a block of 2 HALF tokens."""
-    return (t // (2 * HALF) == s // (2 * HALF)) & (t % (2 * HALF) >= HALF) & (s % (2 * HALF) < HALF)
+def _half_pairs(place, HALF: tl.constexpr):
+    """[t, s]: t in the later, s in the earlier half of a block of 2 HALF tokens."""
+    block, later = place // (2 * HALF), place % (2 * HALF) >= HALF
+    return tl.where(later, block, -1)[:, None] == tl.where(later, -2, block)[None, :]
 
 
 @triton.jit
-def _block_pairs(t, s, BONUS: tl.constexpr):
-    """s before t in one block of BLOCK tokens, or t itself."""
+def _block_pairs(place, BONUS: tl.constexpr):
+    """[t, s]: s before t in one block of BLOCK tokens, or t itself."""
+    first = (place // BLOCK * BLOCK)[:, None]
     if BONUS:
-        return (t // BLOCK == s // BLOCK) & (t > s)
-    return (t // BLOCK == s // BLOCK) & (t >= s)
+        return (place[None, :] >= first) & (place[None, :] < place[:, None])
+    return (place[None, :] >= first) & (place[None, :] <= place[:, None])
 
 
 @triton.jit
@@ -125,14 +127,14 @@ def prepare_channels(
             product = tl.dot(
                 (qs * weights).to(OPERAND), tl.trans((ks * weights).to(OPERAND)), input_precision=PRECISION
             )
-            pairs += _only(_half_pairs(place[:, None], place[None, :], 32 >> level), product)
+            pairs += _only(_half_pairs(place, 32 >> level), product)
         middle = _sums_at(c, token, place // BLOCK * BLOCK + MIDDLE, last, stride, columns, K)
         product = tl.dot(
             (qs * tl.exp2(read - middle)).to(OPERAND),
             tl.trans((ks * tl.exp2(middle - sums)).to(OPERAND)),
             input_precision=PRECISION,
         )
-        pairs += _only(_block_pairs(place[:, None], place[None, :], BONUS), product)
+        pairs += _only(_block_pairs(place, BONUS), product)
         if BONUS:
             extra = tl.load(bonus + h * K + columns, mask=columns < K, other=0.0)
             own += tl.sum(qs * ks * extra[None, :], 1)
@@ -176,12 +178,12 @@ def channel_gradients(
     read = _sums_read(sums, c, token, place, last, stride, columns, K, BONUS)
     middle = _sums_at(c, token, place // BLOCK * BLOCK + MIDDLE, last, stride, columns, K)
     since, until = tl.exp2(read - middle), tl.exp2(middle - sums)
-    seen = _only(_block_pairs(place[:, None], place[None, :], BONUS), dscores).to(OPERAND)
+    seen = _only(_block_pairs(place, BONUS), dscores).to(OPERAND)
     dqs = since * tl.dot(seen, (ks * until).to(OPERAND), input_precision=PRECISION)
     dks = until * tl.dot(tl.trans(seen), (qs * since).to(OPERAND), input_precision=PRECISION)
     for level in tl.static_range(3):
         weights = _half_weights(sums, read, c, token, place, last, stride, columns, K, 32 >> level)
-        seen = _only(_half_pairs(place[:, None], place[None, :], 32 >> level), dscores).to(OPERAND)
+        seen = _only(_half_pairs(place, 32 >> level), dscores).to(OPERAND)
         dqs += weights * tl.dot(seen, (ks * weights).to(OPERAND), input_precision=PRECISION)
         dks += weights * tl.dot(tl.trans(seen), (qs * weights).to(OPERAND), input_precision=PRECISION)
     total = tl.load(c + (token + last) * stride + columns, mask=columns < K, other=0.0)

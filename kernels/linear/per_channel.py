@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from torchlinearmoe.kernels.chunk_table import CHUNK
-from torchlinearmoe.kernels.linear import walk as walks
 from torchlinearmoe.kernels.linear.walk import (
-    SETTINGS,
     Stream,
     Walk,
     contiguous,
@@ -114,19 +112,18 @@ def per_channel_backward(
         passing, B = torch.empty_like(read), tile(K, 128)
         channel_kernels().passing_of_chunks[-(-K // B), H, stream.stretches](
             read, written, given(states, read), given(dstates, read), given(ended, read), passing, segment, first,
-            stream.segments, stream.stretches, H, K, V, GROUP=walks.GROUP, B=B, BV=tile(V, 32),
+            stream.segments, stream.stretches, H, K, V, GROUP=stream.group, B=B, BV=tile(V, 32),
             HAS_STATES=states is not None, HAS_ENDED=ended is not None, num_warps=4,
         )  # fmt: skip
     dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     dg = torch.empty_like(c) if want_dg else None
     # Places without chunks stay zero.
     dbonus = None if bonus is None else q.new_zeros(M, H, K, dtype=torch.float32)
-    most, warps, stages = SETTINGS["gradients"]
-    B = tile(K, most)
+    B = tile(K, 32)
     channel_kernels().channel_gradients[-(-K // B), M, H](
         q, k, c, given(contiguous(bonus), q), dpairs, dqueries, dkeys, given(passing, q), dq, dk, given(dg, q),
         given(dbonus, q), start, end, scale, *strides(q), *strides(k), H, K, C=CHUNK, B=B, BONUS=bonus is not None,
-        WANT_DG=want_dg, OPERAND=_operand(q), PRECISION=precision(q), num_warps=warps, num_stages=stages,
+        WANT_DG=want_dg, OPERAND=_operand(q), PRECISION=precision(q), num_warps=4, num_stages=1,
     )  # fmt: skip
     summed = None if dbonus is None else dbonus.sum(0)
     return dq, dk, dv, or_nothing(dg, q), or_nothing(summed, q), or_nothing(dinitial, q)
@@ -164,9 +161,8 @@ def _prepare(q: Tensor, k: Tensor, c: Tensor, bonus: Tensor | None, stream: Stre
     )
     channel_kernels().prepare_channels[M, H](
         q, k, c, given(contiguous(bonus), q), made.queries, made.keys, made.totals, made.scores,
-        stream.start, stream.end, scale, *strides(q), *strides(k), H, K, C=CHUNK, B=tile(K, SETTINGS["prepare"][0]),
-        BONUS=bonus is not None, OPERAND=_operand(q), PRECISION=precision(q), num_warps=SETTINGS["prepare"][1],
-        num_stages=SETTINGS["prepare"][2],
+        stream.start, stream.end, scale, *strides(q), *strides(k), H, K, C=CHUNK, B=tile(K, 32),
+        BONUS=bonus is not None, OPERAND=_operand(q), PRECISION=precision(q), num_warps=4, num_stages=1,
     )  # fmt: skip
     return made
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from torchlinearmoe.kernels.chunk_table import CHUNK
-from torchlinearmoe.kernels.linear import walk as walks
 from torchlinearmoe.kernels.linear.walk import (
     Stream,
     Walk,
@@ -52,7 +51,7 @@ def per_head(
     """
     q, k, v = rows_ready(q), rows_ready(k), rows_ready(v)
     stream = Stream(start, end, segment, first)
-    decays, totals = (None, None) if g is None else measured(g, stream)
+    decays, totals = (None, None) if g is None else measured(g, stream, q.dtype)
     walk = Walk(stream, scale, False, int(g is not None), decays, totals, contiguous(initial))
     entered = walk.states(k, v)
     final = left_states(walk.enter, (first.shape[0] - 1, *q.shape[1:], v.shape[2]), q) if want_final else None
@@ -81,7 +80,7 @@ def per_head_backward(
     """The gradients of q, k, v, g (empty where it is not wanted) and initial (empty without one)."""
     q, k, v, do = rows_ready(q), rows_ready(k), rows_ready(v), rows_ready(do)
     stream = Stream(start, end, segment, first)
-    decays, totals = (None, None) if g is None else measured(g, stream)
+    decays, totals = (None, None) if g is None else measured(g, stream, q.dtype)
     onward = Walk(stream, scale, False, int(g is not None), decays, totals, contiguous(initial))
     back = Walk(stream, scale, True, int(g is not None), decays, totals, contiguous(dfinal))
     states = entered if entered.numel() else None
@@ -98,7 +97,7 @@ def per_head_backward(
         dg = q.new_empty(T, H, dtype=torch.float32)
         walk_kernels().decay_gradients[H, stream.stretches](
             read, written, given(states, read), given(dstates, read), given(ended, read), dg, *stream.tensors,
-            stream.segments, stream.stretches, read.shape[0], written.shape[0], H, K, V, T, GROUP=walks.GROUP, C=CHUNK,
+            stream.segments, stream.stretches, read.shape[0], written.shape[0], H, K, V, T, GROUP=stream.group, C=CHUNK,
             BX=tile(K, 64), BU=tile(V, 64), HAS_STATES=states is not None, HAS_ENDED=ended is not None, num_warps=4,
         )  # fmt: skip
     return dq, dk, dv, or_nothing(dg, q), or_nothing(dinitial, q)

@@ -9,11 +9,11 @@ from torchlinearmoe.kernels.chunk_table import table_of
 from torchlinearmoe.kernels.linear.kinds import KINDS
 from torchlinearmoe.kernels.linear.per_channel import per_channel
 from torchlinearmoe.kernels.linear.per_head import per_head
-from torchlinearmoe.kernels.operator import NARROW, Backend, Call
+from torchlinearmoe.kernels.operator import NARROW, Backend
 from torchlinearmoe.segments import Segments
 
-WIDEST = 256
-"""Rows of a state that a program holds at once."""
+WIDEST = 128
+"""Rows or columns of a state that one walk takes: wider ones go in parts."""
 
 
 def linear_recurrence(
@@ -35,8 +35,25 @@ def linear_recurrence(
             linear_recurrence(q, k, part, log_decay, bonus, scale, segments, state, want_final)
             for part, state in zip(parts, states)
         ]
-        finals = [final for _, final in found if final is not None]
-        return torch.cat([o for o, _ in found], -1), torch.cat(finals, -1) if want_final else None
+        return torch.cat([o for o, _ in found], -1), _joined(found, -1)
+    if q.shape[-1] > WIDEST:  # nor do rows, and outputs add up
+        width = q.shape[-1]
+        starts = range(0, width, WIDEST)
+        found = [
+            linear_recurrence(
+                q[..., start : start + WIDEST],
+                k[..., start : start + WIDEST],
+                v,
+                log_decay[..., start : start + WIDEST] if log_decay is not None and log_decay.dim() == 3 else log_decay,
+                None if bonus is None else bonus[:, start : start + WIDEST],
+                scale,
+                segments,
+                None if initial_state is None else initial_state[:, :, start : start + WIDEST],
+                want_final,
+            )
+            for start in starts
+        ]
+        return torch.stack([o.float() for o, _ in found]).sum(0).to(q.dtype), _joined(found, 2)
     table = table_of(segments)
     stream = table.start_M, table.end_M, table.segment_M, table.first_N1
     k, v = k.to(q.dtype), v.to(q.dtype)
@@ -49,9 +66,9 @@ def linear_recurrence(
     return o, final if want_final else None
 
 
-def at_most(call: Call) -> str | None:
-    """Refuses keys that no tile holds."""
-    return f"it takes keys of at most {WIDEST} channels" if call.channels > WIDEST else None
+def _joined(found: list[tuple[Tensor, Tensor | None]], dim: int) -> Tensor | None:
+    finals = [final for _, final in found if final is not None]
+    return torch.cat(finals, dim) if finals else None
 
 
 BACKEND = Backend(
@@ -63,6 +80,6 @@ BACKEND = Backend(
     devices=frozenset(("cuda",)),
     needs=("triton",),
     install="pip install triton",
-    refuses=at_most,
+    graphed=True,
     prepare=table_of,
 )

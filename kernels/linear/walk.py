@@ -15,15 +15,6 @@ from torch import Tensor
 
 from torchlinearmoe.kernels.chunk_table import CHUNK
 
-GROUP = 16
-"""Chunks of a stretch: steps that depend on each other, against states that are stored."""
-SETTINGS = {
-    "walk": (64, 4, 3),
-    "summarize": (128, 64, 4, 3),
-    "prepare": (32, 4, 3),
-    "gradients": (32, 4, 3),
-}
-
 INSIDE = {"nothing": 0, "pairs": 1, "scores": 2, "kept": 3}
 """Of the kernel."""
 
@@ -53,14 +44,26 @@ class Stream:
         return stretches_of(self.places)
 
     @property
+    def group(self) -> int:
+        """Chunks of a stretch."""
+        return group_of(self.places)
+
+    @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As kernels take them."""
         return self.start, self.end, self.segment, self.first
 
 
+def group_of(places: int) -> int:
+    """Chunks of a stretch, steps that wait for each other, where there are so many: enough stretches for every
+    multiprocessor, and few states that are stored."""
+    return 32 if places > 1024 else 16
+
+
 def stretches_of(places: int) -> int:
     """Stretches of so many places for chunks."""
-    return (places + GROUP - 1) // GROUP
+    group = group_of(places)
+    return (places + group - 1) // group
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,9 @@ class Walk:
     decay: int = 0
     """0 none, 1 per token and head, 2 per row of the state, 3 per column."""
     decays: Tensor | None = None
-    """[4, H, T], what `measured` makes of a decay per head."""
+    """[6, H, T], what `measured` makes of a decay per head."""
     totals: Tensor | None = None
-    """Factors over chunks: [M, H], or [M, H, rows or columns]."""
+    """[3, M, H] of the same, or factors over chunks, [M, H, rows or columns]."""
     enter: Tensor | None = None
     """[N, H, K, V]: the state that enters a segment from the side where the walk begins."""
 
@@ -91,14 +94,14 @@ class Walk:
         assert self.decay != 3
         states = w.new_empty(S, H, X, U, dtype=torch.float32)
         factors = w.new_empty(S, H, X if self.decay == 2 else 1, dtype=torch.float32)
-        most_x, most_u, warps, stages = SETTINGS["summarize"]
-        BX, BU = tile(X, most_x), tile(U, most_u)
+        BX, BU = tile(X, 128), tile(U, 64)
         grid = -(-X // BX) * -(-U // BU), H, S
         walk_kernels().summarize[grid](
             w, u, given(self.decays, w), given(self.totals, w), given(self.enter, w), states, factors,
-            *stream.tensors, stream.segments, self.scale, *strides(w), *strides(u), H, X, U, w.shape[0], GROUP=GROUP,
-            C=CHUNK, BX=BX, BU=BU, REVERSE=self.reverse, DECAY=self.decay, HAS_ENTER=self.enter is not None,
-            SCALED=self.scale != 1.0, PRECISION=precision(w), num_warps=warps, num_stages=stages,
+            *stream.tensors, stream.segments, self.scale, *strides(w), *strides(u), H, X, U, w.shape[0], stream.places,
+            GROUP=stream.group, C=CHUNK, BX=BX, BU=BU, REVERSE=self.reverse, DECAY=self.decay,
+            HAS_ENTER=self.enter is not None, SCALED=self.scale != 1.0, PRECISION=precision(w), num_warps=4,
+            num_stages=_stages(w),
         )  # fmt: skip
         BX, BU = tile(X, 16), tile(U, 64)
         walk_kernels().join[-(-X // BX) * -(-U // BU), H](
@@ -128,9 +131,8 @@ class Walk:
         the states at the other side of the segments that have tokens.
         """
         stream, (T, H, X), U = self.stream, x.shape, u.shape[2]
-        BX = tile(X, 1024)
-        most, warps, stages = SETTINGS["walk"]
-        BU = min(tile(U, most), max(16, 128 * most // BX))
+        BX, BU = tile(X, 128), tile(U, 64)
+        assert X <= BX, "wider states go in parts"
         grid = -(-U // BU), H, stream.stretches
         y = torch.empty(T, H, U, dtype=u.dtype, device=u.device)
         total, mode = None, 0
@@ -139,25 +141,26 @@ class Walk:
             shape = (grid[0], T, H) if mode == 1 else (stream.places, H, U)
             total = y.new_empty(shape, dtype=torch.float32)
         z = u if sums_with is None else sums_with
-        walk_kernels().walk[grid](
-            x, w, u, given(self.decays, x), given(self.totals, x), given(scores, x), given(entered, x),
-            given(self.enter, x), given(leave, x), y, z, given(total, x),
-            *stream.tensors, stream.segments, self.scale, *strides(x), *strides(w), *strides(u), *strides(z),
-            H, X, U, T, GROUP=GROUP, C=CHUNK, BX=BX, BU=BU, REVERSE=self.reverse, DECAY=self.decay,
-            INSIDE=INSIDE[inside], TRANSPOSED=transposed, HAS_ENTERED=entered is not None, HAS_ENTER=self.enter is not None,
-            WANT_LEAVE=leave is not None, SUMS=mode, SCALED=self.scale != 1.0, PRECISION=precision(x), num_warps=warps * 2 if BX > 128 else warps,
-            num_stages=1 if x.dtype == torch.float32 else stages,
-        )  # fmt: skip
+        for plain in (True, False) if self.decay == 1 else (True,):
+            walk_kernels().walk[grid](
+                x, w, u, given(self.decays, x), given(self.totals, x), given(scores, x), given(entered, x),
+                given(self.enter, x), given(leave, x), y, z, given(total, x),
+                *stream.tensors, stream.segments, self.scale, *strides(x), *strides(w), *strides(u), *strides(z),
+                H, X, U, T, stream.places, GROUP=stream.group, C=CHUNK, BX=BX, BU=BU, REVERSE=self.reverse, DECAY=self.decay,
+                PLAIN=plain, INSIDE=INSIDE[inside], TRANSPOSED=transposed, HAS_ENTERED=entered is not None,
+                HAS_ENTER=self.enter is not None, WANT_LEAVE=leave is not None, SUMS=mode, SCALED=self.scale != 1.0,
+                PRECISION=precision(x), num_warps=4, num_stages=_stages(x),
+            )  # fmt: skip
         return y, total
 
 
-def measured(g: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
-    """What walks read of log decays g [T, H]: `Walk.decays` and `Walk.totals`."""
+def measured(g: Tensor, stream: Stream, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What walks read of log decays g [T, H]: `Walk.decays` and `Walk.totals`; dtype: of what is multiplied."""
+    least = -8.0 if dtype == torch.float16 else -80.0  # half of it is an exponent
     T, H = g.shape
-    decays = g.new_empty(4, H, T)
-    totals = g.new_empty(stream.places, H)
+    decays, totals = g.new_empty(6, H, T), g.new_empty(3, stream.places, H)
     walk_kernels().measure[stream.places, H](
-        g.contiguous(), decays, totals, stream.start, stream.end, H, T, stream.places, C=CHUNK, num_warps=1
+        g.contiguous(), decays, totals, stream.start, stream.end, H, T, stream.places, C=CHUNK, LEAST=least, num_warps=1
     )
     return decays, totals
 
@@ -202,6 +205,11 @@ def tile(width: int, most: int) -> int:
 def precision(x: Tensor) -> str:
     """Of products of float32 in a call of x's type: three of TF32 are as good as float32, and fit into registers."""
     return "tf32x3" if x.dtype == torch.float32 else "tf32"
+
+
+def _stages(x: Tensor) -> int:
+    """Loads ahead: tiles of float32 leave no room for them."""
+    return 1 if x.dtype == torch.float32 else 3
 
 
 @functools.cache

@@ -27,12 +27,19 @@ import triton
 import triton.language as tl
 
 RESET = tl.constexpr(-20.0)
+NOTHING = tl.constexpr(-1e30)
+"""The log decay up to a token that is not there."""
 
 
 @triton.jit
-def measure(g, measured, totals, start, end, H, T, M, C: tl.constexpr):
-    """What walks read of decays g [T, H]: measured [4, H, T], by token the sums c of its chunk's log decays up to it,
-    the resets so far, the factor since the chunk's start and the one until its end; totals: [M, H]. Grid: M, H."""
+def measure(g, measured, totals, start, end, H, T, M, C: tl.constexpr, LEAST: tl.constexpr):
+    """What walks read of decays g [T, H]. Grid: M, H.
+
+    measured [6, H, T], by token: 0 sums c of its chunk's log decays up to it, 1 resets so far, 2 the factor since the
+    chunk's start, 3 the one until its end, 4 e^{c - c_C / 2}, 5 e^{c_C / 2 - c}; totals [3, M, H]: the factor over the
+    chunk, the one over its half, and whether it is plain: no reset, and c_C at least LEAST, so that 4 and 5, of which a
+    pair's decay is a product, are in the range of what is multiplied.
+    """
     m, h = tl.program_id(0), tl.program_id(1)
     tokens = tl.load(start + m).to(tl.int64) + tl.arange(0, C)
     inside = tokens < tl.load(end + m)
@@ -41,18 +48,26 @@ def measure(g, measured, totals, start, end, H, T, M, C: tl.constexpr):
     decays = tl.where(decays < RESET, 0.0, decays)
     c, n = tl.cumsum(decays, 0), tl.cumsum(resets, 0)
     total, all_resets = tl.sum(decays, 0), tl.sum(resets, 0)
+    plain = (all_resets == 0.0) & (total >= LEAST)
+    since = tl.where(n == 0.0, tl.exp(c), 0.0)
+    until = tl.where(n == all_resets, tl.exp(total - c), 0.0)
+    half = tl.where(plain, total * 0.5, 0.0)
     places = measured + h.to(tl.int64) * T + tokens
     row = H.to(tl.int64) * T
     tl.store(places, c, mask=inside)
     tl.store(places + row, n, mask=inside)
-    tl.store(places + 2 * row, tl.where(n == 0.0, tl.exp(c), 0.0), mask=inside)
-    tl.store(places + 3 * row, tl.where(n == all_resets, tl.exp(total - c), 0.0), mask=inside)
+    tl.store(places + 2 * row, since, mask=inside)
+    tl.store(places + 3 * row, until, mask=inside)
+    tl.store(places + 4 * row, tl.exp(tl.where(plain, c - half, 0.0)), mask=inside)
+    tl.store(places + 5 * row, tl.exp(tl.where(plain, half - c, 0.0)), mask=inside)
     tl.store(totals + m * H + h, tl.where(all_resets == 0.0, tl.exp(total), 0.0))
+    tl.store(totals + (M + m) * H + h, tl.exp(half))
+    tl.store(totals + (2 * M + m) * H + h, tl.where(plain, 1.0, 0.0))
 
 
 @triton.jit
 def measured_of(measured, which: tl.constexpr, tokens, inside, h, H, T):
-    """[C] of `measure`: 0 sums, 1 resets, 2 factors since the start, 3 until the end."""
+    """[C] of `measure`."""
     return tl.load(measured + (which * H + h).to(tl.int64) * T + tokens, mask=inside, other=0.0)
 
 
@@ -65,6 +80,14 @@ def between(c, n, C: tl.constexpr, REVERSE: tl.constexpr):
         return tl.where(seen, tl.exp(tl.where(seen, c[None, :] - c[:, None], 0.0)), 0.0)
     seen = (place[:, None] >= place[None, :]) & (n[:, None] == n[None, :])
     return tl.where(seen, tl.exp(tl.where(seen, c[:, None] - c[None, :], 0.0)), 0.0)
+
+
+@triton.jit
+def earlier(pairs, place, REVERSE: tl.constexpr):
+    """[t, s] where s <= t, or [s, t], else 0."""
+    if REVERSE:
+        return tl.where(place[:, None] <= place[None, :], pairs, 0.0)
+    return tl.where(place[:, None] >= place[None, :], pairs, 0.0)
 
 
 @triton.jit
@@ -100,7 +123,7 @@ def passed_over(totals, m, h, H, width, places):
 @triton.jit
 def summarize(
     w, u, decays, totals, enter, states, factors, start, end, segment, first, N, scale,
-    w_t, w_h, u_t, u_h, H, X, U, T,
+    w_t, w_h, u_t, u_h, H, X, U, T, M,
     GROUP: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BU: tl.constexpr,
     REVERSE: tl.constexpr, DECAY: tl.constexpr, HAS_ENTER: tl.constexpr, SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -137,22 +160,19 @@ def summarize(
         ws = rows_of(w, tokens, inside, w_t, w_h, h, X, rows)
         us = rows_of(u, tokens, inside, u_t, u_h, h, U, columns)
         if DECAY == 1:
-            if REVERSE:
-                weights = measured_of(decays, 2, tokens, inside, h, H, T) * scale
-            else:
-                weights = measured_of(decays, 3, tokens, inside, h, H, T)
+            weights = measured_of(decays, 2 if REVERSE else 3, tokens, inside, h, H, T)
             us = (us * weights[:, None]).to(us.dtype)
             over = tl.load(totals + m * H + h)
             state = state * over
             factor = factor * over
+        if DECAY == 2:
+            over = passed_over(totals, m, h, H, X, rows)
+            state = state * over[:, None]
+            factor = factor * over
+        if REVERSE and SCALED:
+            state += scale * tl.dot(tl.trans(ws), us, input_precision=PRECISION)
         else:
-            if REVERSE and SCALED:
-                us = (us * scale).to(us.dtype)
-            if DECAY == 2:
-                over = passed_over(totals, m, h, H, X, rows)
-                state = state * over[:, None]
-                factor = factor * over
-        state += tl.dot(tl.trans(ws), us, input_precision=PRECISION)
+            state += tl.dot(tl.trans(ws), us, input_precision=PRECISION)
     places, mask = state_places(s, h, H, X, U, rows, columns, False)
     tl.store(states + places, state, mask=mask)
     if DECAY == 2:
@@ -215,9 +235,9 @@ def join(
 @triton.jit
 def walk(
     x, w, u, decays, totals, scores, entered, enter, leave, y, z, sums, start, end, segment, first, N, scale,
-    x_t, x_h, w_t, w_h, u_t, u_h, z_t, z_h, H, X, U, T,
+    x_t, x_h, w_t, w_h, u_t, u_h, z_t, z_h, H, X, U, T, M,
     GROUP: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, BU: tl.constexpr,
-    REVERSE: tl.constexpr, DECAY: tl.constexpr, INSIDE: tl.constexpr, TRANSPOSED: tl.constexpr,
+    REVERSE: tl.constexpr, DECAY: tl.constexpr, PLAIN: tl.constexpr, INSIDE: tl.constexpr, TRANSPOSED: tl.constexpr,
     HAS_ENTERED: tl.constexpr, HAS_ENTER: tl.constexpr, WANT_LEAVE: tl.constexpr, SUMS: tl.constexpr,
     SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -225,8 +245,9 @@ def walk(
 
     INSIDE: 0 nothing inside a chunk; 1 products of x and w; 2 scores [T, H, C] that are given, lower triangles;
     3 nothing, but the products of x and w go to scores.
-    TRANSPOSED: states lie as [.., U, X]. enter, leave: states of documents that enter and leave. SUMS: 1 sums over U of
-    y * z by token, [tiles of U, T, H]; 2 over the tokens of a chunk by channel, [M, H, U].
+    PLAIN: of DECAY 1, the stretches all of whose chunks are plain, or the others. TRANSPOSED: states lie as [.., U, X].
+    enter, leave: states of documents that enter and leave. SUMS: 1 sums over U of y * z by token, [tiles of U, T, H];
+    2 over the tokens of a chunk by channel, [M, H, U].
     """
     columns = tl.program_id(0) * BU + tl.arange(0, BU)
     rows = tl.arange(0, BX)
@@ -234,6 +255,11 @@ def walk(
     h, s = tl.program_id(1), tl.program_id(2)
     lowest = s * GROUP
     highest = tl.minimum(lowest + GROUP, tl.load(first + N))
+    if DECAY == 1:
+        stretch = lowest + tl.arange(0, GROUP)
+        plain = tl.load(totals + (2 * M + stretch) * H + h, mask=stretch < highest, other=1.0)
+        if (tl.min(plain, 0) == 1.0) != PLAIN:
+            return
     state = tl.zeros([BX, BU], dtype=tl.float32)
     if HAS_ENTERED:
         state += state_of(entered, s, h, H, X, U, rows, columns, TRANSPOSED)
@@ -254,21 +280,21 @@ def walk(
         us = rows_of(u, tokens, inside, u_t, u_h, h, U, columns)
         out = tl.dot(xs, state.to(xs.dtype), input_precision=PRECISION)
         if DECAY == 1:
-            from_start = measured_of(decays, 2, tokens, inside, h, H, T)
-            to_end = measured_of(decays, 3, tokens, inside, h, H, T)
-            out *= (to_end if REVERSE else from_start)[:, None]
+            out *= measured_of(decays, 3 if REVERSE else 2, tokens, inside, h, H, T)[:, None]
         if INSIDE == 1:
             pairs = tl.dot(xs, tl.trans(ws), input_precision=PRECISION)
-            if DECAY == 1:
-                c = measured_of(decays, 0, tokens, inside, h, H, T)
+            # Rounded before anything is scaled: dq and dk round alike, and what cancels in dg cancels.
+            if DECAY == 1 and not PLAIN:
+                c = tl.where(inside, measured_of(decays, 0, tokens, inside, h, H, T), NOTHING)
                 pairs *= between(c, measured_of(decays, 1, tokens, inside, h, H, T), C, REVERSE)
-            elif REVERSE:
-                pairs = tl.where(place[:, None] <= place[None, :], pairs, 0.0)
-            else:
-                pairs = tl.where(place[:, None] >= place[None, :], pairs, 0.0)
-            # Rounded before it is scaled: dq and dk round alike, and what cancels in dg cancels.
-            near = tl.dot(pairs.to(us.dtype), us, input_precision=PRECISION)
-            out += near * scale if REVERSE else near
+                near = tl.dot(pairs.to(us.dtype), us, input_precision=PRECISION)
+            if DECAY == 1 and PLAIN:
+                us = (us * measured_of(decays, 4 if REVERSE else 5, tokens, inside, h, H, T)[:, None]).to(us.dtype)
+                near = tl.dot(earlier(pairs, place, REVERSE).to(us.dtype), us, input_precision=PRECISION)
+                near *= measured_of(decays, 5 if REVERSE else 4, tokens, inside, h, H, T)[:, None]
+            if DECAY != 1:
+                near = tl.dot(earlier(pairs, place, REVERSE).to(us.dtype), us, input_precision=PRECISION)
+            out += near * scale if REVERSE and SCALED else near
         if INSIDE == 3:
             pairs = tl.dot(xs, tl.trans(ws), input_precision=PRECISION).to(scores.dtype.element_ty)
             if tl.program_id(0) == 0:
@@ -296,19 +322,19 @@ def walk(
                 column_sums = tl.sum(out, 0)
                 tl.store(sums + (m.to(tl.int64) * H + h) * U + columns, column_sums, mask=columns < U)
         if DECAY == 1:
-            if REVERSE:
-                us = (us * (scale * from_start)[:, None]).to(us.dtype)
-            else:
-                us = (us * to_end[:, None]).to(us.dtype)
             state = state * tl.load(totals + m * H + h)
-        else:
-            if REVERSE and SCALED:
-                us = (us * scale).to(us.dtype)
-            if DECAY == 2:
-                state = state * passed_over(totals, m, h, H, X, rows)[:, None]
-            if DECAY == 3:
-                state = state * passed_over(totals, m, h, H, U, columns)[None, :]
-        state += tl.dot(tl.trans(ws), us, input_precision=PRECISION)
+            if not PLAIN:
+                us = (us * measured_of(decays, 2 if REVERSE else 3, tokens, inside, h, H, T)[:, None]).to(us.dtype)
+        if DECAY == 2:
+            state = state * passed_over(totals, m, h, H, X, rows)[:, None]
+        if DECAY == 3:
+            state = state * passed_over(totals, m, h, H, U, columns)[None, :]
+        added = tl.dot(tl.trans(ws), us, input_precision=PRECISION)
+        if REVERSE and SCALED:
+            added *= scale
+        if DECAY == 1 and PLAIN:
+            added *= tl.load(totals + (M + m) * H + h)
+        state += added
         if WANT_LEAVE:
             leaves = begins if REVERSE else ends
             if leaves:
