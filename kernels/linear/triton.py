@@ -75,7 +75,7 @@ BACKEND = Backend(
     "triton",
     linear_recurrence,
     KINDS,
-    order=10,
+    order=40,
     dtypes=NARROW,
     devices=frozenset(("cuda",)),
     needs=("triton",),

@@ -146,10 +146,10 @@ class Walk:
                 x, w, u, given(self.decays, x), given(self.totals, x), given(scores, x), given(entered, x),
                 given(self.enter, x), given(leave, x), y, z, given(total, x),
                 *stream.tensors, stream.segments, self.scale, *strides(x), *strides(w), *strides(u), *strides(z),
-                H, X, U, T, stream.places, GROUP=stream.group, C=CHUNK, BX=BX, BU=BU, REVERSE=self.reverse, DECAY=self.decay,
-                PLAIN=plain, INSIDE=INSIDE[inside], TRANSPOSED=transposed, HAS_ENTERED=entered is not None,
-                HAS_ENTER=self.enter is not None, WANT_LEAVE=leave is not None, SUMS=mode, SCALED=self.scale != 1.0,
-                PRECISION=precision(x), num_warps=4, num_stages=_stages(x),
+                H, X, U, T, stream.places, GROUP=stream.group, C=CHUNK, BX=BX, BU=BU, REVERSE=self.reverse,
+                DECAY=self.decay, PLAIN=plain, INSIDE=INSIDE[inside], TRANSPOSED=transposed,
+                HAS_ENTERED=entered is not None, HAS_ENTER=self.enter is not None, WANT_LEAVE=leave is not None,
+                SUMS=mode, SCALED=self.scale != 1.0, PRECISION=precision(x), num_warps=4, num_stages=_stages(x),
             )  # fmt: skip
         return y, total
 
