@@ -103,8 +103,7 @@ def test_the_float32_delta_rule_goes_by_the_gated_kernel_and_is_barred_with_it()
         ("quadratic", "fla", call("taylor"), HOPPER, "it computes delta (channels), delta (gated)"),
         ("linear", "mamba_ssm", call("scalar"), HOPPER, "it computes ssd"),
         ("ssd", "mamba_ssm", call("ssd"), lacking("mamba_ssm"), "pip install --no-build-isolation"),
-        ("delta", "triton", call("channels"), HOPPER, "it computes linear (constant), linear"),
-        ("linear", "triton", call("diagonal"), HOPPER, "it computes linear (constant)"),
+        ("delta", "triton", call("channels"), HOPPER, "it computes linear (bonus), linear (constant), linear"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_computed_is_refused_in_one_line_with_key_reason_and_way_out(
@@ -133,25 +132,25 @@ def test_wide_keys_are_refused_by_delta_rules_only():
 @pytest.mark.parametrize(
     "facts, machine, words",
     [
-        (call("diagonal", dtype=torch.float32), HOPPER, "TF32"),
-        (call("diagonal"), replace(HOPPER, deterministic=True), "training.deterministic"),
+        (call("slots", dtype=torch.float32), HOPPER, "TF32"),
+        (call("slots"), replace(HOPPER, deterministic=True), "training.deterministic"),
     ],
 )
 def test_auto_leaves_out_what_only_an_explicit_name_asks_for(facts, machine, words):
-    name, reason = auto("linear", facts, machine)
+    name, reason = auto("slots", facts, machine)
     assert name == "torch" and words in reason
-    assert decide(operators()["linear"], "fla", facts, machine)[0] == "fla"
+    assert decide(operators()["slots"], "fla", facts, machine)[0] == "fla"
 
 
+OURS = ("linear", "ssd")
 ORDER = [
-    *[(operator, kind, HOPPER, "fla") for operator, kind in KERNELS if operator != "quadratic"],
+    *[(operator, kind, HOPPER, "triton") for operator, kind in KERNELS if operator in OURS],
+    *[(operator, kind, HOPPER, "fla") for operator, kind in KERNELS if operator not in (*OURS, "quadratic")],
     ("quadratic", "taylor", HOPPER, "torch"),
     ("linear", "scalar", OLD_TRITON, "triton"),
     ("delta", "gated", OLD_TRITON, "torch"),
-    ("ssd", "ssd", OLD_TRITON, "mamba_ssm"),
-    ("ssd", "ssd", replace(OLD_TRITON, missing=frozenset(["mamba_ssm"])), "triton"),
+    ("ssd", "ssd", OLD_TRITON, "triton"),
     ("linear", "identity", lacking("fla", "einops", "mamba_ssm"), "triton"),
-    ("ssd", "ssd", lacking("fla"), "mamba_ssm"),
     ("linear", "diagonal", lacking("fla", "triton", "einops", "mamba_ssm"), "torch"),
     ("convolution", "convolution", HOPPER, "triton"),
     ("convolution", "convolution", lacking("triton"), "torch"),
@@ -161,7 +160,7 @@ ORDER = [
 
 
 @pytest.mark.parametrize("operator, kind, machine, expected", ORDER)
-def test_auto_takes_fla_then_mamba_then_our_own(operator, kind, machine, expected):
+def test_auto_takes_our_own_then_what_packages_have(operator, kind, machine, expected):
     name, reason = auto(operator, call(kind), machine)
     assert name == expected
     first = max(operators()[operator].backends.values(), key=lambda b: b.order if b.order and kind in b.kinds else -1)
@@ -174,7 +173,7 @@ def test_auto_stays_with_plain_pytorch_on_the_cpu(operator, kind):
     assert auto(operator, call(kind, device="cpu"), HOPPER)[0] == "torch"
 
 
-@pytest.mark.parametrize("operator, kind", [("linear", "scalar"), ("linear", "identity"), ("ssd", "ssd")])
+@pytest.mark.parametrize("operator, kind", [("linear", "scalar"), ("linear", "diagonal"), ("ssd", "ssd")])
 @pytest.mark.parametrize("exact", ["float32", "deterministic"])
 def test_auto_takes_our_kernels_where_results_must_be_exact(operator, kind, exact):
     machine = replace(HOPPER, deterministic=exact == "deterministic")
@@ -190,7 +189,8 @@ def test_a_reason_tells_why_without_the_way_out():
 
 def test_under_the_compiler_auto_takes_what_it_can_fuse_and_a_name_what_it_names():
     for operator, kind in (*KERNELS, ("token_shift", "token_shift")):
-        assert auto(operator, call(kind), HOPPER, compiling=True) == ("torch", "torch.compile fuses it")
+        if operator not in OURS:
+            assert auto(operator, call(kind), HOPPER, compiling=True) == ("torch", "torch.compile fuses it")
     assert decide(operators()["linear"], "fla", call("scalar"), HOPPER, True)[0] == "fla"
     assert decide(operators()["linear"], "triton", call("scalar"), HOPPER, True)[0] == "triton"
 
@@ -206,8 +206,11 @@ def test_under_the_compiler_auto_takes_what_it_can_fuse_and_a_name_what_it_names
         ({}, lacking("triton"), "torch"),
     ],
 )
-def test_under_the_compiler_auto_takes_an_operator_that_is_faster_than_what_it_would_fuse(changes, machine, name):
-    found, reason = auto("convolution", call("convolution", **changes), machine, compiling=True)
+@pytest.mark.parametrize("operator, kind", [("convolution", "convolution"), ("linear", "diagonal"), ("ssd", "ssd")])
+def test_under_the_compiler_auto_takes_an_operator_that_is_faster_than_what_it_would_fuse(
+    operator, kind, changes, machine, name
+):
+    found, reason = auto(operator, call(kind, **changes), machine, compiling=True)
     assert (found, reason) == (name, "an operator of the compiler" if name == "triton" else "torch.compile fuses it")
 
 
