@@ -104,19 +104,19 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _encode(options: argparse.Namespace, tokenizer: Tokenizer, texts: list[str]) -> tuple[list[list[int]], set[int]]:
     """The ids of every prompt, and those that end a continuation."""
-    from torchlinearmoe.checkpoint.model import begin_of_text, checkpoint_template, ends_of_text
+    from torchlinearmoe.checkpoint.model import checkpoint_template, ends_of_text
     from torchlinearmoe.data.chat_template import Message
 
-    begin, ends = begin_of_text(options.checkpoint, tokenizer), ends_of_text(options.checkpoint, tokenizer)
+    ends = ends_of_text(options.checkpoint, tokenizer)
     if not options.chat:
         if options.system:
             raise Failure("--system: only a conversation has a system message; add --chat")
-        return [[begin, *tokenizer.encode(text)] for text in texts], ends
+        return [[tokenizer.start, *tokenizer.encode(text)] for text in texts], ends
     if options.prompt is None:
         raise Failure("--chat: give the message with --prompt")
     template = checkpoint_template(options.checkpoint)
     before = [Message("system", options.system)] if options.system else []
-    prompts = [template.prompt([*before, Message("user", text)], tokenizer, begin) for text in texts]
+    prompts = [template.prompt([*before, Message("user", text)], tokenizer) for text in texts]
     return prompts, ends | {template.end_id(tokenizer)}
 
 

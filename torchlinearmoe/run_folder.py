@@ -44,6 +44,10 @@ def check_same_run(saved: Recipe, now: Recipe, *, data_known: bool) -> None:
     data_known: the data are compared by themselves, wherever they lie.
     """
     before, after = flatten(saved), flatten(now)
+    for table in before, after:
+        # A checkpoint says so where documents begin with that token; who says nothing takes what it says.
+        begins = table["data.begin_of_text"]
+        table["data.begin_of_text"] = bool(before["data.begin_of_text"] if begins is None else begins)
     free_keys = (*FREE_KEYS, *DATA_PLACES) if data_known else FREE_KEYS
     for key in sorted(before):
         free = key in free_keys or key.split(".")[0] in FREE_SECTIONS
@@ -75,6 +79,13 @@ def with_tokenizer(recipe: Recipe) -> Recipe:
             f"data.tokenizer = '': checkpoint.init_from = '{source}' holds no tokenizer; name the file of its tokenizer"
         )
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, tokenizer=str(found)))
+
+
+def with_begin_of_text(recipe: Recipe, begin_of_text: int | None) -> Recipe:
+    """The recipe with `data.begin_of_text` written out where documents start with that token."""
+    if begin_of_text is None:
+        return recipe
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, begin_of_text=True))
 
 
 def write_recipe(recipe: Recipe, folder: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchlinearmoe.checkpoint.folder import read_extra
 from torchlinearmoe.checkpoint.initial import InitialWeights
 from torchlinearmoe.checkpoint.manager import CheckpointManager
-from torchlinearmoe.checkpoint.model import checkpoint_recipe, model_files
+from torchlinearmoe.checkpoint.model import begins_as_trained, checkpoint_recipe, model_files
 from torchlinearmoe.data.baselines import Baselines, baseline_losses
 from torchlinearmoe.data.fingerprint import DataState, fingerprint, follow
 from torchlinearmoe.data.loader import build_loader, build_validation_loader
@@ -51,7 +51,7 @@ from torchlinearmoe.parallel.mesh import Degrees, Meshes
 from torchlinearmoe.parallel.tensor import sum_partial_gradients
 from torchlinearmoe.recipe import Recipe
 from torchlinearmoe.recipe.remarks import remarks
-from torchlinearmoe.run_folder import check_same_run, write_recipe
+from torchlinearmoe.run_folder import check_same_run, with_begin_of_text, write_recipe
 from torchlinearmoe.runtime import StopSignal, choose_dtype, on_rank_0
 
 
@@ -80,12 +80,13 @@ class Trainer:
         check_modules(self.whole, device.type, self.dtype, training.compile)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer)
         check_vocabulary(self.tokenizer, recipe.model.vocab_size)
-        self.model_files = model_files(recipe, self.tokenizer)
         self.checkpoints = CheckpointManager(self.folder / "checkpoints", recipe.checkpoint.keep)
         source = self._choose_checkpoint()
         fresh = source is None and recipe.checkpoint.init_from
         self.initial_weights = InitialWeights(recipe) if fresh else None
-        self.splits = self._open_data()
+        self.splits = self._open_data(source)
+        recipe = self.recipe = with_begin_of_text(recipe, self.splits.stores[0].begin_of_text)
+        self.model_files = model_files(recipe, self.tokenizer)
         self.data, self.data_note = self._follow_data(source)
         built = build_parallel_model(recipe, self.meshes, device, self.dtype)
         self.parts, self.passes, self.shared = built.parts, built.passes, built.shared
@@ -309,9 +310,12 @@ class Trainer:
             check_same_run(checkpoint_recipe(source), self.recipe, data_known=data_known)
         return source
 
-    def _open_data(self) -> Splits:
-        """The data, found and tokenised by rank 0 while the others wait."""
-        return open_data(self.recipe.data, self.tokenizer, self.folder / "cache", self.folder, on_rank_0)
+    def _open_data(self, source: Path | None) -> Splits:
+        """The data, found and tokenised by rank 0 while the others wait; documents start as the weights know them."""
+        data, known = self.recipe.data, source or self.recipe.checkpoint.init_from
+        if data.begin_of_text is None and known:
+            data = replace(data, begin_of_text=begins_as_trained(known, self.tokenizer))
+        return open_data(data, self.tokenizer, self.folder / "cache", self.folder, on_rank_0)
 
     def _follow_data(self, source: Path | None) -> tuple[DataState, str | None]:
         """How the data go on from where the run stood, and a line to say."""

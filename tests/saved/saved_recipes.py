@@ -200,7 +200,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             },
             "mamba2": {"head_dim": 24, "state": 16},
         },
-        "data": {"format": "messages", "chat_template": "plain", "on_change": "restart_epoch"},
+        "data": {"format": "messages", "chat_template": "plain", "on_change": "restart_epoch", "begin_of_text": True},
         "training": {"tokens": 10**12, "sequence_length": 1024, "output_dir": "runs/deepseek"},
         "optimizer": {"warmup_tokens": 10**9, "schedule": "constant"},
         "parallel": {

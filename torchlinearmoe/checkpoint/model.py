@@ -65,20 +65,31 @@ def checkpoint_recipe(path: str | Path) -> Recipe:
 
 
 def checkpoint_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer a checkpoint was trained with."""
+    """The tokenizer a checkpoint was trained with, with documents that start as they did."""
     found = find_tokenizer(path)
     if found is None:
         raise CheckpointError(f"{Path(path) / TOKENIZER_FOLDER}: holds no tokenizer.json and no tiktoken file")
-    return load_tokenizer(found)
+    return load_tokenizer(found).starting(_begins(Path(path)))
 
 
-def begin_of_text(path: str | Path, tokenizer: Tokenizer) -> int:
-    """The id that a text begins with: the end-of-text token, which training puts before every document.
+def _begins(path: Path) -> bool | None:
+    """Whether documents started with the begin-of-text token in training; None for as the tokenizer's files say.
 
-    An imported model was trained elsewhere: the token that its tokenizer puts before a text, if it does.
+    So it is for an imported model, which was trained elsewhere. Checkpoints of earlier versions say nothing: they never
+    did.
     """
-    begin = tokenizer.begin_of_text if is_there(Path(path) / SPECIAL_IDS_FILE) else None
-    return tokenizer.end_of_text if begin is None else begin
+    return None if is_there(path / SPECIAL_IDS_FILE) else bool(checkpoint_recipe(path).data.begin_of_text)
+
+
+def begins_as_trained(path: str | Path, tokenizer: Tokenizer) -> bool | None:
+    """Whether documents of this tokenizer start with its begin-of-text token in what the weights at `path` know.
+
+    None for as the tokenizer's files say: in a Hugging Face directory, an imported model, or under another tokenizer.
+    """
+    path = Path(path).expanduser()
+    if not is_there(path / RECIPE_FILE) or (found := find_tokenizer(path)) is None:
+        return None
+    return _begins(path) if load_tokenizer(found).fingerprint == tokenizer.fingerprint else None
 
 
 def ends_of_text(path: str | Path, tokenizer: Tokenizer) -> set[int]:

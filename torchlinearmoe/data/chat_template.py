@@ -8,6 +8,7 @@ A template is a TOML file with one line of text a role, `{content}` once in each
 
 Special tokens of the tokenizer that the template spells are one id each; in the content they are plain text, so that no
 content can end a turn. `{end}` is the special token `end`, or the end of text where the tokenizer has no such token.
+Before the first turn comes the token that starts every document: the begin of text where the tokenizer has one.
 Trained are the assistant's content and the end right after it:
 
     <|endoftext|> <|im_start|> user \\n Hi <|im_end|> \\n <|im_start|> assistant \\n Hello . <|im_end|> \\n
@@ -53,7 +54,7 @@ class ChatTemplate:
 
     def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
         """The ids of a conversation, the start marker first, up to its last trained token; and which are trained."""
-        ids, trained = [tokenizer.end_of_text], [False]
+        ids, trained = [tokenizer.start], [False]
         for message in messages:
             before, after = self.around[message.role]
             answers = message.role == "assistant"
@@ -71,9 +72,9 @@ class ChatTemplate:
             trained.pop()
         return ids, trained
 
-    def prompt(self, messages: Sequence[Message], tokenizer: Tokenizer, begin: int) -> list[int]:
-        """The ids of a conversation, `begin` first, up to where the assistant's next content begins."""
-        ids = [begin]
+    def prompt(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+        """The ids of a conversation, the start marker first, up to where the assistant's next content begins."""
+        ids = [tokenizer.start]
         for message in messages:
             before, after = self.around[message.role]
             ids += self._literal(before, tokenizer) + tokenizer.encode(message.content)

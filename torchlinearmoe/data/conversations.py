@@ -38,7 +38,6 @@ class Conversations:
     def __init__(self, store: TokenStore, chosen: np.ndarray) -> None:
         """`chosen`: bool [documents], the conversations of `store` that belong to the split."""
         self.store = store
-        self.end_of_text = store.end_of_text
         self.documents = np.flatnonzero(chosen)
         self.num_documents = len(self.documents)
         self._lengths = np.diff(store.offsets)[self.documents]
@@ -105,7 +104,7 @@ class PackedConversations:
 
     def ignored(self) -> Sample:
         """A sample that counts for nothing."""
-        return ignored_sample(self.length, self.store.end_of_text)
+        return ignored_sample(self.length, self.store.padding)
 
 
 def open_conversations(
@@ -114,6 +113,7 @@ def open_conversations(
     tokenizer: Tokenizer,
     template: ChatTemplate,
     validation_fraction: float,
+    begins: bool | None = None,
     cache: str | Path | None = None,
     progress: Progress | None = None,
     run_folder: Path | None = None,
@@ -121,16 +121,16 @@ def open_conversations(
 ) -> Splits:
     """The conversations under `paths` (none: those that ship), encoded once into `cache` and split.
 
-    A conversation is held out by the hash of its messages. `run_folder` and `decide` are those of `open_splits`. Raises
-    UserError, one line that names the file and line.
+    A conversation is held out by the hash of its messages. `run_folder`, `decide` and `begins` are those of
+    `open_splits`. Raises UserError, one line that names the file and line.
     """
     folder = Path(cache or DEFAULT_CACHE).expanduser()
     (store,), found = open_stores(
         lambda: _find_messages(paths, run_folder),
-        lambda files, made: cached_store(
+        lambda files, made, starting: cached_store(
             files,
             read_conversations,
-            tokenizer,
+            starting,
             folder,
             progress,
             encode=partial(_encode, template=template),
@@ -139,6 +139,7 @@ def open_conversations(
         ),
         tokenizer,
         decide,
+        begins,
     )
     held_out = store.keys < int(validation_fraction * 2**64)
     splits = Splits(Conversations(store, ~held_out), Conversations(store, held_out), (store,), found.left_out)

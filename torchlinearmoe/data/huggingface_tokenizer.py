@@ -70,7 +70,10 @@ class HuggingFaceTokenizer(Tokenizer):
         config = self._read_config()
         end_of_text = self._find_end_of_text(vocabulary, config)
         self.end_of_text = vocabulary[end_of_text]
-        self.begin_of_text = self._find_begin_of_text(vocabulary, config)
+        begin_of_text = self._find_begin_of_text(vocabulary, config)
+        self.begin_of_text = None if begin_of_text == self.end_of_text else begin_of_text
+        padding = self._spelling(config, "pad_token")
+        self.padding = None if padding is None else vocabulary.get(padding)
         added = [token for token in described.get("added_tokens", ()) if token.get("special")]
         self.special_tokens = {token["content"]: token["id"] for token in added}
         self._bytes = _token_bytes(described, vocabulary, path)
@@ -93,7 +96,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _find_end_of_text(self, vocabulary: dict[str, int], config: dict[str, Any]) -> str:
         config_path = self.path.with_name("tokenizer_config.json")
-        token = _spelling(config, "eos_token")
+        token = self._spelling(config, "eos_token")
         if token is not None:
             if token not in vocabulary:
                 raise UserError(f"{config_path}: eos_token = {token!r} is not in the vocabulary of {self.path}")
@@ -107,12 +110,21 @@ class HuggingFaceTokenizer(Tokenizer):
         """The `bos_token` of `tokenizer_config.json`, else what the `post_processor` of the file puts before a text."""
         if config.get("add_bos_token") is False:
             return None
-        token = _spelling(config, "bos_token")
+        token = self._spelling(config, "bos_token")
         if token is not None:
             return vocabulary.get(token)
         marked = self._model.encode("a", add_special_tokens=True)
         starts = 0 in marked.special_tokens_mask and marked.special_tokens_mask[0] == 1
         return marked.ids[0] if starts else None
+
+    def _spelling(self, config: dict[str, Any], key: str) -> str | None:
+        """A token that is named by itself or by an object of its properties; None where it is not named."""
+        token = config.get(key)
+        spelled = token.get("content") if isinstance(token, dict) else token
+        if spelled is not None and not isinstance(spelled, str):
+            path = self.path.with_name("tokenizer_config.json")
+            raise UserError(f"{path}: {key} = {token!r}: must be a string, or an object with one under 'content'")
+        return spelled
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
@@ -122,12 +134,6 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(self._bytes.get(token, b"") for token in ids)
-
-
-def _spelling(config: dict[str, Any], key: str) -> Any:
-    """A token that is named by itself or by an object of its properties; None where it is not named."""
-    token = config.get(key)
-    return token.get("content") if isinstance(token, dict) else token
 
 
 def _token_bytes(described: dict[str, Any], vocabulary: dict[str, int], path: Path) -> dict[int, bytes]:

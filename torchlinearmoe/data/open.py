@@ -23,6 +23,7 @@ def open_data(
     where: dict[str, Any] = {
         "tokenizer": tokenizer,
         "validation_fraction": data.validation_fraction,
+        "begins": data.begin_of_text,
         "cache": data.cache or cache,
         "run_folder": run_folder,
         "decide": decide,

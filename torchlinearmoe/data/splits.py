@@ -7,7 +7,10 @@ A stream is, document after document, the start marker and the document's tokens
 
     <|endoftext|> a b c <|endoftext|> d e <|endoftext|>
 
-so that the target of a document's last token is the end of text.
+so that the target of a document's last token is the end of text. With a tokenizer that begins texts with a token of its
+own, that one is the start marker, and every document has its end:
+
+    <s> a b c </s> <s> d e </s>
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ class TokenStream:
         """`chosen[i]`: bool [documents], the documents of `stores[i]` that belong to the stream, in order."""
         self._all_stores = list(stores)
         self.num_documents = int(sum(int(mask.sum()) for mask in chosen))
-        self.end_of_text = stores[0].end_of_text
+        self.start, self.padding = stores[0].start, stores[0].padding
+        self._last = stores[0].end_of_text if stores[0].begin_of_text is None else None
         store_of, sources, lengths = [], [], []
         for index, (store, mask) in enumerate(zip(stores, chosen)):
             edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
@@ -54,7 +58,7 @@ class TokenStream:
 
     def __len__(self) -> int:
         """Ids in the stream, the last marker included; 0 when no document belongs to it."""
-        return int(self._starts[-1]) + 1 if self.num_documents else 0
+        return int(self._starts[-1]) + (self._last is not None) if self.num_documents else 0
 
     def samples(self, length: int, tail: bool = False) -> Samples:
         """The stream cut every `length` tokens; with `tail` a last, shorter piece too."""
@@ -76,7 +80,7 @@ class TokenStream:
         run = int(np.searchsorted(self._starts, start, side="right")) - 1
         while place < stop:
             if run == len(self._stores):
-                out[place - start :] = self.end_of_text
+                out[place - start :] = self._last
                 break
             end = min(stop, int(self._starts[run + 1]))
             source = int(self._sources[run]) + place - int(self._starts[run])
@@ -89,7 +93,6 @@ class Stream(Protocol):
     """One split of the data: what it can be cut into."""
 
     num_documents: int
-    end_of_text: int
 
     def __len__(self) -> int: ...
 
@@ -126,6 +129,7 @@ def open_splits(
     *,
     tokenizer: Tokenizer,
     validation_fraction: float,
+    begins: bool | None = None,
     cache: str | Path | None = None,
     progress: Progress | None = None,
     run_folder: Path | None = None,
@@ -135,17 +139,19 @@ def open_splits(
 
     Text is tokenised once into `cache` (default ~/.cache/torchlinearmoe); `progress` is called with (documents, tokens)
     meanwhile. Folders of tokens under `paths` are used as they are, after the text; what a run writes into `run_folder`
-    is no text. `decide` picks the process whose word counts. Raises UserError, one line, on unreadable paths, on tokens
-    of another tokenizer, and when a split has no document.
+    is no text. `decide` picks the process whose word counts. `begins`: whether documents start with the begin-of-text
+    token; None: as in the folders of tokens, else where the tokenizer has one. Raises UserError, one line, on
+    unreadable paths, on tokens of another tokenizer, and when a split has no document.
     """
     if not 0 <= validation_fraction < 1:
         raise UserError(f"data.validation_fraction = {validation_fraction}: it must be at least 0 and below 1")
     folder = Path(cache or DEFAULT_CACHE).expanduser()
     stores, found = open_stores(
         lambda: find_sources(paths, run_folder),
-        lambda files, made: cached_store(files, read_documents, tokenizer, folder, progress, folder=made),
+        lambda files, made, starting: cached_store(files, read_documents, starting, folder, progress, folder=made),
         tokenizer,
         decide,
+        begins,
     )
     bound = int(validation_fraction * 2**64)
     held_out = [store.keys < bound for store in stores]

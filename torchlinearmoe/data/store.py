@@ -1,7 +1,7 @@
 """A folder of token ids: what tokenising leaves behind, and what training reads through a memory map.
 
-    tokens.npy      uint16, or uint32 for more than 65,536 ids: of each document, its start marker (the end-of-text id)
-                    and its tokens
+    tokens.npy      uint16, or uint32 for more than 65,536 ids: of each document, its start marker and its tokens; then,
+                    where the marker is a begin-of-text id and not the end-of-text id itself, the end-of-text id
     offsets.npy     int64 [documents + 1]: document d is tokens[offsets[d] : offsets[d + 1]]
     keys.npy        uint64 [documents]: hash of the document's text; decides which split it belongs to
     trained.npy     uint8 like tokens, where not all are trained: 1 for those that are
@@ -47,7 +47,7 @@ class Encoded(NamedTuple):
     key: int
     """64 bits that decide its split."""
     ids: Sequence[int]
-    """Start marker and tokens."""
+    """Start marker and tokens, the end-of-text id where it is no start marker."""
     trained: Sequence[bool] | None = None
     """Which ids are trained; None for all. The same kind for all documents of a store."""
 
@@ -64,10 +64,18 @@ class TokenStore:
             self.num_documents: int = described["documents"]
             self.num_tokens: int = described["tokens"]
             self.end_of_text: int = described["end_of_text"]
+            # Folders of earlier versions know of no other special id.
+            self.begin_of_text: int | None = described.get("begin_of_text")
+            self.padding: int = described.get("padding", self.end_of_text)
             self.vocab_size: int = described["vocab_size"]
             self.tokenizer_fingerprint: str = described["tokenizer_fingerprint"]
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise UserError(f"{folder}: not a token folder: {type(error).__name__}: {error}") from None
+
+    @property
+    def start(self) -> int:
+        """The id that starts every document."""
+        return self.end_of_text if self.begin_of_text is None else self.begin_of_text
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -134,9 +142,10 @@ def write_encoded(
 
 def encode_texts(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[Encoded]]:
     """Texts to documents whose every token is trained, batch by batch."""
+    end = [] if tokenizer.begin_of_text is None else [tokenizer.end_of_text]
     for texts in _batches(documents):
         ids = tokenizer.encode_batch(texts)
-        yield [Encoded(document_key(text), [tokenizer.end_of_text, *found]) for text, found in zip(texts, ids)]
+        yield [Encoded(document_key(text), [tokenizer.start, *found, *end]) for text, found in zip(texts, ids)]
 
 
 def cached_store(
@@ -163,7 +172,8 @@ def cached_store(
 
 
 def _name(files: Sequence[Path], tokenizer: Tokenizer, told: str) -> str:
-    known = [str(FORMAT), tokenizer.fingerprint, *([told] if told else [])]
+    begin = [] if tokenizer.begin_of_text is None else [f"begin of text {tokenizer.begin_of_text}"]
+    known = [str(FORMAT), tokenizer.fingerprint, *begin, *([told] if told else [])]
     for file in files:
         state = file.stat()
         known.append(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}")
@@ -208,6 +218,8 @@ def _write(folder: Path, batches: Iterable[list[Encoded]], tokenizer: Tokenizer,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "end_of_text": tokenizer.end_of_text,
+        "begin_of_text": tokenizer.begin_of_text,
+        "padding": tokenizer.end_of_text if tokenizer.padding is None else tokenizer.padding,
     }
     (folder / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 

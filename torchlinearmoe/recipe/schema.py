@@ -138,6 +138,10 @@ class DataRecipe:
     tokenizer: str = ""
     """A tiktoken-format file or a Hugging Face `tokenizer.json`; empty: the one that lies with
     `checkpoint.init_from`, else the BPE that ships with the project."""
+    begin_of_text: bool | None = None
+    """Documents and conversations start with the tokenizer's begin-of-text token; absent: they do where it has one,
+    unless folders of tokens, or the checkpoint of `checkpoint.init_from`, were made without. Where they do not, they
+    start with the end of text."""
     validation_fraction: float = 0.05
     """Share of the documents held out from training."""
     workers: int = 0
