@@ -44,7 +44,7 @@ class TokenStream:
         self._all_stores = list(stores)
         self.num_documents = int(sum(int(mask.sum()) for mask in chosen))
         self.start, self.padding = stores[0].start, stores[0].padding
-        self._last = stores[0].end_of_text if stores[0].begin_of_text is None else None
+        self._last = [stores[0].end_of_text] if stores[0].begin_of_text is None else []
         store_of, sources, lengths = [], [], []
         for index, (store, mask) in enumerate(zip(stores, chosen)):
             edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
@@ -58,7 +58,7 @@ class TokenStream:
 
     def __len__(self) -> int:
         """Ids in the stream, the last marker included; 0 when no document belongs to it."""
-        return int(self._starts[-1]) + (self._last is not None) if self.num_documents else 0
+        return int(self._starts[-1]) + len(self._last) if self.num_documents else 0
 
     def samples(self, length: int, tail: bool = False) -> Samples:
         """The stream cut every `length` tokens; with `tail` a last, shorter piece too."""

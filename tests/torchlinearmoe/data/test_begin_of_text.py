@@ -1,4 +1,4 @@
-"""Documents and conversations that start with a token of their own: in folders of tokens, old and new, and in caches."""
+"""Documents and conversations that start with a token of their own, in folders of tokens and caches, old and new."""
 
 import json
 import shutil
