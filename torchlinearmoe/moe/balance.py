@@ -80,10 +80,31 @@ class TokenLayout:
     row_parts: int = 1
     stream_parts: int = 1
     stream_part: int = 0
+    rows: ProcessGroup | None = None
+    """The row_parts * stream_parts ranks that share the same sequences, whatever the scope; None: this process alone.
+    Their order is that of spans, and within a span that of its stream's parts."""
 
     def own(self, x_T: Tensor) -> Tensor:
         """This rank's part of something that a stream has for each token, [stream_parts * T, ...] -> [T, ...]."""
         return x_T.chunk(self.stream_parts)[self.stream_part]
+
+    def gather(self, x_T: Tensor, row_length: int) -> Tensor:
+        """What all ranks of `rows` have for their tokens, in the order of whole rows; every one of them calls.
+
+        [T, ...] -> [row_parts * stream_parts * T, ...]. row_length: of this rank's stream, a span's.
+        """
+        if self.rows is None:
+            return x_T
+        parts = [torch.empty_like(x_T) for _ in range(self.rows.size())]
+        dist.all_gather(parts, x_T.contiguous(), group=self.rows)
+        return torch.cat(parts).unflatten(0, (self.row_parts, -1, row_length)).transpose(0, 1).flatten(0, 2)
+
+    def own_of_rows(self, x: Tensor, row_length: int) -> Tensor:
+        """The inverse: this rank's part of what whole rows have for each token."""
+        if self.rows is None:
+            return x
+        span = self.rows.rank() // self.stream_parts
+        return self.own(x.unflatten(0, (-1, self.row_parts, row_length))[:, span].flatten(0, 1))
 
 
 def _sum_rows(values_TE: Tensor, row_length: int, parts: int, part: int) -> Tensor:
