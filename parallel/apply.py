@@ -97,7 +97,7 @@ def _lay_out(model: Decoder, recipe: Recipe, meshes: Meshes, dtype: torch.dtype)
 
 
 def spread_router_counts(model: Decoder, meshes: Meshes) -> None:
-    """Tell the routers' balance losses, and capacities of sequences, which tokens this rank has and who has the rest."""
+    """Tell the routers which tokens this rank has and who has the rest, for balance losses and capacities."""
     degrees = meshes.degrees
     groups = {
         "global": meshes.tokens_group,
