@@ -123,20 +123,20 @@ def _sum_rows(values_TE: Tensor, row_length: int, parts: int, part: int) -> Tens
     return F.pad(whole_TE.view(end - first, row_length, E).sum(1), (0, 0, first, rows - end))
 
 
-@torch.no_grad()
 def count_rows(
     topk_ids_Tk: Tensor, probs_TE: Tensor, counted_T: Tensor | None, row_length: int, parts: int, part: int
 ) -> Tensor:
     """Local assignments of each row to each expert, [S, E] in the probabilities' type."""
-    chosen_TE = torch.zeros_like(probs_TE).scatter_(1, topk_ids_Tk, 1.0)
-    if counted_T is not None:
-        chosen_TE = chosen_TE * counted_T.unsqueeze(1)
-    return _sum_rows(chosen_TE, row_length, parts, part)
+    with torch.no_grad():  # a decorator around it would be what is compiled
+        chosen_TE = torch.zeros_like(probs_TE).scatter_(1, topk_ids_Tk, 1.0)
+        if counted_T is not None:
+            chosen_TE = chosen_TE * counted_T.unsqueeze(1)
+        return _sum_rows(chosen_TE, row_length, parts, part)
 
 
-def weigh_rows(counts_SE: Tensor, probs_TE: Tensor, scale: float, row_length: int, parts: int, part: int) -> Tensor:
-    """scale * sum over rows and experts of the counts times the local probabilities, 0-dim."""
-    return (counts_SE * _sum_rows(probs_TE, row_length, parts, part)).sum() * scale
+def weigh_rows(counts_SE: Tensor, probs_TE: Tensor, row_length: int, parts: int, part: int) -> Tensor:
+    """Sum over rows and experts of the counts times the local probabilities, 0-dim."""
+    return (counts_SE * _sum_rows(probs_TE, row_length, parts, part)).sum()
 
 
 def sequence_balance_loss(
@@ -170,7 +170,7 @@ def sequence_balance_loss(
     scale = coefficient * E / (length * topk_ids_Tk.shape[1] * length * total_sequences)
     if counted_T is not None:  # f and P of a row are means over its n tokens, of which the counts tell k n
         counts_SE = counts_SE * (length * topk_ids_Tk.shape[1] / counts_SE.sum(1, keepdim=True).clamp(min=1)).square()
-    return weigh(counts_SE, probs_TE, scale, *place)
+    return weigh(counts_SE, probs_TE, *place) * scale
 
 
 def global_balance_loss(counts_E: Tensor, probs_TE: Tensor, top_k: int, total_tokens: int | Tensor) -> Tensor:
