@@ -1,4 +1,4 @@
-"""A run's folder: its resolved recipe, and whether another recipe may go on in it.
+"""A run's folder and its resolved recipe.
 
 recipe.toml   metrics.jsonl   tensorboard/   checkpoints/step-N/   cache/   run.lock (while it runs)
 """
@@ -14,11 +14,6 @@ from typing import Any
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.recipe import Recipe, dump
 
-FREE_SECTIONS = ("parallel", "metrics", "checkpoint")
-FREE_KEYS = ("training.steps", "training.tokens", "training.output_dir", "data.on_change")
-"""What may change when a run goes on. The folder was found already: it may have moved, or be written another way."""
-DATA_PLACES = ("data.paths", "data.cache")
-"""Where the data lie: free as well where a checkpoint knows them by their fingerprint."""
 SECTION_NAMES = {"model.moe": "moe", "model.mixer_options": "mixer"}
 """Where a recipe object differs from its file."""
 
@@ -36,26 +31,6 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
         path = f"{prefix}.{key}" if prefix else key
         flat |= flatten(item, SECTION_NAMES.get(path, path))
     return flat
-
-
-def check_same_run(saved: Recipe, now: Recipe, *, data_known: bool) -> None:
-    """Raise RecipeError naming the first key that differs and may not.
-
-    data_known: the data are compared by themselves, wherever they lie.
-    """
-    before, after = flatten(saved), flatten(now)
-    for table in before, after:
-        # A checkpoint says so where documents begin with that token; who says nothing takes what it says.
-        begins = table["data.begin_of_text"]
-        table["data.begin_of_text"] = bool(before["data.begin_of_text"] if begins is None else begins)
-    free_keys = (*FREE_KEYS, *DATA_PLACES) if data_known else FREE_KEYS
-    for key in sorted(before):
-        free = key in free_keys or key.split(".")[0] in FREE_SECTIONS
-        if not free and before[key] != after[key]:
-            raise RecipeError(
-                f"{key} = {after[key]!r}: the checkpoint to resume was made with {before[key]!r}; set it back, or "
-                "start another run in another training.output_dir"
-            )
 
 
 def with_tokens_per_step(recipe: Recipe, tokens: int) -> Recipe:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchlinearmoe.checkpoint.folder import read_extra
 from torchlinearmoe.checkpoint.initial import InitialWeights
 from torchlinearmoe.checkpoint.manager import CheckpointManager
-from torchlinearmoe.checkpoint.model import begins_as_trained, checkpoint_recipe, model_files
+from torchlinearmoe.checkpoint.model import begins_as_trained, model_files
 from torchlinearmoe.data.baselines import Baselines, baseline_losses
 from torchlinearmoe.data.fingerprint import DataState, fingerprint, follow
 from torchlinearmoe.data.loader import build_loader, build_validation_loader
@@ -41,7 +41,7 @@ from torchlinearmoe.moe.layer import MoE
 from torchlinearmoe.moe.statistics import expert_load, gather_statistics, load_figures
 from torchlinearmoe.moe.totals import StepTotals
 from torchlinearmoe.optim.build import build_optimizer
-from torchlinearmoe.optim.schedule import learning_rate, set_learning_rate
+from torchlinearmoe.optim.schedule import scheduled, set_learning_rate
 from torchlinearmoe.optim.step import step_if_finite
 from torchlinearmoe.parallel.apply import build_parallel_model
 from torchlinearmoe.parallel.clip import gradient_norm
@@ -51,7 +51,8 @@ from torchlinearmoe.parallel.mesh import Degrees, Meshes
 from torchlinearmoe.parallel.tensor import sum_partial_gradients
 from torchlinearmoe.recipe import Recipe
 from torchlinearmoe.recipe.remarks import remarks
-from torchlinearmoe.run_folder import check_same_run, with_begin_of_text, write_recipe
+from torchlinearmoe.resume import go_on
+from torchlinearmoe.run_folder import with_begin_of_text, write_recipe
 from torchlinearmoe.runtime import StopSignal, choose_dtype, on_rank_0
 
 
@@ -81,7 +82,7 @@ class Trainer:
         self.tokenizer = load_tokenizer(recipe.data.tokenizer)
         check_vocabulary(self.tokenizer, recipe.model.vocab_size)
         self.checkpoints = CheckpointManager(self.folder / "checkpoints", recipe.checkpoint.keep)
-        source = self._choose_checkpoint()
+        source, self.resume_notes = self._choose_checkpoint()
         fresh = source is None and recipe.checkpoint.init_from
         self.initial_weights = InitialWeights(recipe) if fresh else None
         self.splits = self._open_data(source)
@@ -229,7 +230,7 @@ class Trainer:
         mean = total / tokens
 
         grad_norm = self._gradient_norm()
-        lr = self._learning_rate(self.step + 1)
+        lr = scheduled(self.recipe, self.step + 1)
         set_learning_rate(self.optimizer, lr)
         finite_norm = grad_norm + 0.0 * mean.to(grad_norm.dtype)
         skipped = step_if_finite(self.optimizer, finite_norm, self.recipe.optimizer.clip_norm)
@@ -263,18 +264,6 @@ class Trainer:
             self.modules, pp_group=self.meshes.pipeline_group, counted_elsewhere=self.shared.counted_elsewhere
         )
 
-    def _learning_rate(self, step: int) -> float:
-        optimizer = self.recipe.optimizer
-        return learning_rate(
-            step,
-            total_steps=self.total_steps,
-            lr=optimizer.lr,
-            min_lr=optimizer.min_lr,
-            warmup_steps=optimizer.warmup(self.tokens_per_step),
-            schedule=optimizer.schedule,
-            decay_fraction=optimizer.decay_fraction,
-        )
-
     def _note(self, flags: LateNumbers) -> None:
         """Take in what a step reported: [skipped, signal]."""
         skipped, received = flags.read()
@@ -296,8 +285,8 @@ class Trainer:
     # -----------------------------------------------------------------------------------------------------------------
     # before, around and after
 
-    def _choose_checkpoint(self) -> Path | None:
-        """The checkpoint to go on from, made by the same recipe."""
+    def _choose_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """The checkpoint to go on from, made by a recipe that this one may follow, and lines to say."""
         choice = self.recipe.checkpoint.resume
         if choice == "never" and (self.folder / "metrics.jsonl").exists():
             raise RecipeError(
@@ -305,10 +294,11 @@ class Trainer:
                 "choose another training.output_dir or checkpoint.resume = 'latest'"
             )
         source = self.checkpoints.resume_from(choice)
-        if source is not None:
-            data_known = "fingerprint" in read_extra(source).get("data", {})
-            check_same_run(checkpoint_recipe(source), self.recipe, data_known=data_known)
-        return source
+        if source is None:
+            return None, []
+        extra = read_extra(source)
+        data_known = "fingerprint" in extra.get("data", {})
+        return source, go_on(source, self.recipe, self.tokenizer, step=extra["step"], data_known=data_known)
 
     def _open_data(self, source: Path | None) -> Splits:
         """The data, found and tokenised by rank 0 while the others wait; documents start as the weights know them."""
@@ -336,7 +326,11 @@ class Trainer:
         )
         if self.resumed_from is not None:
             self.metrics.message(f"resumed from {self.resumed_from} after step {self.step}")
-        lines = [*remarks(self.recipe), *(self.initial_weights.describe() if self.initial_weights else [])]
+        lines = [
+            *self.resume_notes,
+            *remarks(self.recipe),
+            *(self.initial_weights.describe() if self.initial_weights else []),
+        ]
         for line in filter(
             None, [self.data_note, *lines, self.splits.train.note(self.recipe.training.sequence_length)]
         ):

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
-from tiny_run import Settings, read_lines, settings, write_corpus
+from harness import RankPool
+from tiny_run import Settings, read_lines, run, settings, write_corpus
 
 from torchlinearmoe.recipe import dump, load_recipe, resolve
 from torchlinearmoe.train import main
@@ -66,7 +68,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "key, value, was",
     [
-        ("optimizer.lr", "0.002", "0.001"),
+        ("optimizer.weight_decay", "0.2", "0.1"),
         ("training.seed", "7", "0"),
         ("training.tokens_per_step", "96", "48"),
         ("model.num_layers", "3", "2"),
@@ -106,6 +108,60 @@ def test_steps_layout_metrics_and_checkpoints_may_change(command: Command) -> No
     # Tokens may take the place of steps, and a finished run has nothing left to do.
     assert [line["step"] for line in command("--training.tokens=384")] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert len(command("--training.tokens=384")) == 8
+
+
+def test_how_steps_are_computed_may_change_and_samples_stay(command: Command) -> None:
+    """At four rows a step: other micro-batches, kernels, recomputation and workers train the same on."""
+    four = ("--training.tokens_per_step=192", "--optimizer.schedule=constant", "--data.validation_fraction=0.3")
+    whole = command(*four)
+    forked = command.folder.with_name("forked")
+    source, command.folder = command.folder / "checkpoints/step-2", forked
+    lines = command(
+        *four,
+        f"--checkpoint.resume={source}",
+        f"--training.output_dir={forked}",
+        "--training.micro_batch_size=2",
+        "--training.activation_checkpointing=full",
+        "--model.kernel_backend=reference",
+        "--moe.backend=loop",
+        "--data.workers=1",
+        f"--data.cache={forked.parent / 'elsewhere'}",
+        "--training.deterministic=true",
+        "--training.max_skipped_steps=2",
+    )
+    torch.use_deterministic_algorithms(False)
+    assert [line["step"] for line in lines] == [3, 4]
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in lines] == pytest.approx([line[key] for line in whole[2:]], rel=1e-5)
+    told = command.capsys.readouterr().out
+    assert "from here on" not in told
+
+    told = command.refused(*four, f"--checkpoint.resume={source}", "--training.micro_batch_size=4", "--moe.top_k=1")
+    assert told.startswith("error: moe.top_k = 1: ")
+
+
+def test_learning_rate_and_clip_change_with_a_line_each(command: Command) -> None:
+    command("--training.steps=2")
+    command.capsys.readouterr()
+    lines = command("--training.steps=8", "--optimizer.lr=0.002", "--optimizer.clip_norm=0.25")
+    told = command.capsys.readouterr().out
+    assert "optimizer.lr = 0.002 from here on, 0.001 before" in told
+    assert "optimizer.clip_norm = 0.25 from here on, 1.0 before" in told
+    assert "the cosine schedule of 2 steps is begun again after its end to 8" in told
+    assert lines[2]["lr"] > 1.8e-3
+
+
+def test_a_run_that_says_no_tokens_a_step_keeps_those_of_its_checkpoint(
+    ranks: RankPool, command: Command, corpus: Path
+) -> None:
+    tables = settings(corpus, command.folder, SMALL, {"training": {"tokens_per_step": None, "steps": 2}})
+    command.recipe.write_text(dump(resolve(tables)))
+    two = {**tables, "training": {**tables["training"], "tokens_per_step": 96}}
+    ranks(2, run, two)
+    lines = command("--training.steps=3")
+    assert [(line["step"], line["tokens"]) for line in lines] == [(1, 96), (2, 192), (3, 288)]
+    assert load_recipe(command.folder / "recipe.toml").training.tokens_per_step == 96
+    assert "tokens_per_step = 96: must be a multiple of" in command.refused("--training.micro_batch_size=4")
 
 
 def test_never_refuses_a_used_folder_and_latest_goes_on_in_it(command: Command) -> None:
