@@ -287,6 +287,22 @@ def _spoil(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
     monkeypatch.setattr(Loop, "forward_backward", lambda self, *args: run(self, *args) * factor[next(steps) in bad])
 
 
+def test_a_single_book_trains_without_validation_or_with_its_last_tokens_held_out(command: Command) -> None:
+    book = command.folder.parent / "book.txt"
+    book.write_text("It was the best of times, it was the worst of times. " * 200)
+    paths = (f"--data.paths=['{book}']", "--training.steps=2")
+    assert "validation_split = 'tokens'" in command.refused(*paths)
+    lines = command(*paths, "--data.validation_fraction=0")
+    assert [line["step"] for line in lines] == [1, 2] and "validation_loss" not in lines[-1]
+    command.folder = command.folder.with_name("split")
+    lines = command(*paths, "--data.validation_split=tokens", f"--training.output_dir={command.folder}")
+    assert lines[-1]["validation_loss"] > 0
+    told = command.refused("--data.validation_fraction=0", "--metrics.baselines=true")
+    assert told == "error: metrics.baselines = True: not read; it needs data.validation_fraction above 0"
+    told = command.refused("--data.format=messages", "--data.validation_split=tokens")
+    assert "conversations are held out whole" in told
+
+
 def test_what_the_recipe_says_in_vain_is_told_before_the_run(command: Command) -> None:
     command("--optimizer.warmup_steps=8")
     out = command.capsys.readouterr().out

@@ -101,6 +101,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "paths": ["text", 'more/é "quoted".jsonl'],
             "tokenizer": "tokenizer.json",
             "validation_fraction": 0.01,
+            "validation_split": "tokens",
             "workers": 2,
             "cache": "tokens",
         },

@@ -30,4 +30,4 @@ def open_data(
     }
     if data.format == "messages":
         return open_conversations(data.paths, template=load_template(data.chat_template), **where)
-    return open_splits(data.paths, **where)
+    return open_splits(data.paths, split=data.validation_split, **where)

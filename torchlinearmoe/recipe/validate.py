@@ -140,8 +140,13 @@ def _positive(recipe: Recipe) -> None:
             f"data.paths = {list(recipe.data.paths)}: a path is empty; name files or folders, or leave data.paths out "
             "for the text that ships"
         )
-    if not 0 < recipe.data.validation_fraction < 1:
-        raise RecipeError(f"data.validation_fraction = {recipe.data.validation_fraction}: must lie between 0 and 1")
+    if not 0 <= recipe.data.validation_fraction < 1:
+        raise RecipeError(
+            f"data.validation_fraction = {recipe.data.validation_fraction}: must be at least 0, for no validation, and "
+            "below 1"
+        )
+    if recipe.data.format == "messages" and recipe.data.validation_split == "tokens":
+        raise RecipeError("data.validation_split = 'tokens': conversations are held out whole; set it to 'documents'")
     if recipe.data.format == "messages" and recipe.metrics.baselines:
         raise RecipeError("metrics.baselines = true: there are no count models of messages; set it to false")
     if not 0 < recipe.optimizer.decay_fraction <= 1:
