@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     into.add_argument("source", metavar="DIRECTORY", help="what `save_pretrained` wrote")
     into.add_argument("destination", metavar="CHECKPOINT", help="folder to make; usable by generate and init_from")
     out = ways.add_parser("to-hf", help="checkpoint to directory, for `AutoModelForCausalLM.from_pretrained`")
-    out.add_argument("source", metavar="CHECKPOINT", help="e.g. runs/quickstart/checkpoints/step-500")
+    out.add_argument("source", metavar="CHECKPOINT", help="e.g. runs/quickstart, or .../checkpoints/step-500")
     out.add_argument("destination", metavar="DIRECTORY", help="folder to make")
     out.add_argument(
         "--dtype",
@@ -77,11 +77,12 @@ def _to_hf(options: argparse.Namespace) -> int:
     import torch
 
     from torchlinearmoe.checkpoint.huggingface.exporting import export_checkpoint
+    from torchlinearmoe.checkpoint.model import find_checkpoint
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
     with _progress("exporting") as progress:
         config = export_checkpoint(
-            options.source,
+            find_checkpoint(options.source),
             options.destination,
             dtype=dtype,
             shard_bytes=int(options.shard_size * 1e9),

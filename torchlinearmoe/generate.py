@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         "constant size; softmax layers keep the past, up to model.max_length.",
     )
     add = parser.add_argument
-    add("checkpoint", help="folder of a checkpoint, e.g. runs/quickstart/checkpoints/step-500")
+    add("checkpoint", help="folder of a checkpoint, or of a run for its newest one, e.g. runs/quickstart")
     add(
         "--prompt",
         action="append",
@@ -73,13 +73,14 @@ def _parser() -> argparse.ArgumentParser:
 def _generate(options: argparse.Namespace) -> int:
     import torch
 
-    from torchlinearmoe.checkpoint.model import checkpoint_tokenizer, load_model
+    from torchlinearmoe.checkpoint.model import checkpoint_tokenizer, find_checkpoint, load_model
     from torchlinearmoe.generation import Sampling, cast_weights, generate
 
     temperature = 0.0 if options.greedy else options.temperature
     sampling = Sampling(temperature=temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     texts = _prompts(options.prompt)
     device, dtype = _device_and_dtype(options)
+    options.checkpoint = find_checkpoint(options.checkpoint)
     with torch.device(device):
         model = load_model(options.checkpoint)
     cast_weights(model, dtype)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torchlinearmoe.commands import Failure, failures_on_one_line
+from torchlinearmoe.errors import visible
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,11 +49,16 @@ def _train(path: str, overrides: Sequence[str]) -> int:
     device = choose_device(recipe.training)
     with process_group(device), locked(Path(recipe.training.output_dir)):
         recipe = resolved(on_rank_0(lambda: with_saved_tokens_per_step(recipe)), degrees)
-        from torchlinearmoe.trainer import Diverged, Trainer
+        import torch.distributed as dist
 
-        trainer = Trainer(recipe, degrees, device)
+        from torchlinearmoe.trainer import Diverged, Finished, Trainer
+
         try:
-            stopped = trainer.run()
+            stopped = Trainer(recipe, degrees, device).run()
+        except Finished as done:
+            if dist.get_rank() == 0:
+                print(visible(str(done)), flush=True)
+            return 0
         except Diverged as error:
             raise Failure(str(error)) from None
         return 128 + stopped if stopped else 0

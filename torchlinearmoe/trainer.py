@@ -7,6 +7,7 @@ finite, log. Everything around it (validation, checkpoints, signals, the end) ha
 from __future__ import annotations
 
 import gc
+import shlex
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,11 @@ from torchlinearmoe.checkpoint.initial import InitialWeights
 from torchlinearmoe.checkpoint.manager import CheckpointManager
 from torchlinearmoe.checkpoint.model import begins_as_trained, model_files
 from torchlinearmoe.data.baselines import Baselines, baseline_losses
+from torchlinearmoe.data.chat_template import load_template
 from torchlinearmoe.data.fingerprint import DataState, fingerprint, follow
 from torchlinearmoe.data.loader import build_loader, build_validation_loader
 from torchlinearmoe.data.open import open_data
+from torchlinearmoe.data.opening import opening_of_messages, opening_of_text
 from torchlinearmoe.data.packing import MicroBatch
 from torchlinearmoe.data.splits import Splits
 from torchlinearmoe.data.tokenizer import check_vocabulary, load_tokenizer
@@ -60,8 +63,15 @@ class Diverged(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
 
 
+class Finished(Exception):
+    """There is nothing to do: the run was at its end before. Says so in a few lines."""
+
+
 class Trainer:
-    """One run of a recipe on this rank. Needs a process group; `recipe.training.tokens_per_step` is resolved."""
+    """One run of a recipe on this rank. Needs a process group; `recipe.training.tokens_per_step` is resolved.
+
+    Raises Finished, before anything is written, where the checkpoint to go on from is that of the last step.
+    """
 
     def __init__(self, recipe: Recipe, degrees: Degrees, device: torch.device) -> None:
         training = recipe.training
@@ -298,7 +308,13 @@ class Trainer:
             return None, []
         extra = read_extra(source)
         data_known = "fingerprint" in extra.get("data", {})
-        return source, go_on(source, self.recipe, self.tokenizer, step=extra["step"], data_known=data_known)
+        notes = go_on(source, self.recipe, self.tokenizer, step=extra["step"], data_known=data_known)
+        if extra["step"] >= self.total_steps:
+            raise Finished(
+                f"all {self.total_steps} steps are done; more of them, training.steps or training.tokens, go on from "
+                f"here\ncheckpoint: {source}\nnext: python -m torchlinearmoe.generate {shlex.quote(str(source))}"
+            )
+        return source, notes
 
     def _open_data(self, source: Path | None) -> Splits:
         """The data, found and tokenised by rank 0 while the others wait; documents start as the weights know them."""
@@ -437,5 +453,14 @@ class Trainer:
             curves += f", tensorboard --logdir {self.folder / 'tensorboard'}"
         self.metrics.message(f"checkpoint: {last}")
         self.metrics.message(f"curves: {curves}")
-        chat = " --chat" if self.recipe.data.format == "messages" else ""
-        self.metrics.message(f'next: python -m torchlinearmoe.generate {last}{chat} --prompt "In the beginning"')
+        told = [shlex.quote(str(last)), *self._prompt()]
+        self.metrics.message(f"next: python -m torchlinearmoe.generate {' '.join(told)}")
+
+    def _prompt(self) -> list[str]:
+        """Options of `generate` that ask the model for something like its data."""
+        data, train = self.recipe.data, self.splits.train
+        if data.format == "messages":
+            text = opening_of_messages(train, self.tokenizer, load_template(data.chat_template))
+            return ["--chat", "--prompt", shlex.quote(text or "Hello.")]
+        text = opening_of_text(train, self.tokenizer)
+        return ["--prompt", shlex.quote(text)] if text else []

@@ -1,5 +1,7 @@
 """`python -m torchlinearmoe.train`: what a recipe may change when a run goes on, and mistakes told in one line."""
 
+import json
+import shlex
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ class Command:
     """The command on a recipe file that writes into `folder`."""
 
     def __init__(self, corpus: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.folder, self.capsys = folder, capsys
+        self.corpus, self.folder, self.capsys = corpus, folder, capsys
         self.recipe = folder.with_suffix(".toml")
         self.recipe.write_text(dump(resolve(settings(corpus, folder, SMALL))))
 
@@ -162,6 +164,27 @@ def test_a_run_that_says_no_tokens_a_step_keeps_those_of_its_checkpoint(
     assert [(line["step"], line["tokens"]) for line in lines] == [(1, 96), (2, 192), (3, 288)]
     assert load_recipe(command.folder / "recipe.toml").training.tokens_per_step == 96
     assert "tokens_per_step = 96: must be a multiple of" in command.refused("--training.micro_batch_size=4")
+
+
+def test_a_finished_run_says_so_and_touches_nothing(command: Command) -> None:
+    command()
+    last = command.capsys.readouterr().out.splitlines()[-1]
+    name, *prompt = shlex.split(last.partition("torchlinearmoe.generate ")[2])
+    first = json.loads(command.corpus.read_text().splitlines()[0])["text"]
+    checkpoint = command.folder / "checkpoints/step-4"
+    assert (Path(name), prompt[0]) == (checkpoint, "--prompt") and checkpoint.is_dir()
+    assert prompt[1] and first.startswith(prompt[1])
+    files = {path: path.stat().st_mtime_ns for path in command.folder.rglob("*") if path.is_file()}
+    for steps in (4, 3):
+        assert main([str(command.recipe), f"--training.steps={steps}", "--metrics.baselines=true"]) == 0
+        said = command.capsys.readouterr().out.splitlines()
+        assert said[0].startswith(f"all {steps} steps are done; more of them, training.steps or training.tokens, go on")
+        assert said[1:] == [f"checkpoint: {checkpoint}", f"next: python -m torchlinearmoe.generate {checkpoint}"]
+    assert files == {path: path.stat().st_mtime_ns for path in command.folder.rglob("*") if path.is_file()}
+    other = command.folder.with_name("other")
+    assert main([str(command.recipe), f"--checkpoint.resume={checkpoint}", f"--training.output_dir={other}"]) == 0
+    assert f"checkpoint: {checkpoint}" in command.capsys.readouterr().out
+    assert list(other.iterdir()) == []
 
 
 def test_never_refuses_a_used_folder_and_latest_goes_on_in_it(command: Command) -> None:

@@ -1,5 +1,6 @@
 """Decoding gives what the full forward gives, and the command turns checkpoints into text."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -200,6 +201,23 @@ def test_the_command_writes_prompt_and_continuation(checkpoint: Path, capsys: py
     assert capsys.readouterr().out == out
     assert main(drawn) == 0
     assert capsys.readouterr().out != out
+
+
+def test_a_runs_folder_stands_for_its_newest_sound_checkpoint(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint, run / "checkpoints" / "step-1")
+    shutil.copy(checkpoint / "recipe.toml", run / "recipe.toml")
+    shutil.copytree(checkpoint, run / "checkpoints" / "step-2.tmp")
+    common = ["--max-tokens", "5", "--device", "cpu", "--prompt", "And"]
+    assert main([str(run), *common]) == 0
+    assert capsys.readouterr().out == "And" + expected_text(checkpoint, "And", 5) + "\n"
+    assert "step-1 is taken instead" in caplog.text
+    (run / "checkpoints" / "step-1" / "state.json").write_text("{")
+    with pytest.raises(SystemExit):
+        main([str(run), *common])
+    assert capsys.readouterr().err == f"error: {run / 'checkpoints'}: holds no complete checkpoint yet\n"
 
 
 def test_the_command_reads_standard_input(checkpoint: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from torchlinearmoe.checkpoint.folder import find_latest
 from torchlinearmoe.checkpoint.load import check_fits, load_model_weights
 from torchlinearmoe.checkpoint.plain import SMALL, is_there, plain_file, read_plain
 from torchlinearmoe.checkpoint.storage import CheckpointError
@@ -17,8 +18,11 @@ from torchlinearmoe.data.tokenizer import Tokenizer, load_tokenizer
 from torchlinearmoe.errors import UserError
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.recipe import Recipe, dump, load_recipe
+from torchlinearmoe.written import is_checkpoint
 
 RECIPE_FILE = "recipe.toml"
+CHECKPOINTS = "checkpoints"
+"""Of a run's folder."""
 TOKENIZER_FOLDER = "tokenizer"
 TEMPLATE_FILE = "chat_template.toml"
 SPECIAL_IDS_FILE = "special_ids.json"
@@ -55,6 +59,20 @@ def _neighbours(tokenizer: Tokenizer, names: set[str]) -> list[Path]:
         if file.stat().st_size > SMALL:
             raise UserError(f"{file}: has {file.stat().st_size} bytes, at most {SMALL} are read")
     return files
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint at `path`: itself, or the newest sound one of a run's folder, which logs those it passes over.
+
+    Raises CheckpointError when a run's folder has none.
+    """
+    path = Path(path)
+    if is_checkpoint(path) or not (path / CHECKPOINTS).is_dir():
+        return path
+    found = find_latest(path / CHECKPOINTS)
+    if found is None:
+        raise CheckpointError(f"{path / CHECKPOINTS}: holds no complete checkpoint yet")
+    return found
 
 
 def checkpoint_recipe(path: str | Path) -> Recipe:

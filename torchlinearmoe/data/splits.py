@@ -155,9 +155,9 @@ def open_splits(
     Text is tokenised once into `cache` (default ~/.cache/torchlinearmoe); `progress` is called with (documents, tokens)
     meanwhile. Folders of tokens under `paths` are used as they are, after the text; what a run writes into `run_folder`
     is no text. `decide` picks the process whose word counts. `begins`: whether documents start with the begin-of-text
-    token; None: as in the folders of tokens, else where the tokenizer has one. `split`: whether `documents` are held out,
-    or the last `tokens`. Raises UserError, one line, on
-    unreadable paths, on tokens of another tokenizer, and when a split has no document.
+    token; None: as in the folders of tokens, else where the tokenizer has one. `split`: whether `documents` are held
+    out, or the last `tokens`. Raises UserError, one line, on unreadable paths, on tokens of another tokenizer, and when
+    a split has no document.
     """
     if not 0 <= validation_fraction < 1:
         raise UserError(f"data.validation_fraction = {validation_fraction}: it must be at least 0 and below 1")

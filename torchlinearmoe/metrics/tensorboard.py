@@ -18,7 +18,7 @@ class TensorBoard:
     def __init__(self, folder: str | Path, *, resumed_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one rank needs it
 
-        self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else None)
+        self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else 0)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """One scalar for each number in `values`, under its key; other values are passed over."""
