@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torchlinearmoe import disk
 from torchlinearmoe.errors import UserError, visible
 
 
@@ -20,7 +21,12 @@ def failures_on_one_line() -> Iterator[None]:
     """Turn a user's mistake into one line on stderr and exit status 1; anything else keeps its traceback."""
     try:
         yield
-    except (UserError, Failure) as error:
+    except Exception as error:
+        if not isinstance(error, (UserError, Failure)):
+            found = disk.refusal(error)
+            if found is None:
+                raise
+            error = UserError(disk.told(found))
         if os.environ.get("RANK", "0") != "0":
             # Rank 0 most likely says the same, and its end is this rank's end: let it speak first.
             time.sleep(10)

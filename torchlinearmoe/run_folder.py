@@ -67,5 +67,8 @@ def write_recipe(recipe: Recipe, folder: Path) -> None:
     """Write `recipe.toml`, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f".recipe.toml.{os.getpid()}"
-    aside.write_text(dump(recipe), encoding="utf-8")
-    aside.replace(folder / "recipe.toml")
+    try:
+        aside.write_text(dump(recipe), encoding="utf-8")
+        aside.replace(folder / "recipe.toml")
+    finally:
+        aside.unlink(missing_ok=True)

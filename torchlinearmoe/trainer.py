@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from torchlinearmoe import disk
 from torchlinearmoe.checkpoint.folder import read_extra
 from torchlinearmoe.checkpoint.initial import InitialWeights
 from torchlinearmoe.checkpoint.manager import CheckpointManager
@@ -93,6 +94,7 @@ class Trainer:
         check_vocabulary(self.tokenizer, recipe.model.vocab_size)
         self.checkpoints = CheckpointManager(self.folder / "checkpoints", recipe.checkpoint.keep)
         source, self.resume_notes = self._choose_checkpoint()
+        self.checkpoints.clear()
         fresh = source is None and recipe.checkpoint.init_from
         self.initial_weights = InitialWeights(recipe) if fresh else None
         self.splits = self._open_data(source)
@@ -142,15 +144,16 @@ class Trainer:
         self.flops_per_token = training_flops_per_token(self.whole, training.sequence_length)
         self.peak = peak_flops(device, self.dtype, recipe.metrics.peak_tflops)
         self.meter = Meter(total_steps=self.total_steps, step=self.step, device=device)
-        if self.rank == 0:
-            write_recipe(recipe, self.folder)
-        self.metrics = MetricsLogger(
-            self.folder,
-            total_steps=self.total_steps,
-            resumed_step=self.step,
-            rank=self.rank,
-            tensorboard=recipe.metrics.tensorboard,
-        )
+        with disk.one_line(f"training.output_dir = '{self.folder}'", self._way_out):
+            if self.rank == 0:
+                write_recipe(recipe, self.folder)
+            self.metrics = MetricsLogger(
+                self.folder,
+                total_steps=self.total_steps,
+                resumed_step=self.step,
+                rank=self.rank,
+                tensorboard=recipe.metrics.tensorboard,
+            )
         self.resumed_from = source
         self.stop_signal = 0
         self._pending: LateNumbers | None = None
@@ -170,6 +173,14 @@ class Trainer:
 
         Raises Diverged when too many steps in a row were not finite, or the last ones; the last good checkpoint stays.
         """
+        with disk.one_line(f"training.output_dir = '{self.folder}'", self._way_out), self.metrics:
+            return self._run()
+
+    def _way_out(self) -> str:
+        kept = self.checkpoints.newest()
+        return f"make room or mend it, then start again; last complete checkpoint: {kept.name if kept else 'none'}"
+
+    def _run(self) -> int | None:
         baselines = self._begin()
         stop = StopSignal()
         profile_folder = self.folder / "profile"
@@ -213,7 +224,6 @@ class Trainer:
         finally:
             stop.restore()
             gc.unfreeze()
-            self.metrics.close()
 
     def train_step(self, batches: list[MicroBatch], received: int | None = None) -> tuple[Tensor, Tensor, float]:
         """One optimizer step. Returns the mean loss and the gradient norm before clipping, on the device, and the lr.

@@ -278,6 +278,11 @@ def retain(directory: Path, keep: int, damaged: Set[Path] = frozenset()) -> None
     """
     for path in [path for path in candidates(directory).complete if path not in damaged][keep:]:
         _delete(path)
+    clear(directory)
+
+
+def clear(directory: Path) -> None:
+    """Delete what killed runs left behind: saves that never finished and checkpoints half deleted."""
     for path in directory.glob("step-*"):
         if path.suffix in (".tmp", ".trash"):
             _remove(path)

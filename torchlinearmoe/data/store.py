@@ -27,6 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from torchlinearmoe import disk
 from torchlinearmoe.data.tokenizer import Tokenizer
 from torchlinearmoe.errors import UserError
 
@@ -126,9 +127,12 @@ def write_encoded(
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
-        raise UserError(f"cannot write tokens to '{folder.parent}': {error.strerror}") from None
+        raise UserError(
+            f"cannot write tokens to '{folder.parent}': {error.strerror}; make room there, or set data.cache"
+        ) from None
     try:
-        _write(aside, batches, tokenizer, progress)
+        with disk.one_line(f"cannot write tokens to '{folder.parent}'", lambda: "make room there, or set data.cache"):
+            _write(aside, batches, tokenizer, progress)
         os.chmod(aside, 0o755)  # mkdtemp keeps others out
         try:
             aside.rename(folder)

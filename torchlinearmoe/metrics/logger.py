@@ -1,6 +1,7 @@
 """The trainer's one door to the outside: a logged step goes to the file, to TensorBoard and to the terminal."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -95,12 +96,14 @@ class MetricsLogger:
         """Write what is left and close; a second call does nothing."""
         if not self._active:
             return
-        self._write_waiting_validation()
-        self._active = False
-        self._record.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        self._console.close()
+        try:
+            self._write_waiting_validation()
+        finally:
+            self._active = False
+            self._console.close()
+            self._record.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
 
     def _write_waiting_validation(self) -> None:
         if self._validated is not None:
@@ -117,4 +120,5 @@ class MetricsLogger:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self.close()
+        with nullcontext() if error is None else suppress(OSError):  # the error on its way out matters more
+            self.close()
