@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from torchlinearmoe import disk
 from torchlinearmoe.errors import UserError, visible
@@ -18,9 +21,14 @@ class Failure(Exception):
 
 @contextmanager
 def failures_on_one_line() -> Iterator[None]:
-    """Turn a user's mistake into one line on stderr and exit status 1; anything else keeps its traceback."""
+    """Turn a user's mistake into one line on stderr and exit status 1; anything else keeps its traceback.
+
+    Ctrl-C ends with its status and no word.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         if not isinstance(error, (UserError, Failure)):
             found = disk.refusal(error)
@@ -30,5 +38,15 @@ def failures_on_one_line() -> Iterator[None]:
         if os.environ.get("RANK", "0") != "0":
             # Rank 0 most likely says the same, and its end is this rank's end: let it speak first.
             time.sleep(10)
-        print(f"error: {visible(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
+        line = f"error: {visible(' '.join(str(error).split()))}"
+        print(line, file=sys.stderr, flush=True)
+        _tell_launcher(line)
         sys.exit(1)
+
+
+def _tell_launcher(line: str) -> None:
+    """Leave the line to torchrun, which says it last: after a page about its own stack."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": line, "timestamp": str(int(time.time()))}))
