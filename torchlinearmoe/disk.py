@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from torchlinearmoe.errors import UserError
 
@@ -29,6 +30,23 @@ def told(error: OSError) -> str:
     """The reason, with the file where it is known."""
     reason = os.strerror(error.errno or errno.EIO)
     return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def expanded(path: str | Path, key: str) -> Path:
+    """A path with `~` and `~user` written out. Raises UserError that names `key` where that user has no home here."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{key} = '{path}': there is no such home here; write the whole path") from None
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

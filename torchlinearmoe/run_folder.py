@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torchlinearmoe.disk import expanded
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.recipe import Recipe, dump
 
@@ -48,7 +49,7 @@ def with_tokenizer(recipe: Recipe) -> Recipe:
     source = recipe.checkpoint.init_from
     if recipe.data.tokenizer or not source:
         return recipe
-    found = find_tokenizer(Path(source).expanduser())
+    found = find_tokenizer(expanded(source, "checkpoint.init_from"))
     if found is None:
         raise RecipeError(
             f"data.tokenizer = '': checkpoint.init_from = '{source}' holds no tokenizer; name the file of its tokenizer"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import shlex
 import signal
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -363,6 +364,9 @@ class Trainer:
             self.metrics.message(line)
         if left_out := self.splits.left_out:
             self.metrics.message(f"data.paths: not read is what training wrote in {', '.join(map(str, left_out))}")
+        if unknown := self.splits.unknown:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(unknown).most_common(8))
+            self.metrics.message(f"data.paths: {sum(unknown.values())} files of no known kind are not read: {kinds}")
         if not self.recipe.metrics.baselines or not len(self.splits.validation) or self.rank != 0:
             return None
         found = baseline_losses(self.splits.train, self.splits.validation, self.tokenizer.vocab_size)

@@ -15,6 +15,7 @@ from torchlinearmoe.checkpoint.storage import CheckpointError
 from torchlinearmoe.checkpoint.tokenizer_files import NEIGHBOURS, TOKENIZER, tokenizer_names, without_code
 from torchlinearmoe.data.chat_template import ChatTemplate, load_template, parse_template
 from torchlinearmoe.data.tokenizer import Tokenizer, load_tokenizer
+from torchlinearmoe.disk import expanded
 from torchlinearmoe.errors import UserError
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.recipe import Recipe, dump, load_recipe
@@ -104,7 +105,7 @@ def begins_as_trained(path: str | Path, tokenizer: Tokenizer) -> bool | None:
 
     None for as the tokenizer's files say: in a Hugging Face directory, an imported model, or under another tokenizer.
     """
-    path = Path(path).expanduser()
+    path = expanded(path, "checkpoint.init_from")
     if not is_there(path / RECIPE_FILE) or (found := find_tokenizer(path)) is None:
         return None
     return _begins(path) if load_tokenizer(found).fingerprint == tokenizer.fingerprint else None

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from torchlinearmoe.data.tokenizer import Tokenizer
+from torchlinearmoe.disk import expanded
 from torchlinearmoe.errors import UserError, nearest
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -94,17 +95,20 @@ class ChatTemplate:
 def load_template(name: str) -> ChatTemplate:
     """The template that ships under `name`, or the one in the file `name`. Raises UserError that names the mistake."""
     shipped = sorted(path.stem for path in TEMPLATES.glob("*.toml"))
-    path = TEMPLATES / f"{name}.toml" if name in shipped else Path(name).expanduser()
+    path = TEMPLATES / f"{name}.toml" if name in shipped else expanded(name, "data.chat_template")
     if not path.is_file():
         raise UserError(f"data.chat_template = '{name}': no such file or template; {nearest(name, shipped)}")
-    return parse_template(path.read_text(encoding="utf-8"), str(path))
+    try:
+        return parse_template(path.read_text(encoding="utf-8-sig"), str(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a TOML file: byte {error.start} is not UTF-8") from None
 
 
 def parse_template(text: str, where: str) -> ChatTemplate:
     """A template from its TOML text. Raises UserError that names `where` and the key."""
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid TOML: {error}") from None
     around: dict[str, tuple[str, str]] = {}
     for key, value in table.items():

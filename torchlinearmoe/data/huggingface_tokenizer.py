@@ -58,7 +58,9 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             self._model = tokenizers.Tokenizer.from_buffer(content)
             described = json.loads(content)
-        except Exception as error:  # the library raises bare Exception
+        except BaseException as error:  # the library raises bare Exception, and panics are none
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             raise UserError(f"{path}: not a Hugging Face tokenizer: {' '.join(str(error).split())}") from None
         self._model.encode_special_tokens = True  # a special token spelled out in a text is plain text
         self._model.no_truncation()
@@ -87,8 +89,8 @@ class HuggingFaceTokenizer(Tokenizer):
         content = read_file(path)
         self.files[path.name] = content
         try:
-            config = json.loads(content.decode("utf-8"))
-        except ValueError:
+            config = json.loads(content.decode("utf-8-sig"))
+        except (ValueError, RecursionError):
             config = None
         if not isinstance(config, dict):
             raise UserError(f"{path}: not a JSON object")

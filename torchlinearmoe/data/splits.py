@@ -16,9 +16,9 @@ own, that one is the start marker, and every document has its end:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
@@ -29,6 +29,7 @@ from torchlinearmoe.data.shared import Decide, alone, open_stores
 from torchlinearmoe.data.sources import find_sources, read_documents
 from torchlinearmoe.data.store import Progress, TokenStore, cached_store
 from torchlinearmoe.data.tokenizer import Tokenizer
+from torchlinearmoe.disk import expanded
 from torchlinearmoe.errors import UserError
 
 DEFAULT_CACHE = Path("~/.cache/torchlinearmoe")
@@ -98,7 +99,7 @@ class TokenStream:
                 break
             end = min(stop, int(self._starts[run + 1]))
             source = int(self._sources[run]) + place - int(self._starts[run])
-            out[place - start : end - start] = self._all_stores[self._stores[run]].tokens[source : source + end - place]
+            out[place - start : end - start] = self._all_stores[self._stores[run]].read(source, source + end - place)
             place, run = end, run + 1
         return out
 
@@ -136,6 +137,8 @@ class Splits(Generic[S]):
     """All documents of both, in their order."""
     left_out: tuple[Path, ...] = ()
     """Folders under `data.paths` in which something was passed over because training wrote it."""
+    unknown: Mapping[str, int] = field(default_factory=dict)
+    """Files of no known kind there: how many, by suffix."""
 
 
 def open_splits(
@@ -161,7 +164,7 @@ def open_splits(
     """
     if not 0 <= validation_fraction < 1:
         raise UserError(f"data.validation_fraction = {validation_fraction}: it must be at least 0 and below 1")
-    folder = Path(cache or DEFAULT_CACHE).expanduser()
+    folder = expanded(cache or DEFAULT_CACHE, "data.cache")
     stores, found = open_stores(
         lambda: find_sources(paths, run_folder),
         lambda files, made, starting: cached_store(files, read_documents, starting, folder, progress, folder=made),
@@ -178,11 +181,11 @@ def open_splits(
                 f"data.validation_fraction = {validation_fraction} leaves {len(train)} tokens to train on and "
                 f"{len(validation)} for validation; each needs 2"
             )
-        return Splits(train, validation, tuple(stores), found.left_out)
+        return Splits(train, validation, tuple(stores), found.left_out, found.unknown)
     bound = int(validation_fraction * 2**64)
     held_out = [store.keys < bound for store in stores]
     train, validation = TokenStream(stores, [~mask for mask in held_out]), TokenStream(stores, held_out)
-    splits = Splits(train, validation, tuple(stores), found.left_out)
+    splits = Splits(train, validation, tuple(stores), found.left_out, found.unknown)
     check_not_empty(splits, validation_fraction, ", or data.validation_split = 'tokens' to hold out its last tokens")
     return splits
 

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from pathlib import Path
 from tempfile import mkdtemp
@@ -29,12 +31,16 @@ import numpy as np
 
 from torchlinearmoe import disk
 from torchlinearmoe.data.tokenizer import Tokenizer
-from torchlinearmoe.errors import UserError
+from torchlinearmoe.errors import UserError, visible
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 NAME_BYTES = 12
 """Of the hash that names a folder of a cache."""
 DESCRIPTION = "store.json"
+ORPHAN = re.compile(r"\.[^/]+-(?P<host>[^/]+)-(?P<pid>\d{1,9})-\w+")
+"""A folder that a process writes into."""
 BATCH_CHARACTERS = 4_000_000
 """Text handed to the tokenizer at once."""
 
@@ -70,8 +76,41 @@ class TokenStore:
             self.padding: int = described.get("padding", self.end_of_text)
             self.vocab_size: int = described["vocab_size"]
             self.tokenizer_fingerprint: str = described["tokenizer_fingerprint"]
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise UserError(f"{folder}: not a token folder: {type(error).__name__}: {error}") from None
+            self._check()
+        except UserError:
+            raise
+        except (OSError, KeyError, TypeError, ValueError, RecursionError, EOFError) as error:
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"{folder}: not a token folder, or damaged: {why}; make it again") from None
+
+    def _check(self) -> None:
+        """Raise ValueError where the arrays are not those that the description tells of."""
+        counts = (self.num_documents, self.num_tokens, self.vocab_size, self.end_of_text, self.start, self.padding)
+        if not all(type(number) is int and number >= 0 for number in counts) or not self.num_documents:
+            raise ValueError(f"{DESCRIPTION} does not count documents, tokens and ids")
+        if max(self.end_of_text, self.start, self.padding) >= self.vocab_size:
+            raise ValueError(f"{DESCRIPTION}: a special id lies beyond the {self.vocab_size} ids of its tokenizer")
+        wanted = {"tokens": (self.num_tokens, "u2 u4"), "offsets": (self.num_documents + 1, "i8")}
+        wanted |= {"keys": (self.num_documents, "u8")}
+        if (self.folder / "trained.npy").exists():
+            wanted["trained"] = (self.num_tokens, "u1")
+        for name, (length, kinds) in wanted.items():
+            array = getattr(self, name)
+            if array.shape != (length,) or array.dtype.str[1:] not in kinds.split():
+                raise ValueError(f"{name}.npy holds {array.dtype} {list(array.shape)}, not {length} of {kinds}")
+        if (
+            self.offsets[0] != 0
+            or self.offsets[-1] != self.num_tokens
+            or bool((self.offsets[1:] <= self.offsets[:-1]).any())
+        ):
+            raise ValueError("offsets.npy does not go from 0 to the last token, document by document")
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """int64 [stop - start]: the ids from `start` on. Raises UserError for one that the tokenizer does not have."""
+        ids = self.tokens[start:stop].astype(np.int64)
+        if ids.size and (wrong := int(ids.max())) >= self.vocab_size:
+            raise UserError(f"{self.folder}: damaged: {wrong} is none of its {self.vocab_size} ids; make it again")
+        return ids
 
     @property
     def start(self) -> int:
@@ -125,7 +164,8 @@ def write_encoded(
     """Writes encoded documents into `folder`, which appears when all is done. Raises UserError when there are none."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        _remove_orphans(folder.parent)
+        aside = Path(mkdtemp(prefix=f".{folder.name}-{socket.gethostname()}-{os.getpid()}-", dir=folder.parent))
     except OSError as error:
         raise UserError(
             f"cannot write tokens to '{folder.parent}': {error.strerror}; make room there, or set data.cache"
@@ -134,6 +174,8 @@ def write_encoded(
         with disk.one_line(f"cannot write tokens to '{folder.parent}'", lambda: "make room there, or set data.cache"):
             _write(aside, batches, tokenizer, progress)
         os.chmod(aside, 0o755)  # mkdtemp keeps others out
+        for written in [*aside.iterdir(), aside]:
+            disk.sync(written)
         try:
             aside.rename(folder)
         except OSError:
@@ -142,6 +184,24 @@ def write_encoded(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return TokenStore(folder)
+
+
+def _remove_orphans(cache: Path) -> None:
+    """Delete what writers left half done that were killed on this host; those of others may still live."""
+    for path in cache.glob(".*"):
+        left = ORPHAN.fullmatch(path.name)
+        if left and left["host"] == socket.gethostname() and not _is_alive(int(left["pid"])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def encode_texts(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[Encoded]]:
@@ -170,8 +230,15 @@ def cached_store(
     let one ask before the others and tell them its `folder`, which is then taken without another look at the files.
     """
     folder = folder or cache / _name(files, tokenizer, told)
-    if is_store(folder):
-        return TokenStore(folder)
+    if folder.exists():  # whole, or damaged since it came
+        try:
+            return TokenStore(folder)
+        except UserError as error:
+            logger.warning("%s; its text is read again", visible(str(error)))
+            aside = folder.with_name(f".{folder.name}-{socket.gethostname()}-{os.getpid()}-damaged")
+            with suppress(OSError):
+                folder.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
     return write_encoded(folder, encode(read(files), tokenizer), tokenizer, progress)
 
 

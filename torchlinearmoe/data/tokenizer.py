@@ -25,6 +25,7 @@ from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchlinearmoe.disk import expanded
 from torchlinearmoe.errors import UserError
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     None or an empty string is the tokenizer that ships with the project. Raises UserError, one line that names the
     file: when it is missing, of neither kind, or names no end-of-text token.
     """
-    path = Path(path).expanduser() if path else DEFAULT_TOKENIZER
+    path = expanded(path, "data.tokenizer") if path else DEFAULT_TOKENIZER
     if path.is_dir():
         folder, path = path, path / "tokenizer.json"
         if not path.is_file():
@@ -245,8 +246,8 @@ def _read_options(path: Path) -> tuple[dict[str, Any], Path, dict[str, bytes]]:
         return {}, path, {}
     content = read_file(neighbour)
     try:
-        options = json.loads(content.decode("utf-8"))
-    except ValueError as error:
+        options = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{neighbour}: not JSON: {_one_line(error)}") from None
     legal = ("pattern", "special_tokens", "end_of_text", "begin_of_text")
     if not isinstance(options, dict) or not set(options) <= set(legal):
