@@ -79,6 +79,7 @@ class HuggingFaceTokenizer(Tokenizer):
         added = [token for token in described.get("added_tokens", ()) if token.get("special")]
         self.special_tokens = {token["content"]: token["id"] for token in added}
         self._bytes = _token_bytes(described, vocabulary, path)
+        self._without_id = _bytes_without_id(described, vocabulary)
         self.fingerprint = hashlib.blake2b(content + end_of_text.encode(), digest_size=16).hexdigest()
 
     def _read_config(self) -> dict[str, Any]:
@@ -128,14 +129,35 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"{path}: {key} = {token!r}: must be a string, or an object with one under 'content'")
         return spelled
 
+    def _check_bytes(self, text: str) -> None:
+        """The library leaves out what its vocabulary lacks, without a word."""
+        if not self._without_id:
+            return
+        for letter in sorted(set(text)):
+            if not self._without_id.isdisjoint(letter.encode("utf-8", "replace")):
+                raise UserError(f"{self.path}: no id for {letter!r}, which the text holds; take it out of the text")
+
     def encode(self, text: str) -> list[int]:
+        self._check_bytes(text)
         return self._model.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        for text in texts:
+            self._check_bytes(text)
         return [encoded.ids for encoded in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(self._bytes.get(token, b"") for token in ids)
+
+
+def _bytes_without_id(described: dict[str, Any], vocabulary: dict[str, int]) -> set[int]:
+    """The bytes that a byte-level vocabulary without a token for unknown ones cannot spell."""
+    model = described.get("model") or {}
+    if '"ByteLevel"' not in json.dumps(described.get("decoder")) or described.get("normalizer"):
+        return set()
+    if model.get("type") != "BPE" or model.get("unk_token") or model.get("byte_fallback"):
+        return set()
+    return {byte for letter, byte in byte_level_alphabet().items() if letter not in vocabulary}
 
 
 def _token_bytes(described: dict[str, Any], vocabulary: dict[str, int], path: Path) -> dict[int, bytes]:

@@ -79,7 +79,7 @@ class TokenStore:
             self._check()
         except UserError:
             raise
-        except (OSError, KeyError, TypeError, ValueError, RecursionError, EOFError) as error:
+        except Exception as error:  # a damaged array may raise anything
             why = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"{folder}: not a token folder, or damaged: {why}; make it again") from None
 
@@ -98,11 +98,8 @@ class TokenStore:
             array = getattr(self, name)
             if array.shape != (length,) or array.dtype.str[1:] not in kinds.split():
                 raise ValueError(f"{name}.npy holds {array.dtype} {list(array.shape)}, not {length} of {kinds}")
-        if (
-            self.offsets[0] != 0
-            or self.offsets[-1] != self.num_tokens
-            or bool((self.offsets[1:] <= self.offsets[:-1]).any())
-        ):
+        ends = self.offsets
+        if ends[0] != 0 or ends[-1] != self.num_tokens or bool((ends[1:] <= ends[:-1]).any()):
             raise ValueError("offsets.npy does not go from 0 to the last token, document by document")
 
     def read(self, start: int, stop: int) -> np.ndarray:

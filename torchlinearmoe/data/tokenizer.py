@@ -20,7 +20,8 @@ import binascii
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,12 +150,24 @@ class TiktokenTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         self._check_bytes(text)
-        return self._encoding.encode_ordinary(text)
+        with self._panics():
+            return self._encoding.encode_ordinary(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         for text in texts:
             self._check_bytes(text)
-        return self._encoding.encode_ordinary_batch(list(texts))
+        with self._panics():
+            return self._encoding.encode_ordinary_batch(list(texts))
+
+    @contextmanager
+    def _panics(self) -> Iterator[None]:
+        """What tiktoken does with a pattern that cuts where no token begins."""
+        try:
+            yield
+        except BaseException as error:  # its panics are no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise UserError(f"{self.path}: tiktoken fails with its ranks or pattern: {_one_line(error)}") from None
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self._encoding.decode_bytes([token for token in ids if token in self._known])

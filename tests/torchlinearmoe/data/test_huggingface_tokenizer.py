@@ -134,6 +134,15 @@ def test_unknown_end_of_text_is_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_text_that_a_vocabulary_would_drop_is_named(tmp_path):
+    vocabulary = {"<|endoftext|>": 0, "a": 1, "b": 2}
+    tokenizer = load_tokenizer(save(byte_level(vocabulary, []), tmp_path))
+    assert tokenizer.encode("abba") == [1, 2, 2, 1]
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["ab", text])):
+        with pytest.raises(ValueError, match="tokenizer.json: no id for 'c', which the text holds; take it out"):
+            encode("abc")
+
+
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text("{}")

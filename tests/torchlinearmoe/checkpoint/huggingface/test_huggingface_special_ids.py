@@ -33,8 +33,8 @@ def ids_of(folder: Path, name: str) -> dict[str, Any]:
 
 
 def write_tokenizer(folder: Path, **config: Any) -> None:
-    """Ids a = 2, b = 3 between `<s>` = 0 and `</s>` = 1, and a `tokenizer_config.json` that adds `config`."""
-    model = tokenizers.models.BPE({"<s>": 0, "</s>": 1, "a": 2, "b": 3}, [])
+    """Ids a = 2, b = 3 (and all else), beside `<s>` = 0 and `</s>` = 1; `tokenizer_config.json` adds `config`."""
+    model = tokenizers.models.BPE({"<s>": 0, "</s>": 1, "a": 2, "b": 3}, [], unk_token="b")
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
     tokenizer.decoder = tokenizers.decoders.ByteLevel()  # pyright: ignore
