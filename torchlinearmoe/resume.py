@@ -14,8 +14,9 @@ Forking is the same: `checkpoint.resume` names a checkpoint, `training.output_di
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from torchlinearmoe.checkpoint.folder import candidates
 from torchlinearmoe.checkpoint.model import checkpoint_recipe, checkpoint_template, checkpoint_tokenizer
@@ -107,6 +108,18 @@ def changes(saved: Recipe, now: Recipe, step: int) -> list[str]:
                 f"rate of step {step + 1} is {rate:.3g}, it would have been {was:.3g}"
             )
     return lines
+
+
+def counts_of(extra: Mapping[str, Any], source: Path) -> tuple[int, int, int]:
+    """The steps, tokens and skipped steps of a run that are kept in its checkpoint `source`. Raises UserError."""
+    counts = [extra.get(key) for key in ("step", "tokens", "skipped_steps")]
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise UserError(
+            f"checkpoint {source}: state.json counts no steps, tokens and skipped steps; name the checkpoint of a run, "
+            "or start from its weights with checkpoint.init_from"
+        )
+    step, tokens, skipped = counts
+    return step, tokens, skipped  # pyright: ignore[reportReturnType]
 
 
 def with_saved_tokens_per_step(recipe: Recipe) -> Recipe:

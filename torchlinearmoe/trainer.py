@@ -35,6 +35,7 @@ from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.evaluation import first_bad_layer, held_out_loss, silent_mixers
 from torchlinearmoe.kernels.choose import check_modules
 from torchlinearmoe.late import LateNumbers, to_device
+from torchlinearmoe.metrics.console import format_number
 from torchlinearmoe.metrics.logger import MetricsLogger
 from torchlinearmoe.metrics.meter import Meter, peak_memory_gib
 from torchlinearmoe.metrics.mfu import mfu, peak_flops
@@ -56,9 +57,12 @@ from torchlinearmoe.parallel.mesh import Degrees, Meshes
 from torchlinearmoe.parallel.tensor import sum_partial_gradients
 from torchlinearmoe.recipe import Recipe
 from torchlinearmoe.recipe.remarks import remarks
-from torchlinearmoe.resume import go_on
+from torchlinearmoe.resume import counts_of, go_on
 from torchlinearmoe.run_folder import with_begin_of_text, write_recipe
 from torchlinearmoe.runtime import StopSignal, choose_dtype, on_rank_0
+
+MANY_EPOCHS = 4
+"""Up to about so many, repeated text is worth as much as new (Muennighoff et al. 2023, arXiv 2305.16264)."""
 
 
 class Diverged(RuntimeError):
@@ -123,7 +127,7 @@ class Trainer:
         self.skipped_in_a_row = 0
         if source is not None:
             extra = self.checkpoints.load(source, self.parts, self.optimizer)
-            self.step, self.tokens, self.skipped_steps = extra["step"], extra["tokens"], extra["skipped_steps"]
+            self.step, self.tokens, self.skipped_steps = counts_of(extra, source)
         elif self.initial_weights is not None:
             self.initial_weights.load(self.parts, dist.group.WORLD)
         self.loader = build_loader(
@@ -351,6 +355,17 @@ class Trainer:
             f"{self.tokens_per_step} tokens a step, {self.total_steps} steps on {degrees.world_size} x "
             f"{self.device.type} in {str(self.dtype).removeprefix('torch.')}"
         )
+        train, length = self.splits.train, self.recipe.training.sequence_length
+        epochs = self.total_steps * (self.tokens_per_step // length) / len(train.samples(length))
+        self.metrics.message(
+            f"{train.num_documents} documents of {format_number(len(train))} tokens, {epochs:.2g} epochs; tokenizer "
+            f"{self.tokenizer.path.name}; in {self.folder}"
+        )
+        if epochs > MANY_EPOCHS:
+            self.metrics.message(
+                f"the data are read {epochs:.3g} times: beyond {MANY_EPOCHS} epochs repeated text teaches less; bring "
+                "more in data.paths, or take fewer steps"
+            )
         if self.resumed_from is not None:
             self.metrics.message(f"resumed from {self.resumed_from} after step {self.step}")
         lines = [

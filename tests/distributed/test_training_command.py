@@ -310,6 +310,20 @@ def _spoil(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
     monkeypatch.setattr(Loop, "forward_backward", lambda self, *args: run(self, *args) * factor[next(steps) in bad])
 
 
+def test_the_start_tells_the_data_and_how_often_they_are_read(command: Command) -> None:
+    command("--training.steps=2")
+    told = command.capsys.readouterr().out.splitlines()[1]
+    assert told.startswith("57 documents of ") and "; tokenizer bpe-1024.tiktoken; in " in told
+    assert "0.023 epochs" in told and told.endswith(str(command.folder))
+    short = command.folder.parent / "short.jsonl"
+    short.write_text(json.dumps({"text": "so few words to be read again and again " * 6}))
+    command.folder = command.folder.with_name("often")
+    command(f"--data.paths=['{short}']", "--data.validation_fraction=0", f"--training.output_dir={command.folder}",
+            "--training.steps=40")  # fmt: skip
+    told = command.capsys.readouterr().out
+    assert "beyond 4 epochs repeated text teaches less; bring more in data.paths, or take fewer steps" in told
+
+
 def test_a_single_book_trains_without_validation_or_with_its_last_tokens_held_out(command: Command) -> None:
     book = command.folder.parent / "book.txt"
     book.write_text("It was the best of times, it was the worst of times. " * 200)

@@ -11,10 +11,10 @@ import pytest
 
 from torchlinearmoe.checkpoint.model import model_files
 from torchlinearmoe.data.tokenizer import DEFAULT_TOKENIZER, load_tokenizer
-from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.errors import RecipeError, UserError
 from torchlinearmoe.recipe import Recipe, resolve
 from torchlinearmoe.recipe.schema import Recipe as Schema
-from torchlinearmoe.resume import FREE_KEYS, TOLD_KEYS, changes, check_same_run, go_on
+from torchlinearmoe.resume import FREE_KEYS, TOLD_KEYS, changes, check_same_run, counts_of, go_on
 from torchlinearmoe.run_folder import flatten
 
 
@@ -134,6 +134,14 @@ def test_a_micro_batch_is_not_free_under_a_capacity() -> None:
 def test_anything_else_is_refused_by_its_key(sections: dict[str, Any], told: str) -> None:
     with pytest.raises(RecipeError, match=told):
         check_same_run(recipe(), recipe(**sections))
+
+
+@pytest.mark.parametrize("changed", [{"tokens": None}, {"step": "3"}, {"skipped_steps": -1}, {"tokens": True}])
+def test_counts_that_are_none_are_named(changed: dict[str, Any]) -> None:
+    extra = {"step": 3, "tokens": 30, "skipped_steps": 0}
+    assert counts_of(extra, Path("x")) == (3, 30, 0)
+    with pytest.raises(UserError, match="checkpoint x: state.json counts no steps, tokens and skipped steps; name"):
+        counts_of(extra | changed, Path("x"))
 
 
 def test_every_key_is_of_one_kind() -> None:

@@ -68,8 +68,8 @@ def find_sources(paths: Sequence[str | Path] = (), run_folder: Path | None = Non
         if len(found.files) + len(found.stores) == before:
             but = f" but what training wrote in '{found.left_out[-1]}'" if found.left_out else ""
             raise UserError(f"data.paths: the folder '{path}' holds no {', '.join(READERS)} file{but}")
-    lists = (tuple(dict.fromkeys(some)) for some in (found.files, found.stores, found.left_out))
-    return Sources(*lists, found.unknown)
+    files, stores, left_out = (tuple(dict.fromkeys(some)) for some in (found.files, found.stores, found.left_out))
+    return Sources(files, stores, left_out, found.unknown)
 
 
 def read_documents(files: Sequence[Path]) -> Iterator[str]:

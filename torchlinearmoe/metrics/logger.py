@@ -47,6 +47,7 @@ class MetricsLogger:
     def advance(self, step: int) -> None:
         """Step `step` is done, logged or not: moves the bar of a terminal."""
         if self._active:
+            self._write_waiting_validation()
             self._console.advance(step)
 
     def validation(self, step: int, loss: float | torch.Tensor) -> None:
@@ -56,7 +57,8 @@ class MetricsLogger:
             return
         self._write_waiting_validation()
         self._validated = (step, float(loss))
-        self._console.message(f"step {step} | validation loss {float(loss):.4f}")
+        if self._console.is_terminal:  # where the figures that hold it are soon replaced
+            self._say_validation(step, float(loss))
 
     def log(
         self,
@@ -110,6 +112,11 @@ class MetricsLogger:
             step, loss = self._validated
             self._validated = None
             self._write(step, {"validation_loss": loss})
+            if not self._console.is_terminal:
+                self._say_validation(step, loss)
+
+    def _say_validation(self, step: int, loss: float) -> None:
+        self._console.message(f"step {step} | validation loss {loss:.4f}")
 
     def _write(self, step: int, line: dict[str, Any]) -> None:
         self._record.write({"step": step, **line})
