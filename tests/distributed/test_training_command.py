@@ -313,8 +313,8 @@ def _spoil(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
 def test_the_start_tells_the_data_and_how_often_they_are_read(command: Command) -> None:
     command("--training.steps=2")
     told = command.capsys.readouterr().out.splitlines()[1]
-    assert told.startswith("57 documents of ") and "; tokenizer bpe-1024.tiktoken; in " in told
-    assert "0.023 epochs" in told and told.endswith(str(command.folder))
+    assert told.startswith("59 documents of ") and "; tokenizer bpe-1024.tiktoken; in " in told
+    assert "0.022 epochs" in told and told.endswith(str(command.folder))
     short = command.folder.parent / "short.jsonl"
     short.write_text(json.dumps({"text": "so few words to be read again and again " * 6}))
     command.folder = command.folder.with_name("often")

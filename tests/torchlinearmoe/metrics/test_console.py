@@ -61,7 +61,7 @@ def test_figures_fit_a_terminal_and_the_loss_is_never_missing(width):
     text = format_figures(every, 4000.0, width=width)
     assert len(text) <= width and text.startswith("loss 3.1416")
     assert ("skipped 2" in text) == (width >= 40)
-    assert ("grad norm" in text) == (width == 80) and ("left 1h06m" in text) == (width >= 40)
+    assert ("MFU" in text) == (width == 80) and ("left 1h06m" in text) == (width >= 40)
     assert len(format_figures(every, 4000.0)) > 120
     stream = Terminal()
     shown = Console(total_steps=200, stream=stream)
