@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -54,3 +54,15 @@ def _tell_launcher(line: str) -> None:
     if path:
         with suppress(OSError):
             Path(path).write_text(json.dumps({"message": line, "timestamp": str(int(time.time()))}))
+
+
+@contextmanager
+def progress_bar(verb: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, on a terminal only; call what it gives with (done, total)."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(verb, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
