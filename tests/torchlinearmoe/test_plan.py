@@ -96,6 +96,7 @@ def test_a_thousand_ranks_are_planned_without_memory_or_processes() -> None:
     assert {c["axis"] for c in many["communication"]["collectives"]} == {"fsdp", "data_replicate"}
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_ranks_are_planned_in_seconds_with_progress() -> None:
     """Of the groups and pieces that are other ranks' none is made; what is found does not depend on it."""
     parallel = {"pipeline": 2, "tensor": 2}

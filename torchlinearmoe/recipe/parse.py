@@ -286,16 +286,17 @@ def _dump_section(name: str, section: Any) -> str:
             continue
         if entry.name == "layout" and section.mixers:
             continue
-        lines.append(f"{entry.name} = {_toml(value)}")
+        lines.append(f"{entry.name} = {to_toml(value)}")
     return "\n".join(lines) + "\n" if len(lines) > 1 else ""
 
 
-def _toml(value: Any) -> str:
+def to_toml(value: Any) -> str:
+    """A value as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         # JSON's escapes are TOML's, except that TOML wants the delete character escaped too.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
+        return "[" + ", ".join(to_toml(item) for item in value) + "]"
     return repr(value)

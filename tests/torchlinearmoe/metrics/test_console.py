@@ -67,7 +67,7 @@ def test_figures_fit_a_terminal_and_the_loss_is_never_missing(width):
     shown = Console(total_steps=200, stream=stream)
     shown.figures(10, every, 4000.0)
     shown.close()
-    assert format_figures(every, 4000.0, width=shown._bar.width) in stream.getvalue()
+    assert shown._bar is not None and format_figures(every, 4000.0, width=shown._bar.width) in stream.getvalue()
 
 
 @pytest.mark.parametrize(
