@@ -97,7 +97,7 @@ def _lay_out(model: Decoder, recipe: Recipe, meshes: Meshes, dtype: torch.dtype)
 
 
 def spread_router_counts(model: Decoder, meshes: Meshes) -> None:
-    """Tell the routers' balance losses which part of the tokens this rank has, and who has the rest."""
+    """Tell the routers which tokens this rank has and who has the rest, for balance losses and capacities."""
     degrees = meshes.degrees
     groups = {
         "global": meshes.tokens_group,
@@ -106,5 +106,9 @@ def spread_router_counts(model: Decoder, meshes: Meshes) -> None:
     for module in model.modules():
         if isinstance(module, Balance):
             module.layout = TokenLayout(
-                groups[module.scope], degrees.context, degrees.tensor, meshes.tensor.get_local_rank()
+                groups[module.scope],
+                degrees.context,
+                degrees.tensor,
+                meshes.tensor.get_local_rank(),
+                groups["sequence"],
             )

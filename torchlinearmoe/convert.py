@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-from torchlinearmoe.commands import failures_on_one_line
+from torchlinearmoe.commands import failures_on_one_line, progress_bar
 from torchlinearmoe.errors import visible
-
-if TYPE_CHECKING:
-    from torchlinearmoe.checkpoint.stream import Progress
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     into.add_argument("source", metavar="DIRECTORY", help="what `save_pretrained` wrote")
     into.add_argument("destination", metavar="CHECKPOINT", help="folder to make; usable by generate and init_from")
     out = ways.add_parser("to-hf", help="checkpoint to directory, for `AutoModelForCausalLM.from_pretrained`")
-    out.add_argument("source", metavar="CHECKPOINT", help="e.g. runs/quickstart/checkpoints/step-500")
+    out.add_argument("source", metavar="CHECKPOINT", help="e.g. runs/quickstart, or .../checkpoints/step-500")
     out.add_argument("destination", metavar="DIRECTORY", help="folder to make")
     out.add_argument(
         "--dtype",
@@ -62,7 +57,7 @@ def _gigabytes(text: str) -> float:
 def _from_hf(options: argparse.Namespace) -> int:
     from torchlinearmoe.checkpoint.huggingface.importing import import_directory
 
-    with _progress("importing") as progress:
+    with progress_bar("importing") as progress:
         recipe = import_directory(options.source, options.destination, progress)
     source, destination = visible(options.source), visible(options.destination)
     print(f"{destination}: {recipe.model.family}, {recipe.model.num_layers} layers; recipe beside the weights")
@@ -77,11 +72,12 @@ def _to_hf(options: argparse.Namespace) -> int:
     import torch
 
     from torchlinearmoe.checkpoint.huggingface.exporting import export_checkpoint
+    from torchlinearmoe.checkpoint.model import find_checkpoint
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    with _progress("exporting") as progress:
+    with progress_bar("exporting") as progress:
         config = export_checkpoint(
-            options.source,
+            find_checkpoint(options.source),
             options.destination,
             dtype=dtype,
             shard_bytes=int(options.shard_size * 1e9),
@@ -92,18 +88,6 @@ def _to_hf(options: argparse.Namespace) -> int:
     print(f"{destination}: {config['architectures'][0]}")
     print(f'next: AutoModelForCausalLM.from_pretrained("{destination}"{trust})')
     return 0
-
-
-@contextmanager
-def _progress(verb: str) -> Iterator[Progress]:
-    """A bar on stderr, on a terminal only."""
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(verb, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 if __name__ == "__main__":

@@ -32,12 +32,11 @@ def visible(text: str) -> str:
 
 
 def nearest(word: str, legal: Iterable[str]) -> str:
-    """The closest legal word as `did you mean 'x'?`, else the list of legal words."""
+    """All legal words, and before them the closest, if one is close, as `did you mean 'x'?`."""
     words = sorted(legal)
-    close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean '{close[0]}'?"
-    return "legal: " + ", ".join(words)
+    close = difflib.get_close_matches(str(word)[:100], words, n=1, cutoff=0.6)
+    meant = f"did you mean '{close[0]}'? " if close else ""
+    return f"{meant}legal: {', '.join(words)}"
 
 
 def divisors(*numbers: int) -> str:

@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         "constant size; softmax layers keep the past, up to model.max_length.",
     )
     add = parser.add_argument
-    add("checkpoint", help="folder of a checkpoint, e.g. runs/quickstart/checkpoints/step-500")
+    add("checkpoint", help="folder of a checkpoint, or of a run for its newest one, e.g. runs/quickstart")
     add(
         "--prompt",
         action="append",
@@ -73,13 +73,14 @@ def _parser() -> argparse.ArgumentParser:
 def _generate(options: argparse.Namespace) -> int:
     import torch
 
-    from torchlinearmoe.checkpoint.model import checkpoint_tokenizer, load_model
+    from torchlinearmoe.checkpoint.model import checkpoint_tokenizer, find_checkpoint, load_model
     from torchlinearmoe.generation import Sampling, cast_weights, generate
 
     temperature = 0.0 if options.greedy else options.temperature
     sampling = Sampling(temperature=temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     texts = _prompts(options.prompt)
     device, dtype = _device_and_dtype(options)
+    options.checkpoint = find_checkpoint(options.checkpoint)
     with torch.device(device):
         model = load_model(options.checkpoint)
     cast_weights(model, dtype)
@@ -104,19 +105,19 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _encode(options: argparse.Namespace, tokenizer: Tokenizer, texts: list[str]) -> tuple[list[list[int]], set[int]]:
     """The ids of every prompt, and those that end a continuation."""
-    from torchlinearmoe.checkpoint.model import begin_of_text, checkpoint_template, ends_of_text
+    from torchlinearmoe.checkpoint.model import checkpoint_template, ends_of_text
     from torchlinearmoe.data.chat_template import Message
 
-    begin, ends = begin_of_text(options.checkpoint, tokenizer), ends_of_text(options.checkpoint, tokenizer)
+    ends = ends_of_text(options.checkpoint, tokenizer)
     if not options.chat:
         if options.system:
             raise Failure("--system: only a conversation has a system message; add --chat")
-        return [[begin, *tokenizer.encode(text)] for text in texts], ends
+        return [[tokenizer.start, *tokenizer.encode(text)] for text in texts], ends
     if options.prompt is None:
         raise Failure("--chat: give the message with --prompt")
     template = checkpoint_template(options.checkpoint)
     before = [Message("system", options.system)] if options.system else []
-    prompts = [template.prompt([*before, Message("user", text)], tokenizer, begin) for text in texts]
+    prompts = [template.prompt([*before, Message("user", text)], tokenizer) for text in texts]
     return prompts, ends | {template.end_id(tokenizer)}
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torchlinearmoe.commands import Failure, failures_on_one_line
+from torchlinearmoe.commands import Failure, failures_on_one_line, progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,8 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     world_size = options.world_size if options.world_size is not None else _natural_world(recipe)
     if world_size < 1:
         raise Failure(f"--world-size {world_size}: must be at least 1")
-    found = plan(recipe, world_size, _dtype(recipe), options.rank)
+    with progress_bar(f"laying out ranks of {world_size}") as progress:
+        found = plan(recipe, world_size, _dtype(recipe), options.rank, progress)
     if options.json:
         print(json.dumps(found, indent=2))
     else:

@@ -17,19 +17,23 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 import torch.distributed as dist
 
+from torchlinearmoe.checkpoint.folder import clear
+from torchlinearmoe.disk import FULL
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.runtime import on_rank_0
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 LOCK_FILE = "run.lock"
 
 
@@ -89,11 +93,28 @@ def take(folder: Path, own: Owner) -> None:
             if before is not None:
                 _check(folder, before, own)
                 logger.warning("%s: %s ended without releasing it; taken over", path, before)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(asdict(own)).encode(), 0)
-            os.fsync(descriptor)
+            _with_room(folder, lambda: _write(descriptor, own))
     except OSError as error:
-        raise RecipeError(f"training.output_dir = '{folder}': cannot write {path}: {error.strerror}") from None
+        raise RecipeError(
+            f"training.output_dir = '{folder}': cannot write {path}: {error.strerror}; make room, or choose another"
+        ) from None
+
+
+def _write(descriptor: int, own: Owner) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(asdict(own)).encode(), 0)
+    os.fsync(descriptor)
+
+
+def _with_room(folder: Path, action: Callable[[], T]) -> T:
+    """Do it, on a full disk once more without what a killed run left half written; nobody else writes the folder."""
+    try:
+        return action()
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        clear(folder / "checkpoints")
+        return action()
 
 
 def release(folder: Path, own: Owner) -> None:
@@ -108,7 +129,7 @@ def release(folder: Path, own: Owner) -> None:
 def _alone(path: Path) -> Iterator[int]:
     """The open lock file, while no other process is between its first look at it and its last word."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        descriptor = _with_room(path.parent, lambda: os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644))
         try:
             with suppress(OSError):  # a file system without such locks
                 fcntl.flock(descriptor, fcntl.LOCK_EX)

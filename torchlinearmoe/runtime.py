@@ -20,13 +20,37 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """Ranks, from torchrun's environment; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Ranks, from torchrun's environment; 1 without it. Raises UserError where no launcher has made that."""
+    ranks = _number("WORLD_SIZE", 1, 1, 10**6)
+    _number("RANK", 0, 0, ranks - 1)
+    _number("LOCAL_RANK", 0, 0, ranks - 1)
+    _number("MASTER_PORT", 1, 0, 2**16 - 1)
+    if ranks > 1 and not _is_launched():
+        raise UserError(
+            f"WORLD_SIZE = {ranks}: there is no MASTER_ADDR and RANK with it; start with torchrun "
+            f"--nproc_per_node={ranks}, or unset it"
+        )
+    return ranks
+
+
+def _number(name: str, default: int, least: int, most: int) -> int:
+    """A variable of a launcher."""
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 9 and least <= int(text) <= most):
+        raise UserError(
+            f"{name} = '{text}' in the environment: must be a number from {least} to {most}; start with torchrun, or "
+            "unset it"
+        )
+    return int(text)
+
+
+def _is_launched() -> bool:
+    return "MASTER_ADDR" in os.environ and "RANK" in os.environ
 
 
 def choose_device(training: TrainingRecipe) -> torch.device:
     """This rank's device."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = _number("LOCAL_RANK", 0, 0, 10**6)
     wanted = training.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,7 +79,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     """A process group over all ranks: NCCL on GPUs, gloo on CPUs; of one process where there is no launcher."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=30)
-    if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
+    if _is_launched():
         _join(backend, timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

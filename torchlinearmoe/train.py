@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torchlinearmoe.commands import Failure, failures_on_one_line
+from torchlinearmoe.errors import visible
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,28 +25,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(path: str, overrides: Sequence[str]) -> int:
-    from torchlinearmoe.parallel.mesh import resolve_degrees, tokens_per_step
+    from torchlinearmoe.parallel.mesh import Degrees, resolve_degrees, tokens_per_step
     from torchlinearmoe.parallel.pipeline import check_micro_batches
-    from torchlinearmoe.recipe import load_recipe
+    from torchlinearmoe.recipe import Recipe, load_recipe
     from torchlinearmoe.recipe.validate import check_steps
+    from torchlinearmoe.resume import with_saved_tokens_per_step
     from torchlinearmoe.run_folder import with_tokenizer, with_tokens_per_step
     from torchlinearmoe.run_lock import locked
-    from torchlinearmoe.runtime import choose_device, process_group, world_size
+    from torchlinearmoe.runtime import choose_device, on_rank_0, process_group, world_size
+
+    def resolved(recipe: Recipe, degrees: Degrees) -> Recipe:
+        recipe = with_tokens_per_step(recipe, tokens_per_step(recipe.training, degrees))
+        check_steps(recipe)
+        check_micro_batches(recipe, degrees)
+        return recipe
 
     # Everything that can be refused without other ranks is refused before they are needed.
     recipe = load_recipe(path, overrides)
     degrees = resolve_degrees(recipe.parallel, world_size())
     recipe = with_tokenizer(recipe)
-    recipe = with_tokens_per_step(recipe, tokens_per_step(recipe.training, degrees))
-    check_steps(recipe)
-    check_micro_batches(recipe, degrees)
+    if recipe.training.tokens_per_step is not None:
+        recipe = resolved(recipe, degrees)
     device = choose_device(recipe.training)
     with process_group(device), locked(Path(recipe.training.output_dir)):
-        from torchlinearmoe.trainer import Diverged, Trainer
+        recipe = resolved(on_rank_0(lambda: with_saved_tokens_per_step(recipe)), degrees)
+        import torch.distributed as dist
 
-        trainer = Trainer(recipe, degrees, device)
+        from torchlinearmoe.trainer import Diverged, Finished, Trainer
+
         try:
-            stopped = trainer.run()
+            stopped = Trainer(recipe, degrees, device).run()
+        except Finished as done:
+            if dist.get_rank() == 0:
+                print(visible(str(done)), flush=True)
+            return 0
         except Diverged as error:
             raise Failure(str(error)) from None
         return 128 + stopped if stopped else 0

@@ -7,7 +7,9 @@ finite, log. Everything around it (validation, checkpoints, signals, the end) ha
 from __future__ import annotations
 
 import gc
+import shlex
 import signal
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,14 +17,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from torchlinearmoe import disk
 from torchlinearmoe.checkpoint.folder import read_extra
 from torchlinearmoe.checkpoint.initial import InitialWeights
 from torchlinearmoe.checkpoint.manager import CheckpointManager
-from torchlinearmoe.checkpoint.model import checkpoint_recipe, model_files
+from torchlinearmoe.checkpoint.model import begins_as_trained, model_files
 from torchlinearmoe.data.baselines import Baselines, baseline_losses
+from torchlinearmoe.data.chat_template import load_template
 from torchlinearmoe.data.fingerprint import DataState, fingerprint, follow
 from torchlinearmoe.data.loader import build_loader, build_validation_loader
 from torchlinearmoe.data.open import open_data
+from torchlinearmoe.data.opening import opening_of_messages, opening_of_text
 from torchlinearmoe.data.packing import MicroBatch
 from torchlinearmoe.data.splits import Splits
 from torchlinearmoe.data.tokenizer import check_vocabulary, load_tokenizer
@@ -30,6 +35,7 @@ from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.evaluation import first_bad_layer, held_out_loss, silent_mixers
 from torchlinearmoe.kernels.choose import check_modules
 from torchlinearmoe.late import LateNumbers, to_device
+from torchlinearmoe.metrics.console import format_number
 from torchlinearmoe.metrics.logger import MetricsLogger
 from torchlinearmoe.metrics.meter import Meter, peak_memory_gib
 from torchlinearmoe.metrics.mfu import mfu, peak_flops
@@ -41,7 +47,7 @@ from torchlinearmoe.moe.layer import MoE
 from torchlinearmoe.moe.statistics import expert_load, gather_statistics, load_figures
 from torchlinearmoe.moe.totals import StepTotals
 from torchlinearmoe.optim.build import build_optimizer
-from torchlinearmoe.optim.schedule import learning_rate, set_learning_rate
+from torchlinearmoe.optim.schedule import scheduled, set_learning_rate
 from torchlinearmoe.optim.step import step_if_finite
 from torchlinearmoe.parallel.apply import build_parallel_model
 from torchlinearmoe.parallel.clip import gradient_norm
@@ -51,16 +57,27 @@ from torchlinearmoe.parallel.mesh import Degrees, Meshes
 from torchlinearmoe.parallel.tensor import sum_partial_gradients
 from torchlinearmoe.recipe import Recipe
 from torchlinearmoe.recipe.remarks import remarks
-from torchlinearmoe.run_folder import check_same_run, write_recipe
+from torchlinearmoe.resume import counts_of, go_on
+from torchlinearmoe.run_folder import with_begin_of_text, write_recipe
 from torchlinearmoe.runtime import StopSignal, choose_dtype, on_rank_0
+
+MANY_EPOCHS = 4
+"""Up to about so many, repeated text is worth as much as new (Muennighoff et al. 2023, arXiv 2305.16264)."""
 
 
 class Diverged(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
 
 
+class Finished(Exception):
+    """There is nothing to do: the run was at its end before. Says so in a few lines."""
+
+
 class Trainer:
-    """One run of a recipe on this rank. Needs a process group; `recipe.training.tokens_per_step` is resolved."""
+    """One run of a recipe on this rank. Needs a process group; `recipe.training.tokens_per_step` is resolved.
+
+    Raises Finished, before anything is written, where the checkpoint to go on from is that of the last step.
+    """
 
     def __init__(self, recipe: Recipe, degrees: Degrees, device: torch.device) -> None:
         training = recipe.training
@@ -80,12 +97,14 @@ class Trainer:
         check_modules(self.whole, device.type, self.dtype, training.compile)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer)
         check_vocabulary(self.tokenizer, recipe.model.vocab_size)
-        self.model_files = model_files(recipe, self.tokenizer)
         self.checkpoints = CheckpointManager(self.folder / "checkpoints", recipe.checkpoint.keep)
-        source = self._choose_checkpoint()
+        source, self.resume_notes = self._choose_checkpoint()
+        self.checkpoints.clear()
         fresh = source is None and recipe.checkpoint.init_from
         self.initial_weights = InitialWeights(recipe) if fresh else None
-        self.splits = self._open_data()
+        self.splits = self._open_data(source)
+        recipe = self.recipe = with_begin_of_text(recipe, self.splits.stores[0].begin_of_text)
+        self.model_files = model_files(recipe, self.tokenizer)
         self.data, self.data_note = self._follow_data(source)
         built = build_parallel_model(recipe, self.meshes, device, self.dtype)
         self.parts, self.passes, self.shared = built.parts, built.passes, built.shared
@@ -108,7 +127,7 @@ class Trainer:
         self.skipped_in_a_row = 0
         if source is not None:
             extra = self.checkpoints.load(source, self.parts, self.optimizer)
-            self.step, self.tokens, self.skipped_steps = extra["step"], extra["tokens"], extra["skipped_steps"]
+            self.step, self.tokens, self.skipped_steps = counts_of(extra, source)
         elif self.initial_weights is not None:
             self.initial_weights.load(self.parts, dist.group.WORLD)
         self.loader = build_loader(
@@ -130,15 +149,16 @@ class Trainer:
         self.flops_per_token = training_flops_per_token(self.whole, training.sequence_length)
         self.peak = peak_flops(device, self.dtype, recipe.metrics.peak_tflops)
         self.meter = Meter(total_steps=self.total_steps, step=self.step, device=device)
-        if self.rank == 0:
-            write_recipe(recipe, self.folder)
-        self.metrics = MetricsLogger(
-            self.folder,
-            total_steps=self.total_steps,
-            resumed_step=self.step,
-            rank=self.rank,
-            tensorboard=recipe.metrics.tensorboard,
-        )
+        with disk.one_line(f"training.output_dir = '{self.folder}'", self._way_out):
+            if self.rank == 0:
+                write_recipe(recipe, self.folder)
+            self.metrics = MetricsLogger(
+                self.folder,
+                total_steps=self.total_steps,
+                resumed_step=self.step,
+                rank=self.rank,
+                tensorboard=recipe.metrics.tensorboard,
+            )
         self.resumed_from = source
         self.stop_signal = 0
         self._pending: LateNumbers | None = None
@@ -158,6 +178,14 @@ class Trainer:
 
         Raises Diverged when too many steps in a row were not finite, or the last ones; the last good checkpoint stays.
         """
+        with disk.one_line(f"training.output_dir = '{self.folder}'", self._way_out), self.metrics:
+            return self._run()
+
+    def _way_out(self) -> str:
+        kept = self.checkpoints.newest()
+        return f"make room or mend it, then start again; last complete checkpoint: {kept.name if kept else 'none'}"
+
+    def _run(self) -> int | None:
         baselines = self._begin()
         stop = StopSignal()
         profile_folder = self.folder / "profile"
@@ -201,7 +229,6 @@ class Trainer:
         finally:
             stop.restore()
             gc.unfreeze()
-            self.metrics.close()
 
     def train_step(self, batches: list[MicroBatch], received: int | None = None) -> tuple[Tensor, Tensor, float]:
         """One optimizer step. Returns the mean loss and the gradient norm before clipping, on the device, and the lr.
@@ -228,7 +255,7 @@ class Trainer:
         mean = total / tokens
 
         grad_norm = self._gradient_norm()
-        lr = self._learning_rate(self.step + 1)
+        lr = scheduled(self.recipe, self.step + 1)
         set_learning_rate(self.optimizer, lr)
         finite_norm = grad_norm + 0.0 * mean.to(grad_norm.dtype)
         skipped = step_if_finite(self.optimizer, finite_norm, self.recipe.optimizer.clip_norm)
@@ -262,18 +289,6 @@ class Trainer:
             self.modules, pp_group=self.meshes.pipeline_group, counted_elsewhere=self.shared.counted_elsewhere
         )
 
-    def _learning_rate(self, step: int) -> float:
-        optimizer = self.recipe.optimizer
-        return learning_rate(
-            step,
-            total_steps=self.total_steps,
-            lr=optimizer.lr,
-            min_lr=optimizer.min_lr,
-            warmup_steps=optimizer.warmup(self.tokens_per_step),
-            schedule=optimizer.schedule,
-            decay_fraction=optimizer.decay_fraction,
-        )
-
     def _note(self, flags: LateNumbers) -> None:
         """Take in what a step reported: [skipped, signal]."""
         skipped, received = flags.read()
@@ -295,8 +310,8 @@ class Trainer:
     # -----------------------------------------------------------------------------------------------------------------
     # before, around and after
 
-    def _choose_checkpoint(self) -> Path | None:
-        """The checkpoint to go on from, made by the same recipe."""
+    def _choose_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """The checkpoint to go on from, made by a recipe that this one may follow, and lines to say."""
         choice = self.recipe.checkpoint.resume
         if choice == "never" and (self.folder / "metrics.jsonl").exists():
             raise RecipeError(
@@ -304,14 +319,24 @@ class Trainer:
                 "choose another training.output_dir or checkpoint.resume = 'latest'"
             )
         source = self.checkpoints.resume_from(choice)
-        if source is not None:
-            data_known = "fingerprint" in read_extra(source).get("data", {})
-            check_same_run(checkpoint_recipe(source), self.recipe, data_known=data_known)
-        return source
+        if source is None:
+            return None, []
+        extra = read_extra(source)
+        data_known = "fingerprint" in extra.get("data", {})
+        notes = go_on(source, self.recipe, self.tokenizer, step=extra["step"], data_known=data_known)
+        if extra["step"] >= self.total_steps:
+            raise Finished(
+                f"all {self.total_steps} steps are done; more of them, training.steps or training.tokens, go on from "
+                f"here\ncheckpoint: {source}\nnext: python -m torchlinearmoe.generate {shlex.quote(str(source))}"
+            )
+        return source, notes
 
-    def _open_data(self) -> Splits:
-        """The data, found and tokenised by rank 0 while the others wait."""
-        return open_data(self.recipe.data, self.tokenizer, self.folder / "cache", self.folder, on_rank_0)
+    def _open_data(self, source: Path | None) -> Splits:
+        """The data, found and tokenised by rank 0 while the others wait; documents start as the weights know them."""
+        data, known = self.recipe.data, source or self.recipe.checkpoint.init_from
+        if data.begin_of_text is None and known:
+            data = replace(data, begin_of_text=begins_as_trained(known, self.tokenizer))
+        return open_data(data, self.tokenizer, self.folder / "cache", self.folder, on_rank_0)
 
     def _follow_data(self, source: Path | None) -> tuple[DataState, str | None]:
         """How the data go on from where the run stood, and a line to say."""
@@ -330,15 +355,33 @@ class Trainer:
             f"{self.tokens_per_step} tokens a step, {self.total_steps} steps on {degrees.world_size} x "
             f"{self.device.type} in {str(self.dtype).removeprefix('torch.')}"
         )
+        train, length = self.splits.train, self.recipe.training.sequence_length
+        epochs = self.total_steps * (self.tokens_per_step // length) / len(train.samples(length))
+        self.metrics.message(
+            f"{train.num_documents} documents of {format_number(len(train))} tokens, {epochs:.2g} epochs; tokenizer "
+            f"{self.tokenizer.path.name}; in {self.folder}"
+        )
+        if epochs > MANY_EPOCHS:
+            self.metrics.message(
+                f"the data are read {epochs:.3g} times: beyond {MANY_EPOCHS} epochs repeated text teaches less; bring "
+                "more in data.paths, or take fewer steps"
+            )
         if self.resumed_from is not None:
             self.metrics.message(f"resumed from {self.resumed_from} after step {self.step}")
-        lines = [*remarks(self.recipe), *(self.initial_weights.describe() if self.initial_weights else [])]
+        lines = [
+            *self.resume_notes,
+            *remarks(self.recipe),
+            *(self.initial_weights.describe() if self.initial_weights else []),
+        ]
         for line in filter(
             None, [self.data_note, *lines, self.splits.train.note(self.recipe.training.sequence_length)]
         ):
             self.metrics.message(line)
         if left_out := self.splits.left_out:
             self.metrics.message(f"data.paths: not read is what training wrote in {', '.join(map(str, left_out))}")
+        if unknown := self.splits.unknown:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(unknown).most_common(8))
+            self.metrics.message(f"data.paths: {sum(unknown.values())} files of no known kind are not read: {kinds}")
         if not self.recipe.metrics.baselines or not len(self.splits.validation) or self.rank != 0:
             return None
         found = baseline_losses(self.splits.train, self.splits.validation, self.tokenizer.vocab_size)
@@ -439,5 +482,14 @@ class Trainer:
             curves += f", tensorboard --logdir {self.folder / 'tensorboard'}"
         self.metrics.message(f"checkpoint: {last}")
         self.metrics.message(f"curves: {curves}")
-        chat = " --chat" if self.recipe.data.format == "messages" else ""
-        self.metrics.message(f'next: python -m torchlinearmoe.generate {last}{chat} --prompt "In the beginning"')
+        told = [shlex.quote(str(last)), *self._prompt()]
+        self.metrics.message(f"next: python -m torchlinearmoe.generate {' '.join(told)}")
+
+    def _prompt(self) -> list[str]:
+        """Options of `generate` that ask the model for something like its data."""
+        data, train = self.recipe.data, self.splits.train
+        if data.format == "messages":
+            text = opening_of_messages(train, self.tokenizer, load_template(data.chat_template))
+            return ["--chat", "--prompt", shlex.quote(text or "Hello.")]
+        text = opening_of_text(train, self.tokenizer)
+        return ["--prompt", shlex.quote(text)] if text else []

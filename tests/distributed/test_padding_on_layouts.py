@@ -71,22 +71,19 @@ def train(ranks: RankPool, messages: Path, output: Path, size: int, *changes: Se
         CASES,
         *(f"sequence {layout}" for layout in LAYOUTS if layout != COMPILED),
         *("global tensor", "bias data", "memories tensor", "memories context"),
-        slow=(f"sequence {COMPILED}", "global accumulation", "bias context", "memories, global data"),
+        slow=(
+            f"sequence {COMPILED}",
+            f"memories {COMPILED}",
+            "global accumulation",
+            "bias context",
+            "memories, global data",
+        ),
     ),
 )
 def test_padded_rows_train_alike_on_every_layout(
-    ranks: RankPool,
-    messages: Path,
-    whole: dict[str, Result],
-    tmp_path: Path,
-    case: str,
-    request: pytest.FixtureRequest,
+    ranks: RankPool, messages: Path, whole: dict[str, Result], tmp_path: Path, case: str
 ) -> None:
     router, layout = CASES[case]
-    if (router, layout) == ("memories", COMPILED):
-        # With padding or without: the compiler makes the number of experts dynamic when the second router comes, and
-        # the first one, run again by that graph, saves other tensors.
-        request.applymarker(pytest.mark.xfail(strict=True, reason="two sizes of routers, compiled and run again"))
     if router not in whole:
         at_once: Settings = {"training": {"micro_batch_size": 4}}
         whole[router] = train(ranks, messages, tmp_path / "whole", 1, ROUTERS[router], at_once)

@@ -1,12 +1,16 @@
 """`python -m torchlinearmoe.train`: what a recipe may change when a run goes on, and mistakes told in one line."""
 
+import json
+import shlex
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
-from tiny_run import Settings, read_lines, settings, write_corpus
+from harness import RankPool
+from tiny_run import Settings, read_lines, run, settings, write_corpus
 
 from torchlinearmoe.recipe import dump, load_recipe, resolve
 from torchlinearmoe.train import main
@@ -27,7 +31,7 @@ class Command:
     """The command on a recipe file that writes into `folder`."""
 
     def __init__(self, corpus: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.folder, self.capsys = folder, capsys
+        self.corpus, self.folder, self.capsys = corpus, folder, capsys
         self.recipe = folder.with_suffix(".toml")
         self.recipe.write_text(dump(resolve(settings(corpus, folder, SMALL))))
 
@@ -66,7 +70,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "key, value, was",
     [
-        ("optimizer.lr", "0.002", "0.001"),
+        ("optimizer.weight_decay", "0.2", "0.1"),
         ("training.seed", "7", "0"),
         ("training.tokens_per_step", "96", "48"),
         ("model.num_layers", "3", "2"),
@@ -106,6 +110,81 @@ def test_steps_layout_metrics_and_checkpoints_may_change(command: Command) -> No
     # Tokens may take the place of steps, and a finished run has nothing left to do.
     assert [line["step"] for line in command("--training.tokens=384")] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert len(command("--training.tokens=384")) == 8
+
+
+def test_how_steps_are_computed_may_change_and_samples_stay(command: Command) -> None:
+    """At four rows a step: other micro-batches, kernels, recomputation and workers train the same on."""
+    four = ("--training.tokens_per_step=192", "--optimizer.schedule=constant", "--data.validation_fraction=0.3")
+    whole = command(*four)
+    forked = command.folder.with_name("forked")
+    source, command.folder = command.folder / "checkpoints/step-2", forked
+    lines = command(
+        *four,
+        f"--checkpoint.resume={source}",
+        f"--training.output_dir={forked}",
+        "--training.micro_batch_size=2",
+        "--training.activation_checkpointing=full",
+        "--model.kernel_backend=reference",
+        "--moe.backend=loop",
+        "--data.workers=1",
+        f"--data.cache={forked.parent / 'elsewhere'}",
+        "--training.deterministic=true",
+        "--training.max_skipped_steps=2",
+    )
+    torch.use_deterministic_algorithms(False)
+    assert [line["step"] for line in lines] == [3, 4]
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in lines] == pytest.approx([line[key] for line in whole[2:]], rel=1e-5)
+    told = command.capsys.readouterr().out
+    assert "from here on" not in told
+
+    told = command.refused(*four, f"--checkpoint.resume={source}", "--training.micro_batch_size=4", "--moe.top_k=1")
+    assert told.startswith("error: moe.top_k = 1: ")
+
+
+def test_learning_rate_and_clip_change_with_a_line_each(command: Command) -> None:
+    command("--training.steps=2")
+    command.capsys.readouterr()
+    lines = command("--training.steps=8", "--optimizer.lr=0.002", "--optimizer.clip_norm=0.25")
+    told = command.capsys.readouterr().out
+    assert "optimizer.lr = 0.002 from here on, 0.001 before" in told
+    assert "optimizer.clip_norm = 0.25 from here on, 1.0 before" in told
+    assert "the cosine schedule of 2 steps is begun again after its end to 8" in told
+    assert lines[2]["lr"] > 1.8e-3
+
+
+def test_a_run_that_says_no_tokens_a_step_keeps_those_of_its_checkpoint(
+    ranks: RankPool, command: Command, corpus: Path
+) -> None:
+    tables = settings(corpus, command.folder, SMALL, {"training": {"tokens_per_step": None, "steps": 2}})
+    command.recipe.write_text(dump(resolve(tables)))
+    two = {**tables, "training": {**tables["training"], "tokens_per_step": 96}}
+    ranks(2, run, two)
+    lines = command("--training.steps=3")
+    assert [(line["step"], line["tokens"]) for line in lines] == [(1, 96), (2, 192), (3, 288)]
+    assert load_recipe(command.folder / "recipe.toml").training.tokens_per_step == 96
+    assert "tokens_per_step = 96: must be a multiple of" in command.refused("--training.micro_batch_size=4")
+
+
+def test_a_finished_run_says_so_and_touches_nothing(command: Command) -> None:
+    command()
+    last = command.capsys.readouterr().out.splitlines()[-1]
+    name, *prompt = shlex.split(last.partition("torchlinearmoe.generate ")[2])
+    first = json.loads(command.corpus.read_text().splitlines()[0])["text"]
+    checkpoint = command.folder / "checkpoints/step-4"
+    assert (Path(name), prompt[0]) == (checkpoint, "--prompt") and checkpoint.is_dir()
+    assert prompt[1] and first.startswith(prompt[1])
+    files = {path: path.stat().st_mtime_ns for path in command.folder.rglob("*") if path.is_file()}
+    for steps in (4, 3):
+        assert main([str(command.recipe), f"--training.steps={steps}", "--metrics.baselines=true"]) == 0
+        said = command.capsys.readouterr().out.splitlines()
+        assert said[0].startswith(f"all {steps} steps are done; more of them, training.steps or training.tokens, go on")
+        assert said[1:] == [f"checkpoint: {checkpoint}", f"next: python -m torchlinearmoe.generate {checkpoint}"]
+    assert files == {path: path.stat().st_mtime_ns for path in command.folder.rglob("*") if path.is_file()}
+    other = command.folder.with_name("other")
+    assert main([str(command.recipe), f"--checkpoint.resume={checkpoint}", f"--training.output_dir={other}"]) == 0
+    assert f"checkpoint: {checkpoint}" in command.capsys.readouterr().out
+    assert list(other.iterdir()) == []
 
 
 def test_never_refuses_a_used_folder_and_latest_goes_on_in_it(command: Command) -> None:
@@ -229,6 +308,36 @@ def _spoil(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
     run, steps = Loop.forward_backward, count(1)
     factor = {True: float("nan"), False: 1}
     monkeypatch.setattr(Loop, "forward_backward", lambda self, *args: run(self, *args) * factor[next(steps) in bad])
+
+
+def test_the_start_tells_the_data_and_how_often_they_are_read(command: Command) -> None:
+    command("--training.steps=2")
+    told = command.capsys.readouterr().out.splitlines()[1]
+    assert told.startswith("59 documents of ") and "; tokenizer bpe-1024.tiktoken; in " in told
+    assert "0.022 epochs" in told and told.endswith(str(command.folder))
+    short = command.folder.parent / "short.jsonl"
+    short.write_text(json.dumps({"text": "so few words to be read again and again " * 6}))
+    command.folder = command.folder.with_name("often")
+    command(f"--data.paths=['{short}']", "--data.validation_fraction=0", f"--training.output_dir={command.folder}",
+            "--training.steps=40")  # fmt: skip
+    told = command.capsys.readouterr().out
+    assert "beyond 4 epochs repeated text teaches less; bring more in data.paths, or take fewer steps" in told
+
+
+def test_a_single_book_trains_without_validation_or_with_its_last_tokens_held_out(command: Command) -> None:
+    book = command.folder.parent / "book.txt"
+    book.write_text("It was the best of times, it was the worst of times. " * 200)
+    paths = (f"--data.paths=['{book}']", "--training.steps=2")
+    assert "validation_split = 'tokens'" in command.refused(*paths)
+    lines = command(*paths, "--data.validation_fraction=0")
+    assert [line["step"] for line in lines] == [1, 2] and "validation_loss" not in lines[-1]
+    command.folder = command.folder.with_name("split")
+    lines = command(*paths, "--data.validation_split=tokens", f"--training.output_dir={command.folder}")
+    assert lines[-1]["validation_loss"] > 0
+    told = command.refused("--data.validation_fraction=0", "--metrics.baselines=true")
+    assert told == "error: metrics.baselines = True: not read; it needs data.validation_fraction above 0"
+    told = command.refused("--data.format=messages", "--data.validation_split=tokens")
+    assert "conversations are held out whole" in told
 
 
 def test_what_the_recipe_says_in_vain_is_told_before_the_run(command: Command) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,28 @@ def test_ctrl_c_saves_and_ends_with_the_signal_s_status(ranks: RankPool, corpus:
 
 
 @pytest.mark.slow
+def test_a_second_ctrl_c_ends_at_once_and_quietly(corpus: Path, tmp_path: Path) -> None:
+    tables = settings(corpus, tmp_path / "run", LONG, {"training": {"steps": 2000}})
+    script = tmp_path / "slow_step.py"
+    script.write_text(
+        "import sys, time\nfrom torchlinearmoe import trainer\nfrom torchlinearmoe.train import main\n"
+        "step = trainer.Trainer.train_step\n"
+        "def slow(self, *args):\n    time.sleep(60 * (self.step == 3))\n    return step(self, *args)\n"
+        "trainer.Trainer.train_step = slow\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    with job(tmp_path / "log", str(script), str(write_recipe(tables, tmp_path / "run.toml"))) as training:
+        training.wait_for(lambda: steps_logged(tmp_path / "run") >= 3)
+        time.sleep(0.3)
+        for _ in range(2):
+            os.kill(training.process.pid, signal.SIGINT)
+            time.sleep(0.3)
+        assert training.status(20) == 128 + signal.SIGINT
+    log = training.log.read_text()
+    assert "Traceback" not in log and "KeyboardInterrupt" not in log
+    assert log.splitlines()[-1].startswith("step 3/")
+
+
+@pytest.mark.slow
 def test_torchrun_passes_sigterm_on_and_the_run_goes_on(
     ranks: RankPool, corpus: Path, tmp_path: Path, never_stopped: Result
 ) -> None:
@@ -107,6 +130,9 @@ def test_a_mistake_under_torchrun_is_told_once(corpus: Path, tmp_path: Path) -> 
     with job(tmp_path / "log", *TRAIN, recipe, ranks=2) as torchrun:
         assert torchrun.status() == 1
     log = torchrun.log.read_text()
-    assert log.count("error: data.paths: '/nowhere.jsonl' does not exist") == 1
-    # What follows is torchrun's own; nothing of ours is in its stack.
+    line = "error: data.paths: '/nowhere.jsonl' does not exist"
+    assert [text for text in log.splitlines() if text.startswith("error: ")] == [line]
+    # What follows is torchrun's own; nothing of ours is in its stack, and our line comes last as well.
     assert "torchlinearmoe/" not in log.split("does not exist", 1)[1].split("FAILED")[0]
+    *_, last, ruler = log.splitlines()
+    assert last.endswith(f": {line}") and set(ruler) == {"="}

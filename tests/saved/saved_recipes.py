@@ -101,6 +101,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "paths": ["text", 'more/é "quoted".jsonl'],
             "tokenizer": "tokenizer.json",
             "validation_fraction": 0.01,
+            "validation_split": "tokens",
             "workers": 2,
             "cache": "tokens",
         },
@@ -200,7 +201,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             },
             "mamba2": {"head_dim": 24, "state": 16},
         },
-        "data": {"format": "messages", "chat_template": "plain", "on_change": "restart_epoch"},
+        "data": {"format": "messages", "chat_template": "plain", "on_change": "restart_epoch", "begin_of_text": True},
         "training": {"tokens": 10**12, "sequence_length": 1024, "output_dir": "runs/deepseek"},
         "optimizer": {"warmup_tokens": 10**9, "schedule": "constant"},
         "parallel": {

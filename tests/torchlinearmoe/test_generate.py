@@ -1,5 +1,7 @@
 """Decoding gives what the full forward gives, and the command turns checkpoints into text."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +120,36 @@ def test_draws_follow_the_tempered_and_cut_distribution() -> None:
     assert close(shares(), [1.0, 0, 0, 0])
 
 
+def test_next_to_no_temperature_draws_the_most_probable() -> None:
+    logits = torch.randn(64, 30, generator=torch.Generator().manual_seed(2))
+    for temperature in (1e-320, 1e-40, 1e-6):
+        drawn = choose(logits, Sampling(temperature=temperature), torch.Generator().manual_seed(1))
+        assert torch.equal(drawn, logits.argmax(-1))
+
+
+def test_an_id_that_is_none_is_named() -> None:
+    model = build("hgrn2/LN")
+    last = model.recipe.vocab_size - 1
+    for wrong in (-1, last + 1, 10**12):
+        told = f"{wrong} is no id; they go from 0 to {last}"
+        with pytest.raises(ValueError, match=f"tokens: {told}"):
+            model(torch.tensor([[0, wrong]]))
+        with pytest.raises(ValueError, match=f"tokens: {told}"):
+            model.prefill(torch.tensor([[0, wrong]]), model.init_state(1))
+        with pytest.raises(ValueError, match=f"tokens: {told}"):
+            model.step(torch.tensor([wrong]), model.init_state(1))
+        with pytest.raises(ValueError, match=f"prompts: {told}"):
+            generate(model, [[0, wrong]], 3)
+
+
+def test_output_that_is_not_utf_8_spells_letters_out(checkpoint: Path) -> None:
+    options = ["--prompt", "Zo\u00eb", "--max-tokens", "2", "--device", "cpu"]
+    command = [sys.executable, "-m", "torchlinearmoe.generate", str(checkpoint), *options]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, capture_output=True, timeout=60, env=environment)
+    assert done.returncode == 0 and done.stdout.startswith(b"Zo\\xeb"), done
+
+
 def test_the_state_of_linear_layers_has_one_size() -> None:
     torch.manual_seed(5)
     linear, hybrid = build("hgrn2/L", max_length=16), build("hgrn2/LN", max_length=4096)
@@ -202,6 +234,23 @@ def test_the_command_writes_prompt_and_continuation(checkpoint: Path, capsys: py
     assert capsys.readouterr().out != out
 
 
+def test_a_runs_folder_stands_for_its_newest_sound_checkpoint(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint, run / "checkpoints" / "step-1")
+    shutil.copy(checkpoint / "recipe.toml", run / "recipe.toml")
+    shutil.copytree(checkpoint, run / "checkpoints" / "step-2.tmp")
+    common = ["--max-tokens", "5", "--device", "cpu", "--prompt", "And"]
+    assert main([str(run), *common]) == 0
+    assert capsys.readouterr().out == "And" + expected_text(checkpoint, "And", 5) + "\n"
+    assert "step-1 is taken instead" in caplog.text
+    (run / "checkpoints" / "step-1" / "state.json").write_text("{")
+    with pytest.raises(SystemExit):
+        main([str(run), *common])
+    assert capsys.readouterr().err == f"error: {run / 'checkpoints'}: holds no complete checkpoint yet\n"
+
+
 def test_the_command_reads_standard_input(checkpoint: Path) -> None:
     command = [sys.executable, "-m", "torchlinearmoe.generate", str(checkpoint), "--prompt", "-", "--max-tokens", "5"]
     done = subprocess.run(
@@ -218,6 +267,7 @@ def test_the_command_reads_standard_input(checkpoint: Path) -> None:
         (["{checkpoint}", "--prompt", ""], "--prompt: the text is empty"),
         (["{checkpoint}", "--prompt", "a", "--max-tokens", "400"], "model.max_length = 256"),
         (["{checkpoint}", "--prompt", "a", "--max-tokens", "0"], "max_tokens = 0"),
+        (["{checkpoint}", "--prompt", "a", "--temperature", "1", "--seed", "1" + "0" * 23], "seed = 1000"),
         (["{checkpoint}", "--prompt", "a", "--top-p", "2"], "top_p = 2.0"),
         (["{checkpoint}", "--prompt", "a", "--top-k", "5"], "top_k = 5: at temperature 0, greedy, nothing is drawn"),
     ],

@@ -1,6 +1,7 @@
 """A plan counts what the model has, in a world of any size, without making either."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,20 @@ def test_a_thousand_ranks_are_planned_without_memory_or_processes() -> None:
     assert 255 < share <= 256
     assert one["communication"]["collectives"] == []
     assert {c["axis"] for c in many["communication"]["collectives"]} == {"fsdp", "data_replicate"}
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_ranks_are_planned_in_seconds_with_progress() -> None:
+    """Of the groups and pieces that are other ranks' none is made; what is found does not depend on it."""
+    parallel = {"pipeline": 2, "tensor": 2}
+    recipe = recipe_of(MODELS["dense, tied"] | {"parallel": parallel}, tokens_per_step=64 * 100_000)
+    told: list[tuple[int, int]] = []
+    start = time.monotonic()
+    found = plan(recipe, 100_000, torch.bfloat16, progress=lambda *counts: told.append(counts))
+    assert time.monotonic() - start < 30
+    assert told == [(0, 2), (1, 2), (2, 2)]
+    assert found["mesh"]["data_shard"] == 25_000
+    assert found["memory"]["rank"]["parameters"] < plan(recipe, 400, torch.bfloat16)["memory"]["rank"]["parameters"]
 
 
 def test_every_rank_is_told_what_it_holds_and_the_largest_beside_it() -> None:

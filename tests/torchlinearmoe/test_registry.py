@@ -36,8 +36,9 @@ def test_a_name_is_taken_once(name: str, aliases: tuple[str, ...]):
         _registry().add(name, 3, aliases)
 
 
-def test_the_nearest_word_is_named_else_all():
-    assert nearest("num_layer", ["num_layers", "num_heads"]) == "did you mean 'num_layers'?"
+def test_the_nearest_word_is_named_and_all_are():
+    found = nearest("num_layer", ["num_layers", "num_heads"])
+    assert found == "did you mean 'num_layers'? legal: num_heads, num_layers"
     assert nearest("zzz", ["b", "a"]) == "legal: a, b"
 
 

@@ -1,13 +1,14 @@
 """Devices and types by request, a process group that goes away, and signals that wait for the loop."""
 
 import os
+import re
 import signal
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.errors import RecipeError, UserError
 from torchlinearmoe.recipe import TrainingRecipe
 from torchlinearmoe.runtime import StopSignal, choose_device, choose_dtype, process_group, world_size
 
@@ -51,8 +52,35 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused(monkeypatch: pytest.M
 def test_the_world_is_one_process_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert world_size() == 1
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    for name, value in {"WORLD_SIZE": "3", "RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     assert world_size() == 3
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE = 2: there is no MASTER_ADDR and RANK with it; start with torchrun"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two' in the environment: must be a number from 1 to 1000000;"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE = '0' in the environment: must be a number from 1"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE = '9999"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost"},
+            "RANK = '2' in the environment: must be a number",
+        ),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK = '-1' in the environment: must be a number from 0 to 0;"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT = '65536' in the environment: must be a number from 0 to 65535;"),
+    ],
+)
+def test_an_environment_that_no_launcher_made_is_named(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], told: str
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=re.escape(told)):
+        world_size()
 
 
 def test_a_process_alone_has_a_group_that_ends_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from torchlinearmoe.checkpoint.storage import CheckpointError
+from torchlinearmoe.disk import sync
 
 
 @contextmanager
@@ -34,12 +34,3 @@ def written_aside(path: Path) -> Iterator[Path]:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

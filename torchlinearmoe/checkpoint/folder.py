@@ -22,10 +22,10 @@ from collections.abc import Callable, Mapping, Set
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from torchlinearmoe.checkpoint.aside import sync
 from torchlinearmoe.checkpoint.plain import is_there, read_plain
 from torchlinearmoe.checkpoint.storage import METADATA_FILE, CheckpointError, missing_data, read_metadata
 from torchlinearmoe.checkpoint.sums import Sums, changed, changed_archive, share_out, sum_file, sum_table
+from torchlinearmoe.disk import sync
 from torchlinearmoe.errors import UserError, visible
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,9 @@ def read_state(path: Path) -> State:
         state = State(**table)
         if not isinstance(state.step, int) or not isinstance(state.serial, int) or not isinstance(state.extra, dict):
             raise TypeError("step and serial must be numbers, extra an object")
+        without = state.without_optimizer_state
+        if without is not None and not (isinstance(without, list) and all(isinstance(name, str) for name in without)):
+            raise TypeError("without_optimizer_state must be a list of names")
         _check_sums(state.sums)
         if own != (None if state.sums is None else sum_table(table)):
             raise ValueError("its checksum is not the one that was saved")
@@ -81,6 +84,8 @@ def _check_sums(sums: Any) -> None:
     """Raise TypeError for what is not `State.sums`."""
     if sums is None:
         return
+    if not isinstance(sums, dict):
+        raise TypeError("sums must be an object")
     for entry in sums.values():
         if not (isinstance(entry, list) and len(entry) == 2 and all(type(number) is int for number in entry)):
             raise TypeError("sums must hold [bytes, CRC-32] by file")
@@ -278,6 +283,11 @@ def retain(directory: Path, keep: int, damaged: Set[Path] = frozenset()) -> None
     """
     for path in [path for path in candidates(directory).complete if path not in damaged][keep:]:
         _delete(path)
+    clear(directory)
+
+
+def clear(directory: Path) -> None:
+    """Delete what killed runs left behind: saves that never finished and checkpoints half deleted."""
     for path in directory.glob("step-*"):
         if path.suffix in (".tmp", ".trash"):
             _remove(path)

@@ -18,6 +18,7 @@ from torchlinearmoe.checkpoint.nonfinite import is_finite, tell_nonfinite
 from torchlinearmoe.checkpoint.state import MODEL, as_parts, model_entries
 from torchlinearmoe.checkpoint.stream import SavedWeights, Weights
 from torchlinearmoe.checkpoint.transplant import describe, plan_transplant
+from torchlinearmoe.disk import expanded
 from torchlinearmoe.errors import RecipeError, UserError
 from torchlinearmoe.initialize import Normal, add_noise, local_boxes
 from torchlinearmoe.optim.masters import read_master, write_master
@@ -85,7 +86,7 @@ class InitialWeights:
 
 def open_weights(path: str | Path) -> Weights:
     """The weights of a Hugging Face directory or of a checkpoint. Raises UserError."""
-    path = Path(path).expanduser()
+    path = expanded(path, "checkpoint.init_from")
     if not path.is_dir():
         raise UserError(f"checkpoint.init_from = '{path}': no such folder")
     return PublishedWeights(path) if is_directory(path) else SavedWeights(path)

@@ -22,6 +22,7 @@ raises it from its next call.
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
@@ -29,6 +30,7 @@ from typing import Any, Literal, TypeVar
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.optim import Optimizer
 
@@ -144,6 +146,17 @@ class CheckpointManager:
         self._sound = folder.newest_sound(found, self._damage, aloud=self._rank == 0)
         return self._sound
 
+    def newest(self) -> Path | None:
+        """The complete checkpoint saved last, as this rank sees the folder; nothing is compared or said."""
+        with suppress(OSError, CheckpointError):
+            return next(iter(folder.candidates(self.directory).complete), None)
+        return None
+
+    def clear(self) -> None:
+        """Delete what killed runs left behind; no save may be in flight."""
+        self.wait()
+        self._on_rank_0(lambda: folder.clear(self.directory))
+
     def resume_from(self, choice: Literal["latest", "never"] | str) -> Path | None:
         """The checkpoint that `checkpoint.resume` means, or None to start fresh; the same on every rank.
 
@@ -228,7 +241,15 @@ class CheckpointManager:
             state = folder.State(step, serial, without, extra)
             self._damaged.discard(self._on_rank_0(lambda: folder.publish(temporary, files, state, sums)))
         except BaseException as error:  # torch's CheckpointException is one
-            self._failure = f"checkpoint {self.directory}/step-{step} was not saved: {describe_failure(error)}"
+            why = describe_failure(error)
+            if isinstance(error, (CheckpointError, CheckpointException)):  # all ranks live and know of it
+                with suppress(CheckpointError):
+                    self._on_rank_0(lambda: folder.clear(self.directory))
+            kept = self.newest()
+            self._failure = (
+                f"checkpoint {self.directory}/step-{step} was not saved: {why}; last complete checkpoint: "
+                f"{kept.name if kept else 'none'}; make room or mend it, then start again"
+            )
             return
         try:
             self._on_rank_0(lambda: folder.retain(self.directory, self.keep, self._damaged))

@@ -8,17 +8,22 @@ from typing import Any
 
 import torch
 
+from torchlinearmoe.checkpoint.folder import find_latest
 from torchlinearmoe.checkpoint.load import check_fits, load_model_weights
 from torchlinearmoe.checkpoint.plain import SMALL, is_there, plain_file, read_plain
 from torchlinearmoe.checkpoint.storage import CheckpointError
 from torchlinearmoe.checkpoint.tokenizer_files import NEIGHBOURS, TOKENIZER, tokenizer_names, without_code
 from torchlinearmoe.data.chat_template import ChatTemplate, load_template, parse_template
 from torchlinearmoe.data.tokenizer import Tokenizer, load_tokenizer
+from torchlinearmoe.disk import expanded
 from torchlinearmoe.errors import UserError
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.recipe import Recipe, dump, load_recipe
+from torchlinearmoe.written import is_checkpoint
 
 RECIPE_FILE = "recipe.toml"
+CHECKPOINTS = "checkpoints"
+"""Of a run's folder."""
 TOKENIZER_FOLDER = "tokenizer"
 TEMPLATE_FILE = "chat_template.toml"
 SPECIAL_IDS_FILE = "special_ids.json"
@@ -57,6 +62,20 @@ def _neighbours(tokenizer: Tokenizer, names: set[str]) -> list[Path]:
     return files
 
 
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint at `path`: itself, or the newest sound one of a run's folder, which logs those it passes over.
+
+    Raises CheckpointError when a run's folder has none.
+    """
+    path = Path(path)
+    if is_checkpoint(path) or not (path / CHECKPOINTS).is_dir():
+        return path
+    found = find_latest(path / CHECKPOINTS)
+    if found is None:
+        raise CheckpointError(f"{path / CHECKPOINTS}: holds no complete checkpoint yet")
+    return found
+
+
 def checkpoint_recipe(path: str | Path) -> Recipe:
     """The recipe a checkpoint was trained with. Raises CheckpointError when `path` is not a checkpoint."""
     if not is_there(Path(path) / RECIPE_FILE):
@@ -65,20 +84,31 @@ def checkpoint_recipe(path: str | Path) -> Recipe:
 
 
 def checkpoint_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer a checkpoint was trained with."""
+    """The tokenizer a checkpoint was trained with, with documents that start as they did."""
     found = find_tokenizer(path)
     if found is None:
         raise CheckpointError(f"{Path(path) / TOKENIZER_FOLDER}: holds no tokenizer.json and no tiktoken file")
-    return load_tokenizer(found)
+    return load_tokenizer(found).starting(_begins(Path(path)))
 
 
-def begin_of_text(path: str | Path, tokenizer: Tokenizer) -> int:
-    """The id that a text begins with: the end-of-text token, which training puts before every document.
+def _begins(path: Path) -> bool | None:
+    """Whether documents started with the begin-of-text token in training; None for as the tokenizer's files say.
 
-    An imported model was trained elsewhere: the token that its tokenizer puts before a text, if it does.
+    So it is for an imported model, which was trained elsewhere. Checkpoints of earlier versions say nothing: they never
+    did.
     """
-    begin = tokenizer.begin_of_text if is_there(Path(path) / SPECIAL_IDS_FILE) else None
-    return tokenizer.end_of_text if begin is None else begin
+    return None if is_there(path / SPECIAL_IDS_FILE) else bool(checkpoint_recipe(path).data.begin_of_text)
+
+
+def begins_as_trained(path: str | Path, tokenizer: Tokenizer) -> bool | None:
+    """Whether documents of this tokenizer start with its begin-of-text token in what the weights at `path` know.
+
+    None for as the tokenizer's files say: in a Hugging Face directory, an imported model, or under another tokenizer.
+    """
+    path = expanded(path, "checkpoint.init_from")
+    if not is_there(path / RECIPE_FILE) or (found := find_tokenizer(path)) is None:
+        return None
+    return _begins(path) if load_tokenizer(found).fingerprint == tokenizer.fingerprint else None
 
 
 def ends_of_text(path: str | Path, tokenizer: Tokenizer) -> set[int]:

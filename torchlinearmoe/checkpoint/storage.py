@@ -104,7 +104,7 @@ def read_metadata(path: Path) -> Metadata:
         raise CheckpointError(f"checkpoint {path}: {METADATA_FILE} is not an index")
     try:
         _check_index(metadata)
-    except (AttributeError, TypeError, ValueError) as error:
+    except Exception as error:  # wrong types in a pickle may raise anything
         raise CheckpointError(f"checkpoint {path}: {METADATA_FILE} is not an index: {error}") from None
     return metadata
 

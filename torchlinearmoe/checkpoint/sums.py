@@ -41,9 +41,15 @@ class SummedFiles(FileSystem):
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
         """As the base class; what is written is summed."""
-        with super().create_stream(path, mode) as stream:
-            summed = _Summed(cast(BinaryIO, stream))
-            yield summed
+        summed = None
+        try:
+            with super().create_stream(path, mode) as stream:
+                summed = _Summed(cast(BinaryIO, stream))
+                yield summed
+        except Exception:
+            if summed is not None and summed.refused is not None:
+                raise summed.refused from None  # torch's archive would say that it lost its place
+            raise
         self.sums[Path(path).name] = [summed.size, summed.crc]
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
@@ -58,11 +64,17 @@ class _Summed(io.RawIOBase):
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self.size = self.crc = 0
+        self.refused: OSError | None = None
+        """What the disk said to the first write that failed."""
 
     def write(self, data: Any) -> int:
         self.crc = zlib.crc32(data, self.crc)
         self.size += memoryview(data).nbytes
-        return self._stream.write(data)
+        try:
+            return self._stream.write(data)
+        except OSError as error:
+            self.refused = self.refused or error
+            raise
 
     def tell(self) -> int:
         return self.size

@@ -8,6 +8,7 @@ A template is a TOML file with one line of text a role, `{content}` once in each
 
 Special tokens of the tokenizer that the template spells are one id each; in the content they are plain text, so that no
 content can end a turn. `{end}` is the special token `end`, or the end of text where the tokenizer has no such token.
+Before the first turn comes the token that starts every document: the begin of text where the tokenizer has one.
 Trained are the assistant's content and the end right after it:
 
     <|endoftext|> <|im_start|> user \\n Hi <|im_end|> \\n <|im_start|> assistant \\n Hello . <|im_end|> \\n
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from torchlinearmoe.data.tokenizer import Tokenizer
+from torchlinearmoe.disk import expanded
 from torchlinearmoe.errors import UserError, nearest
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -53,7 +55,7 @@ class ChatTemplate:
 
     def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
         """The ids of a conversation, the start marker first, up to its last trained token; and which are trained."""
-        ids, trained = [tokenizer.end_of_text], [False]
+        ids, trained = [tokenizer.start], [False]
         for message in messages:
             before, after = self.around[message.role]
             answers = message.role == "assistant"
@@ -71,9 +73,9 @@ class ChatTemplate:
             trained.pop()
         return ids, trained
 
-    def prompt(self, messages: Sequence[Message], tokenizer: Tokenizer, begin: int) -> list[int]:
-        """The ids of a conversation, `begin` first, up to where the assistant's next content begins."""
-        ids = [begin]
+    def prompt(self, messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+        """The ids of a conversation, the start marker first, up to where the assistant's next content begins."""
+        ids = [tokenizer.start]
         for message in messages:
             before, after = self.around[message.role]
             ids += self._literal(before, tokenizer) + tokenizer.encode(message.content)
@@ -93,17 +95,20 @@ class ChatTemplate:
 def load_template(name: str) -> ChatTemplate:
     """The template that ships under `name`, or the one in the file `name`. Raises UserError that names the mistake."""
     shipped = sorted(path.stem for path in TEMPLATES.glob("*.toml"))
-    path = TEMPLATES / f"{name}.toml" if name in shipped else Path(name).expanduser()
+    path = TEMPLATES / f"{name}.toml" if name in shipped else expanded(name, "data.chat_template")
     if not path.is_file():
         raise UserError(f"data.chat_template = '{name}': no such file or template; {nearest(name, shipped)}")
-    return parse_template(path.read_text(encoding="utf-8"), str(path))
+    try:
+        return parse_template(path.read_text(encoding="utf-8-sig"), str(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a TOML file: byte {error.start} is not UTF-8") from None
 
 
 def parse_template(text: str, where: str) -> ChatTemplate:
     """A template from its TOML text. Raises UserError that names `where` and the key."""
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid TOML: {error}") from None
     around: dict[str, tuple[str, str]] = {}
     for key, value in table.items():

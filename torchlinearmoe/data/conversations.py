@@ -23,6 +23,7 @@ from torchlinearmoe.data.sources import Sources, find_sources, read_lines
 from torchlinearmoe.data.splits import DEFAULT_CACHE, Splits, check_not_empty
 from torchlinearmoe.data.store import Encoded, Progress, TokenStore, cached_store, document_key
 from torchlinearmoe.data.tokenizer import Tokenizer
+from torchlinearmoe.disk import expanded
 from torchlinearmoe.errors import UserError
 
 DEFAULT_INSTRUCTIONS = Path(__file__).parent / "instructions"
@@ -38,7 +39,6 @@ class Conversations:
     def __init__(self, store: TokenStore, chosen: np.ndarray) -> None:
         """`chosen`: bool [documents], the conversations of `store` that belong to the split."""
         self.store = store
-        self.end_of_text = store.end_of_text
         self.documents = np.flatnonzero(chosen)
         self.num_documents = len(self.documents)
         self._lengths = np.diff(store.offsets)[self.documents]
@@ -93,7 +93,7 @@ class PackedConversations:
         starts, place = [], 0
         for document in self.documents[self._firsts[index] : self._firsts[index + 1]]:
             start, stop = self.store.offsets[document : document + 2]
-            ids = self.store.tokens[start:stop].astype(np.int64)
+            ids = self.store.read(start, stop)
             end = place + len(ids) - 1
             sample.tokens[place:end] = ids[:-1]
             sample.labels[place:end] = np.where(self.store.trained[start + 1 : stop], ids[1:], IGNORED)
@@ -105,7 +105,7 @@ class PackedConversations:
 
     def ignored(self) -> Sample:
         """A sample that counts for nothing."""
-        return ignored_sample(self.length, self.store.end_of_text)
+        return ignored_sample(self.length, self.store.padding)
 
 
 def open_conversations(
@@ -114,6 +114,7 @@ def open_conversations(
     tokenizer: Tokenizer,
     template: ChatTemplate,
     validation_fraction: float,
+    begins: bool | None = None,
     cache: str | Path | None = None,
     progress: Progress | None = None,
     run_folder: Path | None = None,
@@ -121,16 +122,16 @@ def open_conversations(
 ) -> Splits:
     """The conversations under `paths` (none: those that ship), encoded once into `cache` and split.
 
-    A conversation is held out by the hash of its messages. `run_folder` and `decide` are those of `open_splits`. Raises
-    UserError, one line that names the file and line.
+    A conversation is held out by the hash of its messages. `run_folder`, `decide` and `begins` are those of
+    `open_splits`. Raises UserError, one line that names the file and line.
     """
-    folder = Path(cache or DEFAULT_CACHE).expanduser()
+    folder = expanded(cache or DEFAULT_CACHE, "data.cache")
     (store,), found = open_stores(
         lambda: _find_messages(paths, run_folder),
-        lambda files, made: cached_store(
+        lambda files, made, starting: cached_store(
             files,
             read_conversations,
-            tokenizer,
+            starting,
             folder,
             progress,
             encode=partial(_encode, template=template),
@@ -139,9 +140,12 @@ def open_conversations(
         ),
         tokenizer,
         decide,
+        begins,
     )
     held_out = store.keys < int(validation_fraction * 2**64)
-    splits = Splits(Conversations(store, ~held_out), Conversations(store, held_out), (store,), found.left_out)
+    splits = Splits(
+        Conversations(store, ~held_out), Conversations(store, held_out), (store,), found.left_out, found.unknown
+    )
     check_not_empty(splits, validation_fraction)
     return splits
 
@@ -166,7 +170,7 @@ def read_conversations(files: Sequence[Path]) -> Iterator[Conversation]:
                 yield parse_conversation(json.loads(line))
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}") from None
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: {error}") from None
 
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from torchlinearmoe.data.store import TokenStore
-from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.errors import RecipeError, UserError
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,14 @@ def follow(
     """
     if "fingerprint" not in saved:
         return DataState(now), "the checkpoint is of an earlier version: whether its data have changed is not known"
-    before = Fingerprint(**saved["fingerprint"])
+    try:
+        before, first_sample = Fingerprint(**saved["fingerprint"]), int(saved["first_sample"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the checkpoint's state.json: 'data' is not what a run saves ({error!r}); name another checkpoint"
+        ) from None
     if before == now:
-        return DataState(now, saved["first_sample"]), None
+        return DataState(now, first_sample), None
     told = "others" if (before.documents, before.tokens) == (now.documents, now.tokens) else str(now)
     told = f"the checkpoint was trained on {before}, data.paths holds {told} now"
     if on_change == "refuse":

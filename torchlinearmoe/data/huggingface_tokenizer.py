@@ -58,7 +58,9 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             self._model = tokenizers.Tokenizer.from_buffer(content)
             described = json.loads(content)
-        except Exception as error:  # the library raises bare Exception
+        except BaseException as error:  # the library raises bare Exception, and panics are none
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             raise UserError(f"{path}: not a Hugging Face tokenizer: {' '.join(str(error).split())}") from None
         self._model.encode_special_tokens = True  # a special token spelled out in a text is plain text
         self._model.no_truncation()
@@ -70,10 +72,14 @@ class HuggingFaceTokenizer(Tokenizer):
         config = self._read_config()
         end_of_text = self._find_end_of_text(vocabulary, config)
         self.end_of_text = vocabulary[end_of_text]
-        self.begin_of_text = self._find_begin_of_text(vocabulary, config)
+        begin_of_text = self._find_begin_of_text(vocabulary, config)
+        self.begin_of_text = None if begin_of_text == self.end_of_text else begin_of_text
+        padding = self._spelling(config, "pad_token")
+        self.padding = None if padding is None else vocabulary.get(padding)
         added = [token for token in described.get("added_tokens", ()) if token.get("special")]
         self.special_tokens = {token["content"]: token["id"] for token in added}
         self._bytes = _token_bytes(described, vocabulary, path)
+        self._without_id = _bytes_without_id(described, vocabulary)
         self.fingerprint = hashlib.blake2b(content + end_of_text.encode(), digest_size=16).hexdigest()
 
     def _read_config(self) -> dict[str, Any]:
@@ -84,8 +90,8 @@ class HuggingFaceTokenizer(Tokenizer):
         content = read_file(path)
         self.files[path.name] = content
         try:
-            config = json.loads(content.decode("utf-8"))
-        except ValueError:
+            config = json.loads(content.decode("utf-8-sig"))
+        except (ValueError, RecursionError):
             config = None
         if not isinstance(config, dict):
             raise UserError(f"{path}: not a JSON object")
@@ -93,7 +99,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _find_end_of_text(self, vocabulary: dict[str, int], config: dict[str, Any]) -> str:
         config_path = self.path.with_name("tokenizer_config.json")
-        token = _spelling(config, "eos_token")
+        token = self._spelling(config, "eos_token")
         if token is not None:
             if token not in vocabulary:
                 raise UserError(f"{config_path}: eos_token = {token!r} is not in the vocabulary of {self.path}")
@@ -107,27 +113,51 @@ class HuggingFaceTokenizer(Tokenizer):
         """The `bos_token` of `tokenizer_config.json`, else what the `post_processor` of the file puts before a text."""
         if config.get("add_bos_token") is False:
             return None
-        token = _spelling(config, "bos_token")
+        token = self._spelling(config, "bos_token")
         if token is not None:
             return vocabulary.get(token)
         marked = self._model.encode("a", add_special_tokens=True)
         starts = 0 in marked.special_tokens_mask and marked.special_tokens_mask[0] == 1
         return marked.ids[0] if starts else None
 
+    def _spelling(self, config: dict[str, Any], key: str) -> str | None:
+        """A token that is named by itself or by an object of its properties; None where it is not named."""
+        token = config.get(key)
+        spelled = token.get("content") if isinstance(token, dict) else token
+        if spelled is not None and not isinstance(spelled, str):
+            path = self.path.with_name("tokenizer_config.json")
+            raise UserError(f"{path}: {key} = {token!r}: must be a string, or an object with one under 'content'")
+        return spelled
+
+    def _check_bytes(self, text: str) -> None:
+        """The library leaves out what its vocabulary lacks, without a word."""
+        if not self._without_id:
+            return
+        for letter in sorted(set(text)):
+            if not self._without_id.isdisjoint(letter.encode("utf-8", "replace")):
+                raise UserError(f"{self.path}: no id for {letter!r}, which the text holds; take it out of the text")
+
     def encode(self, text: str) -> list[int]:
+        self._check_bytes(text)
         return self._model.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        for text in texts:
+            self._check_bytes(text)
         return [encoded.ids for encoded in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(self._bytes.get(token, b"") for token in ids)
 
 
-def _spelling(config: dict[str, Any], key: str) -> Any:
-    """A token that is named by itself or by an object of its properties; None where it is not named."""
-    token = config.get(key)
-    return token.get("content") if isinstance(token, dict) else token
+def _bytes_without_id(described: dict[str, Any], vocabulary: dict[str, int]) -> set[int]:
+    """The bytes that a byte-level vocabulary without a token for unknown ones cannot spell."""
+    model = described.get("model") or {}
+    if '"ByteLevel"' not in json.dumps(described.get("decoder")) or described.get("normalizer"):
+        return set()
+    if model.get("type") != "BPE" or model.get("unk_token") or model.get("byte_fallback"):
+        return set()
+    return {byte for letter, byte in byte_level_alphabet().items() if letter not in vocabulary}
 
 
 def _token_bytes(described: dict[str, Any], vocabulary: dict[str, int], path: Path) -> dict[int, bytes]:

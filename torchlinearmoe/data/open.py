@@ -23,10 +23,11 @@ def open_data(
     where: dict[str, Any] = {
         "tokenizer": tokenizer,
         "validation_fraction": data.validation_fraction,
+        "begins": data.begin_of_text,
         "cache": data.cache or cache,
         "run_folder": run_folder,
         "decide": decide,
     }
     if data.format == "messages":
         return open_conversations(data.paths, template=load_template(data.chat_template), **where)
-    return open_splits(data.paths, **where)
+    return open_splits(data.paths, split=data.validation_split, **where)

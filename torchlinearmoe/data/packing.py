@@ -1,7 +1,7 @@
 """A stream of tokens cut into samples, and samples into micro-batches.
 
 Sample i of a stream is its ids i * L .. i * L + L: the first L are the inputs, the last L the labels, so every input
-has the next id of the stream as its label. With L = 4 and `^` for the end-of-text marker:
+has the next id of the stream as its label. With L = 4 and `^` for the start marker, the end of text here:
 
     stream            ^ a b c ^ d e f g ^        two documents, "abc" and "defg"
     sample 0  inputs  ^ a b c                    labels  a b c ^
@@ -60,7 +60,7 @@ class SampleSource(Protocol):
 class Samples:
     """The samples of `length` tokens of a stream, by number.
 
-    A last, shorter piece of the stream is left out, or with `tail` filled up by ignored end-of-text markers.
+    A last, shorter piece of the stream is left out, or with `tail` filled up by ignored ids.
     """
 
     def __init__(self, stream: TokenStream, length: int, tail: bool = False) -> None:
@@ -76,22 +76,22 @@ class Samples:
         start = index * self.length
         ids = self.stream.read(start, min(start + self.length + 1, len(self.stream)))
         num_targets = len(ids) - 1
-        tokens = np.full(self.length, self.stream.end_of_text, dtype=np.int64)
+        tokens = np.full(self.length, self.stream.padding, dtype=np.int64)
         labels = np.full(self.length, IGNORED, dtype=np.int64)
         tokens[:num_targets], labels[:num_targets] = ids[:-1], ids[1:]
-        starts = [0, *(1 + np.flatnonzero(ids[1:-1] == self.stream.end_of_text)).tolist()]
+        starts = [0, *(1 + np.flatnonzero(ids[1:-1] == self.stream.start)).tolist()]
         if num_targets == self.length:
             return Sample(tokens, labels, starts)
         return Sample(tokens, labels, [*starts, num_targets], num_targets)
 
     def ignored(self) -> Sample:
         """A sample that counts for nothing."""
-        return ignored_sample(self.length, self.stream.end_of_text)
+        return ignored_sample(self.length, self.stream.padding)
 
 
-def ignored_sample(length: int, end_of_text: int) -> Sample:
-    """One document of end-of-text markers without labels."""
-    tokens = np.full(length, end_of_text, dtype=np.int64)
+def ignored_sample(length: int, padding: int) -> Sample:
+    """One document of `padding` without labels."""
+    tokens = np.full(length, padding, dtype=np.int64)
     return Sample(tokens, np.full(length, IGNORED, dtype=np.int64), [0], 0)
 
 

@@ -37,34 +37,42 @@ class Content(NamedTuple):
     documents: int
     tokens: int
     tokenizer: str
+    begin_of_text: int | None
 
 
 def open_stores(
     find: Callable[[], Sources],
-    tokenise: Callable[[Sequence[Path], Path | None], TokenStore],
+    tokenise: Callable[[Sequence[Path], Path | None, Tokenizer], TokenStore],
     tokenizer: Tokenizer,
     decide: Decide,
+    begins: bool | None,
 ) -> tuple[list[TokenStore], Sources]:
     """The tokens of the text that `find` finds, then the token folders it finds; and what it found.
 
-    `tokenise(files, folder)` is `cached_store`. A host that does not see the deciding one's cache makes its own, of the
-    same files. Raises UserError on tokens of another tokenizer, and where a host holds other tokens than the others.
+    `tokenise(files, folder, tokenizer)` is `cached_store`. A host that does not see the deciding one's cache makes its
+    own, of the same files. `begins`: whether documents start with the begin-of-text token; None: as in the folders
+    found, else where the tokenizer has one. Raises UserError on tokens of another tokenizer, on documents that start
+    otherwise, and where a host holds other tokens than the others.
     """
 
-    def prepare() -> tuple[Sources, list[tuple[Path, Content]]]:
+    def prepare() -> tuple[Sources, bool | None, list[tuple[Path, Content]]]:
         found = find()
-        made = [tokenise(found.files, None)] if found.files else []
-        stores = [*made, *map(TokenStore, found.stores)]
+        written = [TokenStore(folder) for folder in found.stores]
+        begun = written[0].begin_of_text is not None if begins is None and written else begins
+        starting = tokenizer.starting(begun)
+        made = [tokenise(found.files, None, starting)] if found.files else []
+        stores = [*made, *written]
         for store in stores:
-            _check_tokenizer(store, tokenizer)
-        return found, [(store.folder, _content(store)) for store in stores]
+            _check_tokenizer(store, starting)
+        return found, begun, [(store.folder, _content(store)) for store in stores]
 
-    found, told = decide(prepare)
+    found, begun, told = decide(prepare)
+    starting = tokenizer.starting(begun)
     stores = []
     for folder, content in told:
         makes = folder not in found.stores and not is_store(folder)
-        store = tokenise(found.files, folder) if makes else TokenStore(folder)
-        _check_tokenizer(store, tokenizer)
+        store = tokenise(found.files, folder, starting) if makes else TokenStore(folder)
+        _check_tokenizer(store, starting)
         if (here := _content(store)) != content:
             raise UserError(
                 f"'{folder}' holds {here} on this host and {content} on the first rank's; give all hosts the same "
@@ -77,7 +85,14 @@ def open_stores(
 def _check_tokenizer(store: TokenStore, tokenizer: Tokenizer) -> None:
     if store.tokenizer_fingerprint != tokenizer.fingerprint:
         raise UserError(f"data.paths: '{store.folder}' was tokenised by another tokenizer than {tokenizer.path}")
+    if store.begin_of_text != tokenizer.begin_of_text:
+        ways = ["the token that ends a text", "a token that begins a text"]
+        here, wanted = (ways[of.begin_of_text is not None] for of in (store, tokenizer))
+        raise UserError(
+            f"data.begin_of_text: documents in '{store.folder}' start with {here}, others of this run with {wanted}; "
+            "tokenise that text again"
+        )
 
 
 def _content(store: TokenStore) -> Content:
-    return Content(store.num_documents, store.num_tokens, store.tokenizer_fingerprint)
+    return Content(store.num_documents, store.num_tokens, store.tokenizer_fingerprint, store.begin_of_text)

@@ -1,7 +1,7 @@
 """A folder of token ids: what tokenising leaves behind, and what training reads through a memory map.
 
-    tokens.npy      uint16, or uint32 for more than 65,536 ids: of each document, its start marker (the end-of-text id)
-                    and its tokens
+    tokens.npy      uint16, or uint32 for more than 65,536 ids: of each document, its start marker and its tokens; then,
+                    where the marker is a begin-of-text id and not the end-of-text id itself, the end-of-text id
     offsets.npy     int64 [documents + 1]: document d is tokens[offsets[d] : offsets[d + 1]]
     keys.npy        uint64 [documents]: hash of the document's text; decides which split it belongs to
     trained.npy     uint8 like tokens, where not all are trained: 1 for those that are
@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from pathlib import Path
 from tempfile import mkdtemp
@@ -27,13 +29,18 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from torchlinearmoe import disk
 from torchlinearmoe.data.tokenizer import Tokenizer
-from torchlinearmoe.errors import UserError
+from torchlinearmoe.errors import UserError, visible
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 NAME_BYTES = 12
 """Of the hash that names a folder of a cache."""
 DESCRIPTION = "store.json"
+ORPHAN = re.compile(r"\.[^/]+-(?P<host>[^/]+)-(?P<pid>\d{1,9})-\w+")
+"""A folder that a process writes into."""
 BATCH_CHARACTERS = 4_000_000
 """Text handed to the tokenizer at once."""
 
@@ -47,7 +54,7 @@ class Encoded(NamedTuple):
     key: int
     """64 bits that decide its split."""
     ids: Sequence[int]
-    """Start marker and tokens."""
+    """Start marker and tokens, the end-of-text id where it is no start marker."""
     trained: Sequence[bool] | None = None
     """Which ids are trained; None for all. The same kind for all documents of a store."""
 
@@ -64,10 +71,48 @@ class TokenStore:
             self.num_documents: int = described["documents"]
             self.num_tokens: int = described["tokens"]
             self.end_of_text: int = described["end_of_text"]
+            # Folders of earlier versions know of no other special id.
+            self.begin_of_text: int | None = described.get("begin_of_text")
+            self.padding: int = described.get("padding", self.end_of_text)
             self.vocab_size: int = described["vocab_size"]
             self.tokenizer_fingerprint: str = described["tokenizer_fingerprint"]
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise UserError(f"{folder}: not a token folder: {type(error).__name__}: {error}") from None
+            self._check()
+        except UserError:
+            raise
+        except Exception as error:  # a damaged array may raise anything
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"{folder}: not a token folder, or damaged: {why}; make it again") from None
+
+    def _check(self) -> None:
+        """Raise ValueError where the arrays are not those that the description tells of."""
+        counts = (self.num_documents, self.num_tokens, self.vocab_size, self.end_of_text, self.start, self.padding)
+        if not all(type(number) is int and number >= 0 for number in counts) or not self.num_documents:
+            raise ValueError(f"{DESCRIPTION} does not count documents, tokens and ids")
+        if max(self.end_of_text, self.start, self.padding) >= self.vocab_size:
+            raise ValueError(f"{DESCRIPTION}: a special id lies beyond the {self.vocab_size} ids of its tokenizer")
+        wanted = {"tokens": (self.num_tokens, "u2 u4"), "offsets": (self.num_documents + 1, "i8")}
+        wanted |= {"keys": (self.num_documents, "u8")}
+        if (self.folder / "trained.npy").exists():
+            wanted["trained"] = (self.num_tokens, "u1")
+        for name, (length, kinds) in wanted.items():
+            array = getattr(self, name)
+            if array.shape != (length,) or array.dtype.str[1:] not in kinds.split():
+                raise ValueError(f"{name}.npy holds {array.dtype} {list(array.shape)}, not {length} of {kinds}")
+        ends = self.offsets
+        if ends[0] != 0 or ends[-1] != self.num_tokens or bool((ends[1:] <= ends[:-1]).any()):
+            raise ValueError("offsets.npy does not go from 0 to the last token, document by document")
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """int64 [stop - start]: the ids from `start` on. Raises UserError for one that the tokenizer does not have."""
+        ids = self.tokens[start:stop].astype(np.int64)
+        if ids.size and (wrong := int(ids.max())) >= self.vocab_size:
+            raise UserError(f"{self.folder}: damaged: {wrong} is none of its {self.vocab_size} ids; make it again")
+        return ids
+
+    @property
+    def start(self) -> int:
+        """The id that starts every document."""
+        return self.end_of_text if self.begin_of_text is None else self.begin_of_text
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -116,12 +161,18 @@ def write_encoded(
     """Writes encoded documents into `folder`, which appears when all is done. Raises UserError when there are none."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        _remove_orphans(folder.parent)
+        aside = Path(mkdtemp(prefix=f".{folder.name}-{socket.gethostname()}-{os.getpid()}-", dir=folder.parent))
     except OSError as error:
-        raise UserError(f"cannot write tokens to '{folder.parent}': {error.strerror}") from None
+        raise UserError(
+            f"cannot write tokens to '{folder.parent}': {error.strerror}; make room there, or set data.cache"
+        ) from None
     try:
-        _write(aside, batches, tokenizer, progress)
+        with disk.one_line(f"cannot write tokens to '{folder.parent}'", lambda: "make room there, or set data.cache"):
+            _write(aside, batches, tokenizer, progress)
         os.chmod(aside, 0o755)  # mkdtemp keeps others out
+        for written in [*aside.iterdir(), aside]:
+            disk.sync(written)
         try:
             aside.rename(folder)
         except OSError:
@@ -132,11 +183,30 @@ def write_encoded(
     return TokenStore(folder)
 
 
+def _remove_orphans(cache: Path) -> None:
+    """Delete what writers left half done that were killed on this host; those of others may still live."""
+    for path in cache.glob(".*"):
+        left = ORPHAN.fullmatch(path.name)
+        if left and left["host"] == socket.gethostname() and not _is_alive(int(left["pid"])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
 def encode_texts(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[Encoded]]:
     """Texts to documents whose every token is trained, batch by batch."""
+    end = [] if tokenizer.begin_of_text is None else [tokenizer.end_of_text]
     for texts in _batches(documents):
         ids = tokenizer.encode_batch(texts)
-        yield [Encoded(document_key(text), [tokenizer.end_of_text, *found]) for text, found in zip(texts, ids)]
+        yield [Encoded(document_key(text), [tokenizer.start, *found, *end]) for text, found in zip(texts, ids)]
 
 
 def cached_store(
@@ -157,13 +227,21 @@ def cached_store(
     let one ask before the others and tell them its `folder`, which is then taken without another look at the files.
     """
     folder = folder or cache / _name(files, tokenizer, told)
-    if is_store(folder):
-        return TokenStore(folder)
+    if folder.exists():  # whole, or damaged since it came
+        try:
+            return TokenStore(folder)
+        except UserError as error:
+            logger.warning("%s; its text is read again", visible(str(error)))
+            aside = folder.with_name(f".{folder.name}-{socket.gethostname()}-{os.getpid()}-damaged")
+            with suppress(OSError):
+                folder.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
     return write_encoded(folder, encode(read(files), tokenizer), tokenizer, progress)
 
 
 def _name(files: Sequence[Path], tokenizer: Tokenizer, told: str) -> str:
-    known = [str(FORMAT), tokenizer.fingerprint, *([told] if told else [])]
+    begin = [] if tokenizer.begin_of_text is None else [f"begin of text {tokenizer.begin_of_text}"]
+    known = [str(FORMAT), tokenizer.fingerprint, *begin, *([told] if told else [])]
     for file in files:
         state = file.stat()
         known.append(f"{file.resolve()} {state.st_size} {state.st_mtime_ns}")
@@ -208,6 +286,8 @@ def _write(folder: Path, batches: Iterable[list[Encoded]], tokenizer: Tokenizer,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "end_of_text": tokenizer.end_of_text,
+        "begin_of_text": tokenizer.begin_of_text,
+        "padding": tokenizer.end_of_text if tokenizer.padding is None else tokenizer.padding,
     }
     (folder / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 

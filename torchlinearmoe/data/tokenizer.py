@@ -6,10 +6,11 @@ project sees only `Tokenizer`.
 A tiktoken file holds ranks and nothing else. How text is cut before merging, and the special tokens, come from an
 optional neighbour `NAME.tiktoken.json`:
 
-    {"pattern": "<regular expression>", "special_tokens": {"<|endoftext|>": 50256}, "end_of_text": "<|endoftext|>"}
+    {"pattern": "<regular expression>", "special_tokens": {"<|endoftext|>": 50256}, "end_of_text": "<|endoftext|>",
+     "begin_of_text": "<|startoftext|>"}
 
 Each key may be left out: the pattern is then `DEFAULT_PATTERN`, GPT-2's way of cutting (so GPT-2's own ranks give
-GPT-2's ids), and the only special token is `<|endoftext|>`, with the id after the last rank.
+GPT-2's ids), the only special token is `<|endoftext|>`, with the id after the last rank, and no token begins a text.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ import binascii
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchlinearmoe.disk import expanded
 from torchlinearmoe.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,15 +56,35 @@ class Tokenizer(ABC):
     vocab_size: int
     """The largest id plus one, special tokens included."""
     end_of_text: int
-    """The id that starts every document and ends the last."""
+    """The id that ends every document, and starts the next where there is no other for that."""
     begin_of_text: int | None = None
-    """The id that its own files put before a text; None where they name none. Training here does not use it."""
+    """The id that its own files put before a text, if it is another one; every document starts with it then."""
+    padding: int | None = None
+    """The id that its own files fill up with, if they name one."""
     special_tokens: Mapping[str, int] = {}
     """Tokens that no text encodes to, by their spelling."""
     fingerprint: str
     """Hash of everything that decides ids; part of the name of cached tokens."""
     files: Mapping[str, bytes] = {}
     """What was read, by file name: the same bytes go into checkpoints, whatever lies at `path` by then."""
+
+    @property
+    def start(self) -> int:
+        """The id that starts every document."""
+        return self.end_of_text if self.begin_of_text is None else self.begin_of_text
+
+    def starting(self, begins: bool | None) -> Tokenizer:
+        """The same, with documents that start with `begin_of_text` or do not; None: with it where there is one.
+
+        Raises UserError when they must and there is none.
+        """
+        if begins and self.begin_of_text is None:
+            raise UserError(f"data.begin_of_text = true: {self.path} names no token that begins a text; leave it out")
+        if begins is not False or self.begin_of_text is None:
+            return self
+        plain = copy(self)
+        plain.begin_of_text = None
+        return plain
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -101,6 +125,11 @@ class TiktokenTokenizer(Tokenizer):
             raise UserError(
                 f"{options_path}: end_of_text = {end_of_text!r} is not one of special_tokens {list(special)}"
             )
+        begin_of_text = options.get("begin_of_text")
+        if begin_of_text is not None and begin_of_text not in special:
+            raise UserError(
+                f"{options_path}: begin_of_text = {begin_of_text!r} is not one of special_tokens {list(special)}"
+            )
         if len({*ranks.values(), *special.values()}) != len(ranks) + len(special):
             raise UserError(f"{path}: two tokens share an id; special_tokens are {special}")
         self._encoding: tiktoken.Encoding
@@ -114,18 +143,31 @@ class TiktokenTokenizer(Tokenizer):
         self._without_rank = {byte for byte in range(256) if bytes([byte]) not in ranks}
         self.vocab_size = self._encoding.max_token_value + 1
         self.end_of_text = special[end_of_text]
+        self.begin_of_text = None if begin_of_text in (None, end_of_text) else special[begin_of_text]
         self.special_tokens = special
         told = json.dumps([pattern, special, end_of_text], sort_keys=True)
         self.fingerprint = hashlib.blake2b(content + told.encode(), digest_size=16).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         self._check_bytes(text)
-        return self._encoding.encode_ordinary(text)
+        with self._panics():
+            return self._encoding.encode_ordinary(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         for text in texts:
             self._check_bytes(text)
-        return self._encoding.encode_ordinary_batch(list(texts))
+        with self._panics():
+            return self._encoding.encode_ordinary_batch(list(texts))
+
+    @contextmanager
+    def _panics(self) -> Iterator[None]:
+        """What tiktoken does with a pattern that cuts where no token begins."""
+        try:
+            yield
+        except BaseException as error:  # its panics are no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise UserError(f"{self.path}: tiktoken fails with its ranks or pattern: {_one_line(error)}") from None
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self._encoding.decode_bytes([token for token in ids if token in self._known])
@@ -185,7 +227,7 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     None or an empty string is the tokenizer that ships with the project. Raises UserError, one line that names the
     file: when it is missing, of neither kind, or names no end-of-text token.
     """
-    path = Path(path).expanduser() if path else DEFAULT_TOKENIZER
+    path = expanded(path, "data.tokenizer") if path else DEFAULT_TOKENIZER
     if path.is_dir():
         folder, path = path, path / "tokenizer.json"
         if not path.is_file():
@@ -217,13 +259,13 @@ def _read_options(path: Path) -> tuple[dict[str, Any], Path, dict[str, bytes]]:
         return {}, path, {}
     content = read_file(neighbour)
     try:
-        options = json.loads(content.decode("utf-8"))
-    except ValueError as error:
+        options = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{neighbour}: not JSON: {_one_line(error)}") from None
-    legal = ("pattern", "special_tokens", "end_of_text")
+    legal = ("pattern", "special_tokens", "end_of_text", "begin_of_text")
     if not isinstance(options, dict) or not set(options) <= set(legal):
         raise UserError(f"{neighbour}: it must be an object with no keys but {', '.join(legal)}")
-    for key in ("pattern", "end_of_text"):
+    for key in ("pattern", "end_of_text", "begin_of_text"):
         if not isinstance(options.get(key, ""), str):
             raise UserError(f"{neighbour}: {key} = {options[key]!r} is not a string")
     special = options.get("special_tokens", {})

@@ -57,6 +57,9 @@ class Generation(Iterator[list[int | None]]):
     def _check(model: Decoder, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
         if not prompts or not all(len(prompt) for prompt in prompts):
             raise UserError("prompts: every prompt needs at least one token")
+        ids = range(model.recipe.vocab_size)
+        if wrong := next((token for prompt in prompts for token in prompt if token not in ids), None):
+            raise UserError(f"prompts: {wrong} is no id; they go from 0 to {ids[-1]}")
         if max_tokens < 1:
             raise UserError(f"max_tokens = {max_tokens}: must be at least 1")
         longest, room = max(len(prompt) for prompt in prompts), model.recipe.max_length

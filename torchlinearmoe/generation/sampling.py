@@ -31,6 +31,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise UserError(f"temperature = {self.temperature}: must be a number of at least 0 (0 is greedy)")
+        if not -(2**63) <= self.seed < 2**64:
+            raise UserError(f"seed = {self.seed}: must have at most 64 bits")
         if self.top_k < 0:
             raise UserError(f"top_k = {self.top_k}: must be at least 1, or 0 for all tokens")
         if not 0 < self.top_p <= 1:
@@ -52,7 +54,9 @@ def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator | N
     """
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
-    wide_BV = logits_BV.float() / sampling.temperature
+    # At a temperature next to 0 the most probable token is left, and no infinity less another.
+    wide_BV = logits_BV.float()
+    wide_BV = (wide_BV - wide_BV.amax(-1, keepdim=True)) / max(sampling.temperature, torch.finfo(torch.float32).tiny)
     kept = min(sampling.top_k or wide_BV.shape[-1], wide_BV.shape[-1])
     values, ids = wide_BV.topk(kept, dim=-1)
     probs = values.softmax(-1)

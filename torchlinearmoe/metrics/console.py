@@ -23,6 +23,11 @@ class Console:
         self._total_steps = total_steps
         self._bar = _Bar(total_steps, step, self._stream) if self._stream.isatty() else None
 
+    @property
+    def is_terminal(self) -> bool:
+        """Whether figures replace one another in place."""
+        return self._bar is not None
+
     def advance(self, step: int) -> None:
         """Step `step` is done; moves the bar, says nothing elsewhere."""
         if self._bar is not None:
@@ -30,11 +35,10 @@ class Console:
 
     def figures(self, step: int, values: Mapping[str, Any], seconds_left: float | None = None) -> None:
         """Show the figures of a metrics line for step `step`."""
-        text = format_figures(values, seconds_left)
         if self._bar is not None:
-            self._bar.show(step, text)
+            self._bar.show(step, format_figures(values, seconds_left, width=self._bar.width))
         else:
-            self._print(f"step {step}/{self._total_steps} | {text}")
+            self._print(f"step {step}/{self._total_steps} | {format_figures(values, seconds_left)}")
 
     def message(self, text: str) -> None:
         """Say one line that stays, above the bar if there is one."""
@@ -72,6 +76,10 @@ class _Bar:
         self._live = Live(console=RichConsole(file=stream), get_renderable=self._rows, refresh_per_second=4)
         self._live.start()
 
+    @property
+    def width(self) -> int:
+        return self._live.console.width
+
     def _rows(self) -> "RenderableType":
         from rich.console import Group
         from rich.text import Text
@@ -90,18 +98,25 @@ class _Bar:
         self._live.stop()
 
 
-def format_figures(values: Mapping[str, Any], seconds_left: float | None = None) -> str:
+def format_figures(values: Mapping[str, Any], seconds_left: float | None = None, width: int | None = None) -> str:
     """One line for people from a metrics line; what is not known shows as `-`, what is not there is left out.
 
+    width: columns that it must fit; what is missed least is left out.
+
     >>> format_figures({"loss": 3.25, "tokens_per_second": 101234.0, "mfu": None}, 4000)
-    'loss 3.2500 | 101.2K tok/s | MFU - | left 1h06m'
+    'loss 3.2500 | 101.2K tok/s | left 1h06m'
     """
-    parts = [text(values[key]) for key, text in _FIGURES.items() if key in values]
+    parts = {key: text(values[key]) for key, text in _FIGURES.items() if key in values}
+    if values.get("mfu") is None:  # no device whose peak is known
+        parts.pop("mfu", None)
     if values.get("skipped_steps"):
-        parts.append(f"skipped {values['skipped_steps']:.0f}")
+        parts["skipped"] = f"skipped {values['skipped_steps']:.0f}"
     if seconds_left is not None:
-        parts.append(f"left {format_seconds(seconds_left)}")
-    return " | ".join(parts)
+        parts["left"] = f"left {format_seconds(seconds_left)}"
+    for key in _MISSED_LEAST:
+        if width is not None and len(" | ".join(parts.values())) > width:
+            parts.pop(key, None)
+    return " | ".join(parts.values())
 
 
 def format_number(value: float | None) -> str:
@@ -152,3 +167,8 @@ _FIGURES = {
     "mom/max_load": lambda value: f"max memory load {_or_dash(value, '.2f')}",
     "tokens": lambda value: f"{format_number(value)} tokens",
 }
+_MISSED_LEAST = (
+    *("validation_loss", "tokens", "mom/max_load", "lr", "memory_gib", "moe/max_load", "grad_norm", "mfu"),
+    *("tokens_per_second", "left", "skipped"),
+)
+"""Figures by the order in which a narrow terminal goes without."""

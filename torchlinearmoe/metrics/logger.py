@@ -1,6 +1,7 @@
 """The trainer's one door to the outside: a logged step goes to the file, to TensorBoard and to the terminal."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -46,6 +47,7 @@ class MetricsLogger:
     def advance(self, step: int) -> None:
         """Step `step` is done, logged or not: moves the bar of a terminal."""
         if self._active:
+            self._write_waiting_validation()
             self._console.advance(step)
 
     def validation(self, step: int, loss: float | torch.Tensor) -> None:
@@ -55,7 +57,8 @@ class MetricsLogger:
             return
         self._write_waiting_validation()
         self._validated = (step, float(loss))
-        self._console.message(f"step {step} | validation loss {float(loss):.4f}")
+        if self._console.is_terminal:  # where the figures that hold it are soon replaced
+            self._say_validation(step, float(loss))
 
     def log(
         self,
@@ -95,18 +98,25 @@ class MetricsLogger:
         """Write what is left and close; a second call does nothing."""
         if not self._active:
             return
-        self._write_waiting_validation()
-        self._active = False
-        self._record.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        self._console.close()
+        try:
+            self._write_waiting_validation()
+        finally:
+            self._active = False
+            self._console.close()
+            self._record.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
 
     def _write_waiting_validation(self) -> None:
         if self._validated is not None:
             step, loss = self._validated
             self._validated = None
             self._write(step, {"validation_loss": loss})
+            if not self._console.is_terminal:
+                self._say_validation(step, loss)
+
+    def _say_validation(self, step: int, loss: float) -> None:
+        self._console.message(f"step {step} | validation loss {loss:.4f}")
 
     def _write(self, step: int, line: dict[str, Any]) -> None:
         self._record.write({"step": step, **line})
@@ -117,4 +127,5 @@ class MetricsLogger:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self.close()
+        with nullcontext() if error is None else suppress(OSError):  # the error on its way out matters more
+            self.close()

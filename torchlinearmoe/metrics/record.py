@@ -40,14 +40,17 @@ def truncate_after(path: str | Path, step: int) -> None:
     if not path.exists():
         return
     aside = path.with_name(path.name + ".cut")
-    with path.open(encoding="utf-8", errors="replace") as old, aside.open("w", encoding="utf-8") as new:
-        for line in old:
-            found = _step_of(line)
-            if found is not None and found <= step:
-                new.write(line if line.endswith("\n") else line + "\n")
-        new.flush()
-        os.fsync(new.fileno())
-    os.replace(aside, path)
+    try:
+        with path.open(encoding="utf-8", errors="replace") as old, aside.open("w", encoding="utf-8") as new:
+            for line in old:
+                found = _step_of(line)
+                if found is not None and found <= step:
+                    new.write(line if line.endswith("\n") else line + "\n")
+            new.flush()
+            os.fsync(new.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _step_of(line: str) -> int | None:

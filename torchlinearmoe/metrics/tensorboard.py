@@ -3,11 +3,14 @@
 Legend: N MoE layers, E experts.
 """
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from torchlinearmoe.disk import refusal
 
 _CELL = 8  # pixels a side of one expert in the picture
 
@@ -18,7 +21,8 @@ class TensorBoard:
     def __init__(self, folder: str | Path, *, resumed_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only one rank needs it
 
-        self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else None)
+        self._excepthook, threading.excepthook = threading.excepthook, self._hear
+        self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else 0)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """One scalar for each number in `values`, under its key; other values are passed over."""
@@ -38,7 +42,15 @@ class TensorBoard:
 
     def close(self) -> None:
         """Write what is buffered and close."""
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            threading.excepthook = self._excepthook
+
+    def _hear(self, told: threading.ExceptHookArgs) -> None:
+        """What the disk refuses to the writer's own thread is raised by the next call here, and said once."""
+        if not type(told.thread).__module__.startswith("tensorboard.") or refusal(told.exc_value) is None:
+            self._excepthook(told)
 
 
 def relative_load(expert_load: torch.Tensor) -> torch.Tensor:

@@ -121,6 +121,7 @@ class Decoder(nn.Module):
         shape = tokens.shape
         if documents is None:
             documents = _documents_of(tokens, cu_seqlens)
+            self._check_tokens(tokens)
         context = Context(documents, documents.whole_positions, self.shared_outputs(), totals)
         h, _ = self._run(tokens.reshape(-1), context, None)
         if labels is not None:
@@ -149,6 +150,7 @@ class Decoder(nn.Module):
         counts = [width] * batch if lengths is None else [int(n) for n in lengths]
         if len(counts) != batch or min(counts) < 0 or max(counts) > width:
             raise ValueError(f"lengths = {counts}: must be {batch} numbers between 0 and {width}")
+        self._check_tokens(tokens)
         rows = [i for i, n in enumerate(counts) if n]
         logits = tokens.new_zeros(batch, width, self.recipe.vocab_size, dtype=self.embed.weight.dtype)
         if not rows:
@@ -163,9 +165,19 @@ class Decoder(nn.Module):
 
     def step(self, tokens: Tensor, state: DecodeState) -> tuple[Tensor, DecodeState]:
         """One token for every sequence: int64 [B] -> logits [B, V] and the new state. Errors as in `prefill`."""
+        if tokens.device.type == "cpu":  # elsewhere each step would wait for it
+            self._check_tokens(tokens)
         documents = Documents.batch(tokens.shape[0], 1, tokens.device)
         h, state = self._decode(tokens, documents, state, [1] * tokens.shape[0], stepping=True)
         return self.project(h), state
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        """Raise ValueError for ids that have no embedding: on a GPU one would end the process."""
+        if tokens.numel() and tokens.device.type != "meta":
+            least, most = (int(n) for n in tokens.aminmax())
+            if least < 0 or most >= self.recipe.vocab_size:
+                wrong = least if least < 0 else most
+                raise ValueError(f"tokens: {wrong} is no id; they go from 0 to {self.recipe.vocab_size - 1}")
 
     def _decode(
         self, tokens: Tensor, documents: Documents, state: DecodeState, counts: list[int], *, stepping: bool

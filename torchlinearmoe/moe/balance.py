@@ -80,10 +80,31 @@ class TokenLayout:
     row_parts: int = 1
     stream_parts: int = 1
     stream_part: int = 0
+    rows: ProcessGroup | None = None
+    """The row_parts * stream_parts ranks that share the same sequences, whatever the scope; None: this process alone.
+    Their order is that of spans, and within a span that of its stream's parts."""
 
     def own(self, x_T: Tensor) -> Tensor:
         """This rank's part of something that a stream has for each token, [stream_parts * T, ...] -> [T, ...]."""
         return x_T.chunk(self.stream_parts)[self.stream_part]
+
+    def gather(self, x_T: Tensor, row_length: int) -> Tensor:
+        """What all ranks of `rows` have for their tokens, in the order of whole rows; every one of them calls.
+
+        [T, ...] -> [row_parts * stream_parts * T, ...]. row_length: of this rank's stream, a span's.
+        """
+        if self.rows is None:
+            return x_T
+        parts = [torch.empty_like(x_T) for _ in range(self.rows.size())]
+        dist.all_gather(parts, x_T.contiguous(), group=self.rows)
+        return torch.cat(parts).unflatten(0, (self.row_parts, -1, row_length)).transpose(0, 1).flatten(0, 2)
+
+    def own_of_rows(self, x: Tensor, row_length: int) -> Tensor:
+        """The inverse: this rank's part of what whole rows have for each token."""
+        if self.rows is None:
+            return x
+        span = self.rows.rank() // self.stream_parts
+        return self.own(x.unflatten(0, (-1, self.row_parts, row_length))[:, span].flatten(0, 1))
 
 
 def _sum_rows(values_TE: Tensor, row_length: int, parts: int, part: int) -> Tensor:
@@ -102,20 +123,20 @@ def _sum_rows(values_TE: Tensor, row_length: int, parts: int, part: int) -> Tens
     return F.pad(whole_TE.view(end - first, row_length, E).sum(1), (0, 0, first, rows - end))
 
 
-@torch.no_grad()
 def count_rows(
     topk_ids_Tk: Tensor, probs_TE: Tensor, counted_T: Tensor | None, row_length: int, parts: int, part: int
 ) -> Tensor:
     """Local assignments of each row to each expert, [S, E] in the probabilities' type."""
-    chosen_TE = torch.zeros_like(probs_TE).scatter_(1, topk_ids_Tk, 1.0)
-    if counted_T is not None:
-        chosen_TE = chosen_TE * counted_T.unsqueeze(1)
-    return _sum_rows(chosen_TE, row_length, parts, part)
+    with torch.no_grad():  # a decorator around it would be what is compiled
+        chosen_TE = torch.zeros_like(probs_TE).scatter_(1, topk_ids_Tk, 1.0)
+        if counted_T is not None:
+            chosen_TE = chosen_TE * counted_T.unsqueeze(1)
+        return _sum_rows(chosen_TE, row_length, parts, part)
 
 
-def weigh_rows(counts_SE: Tensor, probs_TE: Tensor, scale: float, row_length: int, parts: int, part: int) -> Tensor:
-    """scale * sum over rows and experts of the counts times the local probabilities, 0-dim."""
-    return (counts_SE * _sum_rows(probs_TE, row_length, parts, part)).sum() * scale
+def weigh_rows(counts_SE: Tensor, probs_TE: Tensor, row_length: int, parts: int, part: int) -> Tensor:
+    """Sum over rows and experts of the counts times the local probabilities, 0-dim."""
+    return (counts_SE * _sum_rows(probs_TE, row_length, parts, part)).sum()
 
 
 def sequence_balance_loss(
@@ -149,7 +170,7 @@ def sequence_balance_loss(
     scale = coefficient * E / (length * topk_ids_Tk.shape[1] * length * total_sequences)
     if counted_T is not None:  # f and P of a row are means over its n tokens, of which the counts tell k n
         counts_SE = counts_SE * (length * topk_ids_Tk.shape[1] / counts_SE.sum(1, keepdim=True).clamp(min=1)).square()
-    return weigh(counts_SE, probs_TE, scale, *place)
+    return weigh(counts_SE, probs_TE, *place) * scale
 
 
 def global_balance_loss(counts_E: Tensor, probs_TE: Tensor, top_k: int, total_tokens: int | Tensor) -> Tensor:

@@ -108,29 +108,47 @@ class MoE(nn.Module):
     def _keep(self, routing: Routing, documents: Documents | None, counted_T: Tensor | None) -> Tensor | None:
         """Which assignments fit the capacity of this mode; None for all.
 
-        In training of all tokens of this rank together. Outside it of each sequence by itself, so that no text depends
-        on what it is computed beside; decoding drops nothing, for a token's experts are distinct.
+        In training of all tokens of this rank together. Outside it of each whole sequence by itself, over all ranks
+        that have parts of it, so that no text depends on what it is computed beside or where; decoding drops nothing,
+        for a token's experts are distinct.
         """
-        ids_Tk, num_experts = routing.topk_ids_Tk, self.router.num_experts
+        ids_Tk, probs_TE, layout = routing.topk_ids_Tk, routing.probs_TE, self.balance.layout
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         everything = None if counted_T is None else counted_T.unsqueeze(1).expand_as(ids_Tk)
         if factor is None:
             return everything
-        (tokens, top_k), layout = ids_Tk.shape, self.balance.layout
-        counts, sequence_T = [tokens], None
-        if documents is not None:
-            counts = documents.count_sequences(layout.stream_part, layout.stream_parts)
-            if self.training:
-                counts = [sum(counts)]
-            else:
-                sequence_T = layout.own(documents.sequence_ids)
-        capacities = [expert_capacity(count, top_k, num_experts, factor) for count in counts]
+        if self.training or documents is None:
+            part = (layout.stream_part, layout.stream_parts)
+            count = ids_Tk.shape[0] if documents is None else sum(documents.count_sequences(*part))
+            capacity = expert_capacity(count, self.router.top_k, self.router.num_experts, factor)
+            if capacity >= count:
+                return everything
+            return keep_within_capacity(ids_Tk, probs_TE, capacity, self.drop_policy, counted_T=counted_T)
+        length = documents.row_length
+        counts, sequence_T = self._sequences(documents, counted_T)
+        capacities = [expert_capacity(count, self.router.top_k, self.router.num_experts, factor) for count in counts]
         if all(capacity >= count for capacity, count in zip(capacities, counts)):
             return everything
-        capacity = capacities[0] if sequence_T is None else to_device(torch.tensor(capacities), ids_Tk.device)
-        return keep_within_capacity(
-            ids_Tk, routing.probs_TE, capacity, self.drop_policy, counted_T=counted_T, sequence_T=sequence_T
+        keep_Tk = keep_within_capacity(
+            layout.gather(ids_Tk, length),
+            layout.gather(probs_TE, length),
+            to_device(torch.tensor(capacities), ids_Tk.device),
+            self.drop_policy,
+            counted_T=None if counted_T is None else layout.gather(counted_T, length),
+            sequence_T=sequence_T,
         )
+        return layout.own_of_rows(keep_Tk, length)
+
+    def _sequences(self, documents: Documents, counted_T: Tensor | None) -> tuple[list[int], Tensor]:
+        """Counting tokens of each whole sequence, on the host; and the sequence of each token of all that share it."""
+        layout, length = self.balance.layout, documents.row_length
+        if layout.row_parts == 1:
+            return documents.count_sequences(), documents.sequence_ids
+        whole = length * layout.row_parts
+        sequence_T = torch.arange(documents.num_rows, device=documents.ids.device).repeat_interleave(whole)
+        if counted_T is None:
+            return [whole] * documents.num_rows, sequence_T
+        return layout.gather(counted_T, length).view(-1, whole).sum(1).tolist(), sequence_T
 
     def _account(
         self,

@@ -52,7 +52,6 @@ class LoadStatistics(nn.Module):
         for buffer in self.buffers():
             buffer.zero_()
 
-    @torch.no_grad()
     def record(
         self,
         counts_E: Tensor,
@@ -65,13 +64,14 @@ class LoadStatistics(nn.Module):
 
         counted_T: bool [T], False for padding, of which the assignments know and whose probabilities are zero.
         """
-        self.counts_E += counts_E
-        self.tokens += probs_TE.shape[0] if counted_T is None else counted_T.sum()
-        self.probs_E += probs_TE.sum(0)
-        if keep_Tk is not None:
-            self.dropped += counts_E.sum() - keep_Tk.sum()
-        if losses is not None:
-            self.losses += torch.stack(losses)
+        with torch.no_grad():  # a decorator around it would be what is compiled
+            self.counts_E += counts_E
+            self.tokens += probs_TE.shape[0] if counted_T is None else counted_T.sum()
+            self.probs_E += probs_TE.sum(0)
+            if keep_Tk is not None:
+                self.dropped += counts_E.sum() - keep_Tk.sum()
+            if losses is not None:
+                self.losses += torch.stack(losses)
 
     def packed(self) -> Tensor:
         """All sums in one fp64 vector [2E + 4] (counts are exact up to 2^53)."""

@@ -6,9 +6,15 @@ Steps count from 1: step s is the s-th optimizer step. With 10 steps, 3 of warm-
     lr    1/3   2/3   1     .955  .831  .650  .450  .269  .145  .1
 """
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from torchlinearmoe.recipe import Recipe
 
 SCHEDULES = ("cosine", "wsd", "constant")
 """Legal values of `optimizer.schedule`."""
@@ -54,6 +60,21 @@ def learning_rate(
     progress = min(1.0, (step - decay_start) / max(1, total_steps - decay_start))  # in (0, 1]
     remaining = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - math.sqrt(progress)
     return min_lr + (lr - min_lr) * remaining
+
+
+def scheduled(recipe: Recipe, step: int) -> float:
+    """The learning rate of a resolved recipe at step `step`."""
+    optimizer, training = recipe.optimizer, recipe.training
+    assert training.tokens_per_step is not None
+    return learning_rate(
+        step,
+        total_steps=training.total_steps,
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        warmup_steps=optimizer.warmup(training.tokens_per_step),
+        schedule=optimizer.schedule,
+        decay_fraction=optimizer.decay_fraction,
+    )
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:

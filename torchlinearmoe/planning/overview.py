@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -33,11 +34,18 @@ from torchlinearmoe.recipe import Recipe
 from torchlinearmoe.run_folder import with_tokens_per_step
 
 
-def plan(recipe: Recipe, world_size: int, dtype: torch.dtype, rank: int = 0) -> dict[str, Any]:
+def plan(
+    recipe: Recipe,
+    world_size: int,
+    dtype: torch.dtype,
+    rank: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
     """What `recipe` costs on `world_size` ranks, computing in `dtype`; sizes in bytes, JSON types only.
 
     `memory.rank` is `rank`'s; `memory.largest` that of the rank that holds most. Needs a process without a process
-    group. Raises RecipeError, as training would, for a layout that cannot be.
+    group. Raises RecipeError, as training would, for a layout that cannot be. `progress` is called with (ranks laid
+    out, ranks to lay out): this one and the first of each stage stand for all.
     """
     degrees = resolve_degrees(recipe.parallel, world_size)
     recipe = with_tokens_per_step(recipe, tokens_per_step(recipe.training, degrees))
@@ -55,14 +63,18 @@ def plan(recipe: Recipe, world_size: int, dtype: torch.dtype, rank: int = 0) -> 
         "training_per_token": training_flops_per_token(whole, length),
         "forward_terms": [dataclasses.asdict(term) for term in forward_flop_terms(whole, length)],
     }
+    firsts = [first for first in range(0, world_size, world_size // degrees.pipeline) if first != rank]
+    tell = progress or (lambda done, total: None)
+    tell(0, 1 + len(firsts))
     own = _rank_plan(recipe, degrees, dtype, rank, counting_forwards(whole, accumulation))
     # Torch gives the lower ranks of an axis the larger pieces, so the first rank of a stage holds as much as any of it.
     largest_rank, largest = rank, own.memory
-    for first in range(0, world_size, world_size // degrees.pipeline):
-        if first != rank:
-            other = _rank_plan(recipe, degrees, dtype, first, 0).memory
-            if other.total > largest.total or (degrees.pipeline == 1 and other.total == largest.total):
-                largest_rank, largest = first, other
+    for done, first in enumerate(firsts, start=1):
+        tell(done, 1 + len(firsts))
+        other = _rank_plan(recipe, degrees, dtype, first, 0).memory
+        if other.total > largest.total or (degrees.pipeline == 1 and other.total == largest.total):
+            largest_rank, largest = first, other
+    tell(1 + len(firsts), 1 + len(firsts))
     collectives = own.collectives
     return {
         "world_size": world_size,

@@ -54,7 +54,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> schema.Recip
     try:
         with path.open("rb") as stream:  # a pipe or a device need not end
             content = stream.read(MAX_BYTES + 1)
-        text = content.decode()
+        text = content.decode("utf-8-sig")
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -63,9 +63,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> schema.Recip
         raise RecipeError(f"{path}: not a recipe: more than {MAX_BYTES} bytes")
     try:
         data = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
         raise RecipeError(f"{path}: not valid TOML: {error}") from None
-    return resolve(data, parse_overrides(overrides))
+    try:
+        return resolve(data, parse_overrides(overrides))
+    except RecipeError as error:
+        if data:
+            raise
+        raise RecipeError(f"{path}: the recipe is empty; {error}") from None
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -88,7 +93,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 def _parse_value(text: str) -> Any:
     try:
         tables = tomllib.loads(f"value = {text}")
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return text
     return tables["value"] if len(tables) == 1 else text
 
@@ -253,7 +258,8 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         return float(value)
     if hint is int and isinstance(value, bool) or not isinstance(value, hint):
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-        raise RecipeError(f"{where} = {value!r}: must be {names[hint]}")
+        shown = repr(value)
+        raise RecipeError(f"{where} = {shown if len(shown) < 200 else shown[:200] + '...'}: must be {names[hint]}")
     if hint is float and not math.isfinite(value):
         raise RecipeError(f"{where} = {value}: must be finite")
     return value
@@ -280,16 +286,17 @@ def _dump_section(name: str, section: Any) -> str:
             continue
         if entry.name == "layout" and section.mixers:
             continue
-        lines.append(f"{entry.name} = {_toml(value)}")
+        lines.append(f"{entry.name} = {to_toml(value)}")
     return "\n".join(lines) + "\n" if len(lines) > 1 else ""
 
 
-def _toml(value: Any) -> str:
+def to_toml(value: Any) -> str:
+    """A value as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         # JSON's escapes are TOML's, except that TOML wants the delete character escaped too.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
+        return "[" + ", ".join(to_toml(item) for item in value) + "]"
     return repr(value)

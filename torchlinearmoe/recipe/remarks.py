@@ -54,6 +54,12 @@ def unread(recipe: Recipe) -> dict[str, str]:
             "parallel.pipeline above 1",
         ),
         (recipe.checkpoint.init_from, "checkpoint.upcycle_noise", "checkpoint.init_from"),
+        (
+            recipe.data.validation_fraction,
+            "data.validation_split metrics.validation_interval metrics.validation_batches metrics.baselines "
+            "metrics.mixer_ablation",
+            "data.validation_fraction above 0",
+        ),
     )
     return {key: needs for read, keys, needs in rules if not read for key in keys.split() if value_of(recipe, key)}
 

@@ -138,8 +138,15 @@ class DataRecipe:
     tokenizer: str = ""
     """A tiktoken-format file or a Hugging Face `tokenizer.json`; empty: the one that lies with
     `checkpoint.init_from`, else the BPE that ships with the project."""
+    begin_of_text: bool | None = None
+    """Documents and conversations start with the tokenizer's begin-of-text token; absent: they do where it has one,
+    unless folders of tokens, or the checkpoint of `checkpoint.init_from`, were made without. Where they do not, they
+    start with the end of text."""
     validation_fraction: float = 0.05
-    """Share of the documents held out from training."""
+    """Share of the documents held out from training; 0 goes without validation."""
+    validation_split: Literal["documents", "tokens"] = "documents"
+    """What it is a share of: whole documents, chosen by their text, or the last tokens of the text, inside a document
+    perhaps, which a single one can be split by."""
     workers: int = 0
     """Loader processes a rank."""
     cache: str = ""

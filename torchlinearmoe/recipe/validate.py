@@ -26,6 +26,8 @@ LIMITS = {
         "num_experts": 2**16,
         "hidden_size": 2**22,
         "shared_hidden_size": 2**22,
+        "capacity_factor": 2**16,
+        "eval_capacity_factor": 2**16,
     },
     "training": {"sequence_length": 2**30, "micro_batch_size": 2**20},
     "data": {"workers": 4096},
@@ -91,8 +93,8 @@ def _bounded(recipe: Recipe) -> None:
             raise RecipeError(f"model.{name}: names {length} layers; at most {LIMITS['model']['num_layers']}")
 
 
-def _at_most(key: str, value: float, limit: int) -> None:
-    if value > limit:
+def _at_most(key: str, value: float | None, limit: int) -> None:
+    if value is not None and value > limit:
         raise RecipeError(f"{key} = {value}: must be at most {limit}")
 
 
@@ -135,13 +137,26 @@ def _positive(recipe: Recipe) -> None:
                 raise RecipeError(f"{section}.{name} = {getattr(owner, name)}: must not be negative")
     if not training.output_dir:
         raise RecipeError("training.output_dir = '': name the folder of the run, e.g. 'runs/default'")
+    for key, value in (
+        *(("data.paths", path) for path in recipe.data.paths),
+        *((f"data.{name}", getattr(recipe.data, name)) for name in ("tokenizer", "cache", "chat_template")),
+        ("training.output_dir", training.output_dir),
+        *((f"checkpoint.{name}", getattr(recipe.checkpoint, name)) for name in ("resume", "init_from")),
+    ):
+        if "\0" in value:
+            raise RecipeError(f"{key} = {value!r}: no path holds a zero byte; take it out")
     if "" in recipe.data.paths:
         raise RecipeError(
             f"data.paths = {list(recipe.data.paths)}: a path is empty; name files or folders, or leave data.paths out "
             "for the text that ships"
         )
-    if not 0 < recipe.data.validation_fraction < 1:
-        raise RecipeError(f"data.validation_fraction = {recipe.data.validation_fraction}: must lie between 0 and 1")
+    if not 0 <= recipe.data.validation_fraction < 1:
+        raise RecipeError(
+            f"data.validation_fraction = {recipe.data.validation_fraction}: must be at least 0, for no validation, and "
+            "below 1"
+        )
+    if recipe.data.format == "messages" and recipe.data.validation_split == "tokens":
+        raise RecipeError("data.validation_split = 'tokens': conversations are held out whole; set it to 'documents'")
     if recipe.data.format == "messages" and recipe.metrics.baselines:
         raise RecipeError("metrics.baselines = true: there are no count models of messages; set it to false")
     if not 0 < recipe.optimizer.decay_fraction <= 1:

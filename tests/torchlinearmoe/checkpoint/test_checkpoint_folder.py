@@ -55,6 +55,14 @@ def overwrite(name: str, data: bytes) -> Callable[[Path], None]:
     return damage
 
 
+def change_state(**values: object) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        file = path / "state.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return damage
+
+
 def cut(name: str) -> Callable[[Path], None]:
     return lambda path: os.truncate(path / name, (path / name).stat().st_size // 2)
 
@@ -71,6 +79,14 @@ def cut(name: str) -> Callable[[Path], None]:
         (remove("state.json"), "cannot read state.json"),
         (cut("state.json"), "cannot read state.json"),
         (overwrite("state.json", json.dumps({"step": 20}).encode()), "cannot read state.json"),
+        (overwrite("state.json", json.dumps([20]).encode()), "cannot read state.json"),
+        (overwrite("state.json", b"[" * 100_000), "cannot read state.json"),
+        (change_state(sums=3), "cannot read state.json (TypeError: sums must be an object)"),
+        (change_state(without_optimizer_state=[1]), "without_optimizer_state must be a list of names"),
+        (
+            change_state(extra=[]),
+            "cannot read state.json (TypeError: step and serial must be numbers, extra an object)",
+        ),
     ],
 )
 def test_an_incomplete_checkpoint_is_skipped_aloud_and_not_touched(

@@ -75,7 +75,7 @@ def test_a_prompt_is_the_conversation_up_to_the_response(name: str, marked: Toke
     for turn in (2, 4):
         ids, trained = template.encode(TURNS[: turn + 1], marked)
         response = len(marked.encode(TURNS[turn].content)) + 1
-        assert template.prompt(TURNS[:turn], marked, marked.end_of_text) == ids[:-response] and all(trained[-response:])
+        assert template.prompt(TURNS[:turn], marked) == ids[:-response] and all(trained[-response:])
 
 
 def test_a_marker_spelled_in_the_content_is_plain_text(marked: Tokenizer) -> None:

@@ -126,9 +126,21 @@ def test_unknown_end_of_text_is_refused(tmp_path):
         load_tokenizer(save(byte_level(special="<other>"), tmp_path))
     with pytest.raises(ValueError, match="eos_token = '<no>' is not in the vocabulary"):
         load_tokenizer(save(byte_level(), tmp_path, {"eos_token": "<no>"}))
+    for key in ("eos_token", "bos_token", "pad_token"):
+        with pytest.raises(ValueError, match=rf"{key} = \['a'\]: must be a string, or an object with one under"):
+            load_tokenizer(save(byte_level(), tmp_path, {key: ["a"]}))
     (tmp_path / "tokenizer_config.json").write_text("[")
     with pytest.raises(ValueError, match="tokenizer_config.json: not a JSON object"):
         load_tokenizer(tmp_path)
+
+
+def test_text_that_a_vocabulary_would_drop_is_named(tmp_path):
+    vocabulary = {"<|endoftext|>": 0, "a": 1, "b": 2}
+    tokenizer = load_tokenizer(save(byte_level(vocabulary, []), tmp_path))
+    assert tokenizer.encode("abba") == [1, 2, 2, 1]
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch(["ab", text])):
+        with pytest.raises(ValueError, match="tokenizer.json: no id for 'c', which the text holds; take it out"):
+            encode("abc")
 
 
 def test_other_files_are_refused(tmp_path):

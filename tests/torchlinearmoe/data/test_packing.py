@@ -8,7 +8,8 @@ from torchlinearmoe.documents import Documents
 
 
 def spell(ids):
-    return "".join("^" if token == 26 else "." if token == IGNORED else chr(ord("a") + token) for token in ids)
+    marks = {26: "^", 27: "<", 28: "_", IGNORED: "."}
+    return "".join(marks.get(int(token), chr(ord("a") + max(int(token), 0))) for token in ids)
 
 
 def test_samples_by_hand(make_stream):
@@ -20,6 +21,19 @@ def test_samples_by_hand(make_stream):
         ("^def", "defg", [0]),
         ("g^hi", "^hi^", [0, 1]),
     ]
+
+
+def test_samples_of_documents_with_a_begin_and_an_end(make_stream, begun):
+    """The stream is <abc^<^<defg^: a document starts at its begin, the end belongs to the one it ends."""
+    stream = make_stream(["abc", "", "defg"], begun)
+    assert spell(stream.read(0, len(stream))) == "<abc^<^<defg^"
+    assert [(spell(s.tokens), spell(s.labels), s.starts) for s in map(Samples(stream, 5).__getitem__, range(2))] == [
+        ("<abc^", "abc^<", [0]),
+        ("<^<de", "^<def", [0, 2]),
+    ]
+    last = Samples(stream, 5, tail=True)[2]
+    assert (spell(last.tokens), spell(last.labels), last.starts, last.filled) == ("fg___", "g^...", [0, 2], 2)
+    assert spell(Samples(stream, 5).ignored().tokens) == "_____"
 
 
 def test_a_tail_is_left_out_or_filled_up(make_stream):

@@ -74,6 +74,29 @@ def test_every_read_is_a_piece_of_the_whole(tmp_path, letters):
         assert stream.read(start, stop).tolist() == whole[start:stop].tolist()
 
 
+def test_by_tokens_the_last_share_is_held_out_of_one_document_too(tmp_path, letters, begun):
+    text = "".join(random.Random(5).choices("abcdefghij", k=97))
+    for tokenizer, texts in ((letters, [text]), (begun, [text]), (letters, WORDS)):
+        path = write(tmp_path / "a.jsonl", texts)
+        options = {"tokenizer": tokenizer, "cache": tmp_path / "cache"}
+        whole = open_splits([path], validation_fraction=0, **options).train
+        splits = open_splits([path], validation_fraction=0.1, split="tokens", **options)
+        ids, cut = whole.read(0, len(whole)).tolist(), len(whole) - round(0.1 * len(whole))
+        for stream, expected in ((splits.train, ids[:cut]), (splits.validation, ids[cut:])):
+            assert stream.read(0, len(stream)).tolist() == expected
+            copied = pickle.loads(pickle.dumps(stream))
+            assert copied.read(3, len(stream) - 1).tolist() == expected[3:-1]
+            samples = stream.samples(4, tail=True)
+            inputs = [token for i in range(len(samples)) for token in samples[i].tokens[: samples[i].filled].tolist()]
+            assert inputs == expected[:-1]
+        counts = (splits.train.num_documents, splits.validation.num_documents)
+        begins = [place for place, token in enumerate(ids[:-1]) if token == whole.start]
+        assert counts == (sum(b < cut for b in begins), sum(b >= cut for b in begins) + (cut not in begins))
+        nothing = open_splits([path], validation_fraction=0, split="tokens", **options)
+        assert len(nothing.validation) == nothing.validation.num_documents == 0
+        assert nothing.train.read(0, len(whole)).tolist() == ids
+
+
 def test_prepared_folders_are_taken_as_they_are(tmp_path, letters):
     folders = [
         write_store(tmp_path / name, texts, letters).folder for name, texts in [("a", ["ab"]), ("b", ["c", "d"])]
@@ -99,6 +122,11 @@ def test_empty_splits_are_refused(tmp_path, letters):
         open_texts(tmp_path, letters, WORDS[:3], 0.0001)
     with pytest.raises(ValueError, match=r"validation_fraction = 0.9999 leaves no document \(of 3\) to train on"):
         open_texts(tmp_path, letters, WORDS[:3], 0.9999)
+    with pytest.raises(ValueError, match="or data.validation_split = 'tokens' to hold out its last tokens"):
+        open_texts(tmp_path, letters, WORDS[:1], 0.05)
+    path = write(tmp_path / "a.jsonl", ["abc"])
+    with pytest.raises(ValueError, match="validation_fraction = 0.2 leaves 4 tokens to train on and 1 for validation"):
+        open_splits([path], tokenizer=letters, validation_fraction=0.2, split="tokens", cache=tmp_path / "cache")
     for fraction in (-0.1, 1.0):
         with pytest.raises(ValueError, match="at least 0 and below 1"):
             open_texts(tmp_path, letters, WORDS, fraction)

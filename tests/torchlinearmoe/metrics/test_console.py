@@ -46,13 +46,28 @@ def test_on_a_terminal_figures_and_messages_are_shown_around_a_bar():
     shown.close()
     shown.close()
     text = stream.getvalue()
-    assert "loss 3.0000 | MFU -" in text and "[saved] step-10" in text and "step 11/200" in text
+    assert "loss 3.0000" in text and "MFU" not in text and "[saved] step-10" in text and "step 11/200" in text
 
 
 def test_unknown_figures_show_as_a_dash_and_skipped_steps_only_when_there_are_some():
     assert format_figures({"loss": None, "mfu": None, "skipped_steps": 3}, float("nan")) == (
-        "loss - | MFU - | skipped 3 | left -"
+        "loss - | skipped 3 | left -"
     )
+
+
+@pytest.mark.parametrize("width", [80, 60, 40, 20])
+def test_figures_fit_a_terminal_and_the_loss_is_never_missing(width):
+    every = VALUES | {"validation_loss": 3.2, "moe/max_load": 1.25, "mom/max_load": 1.5, "skipped_steps": 2}
+    text = format_figures(every, 4000.0, width=width)
+    assert len(text) <= width and text.startswith("loss 3.1416")
+    assert ("skipped 2" in text) == (width >= 40)
+    assert ("MFU" in text) == (width == 80) and ("left 1h06m" in text) == (width >= 40)
+    assert len(format_figures(every, 4000.0)) > 120
+    stream = Terminal()
+    shown = Console(total_steps=200, stream=stream)
+    shown.figures(10, every, 4000.0)
+    shown.close()
+    assert shown._bar is not None and format_figures(every, 4000.0, width=shown._bar.width) in stream.getvalue()
 
 
 @pytest.mark.parametrize(

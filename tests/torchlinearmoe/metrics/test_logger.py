@@ -45,6 +45,25 @@ def test_validation_loss_stands_in_the_line_of_its_step(tmp_path):
     assert found == [(2, 2.0, 3.0), (3, None, 2.75), (4, 1.5, None), (5, None, 2.5)]
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_log_says_each_validation_once(tmp_path, terminal, monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    with MetricsLogger(tmp_path, total_steps=10, tensorboard=False, stream=stream) as logger:
+        logger.validation(2, 3.25)
+        logger.log(2, values(2.0))
+        logger.advance(2)
+        logger.validation(3, 2.75)  # a step that is not logged
+        logger.advance(3)
+        assert ("step 3 | validation loss 2.7500" in stream.getvalue()) or terminal
+    text = stream.getvalue()
+    assert text.count("step 3 | validation loss 2.7500") == 1
+    assert text.count("step 2 | validation loss 3.2500") == terminal
+    if not terminal:
+        assert text.splitlines()[0].startswith("step 2/10 | loss 2.0000 | validation loss 3.2500 | ")
+        assert text.count("validation loss") == 2
+
+
 def test_resume_cuts_back_to_the_resumed_step(tmp_path):
     with MetricsLogger(tmp_path, total_steps=4, tensorboard=False, stream=io.StringIO()) as logger:
         for step in (1, 2, 3):

@@ -55,6 +55,15 @@ def test_heat_map_is_white_at_balance_blue_below_and_red_above():
     assert cells == [[white, blue, blue]] * 2 + [[red, red, half]] * 2
 
 
+def test_a_run_that_starts_again_from_nothing_hides_all_events_before(tmp_path):
+    for losses in ([11.0, 12.0, 13.0], [21.0, 22.0]):
+        board = TensorBoard(tmp_path)
+        for step, loss in enumerate(losses, start=1):
+            board.scalars(step, {"loss": loss})
+        board.close()
+    assert [(e.step, e.value) for e in read(tmp_path).Scalars("loss")] == [(1, 21.0), (2, 22.0)]
+
+
 def test_resumed_run_hides_the_events_after_its_step(tmp_path):
     first = TensorBoard(tmp_path)
     for step in (1, 2, 3, 4):

@@ -27,7 +27,6 @@ from torchlinearmoe.checkpoint.model import (
     SPECIAL_IDS_FILE,
     TEMPLATE_FILE,
     TOKENIZER_FOLDER,
-    begin_of_text,
     checkpoint_template,
     checkpoint_tokenizer,
     read_special_ids,
@@ -148,8 +147,10 @@ def _special_ids(checkpoint: Path) -> dict[str, Config]:
         return {CONFIG: ids, GENERATION: found.get(GENERATION, ids)}
     ids: Config = {}
     if (checkpoint / TOKENIZER_FOLDER).is_dir():
-        begin = begin_of_text(checkpoint, checkpoint_tokenizer(checkpoint))
-        ids = {"bos_token_id": begin, "eos_token_id": _ends(checkpoint)}
+        tokenizer = checkpoint_tokenizer(checkpoint)
+        ids = {"bos_token_id": tokenizer.start, "eos_token_id": _ends(checkpoint)}
+        if tokenizer.padding is not None:
+            ids["pad_token_id"] = tokenizer.padding
     return {CONFIG: ids, GENERATION: ids}
 
 

@@ -12,15 +12,16 @@ import tokenizers
 import transformers
 from own_cases import checkpoint
 from published_cases import make, save
+from seals import reseal
 
 from torchlinearmoe.checkpoint.huggingface.exporting import export_checkpoint
 from torchlinearmoe.checkpoint.huggingface.importing import import_directory
-from torchlinearmoe.checkpoint.model import begin_of_text, checkpoint_tokenizer, ends_of_text, load_model, model_files
-from torchlinearmoe.data.tokenizer import load_tokenizer
+from torchlinearmoe.checkpoint.model import checkpoint_tokenizer, ends_of_text, load_model
+from torchlinearmoe.data.store import TokenStore
 from torchlinearmoe.errors import UserError
 from torchlinearmoe.generate import _encode
 from torchlinearmoe.generation import generate
-from torchlinearmoe.recipe import resolve
+from torchlinearmoe.train import main as train
 
 KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -32,8 +33,8 @@ def ids_of(folder: Path, name: str) -> dict[str, Any]:
 
 
 def write_tokenizer(folder: Path, **config: Any) -> None:
-    """Ids a = 2, b = 3 between `<s>` = 0 and `</s>` = 1, and a `tokenizer_config.json` that adds `config`."""
-    model = tokenizers.models.BPE({"<s>": 0, "</s>": 1, "a": 2, "b": 3}, [])
+    """Ids a = 2, b = 3 (and all else), beside `<s>` = 0 and `</s>` = 1; `tokenizer_config.json` adds `config`."""
+    model = tokenizers.models.BPE({"<s>": 0, "</s>": 1, "a": 2, "b": 3}, [], unk_token="b")
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
     tokenizer.decoder = tokenizers.decoders.ByteLevel()  # pyright: ignore
@@ -108,7 +109,7 @@ def test_a_begin_token_that_only_the_post_processor_names_begins_a_prompt(adds: 
     tokenizer = tokenizers.Tokenizer.from_file(str(file))
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 1)])  # pyright: ignore
     tokenizer.save(str(file))
-    assert begin_of_text(source, checkpoint_tokenizer(source)) == (1 if adds is False else 0)
+    assert checkpoint_tokenizer(source).start == (1 if adds is False else 0)
     assert checkpoint_tokenizer(source).encode("ab") == [2, 3]
 
 
@@ -125,17 +126,66 @@ def test_generation_stops_at_every_end_that_an_imported_model_names(tmp_path: Pa
         ends_of_text(source, checkpoint_tokenizer(source))
 
 
-def test_a_model_trained_here_begins_as_its_documents_do(tmp_path: Path) -> None:
-    """With the end-of-text token, whatever its tokenizer would begin with, and its export says so."""
-    write_tokenizer(tmp_path, bos_token="<s>")
-    tokenizer = load_tokenizer(tmp_path)
-    for name, content in model_files(resolve({"training": {"steps": 1}}), tokenizer).items():
-        file = tmp_path / "trained" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content.encode() if isinstance(content, str) else content)
-    assert (tmp_path / "trained" / "tokenizer" / "tokenizer_config.json").is_file()
-    assert begin_of_text(tmp_path / "trained", tokenizer) == 1
+def run(source: Path, output: Path, *overrides: str) -> Path:
+    """Train some steps from the weights of `source` on words of a and b; returns the last checkpoint."""
+    text = output.parent / "text.txt"
+    words = ("".join("ab"[bit == "1"] for bit in f"{i:b}") for i in range(16, 64))
+    if not text.exists():
+        text.write_text("<|endoftext|>".join(["ab", "abab", *words]))
+    told = (
+        *(f"checkpoint.init_from={source}", f'data.paths=["{text}"]', f"training.output_dir={output}"),
+        *("training.steps=2", "training.sequence_length=16", "training.device=cpu", "data.validation_fraction=0.2"),
+        *("metrics.tensorboard=false", *overrides),
+    )
+    assert train([str(source / "recipe.toml"), *(f"--{item}" for item in told)]) == 0
+    return max((output / "checkpoints").iterdir(), key=lambda path: int(path.name.removeprefix("step-")))
 
+
+def prompt(checkpoint: Path) -> list[int]:
+    options = argparse.Namespace(chat=False, system="", checkpoint=str(checkpoint))
+    return _encode(options, checkpoint_tokenizer(checkpoint), ["ab"])[0][0]
+
+
+def documents(output: Path) -> list[list[int]]:
+    """The first documents of every folder of tokens that a run made."""
+    stores = [TokenStore(folder) for folder in (output / "cache").iterdir()]
+    return [store.tokens[: store.offsets[2]].tolist() for store in stores]
+
+
+def test_training_goes_on_with_the_tokens_that_an_imported_model_knows(tmp_path: Path) -> None:
+    ids = {"bos_token_id": 0, "eos_token_id": 1}
+    source = imported(tmp_path, ids, None, bos_token="<s>", pad_token="b")
+    first = run(source, tmp_path / "first")
+    assert documents(tmp_path / "first") == [[0, 2, 3, 1, 0, 2, 3, 2, 3, 1]]
+    assert "begin_of_text = true" in (first / "recipe.toml").read_text()
+    assert prompt(first) == [0, 2, 3]
+    second = run(first, tmp_path / "second")
+    assert documents(tmp_path / "second") == documents(tmp_path / "first")
+    assert run(first, tmp_path / "second", "training.steps=4").name == "step-4"
+    from_published = run(source, tmp_path / "third", f"checkpoint.init_from={tmp_path / 'published'}")
+    assert prompt(second) == prompt(from_published) == [0, 2, 3]
+    export_checkpoint(second, tmp_path / "again")
+    for name in ("config.json", "generation_config.json"):
+        assert ids_of(tmp_path / "again", name) == {**ids, "pad_token_id": 3}
+
+
+def test_a_model_that_was_trained_without_its_begin_token_goes_on_without(tmp_path: Path) -> None:
+    source = imported(tmp_path, {"bos_token_id": 0, "eos_token_id": 1}, None, bos_token="<s>")
+    without = run(source, tmp_path / "without", "data.begin_of_text=false")
+    recipe = without / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("begin_of_text = false\n", ""))  # as earlier versions wrote it
+    reseal(without)
+    assert prompt(without) == [1, 2, 3]
+    assert prompt(run(without, tmp_path / "after")) == [1, 2, 3]
+    assert prompt(run(without, tmp_path / "other", "data.begin_of_text=true")) == [0, 2, 3]
+    later = run(source, tmp_path / "without", "training.steps=4")
+    assert later.name == "step-4" and prompt(later) == [1, 2, 3]
+    assert documents(tmp_path / "without") == documents(tmp_path / "after") == [[1, 2, 3, 1, 2, 3, 2, 3]]
+    with pytest.raises(SystemExit):
+        run(source, tmp_path / "without", "training.steps=6", "data.begin_of_text=true")
+
+
+def test_a_model_trained_with_a_tokenizer_without_one_begins_with_the_end(tmp_path: Path) -> None:
     source, _ = checkpoint(tmp_path / "run", "linear")
     export_checkpoint(source, tmp_path / "exported")
     for name in ("config.json", "generation_config.json"):
