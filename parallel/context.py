@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torchlinearmoe.data.packing import IGNORED, MicroBatch
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.parallel.mesh import Meshes
-from torchlinearmoe.parallel.spans import Exchange, cut_spans
 from torchlinearmoe.recipe.schema import ParallelRecipe
+from torchlinearmoe.spans import Exchange, cut_spans
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from torchlinearmoe.parallel.spans import Spans
 from torchlinearmoe.segments import Segments
+from torchlinearmoe.spans import Spans
 
 State = dict[str, Tensor]
 """Named state of one layer; dim 0 is the document (or the sequence being decoded)."""

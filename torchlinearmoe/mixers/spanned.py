@@ -36,7 +36,7 @@ from torchlinearmoe.kernels.quadratic.features import QuadraticFeatures
 from torchlinearmoe.mixers.past import Spanned
 from torchlinearmoe.mixers.tail import in_float32, same_heads
 from torchlinearmoe.parallel.gather import Pending, finish_gather, start_gather
-from torchlinearmoe.parallel.spans import Spans
+from torchlinearmoe.spans import Spans
 
 CHUNK = 256
 """Tokens whose writes are summed in the type of the inputs; the sums are added up in float32."""

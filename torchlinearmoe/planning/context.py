@@ -21,9 +21,9 @@ from torchlinearmoe.parallel.context import exchange_of
 from torchlinearmoe.parallel.gather import traffic
 from torchlinearmoe.parallel.local import shadow
 from torchlinearmoe.parallel.mesh import Meshes
-from torchlinearmoe.parallel.spans import cut_spans
 from torchlinearmoe.parallel.tensor import apply_tensor_parallel
 from torchlinearmoe.recipe import Recipe
+from torchlinearmoe.spans import cut_spans
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from torchlinearmoe import spans
 from torchlinearmoe.mixers import attention, spanned
-from torchlinearmoe.parallel import spans, tails
+from torchlinearmoe.parallel import tails
 
 
 class Turn:
