@@ -29,7 +29,7 @@ from torchlinearmoe.models.norm import RMSNorm
 from torchlinearmoe.moe.experts import Experts
 from torchlinearmoe.optim.gradients import gradient_parts, set_earlier, summed
 from torchlinearmoe.optim.masters import laid_out_like, rest_of
-from torchlinearmoe.parallel.collectives import gather_rows, scatter_rows, sum_over
+from torchlinearmoe.parallel.exchange.collectives import gather_rows, scatter_rows, sum_over
 from torchlinearmoe.parallel.local import split_tensor
 from torchlinearmoe.parallel.vocabulary import split_vocabulary
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from torchlinearmoe.kernels.cross_entropy import IGNORED
 from torchlinearmoe.models.decoder import Decoder
-from torchlinearmoe.parallel.collectives import gather_rows, scatter_rows
+from torchlinearmoe.parallel.exchange.collectives import gather_rows, scatter_rows
 
 
 def split_vocabulary(model: Decoder, group: str, rank: int, ranks: int) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from torchlinearmoe.documents import Documents
-from torchlinearmoe.parallel.tails import _sources
+from torchlinearmoe.parallel.exchange.tails import _sources
 from torchlinearmoe.planning.world import pretended_world
 from torchlinearmoe.spans import Exchange, Spans, cut_spans
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.kernels.attention import packed_attention
-from torchlinearmoe.parallel.gather import all_to_all, finish_gather, start_gather
+from torchlinearmoe.parallel.exchange.gather import all_to_all, finish_gather, start_gather
 from torchlinearmoe.spans import Spans
 
 

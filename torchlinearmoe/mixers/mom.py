@@ -61,7 +61,7 @@ from torchlinearmoe.moe.dispatch import LocalDispatch
 from torchlinearmoe.moe.grouped_linear import GroupedLinear
 from torchlinearmoe.moe.router import Router, Routing
 from torchlinearmoe.moe.statistics import LoadStatistics
-from torchlinearmoe.parallel.routed import route_spans
+from torchlinearmoe.parallel.exchange.routed import route_spans
 from torchlinearmoe.segments import Segments
 
 

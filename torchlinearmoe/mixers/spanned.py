@@ -35,7 +35,7 @@ from torchlinearmoe.kernels.operator import outside_graphs
 from torchlinearmoe.kernels.quadratic.features import QuadraticFeatures
 from torchlinearmoe.mixers.past import Spanned
 from torchlinearmoe.mixers.tail import in_float32, same_heads
-from torchlinearmoe.parallel.gather import Pending, finish_gather, start_gather
+from torchlinearmoe.parallel.exchange.gather import Pending, finish_gather, start_gather
 from torchlinearmoe.spans import Spans
 
 CHUNK = 256

@@ -20,7 +20,7 @@ from torchlinearmoe.kernels.operator import outside_graphs
 from torchlinearmoe.kernels.token_shift import token_shift as shift_kernel
 from torchlinearmoe.mixers.base import Carry, StateSpec, TensorWord, per_head
 from torchlinearmoe.mixers.past import After, Past, Spanned
-from torchlinearmoe.parallel.tails import entering_inputs
+from torchlinearmoe.parallel.exchange.tails import entering_inputs
 
 
 class ShortConvolution(nn.Module):
@@ -47,7 +47,7 @@ class ShortConvolution(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """[T, C] -> [T, C], and the state that comes out where one went in: [N, W - 1, C].
 
-        entering: what `parallel.tails.entering_inputs` gives for x under context parallelism, where it is known.
+        entering: what `entering_inputs` gives for x under context parallelism, where it is known.
         """
         if isinstance(past, Spanned) and self.taps > 1:
             return self._spanned(x, past, entering), None

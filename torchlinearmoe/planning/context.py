@@ -18,7 +18,7 @@ from torchlinearmoe.mixers.base import Context, Mixer
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.parallel.checkpointing import is_checkpointed
 from torchlinearmoe.parallel.context import exchange_of
-from torchlinearmoe.parallel.gather import traffic
+from torchlinearmoe.parallel.exchange.gather import traffic
 from torchlinearmoe.parallel.local import shadow
 from torchlinearmoe.parallel.mesh import Meshes
 from torchlinearmoe.parallel.tensor import apply_tensor_parallel

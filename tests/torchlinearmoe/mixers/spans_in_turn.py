@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torchlinearmoe import spans
 from torchlinearmoe.mixers import attention, spanned
-from torchlinearmoe.parallel import tails
+from torchlinearmoe.parallel.exchange import tails
 
 
 class Turn:
