@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from torchlinearmoe.layers.mlp import SwiGLU
+from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.mixers.base import REPLICATED_SUMMED, Mixer, SharedModule, TensorWord, column
 from torchlinearmoe.models.decoder import Decoder
-from torchlinearmoe.models.mlp import SwiGLU
-from torchlinearmoe.models.norm import RMSNorm
 from torchlinearmoe.moe.experts import Experts
 from torchlinearmoe.optim.gradients import gradient_parts, set_earlier, summed
 from torchlinearmoe.optim.masters import laid_out_like, rest_of

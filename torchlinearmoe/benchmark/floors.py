@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torchlinearmoe.benchmark.rates import Rates
 from torchlinearmoe.kernels import dispatch, swiglu
 from torchlinearmoe.kernels.operator import Budget
+from torchlinearmoe.layers.mlp import SwiGLU
 from torchlinearmoe.mixers.base import Mixer, Transition
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.models.flops import active_parameters, head_flops
-from torchlinearmoe.models.mlp import SwiGLU
 from torchlinearmoe.moe.layer import MoE
 from torchlinearmoe.recipe.schema import ModelRecipe
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.kernels.choose import KernelCall
+from torchlinearmoe.layers.rope import RopeScaling, frequencies
 from torchlinearmoe.mixers.past import After, Empty, Past, Resumed, Spanned, State
-from torchlinearmoe.models.rope import RopeScaling, frequencies
 from torchlinearmoe.registry import Registry
 
 Carried = dict[str, Tensor]

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchlinearmoe.initialize import linear
+from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.mixers.base import ModelDims, Place, TensorWord, column, expanded, geometry, register
 from torchlinearmoe.mixers.delta_mixer import DeltaMixer, DeltaOptions
 from torchlinearmoe.mixers.tail import GatedHeadNorm
-from torchlinearmoe.models.norm import RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.kernels.slots import OPERATOR
+from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.mixers.base import (
     Carry,
     MixerOptions,
@@ -47,7 +48,6 @@ from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import slot_attention
 from torchlinearmoe.mixers.tail import Convolutions, in_float32
-from torchlinearmoe.models.norm import RMSNorm
 
 SCALE = 1.0
 """Of the scores of the slots; the paper leaves 1 / sqrt(K) out."""

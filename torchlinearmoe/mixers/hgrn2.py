@@ -24,6 +24,7 @@ from torchlinearmoe.initialize import ZEROS, linear, set_initializers
 from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
+from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.mixers.base import (
     Carry,
     Context,
@@ -44,7 +45,6 @@ from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.mixers.tail import Convolutions
-from torchlinearmoe.models.norm import RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ from torchlinearmoe.initialize import linear
 from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
+from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
     Carry,
@@ -46,7 +47,6 @@ from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.mixers.tail import Convolutions
-from torchlinearmoe.models.norm import RMSNorm
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "swish": F.silu}
 

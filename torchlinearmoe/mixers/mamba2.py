@@ -30,6 +30,7 @@ from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.kernels.ssd import OPERATOR
+from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
     Carry,
@@ -55,7 +56,6 @@ from torchlinearmoe.mixers.tail import (
     in_float32,
     inverse_softplus_of_exp,
 )
-from torchlinearmoe.models.norm import RMSNorm
 
 HEAD_DIM = 64
 """The paper's width of a head, P."""

@@ -34,6 +34,8 @@ from torchlinearmoe.initialize import linear
 from torchlinearmoe.kernels import attention
 from torchlinearmoe.kernels.cached_attention import cached_attention
 from torchlinearmoe.kernels.choose import KernelCall
+from torchlinearmoe.layers.norm import RMSNorm
+from torchlinearmoe.layers.rope import rotate_interleaved
 from torchlinearmoe.mixers.attention import attend, attend_to_history, with_history
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
@@ -53,8 +55,6 @@ from torchlinearmoe.mixers.base import (
 )
 from torchlinearmoe.mixers.cache import append_to_cache, padded_queries
 from torchlinearmoe.mixers.past import After, Past, Resumed
-from torchlinearmoe.models.norm import RMSNorm
-from torchlinearmoe.models.rope import rotate_interleaved
 
 LATENT_EPS = 1e-6
 """Of the norms on the latents, whatever the model's own, as in the published code."""

@@ -24,6 +24,7 @@ from torchlinearmoe.initialize import linear
 from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
+from torchlinearmoe.layers.rope import rotate
 from torchlinearmoe.mixers.base import (
     REPLICATED_SUMMED,
     Carry,
@@ -45,7 +46,6 @@ from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.mixers.tail import Convolutions, GatedHeadNorm
-from torchlinearmoe.models.rope import rotate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from torchlinearmoe.initialize import linear
 from torchlinearmoe.kernels import attention
 from torchlinearmoe.kernels.cached_attention import cached_attention
 from torchlinearmoe.kernels.choose import KernelCall
+from torchlinearmoe.layers.rope import rotate
 from torchlinearmoe.mixers.attention import attend
 from torchlinearmoe.mixers.base import (
     Carry,
@@ -45,7 +46,6 @@ from torchlinearmoe.mixers.base import (
 from torchlinearmoe.mixers.cache import append_to_cache, padded_queries
 from torchlinearmoe.mixers.past import After, Past, Resumed
 from torchlinearmoe.mixers.tail import Convolutions
-from torchlinearmoe.models.rope import rotate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from torchlinearmoe.layers.mlp import SwiGLU
+from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.mixers.base import Carried, Context, Mixer, State
-from torchlinearmoe.models.mlp import SwiGLU
-from torchlinearmoe.models.norm import RMSNorm
 from torchlinearmoe.moe.layer import MoE
 from torchlinearmoe.recipe.schema import ModelRecipe
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.initialize import Normal, initialize, set_initializers
 from torchlinearmoe.kernels.cross_entropy import chunk_loss, linear_cross_entropy
+from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.base import Carried, Carry, Context, Mixer, Place, State
 from torchlinearmoe.models.block import Block
-from torchlinearmoe.models.norm import RMSNorm
 from torchlinearmoe.recipe.layers import layer_mixers
 from torchlinearmoe.recipe.schema import ModelRecipe
 from torchlinearmoe.segments import Segments

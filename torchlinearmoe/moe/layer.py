@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.initialize import linear
 from torchlinearmoe.late import to_device
-from torchlinearmoe.models.mlp import SwiGLU
+from torchlinearmoe.layers.mlp import SwiGLU
 from torchlinearmoe.moe.accounting import account
 from torchlinearmoe.moe.balance import Balance, attach_loss
 from torchlinearmoe.moe.capacity import DROP_POLICIES, expert_capacity, keep_within_capacity

@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from torchlinearmoe.checkpoint.state import model_tensors
 from torchlinearmoe.kernels.cross_entropy.chunked import CHUNK_ELEMENTS
+from torchlinearmoe.layers.mlp import SwiGLU
 from torchlinearmoe.mixers.base import Mixer
 from torchlinearmoe.models.decoder import Decoder
-from torchlinearmoe.models.mlp import SwiGLU
 from torchlinearmoe.moe.layer import MoE
 from torchlinearmoe.optim.build import build_optimizer
 from torchlinearmoe.optim.masters import is_sharded, local_part, rest_of

@@ -16,9 +16,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from torchlinearmoe.kernels.cross_entropy.chunked import chunk_rows
+from torchlinearmoe.layers.mlp import SwiGLU
+from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.models.decoder import Decoder
-from torchlinearmoe.models.mlp import SwiGLU
-from torchlinearmoe.models.norm import RMSNorm
 from torchlinearmoe.parallel.checkpointing import is_checkpointed
 from torchlinearmoe.parallel.tensor import partial_gradients
 from torchlinearmoe.recipe.schema import TrainingRecipe
