@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Placement
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
@@ -61,35 +62,6 @@ class StateSpec:
     carry: Carry
     fp32: bool = True
     """Kept in float32 (else in the compute type)."""
-
-
-@dataclass(frozen=True)
-class TensorWord:
-    """How a parameter lies over tensor-parallel ranks."""
-
-    kind: str
-    dim: int | None = None
-
-
-def column(dim: int = 0) -> TensorWord:
-    """Split over the outputs; heads stay whole."""
-    return TensorWord("column", dim)
-
-
-def row(dim: int = 1) -> TensorWord:
-    """Split over the inputs; the ranks' outputs are partial sums."""
-    return TensorWord("row", dim)
-
-
-def per_head(dim: int = 0) -> TensorWord:
-    """One slice a head, split with the heads."""
-    return TensorWord("per_head", dim)
-
-
-REPLICATED = TensorWord("replicated")
-"""On every rank, used by replicated activations."""
-REPLICATED_SUMMED = TensorWord("replicated_summed")
-"""On every rank, used by sharded heads: its local gradient is a partial sum."""
 
 
 @dataclass(frozen=True)
@@ -247,8 +219,8 @@ def expanded(width: int, factor: float) -> int:
 class SharedModule(nn.Module):
     """Parameters that all layers of a mixer read, through what `forward()` returns."""
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        """A word for each parameter, by its name in the module."""
+    def tensor_parallel(self) -> dict[str, Placement]:
+        """As `Mixer.tensor_parallel`."""
         raise NotImplementedError
 
 
@@ -343,8 +315,13 @@ class Mixer(nn.Module):
         """The parts of this layer's state by name."""
         raise NotImplementedError
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        """A word for each parameter of this layer, by its name in the module."""
+    def tensor_parallel(self) -> dict[str, Placement]:
+        """How each parameter of this layer lies over tensor-parallel ranks, by its name in the module.
+
+        `Shard(0)` splits outputs or what there is of each head, heads staying whole; `Shard(1)` splits inputs, the
+        ranks' outputs are partial sums then; `Replicate()` is whole on every rank and meets that rank's heads alone,
+        so that its gradients are partial sums too.
+        """
         raise NotImplementedError
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterable[KernelCall]:

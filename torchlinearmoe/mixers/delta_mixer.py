@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
@@ -25,19 +26,15 @@ from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.delta import OPERATOR, delta_rule_flops
 from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.mixers.base import (
-    REPLICATED_SUMMED,
     Carry,
     Context,
     MixerOptions,
     ModelDims,
     Place,
     StateSpec,
-    TensorWord,
     Transition,
-    column,
     expanded,
     geometry,
-    row,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.past import After, Past
@@ -123,9 +120,9 @@ class DeltaMixer(LinearMixer):
         recurrent = StateSpec((self.value_heads, self.key_dim, self.value_dim), Carry.RECURRENT)
         return {"recurrent": recurrent, **self.convs.state_spec()}
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        words = {f"{name}_proj.weight": column() for name in "qkvb"} | self.convs.tensor_parallel("convs")
-        return words | {"norm.weight": REPLICATED_SUMMED, "o_proj.weight": row()}
+    def tensor_parallel(self) -> dict[str, Placement]:
+        words = {f"{name}_proj.weight": Shard(0) for name in "qkvb"} | self.convs.tensor_parallel("convs")
+        return words | {"norm.weight": Replicate(), "o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call(self.gate_kind, device, dtype, self.key_dim)

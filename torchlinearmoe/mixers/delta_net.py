@@ -11,9 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch.distributed.tensor import Placement, Shard
+
 from torchlinearmoe.initialize import linear
 from torchlinearmoe.layers.norm import RMSNorm
-from torchlinearmoe.mixers.base import ModelDims, Place, TensorWord, column, expanded, geometry, register
+from torchlinearmoe.mixers.base import ModelDims, Place, expanded, geometry, register
 from torchlinearmoe.mixers.delta_mixer import DeltaMixer, DeltaOptions
 from torchlinearmoe.mixers.tail import GatedHeadNorm
 
@@ -66,5 +68,5 @@ class DeltaNet(DeltaMixer):
         _, _, value_heads, value_dim = cls.dims(options, model)
         return super().num_parameters(options, model) + options.gate * model.hidden_size * value_heads * value_dim
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        return super().tensor_parallel() | ({"g_proj.weight": column()} if self.gated else {})
+    def tensor_parallel(self) -> dict[str, Placement]:
+        return super().tensor_parallel() | ({"g_proj.weight": Shard(0)} if self.gated else {})

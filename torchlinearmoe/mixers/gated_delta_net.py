@@ -18,9 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Shard
 
 from torchlinearmoe.initialize import Uniform, linear, set_initializers
-from torchlinearmoe.mixers.base import ModelDims, Place, TensorWord, column, per_head, register
+from torchlinearmoe.mixers.base import ModelDims, Place, register
 from torchlinearmoe.mixers.delta_mixer import DeltaMixer, DeltaOptions
 from torchlinearmoe.mixers.tail import GatedHeadNorm, inverse_softplus_of_exp
 
@@ -88,6 +89,6 @@ class GatedDeltaNet(DeltaMixer):
         """D HV of the decay beside the common ones."""
         return super().write_parameters(options, model) + model.hidden_size * cls.dims(options, model)[2]
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        own = {"g_proj.weight": column(), "a_proj.weight": column()}
-        return super().tensor_parallel() | own | {"decay.A_log": per_head(), "decay.dt_bias": per_head()}
+    def tensor_parallel(self) -> dict[str, Placement]:
+        own = {"g_proj.weight": Shard(0), "a_proj.weight": Shard(0)}
+        return super().tensor_parallel() | own | {"decay.A_log": Shard(0), "decay.dt_bias": Shard(0)}

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
@@ -28,19 +29,15 @@ from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.mixers.base import (
-    REPLICATED_SUMMED,
     Carry,
     MixerOptions,
     ModelDims,
     Place,
     StateSpec,
-    TensorWord,
     Transition,
-    column,
     expanded,
     geometry,
     register,
-    row,
 )
 from torchlinearmoe.mixers.feature_maps import ELEMENTWISE
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
@@ -151,11 +148,11 @@ class GLA(LinearMixer):
         recurrent = StateSpec((self.kv_heads, self.key_dim, self.value_dim), Carry.RECURRENT)
         return {"recurrent": recurrent, **self.convs.state_spec()}
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        words = {f"{name}_proj.weight": column() for name in "qkvg"}
-        words |= {"decay_down.weight": REPLICATED_SUMMED, "decay_up.weight": column(), "decay_up.bias": column()}
+    def tensor_parallel(self) -> dict[str, Placement]:
+        words = {f"{name}_proj.weight": Shard(0) for name in "qkvg"}
+        words |= {"decay_down.weight": Replicate(), "decay_up.weight": Shard(0), "decay_up.bias": Shard(0)}
         words |= self.convs.tensor_parallel("convs")
-        return words | {"norm.weight": REPLICATED_SUMMED, "o_proj.weight": row()}
+        return words | {"norm.weight": Replicate(), "o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("diagonal", device, dtype, self.key_dim)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import Placement, Shard
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
@@ -35,14 +36,10 @@ from torchlinearmoe.mixers.base import (
     ModelDims,
     Place,
     StateSpec,
-    TensorWord,
     Transition,
-    column,
     expanded,
     geometry,
-    per_head,
     register,
-    row,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.past import After, Past
@@ -145,10 +142,10 @@ class GSA(LinearMixer):
             **self.convs.state_spec(),
         }
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        words = {f"{name}_proj.weight": column() for name in "qkvf"}
+    def tensor_parallel(self) -> dict[str, Placement]:
+        words = {f"{name}_proj.weight": Shard(0) for name in "qkvf"}
         words |= self.convs.tensor_parallel("convs")
-        return words | {"norm.weight": per_head(), "o_proj.weight": row()}
+        return words | {"norm.weight": Shard(0), "o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("slots", device, dtype, self.key_dim)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Shard
 
 from torchlinearmoe.initialize import ZEROS, linear, set_initializers
 from torchlinearmoe.kernels.choose import KernelCall
@@ -33,13 +34,9 @@ from torchlinearmoe.mixers.base import (
     Place,
     SharedModule,
     StateSpec,
-    TensorWord,
     Transition,
-    column,
     geometry,
-    per_head,
     register,
-    row,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.past import After, Past
@@ -68,8 +65,8 @@ class LowerBounds(SharedModule):
         self.table = nn.Parameter(torch.empty(layers, width))
         set_initializers(self, table=ZEROS)
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        return {"table": per_head(1)}
+    def tensor_parallel(self) -> dict[str, Placement]:
+        return {"table": Shard(1)}
 
     def forward(self) -> Tensor:
         """Lower bound of every layer and channel, [layers, H K], in [0, 1)."""
@@ -139,10 +136,10 @@ class HGRN2(LinearMixer):
         recurrent = StateSpec((self.heads, self.head_dim, self.head_dim), Carry.RECURRENT)
         return {"recurrent": recurrent, **self.convs.state_spec()}
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        words = {f"{name}.weight": column() for name in ("q_proj", "f_proj", "i_proj")}
+    def tensor_parallel(self) -> dict[str, Placement]:
+        words = {f"{name}.weight": Shard(0) for name in ("q_proj", "f_proj", "i_proj")}
         words |= self.convs.tensor_parallel("convs")
-        return words | {"norm.weight": per_head(), "o_proj.weight": row()}
+        return words | {"norm.weight": Shard(0), "o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("diagonal", device, dtype, self.head_dim)

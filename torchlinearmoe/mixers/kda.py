@@ -19,9 +19,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchlinearmoe.initialize import Uniform, linear, set_initializers
-from torchlinearmoe.mixers.base import REPLICATED_SUMMED, ModelDims, Place, TensorWord, column, per_head, register
+from torchlinearmoe.mixers.base import ModelDims, Place, register
 from torchlinearmoe.mixers.delta_mixer import DeltaMixer, DeltaOptions
 from torchlinearmoe.mixers.tail import GatedHeadNorm, inverse_softplus_of_exp
 
@@ -100,7 +101,7 @@ class KDA(DeltaMixer):
         rank = options.decay_rank or value_dim
         return super().write_parameters(options, model) + (model.hidden_size + heads * key_dim) * rank
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        words = {f"{name}_down.weight": REPLICATED_SUMMED for name in ("decay", "gate")}
-        words |= {name: column() for name in ("decay_up.weight", "gate_up.weight", "gate_up.bias")}
-        return super().tensor_parallel() | words | {"decay.A_log": per_head(), "decay.dt_bias": per_head()}
+    def tensor_parallel(self) -> dict[str, Placement]:
+        words = {f"{name}_down.weight": Replicate() for name in ("decay", "gate")}
+        words |= {name: Shard(0) for name in ("decay_up.weight", "gate_up.weight", "gate_up.bias")}
+        return super().tensor_parallel() | words | {"decay.A_log": Shard(0), "decay.dt_bias": Shard(0)}

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchlinearmoe.initialize import linear
 from torchlinearmoe.kernels.choose import KernelCall
@@ -29,19 +30,14 @@ from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.mixers.base import (
-    REPLICATED_SUMMED,
     Carry,
     MixerOptions,
     ModelDims,
     Place,
     StateSpec,
-    TensorWord,
     Transition,
-    column,
     geometry,
-    per_head,
     register,
-    row,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.past import After, Past
@@ -126,11 +122,11 @@ class LightningAttention(LinearMixer):
         recurrent = StateSpec((self.heads, self.head_dim, self.head_dim), Carry.RECURRENT)
         return {"recurrent": recurrent, **self.convs.state_spec()}
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        words = {f"{name}_proj.weight": column() for name in "qkvg"}
+    def tensor_parallel(self) -> dict[str, Placement]:
+        words = {f"{name}_proj.weight": Shard(0) for name in "qkvg"}
         words |= self.convs.tensor_parallel("convs")
-        norm = REPLICATED_SUMMED if self.norm_per_head else per_head()
-        return words | {"norm.weight": norm, "o_proj.weight": row()}
+        norm = Replicate() if self.norm_per_head else Shard(0)
+        return words | {"norm.weight": norm, "o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("constant", device, dtype, self.head_dim)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
@@ -25,19 +26,15 @@ from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.mixers.base import (
-    REPLICATED_SUMMED,
     Carry,
     MixerOptions,
     ModelDims,
     Place,
     StateSpec,
-    TensorWord,
     Transition,
-    column,
     expanded,
     geometry,
     register,
-    row,
 )
 from torchlinearmoe.mixers.feature_maps import (
     FREE_WIDTH,
@@ -181,11 +178,11 @@ class LinearAttention(LinearMixer):
             **self.convs.state_spec(),
         }
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        words = {f"{name}.weight": column() for name in ("q_proj", "k_proj", "v_proj", "g_proj")}
+    def tensor_parallel(self) -> dict[str, Placement]:
+        words = {f"{name}.weight": Shard(0) for name in ("q_proj", "k_proj", "v_proj", "g_proj")}
         words |= self.convs.tensor_parallel("convs")
-        words |= {name: REPLICATED_SUMMED for name, _ in self.named_parameters() if name.split(".")[0].endswith("_map")}
-        return words | {"norm.weight": REPLICATED_SUMMED, "o_proj.weight": row()}
+        words |= {name: Replicate() for name, _ in self.named_parameters() if name.split(".")[0].endswith("_map")}
+        return words | {"norm.weight": Replicate(), "o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("identity", device, dtype, self.features_per_head)

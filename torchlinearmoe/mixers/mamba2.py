@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import ONES, Uniform, linear, set_initializers
@@ -32,7 +33,6 @@ from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.kernels.ssd import OPERATOR
 from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.mixers.base import (
-    REPLICATED_SUMMED,
     Carry,
     Context,
     Mixer,
@@ -40,13 +40,9 @@ from torchlinearmoe.mixers.base import (
     ModelDims,
     Place,
     StateSpec,
-    TensorWord,
     Transition,
-    column,
     expanded,
-    per_head,
     register,
-    row,
 )
 from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import ssd
@@ -172,14 +168,14 @@ class Mamba2(Mixer):
         recurrent = StateSpec((self.heads, self.state, self.head_dim), Carry.RECURRENT)
         return {"recurrent": recurrent, **self.convs.state_spec()}
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
+    def tensor_parallel(self) -> dict[str, Placement]:
         """Groups split with their heads; B and C of a single group are on every rank."""
-        words = {f"{name}_proj.weight": column() for name in ("z", "x", "b", "c", "dt")}
+        words = {f"{name}_proj.weight": Shard(0) for name in ("z", "x", "b", "c", "dt")}
         words |= self.convs.tensor_parallel("convs")
-        words |= {f"decay.{name}": per_head() for name in ("A_log", "dt_bias", "D")}
+        words |= {f"decay.{name}": Shard(0) for name in ("A_log", "dt_bias", "D")}
         if self.groups == 1:
-            words |= {name: REPLICATED_SUMMED for name in words if name.startswith(("b_", "c_", "convs.b", "convs.c"))}
-        return words | {"norm.weight": per_head(), "o_proj.weight": row()}
+            words |= {name: Replicate() for name in words if name.startswith(("b_", "c_", "convs.b", "convs.c"))}
+        return words | {"norm.weight": Shard(0), "o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("ssd", device, dtype, self.state)

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
@@ -38,7 +39,6 @@ from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.layers.rope import rotate_interleaved
 from torchlinearmoe.mixers.attention import attend, attend_to_history, with_history
 from torchlinearmoe.mixers.base import (
-    REPLICATED_SUMMED,
     Carry,
     Context,
     Mixer,
@@ -46,12 +46,9 @@ from torchlinearmoe.mixers.base import (
     ModelDims,
     Place,
     StateSpec,
-    TensorWord,
     Transition,
-    column,
     register,
     rope_scaling,
-    row,
 )
 from torchlinearmoe.mixers.cache import append_to_cache, padded_queries
 from torchlinearmoe.mixers.past import After, Past, Resumed
@@ -146,15 +143,15 @@ class MLA(Mixer):
             "rope_key": StateSpec((self.rope_dim,), Carry.APPEND, fp32=False),
         }
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
+    def tensor_parallel(self) -> dict[str, Placement]:
         """Latents are replicated; what is made of them is split by heads."""
         if self.compressed:
-            words = {"q_a_proj.weight": REPLICATED_SUMMED, "q_a_norm.weight": REPLICATED_SUMMED}
-            words["q_b_proj.weight"] = column()
+            words: dict[str, Placement] = {"q_a_proj.weight": Replicate(), "q_a_norm.weight": Replicate()}
+            words["q_b_proj.weight"] = Shard(0)
         else:
-            words = {"q_proj.weight": column()}
-        words |= {f"{name}.weight": REPLICATED_SUMMED for name in ("kv_a_proj", "kv_a_norm")}
-        return words | {"kv_b_proj.weight": column(), "o_proj.weight": row()}
+            words = {"q_proj.weight": Shard(0)}
+        words |= {f"{name}.weight": Replicate() for name in ("kv_a_proj", "kv_a_norm")}
+        return words | {"kv_b_proj.weight": Shard(0), "o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         """Attention over packed documents."""

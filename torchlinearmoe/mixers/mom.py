@@ -37,12 +37,12 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Replicate
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.mixers.base import (
     MIXERS,
-    REPLICATED_SUMMED,
     Context,
     Mixer,
     MixerOptions,
@@ -50,7 +50,6 @@ from torchlinearmoe.mixers.base import (
     Place,
     SharedModule,
     StateSpec,
-    TensorWord,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.past import After, Empty, Past, Resumed, Spanned
@@ -200,13 +199,13 @@ class MoM(Mixer):
         }
         return inner | self.query_convs.state_spec()
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
+    def tensor_parallel(self) -> dict[str, Placement]:
         words = {}
         for name, word in self.inner.tensor_parallel().items():
             owner = "write_layers" if name.partition(".")[0] in self.write_layers else "inner"
             words[f"{owner}.{name}"] = word
         # The router's weights meet each rank's own heads.
-        return words | self.query_convs.tensor_parallel("query_convs") | {"router.weight": REPLICATED_SUMMED}
+        return words | self.query_convs.tensor_parallel("query_convs") | {"router.weight": Replicate()}
 
     def mixing_flops(self, length: int) -> float:
         return self.write_rows * self.inner.mixing_flops(length)

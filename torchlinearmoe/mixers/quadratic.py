@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import Placement, Shard
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
@@ -33,11 +34,8 @@ from torchlinearmoe.mixers.base import (
     ModelDims,
     Place,
     StateSpec,
-    TensorWord,
     Transition,
-    column,
     geometry,
-    row,
 )
 from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import quadratic_attention
@@ -99,10 +97,10 @@ class QuadraticAttention(Mixer):
         recurrent = StateSpec((self.heads, rows, self.value_dim + 1), Carry.RECURRENT)
         return {"recurrent": recurrent, **self.convs.state_spec()}
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
+    def tensor_parallel(self) -> dict[str, Placement]:
         names = ("q_proj", "k_proj", "v_proj") if self.g_proj is None else ("q_proj", "k_proj", "v_proj", "g_proj")
-        words = {f"{name}.weight": column() for name in names}
-        return words | self.convs.tensor_parallel("convs") | {"o_proj.weight": row()}
+        words = {f"{name}.weight": Shard(0) for name in names}
+        return words | self.convs.tensor_parallel("convs") | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call(self.kind, device, dtype, self.feature_dim)

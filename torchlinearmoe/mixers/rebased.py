@@ -18,9 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Replicate
 
 from torchlinearmoe.initialize import ONES, ZEROS, set_initializers
-from torchlinearmoe.mixers.base import REPLICATED_SUMMED, ModelDims, Place, TensorWord, register
+from torchlinearmoe.mixers.base import ModelDims, Place, register
 from torchlinearmoe.mixers.quadratic import QuadraticAttention, QuadraticOptions
 
 
@@ -68,9 +69,9 @@ class Rebased(QuadraticAttention):
         """The projections' (see QuadraticAttention), and 4 K of the norms (2 K where they are tied)."""
         return super().num_parameters(options, model) + (2 if options.tie_norms else 4) * options.feature_dim
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
+    def tensor_parallel(self) -> dict[str, Placement]:
         norms = ("q_norm",) if self.k_norm is None else ("q_norm", "k_norm")
-        words = {f"{norm}.{name}": REPLICATED_SUMMED for norm in norms for name in ("weight", "bias")}
+        words = {f"{norm}.{name}": Replicate() for norm in norms for name in ("weight", "bias")}
         return super().tensor_parallel() | words
 
     def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

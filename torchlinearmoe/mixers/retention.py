@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
@@ -26,20 +27,16 @@ from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.layers.rope import rotate
 from torchlinearmoe.mixers.base import (
-    REPLICATED_SUMMED,
     Carry,
     Context,
     MixerOptions,
     ModelDims,
     Place,
     StateSpec,
-    TensorWord,
     Transition,
-    column,
     expanded,
     geometry,
     register,
-    row,
 )
 from torchlinearmoe.mixers.feature_maps import ELEMENTWISE
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
@@ -121,10 +118,10 @@ class Retention(LinearMixer):
         recurrent = StateSpec((self.heads, self.head_dim, self.value_dim), Carry.RECURRENT)
         return {"recurrent": recurrent, **self.convs.state_spec()}
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        words = {f"{name}_proj.weight": column() for name in "qkvg"}
+    def tensor_parallel(self) -> dict[str, Placement]:
+        words = {f"{name}_proj.weight": Shard(0) for name in "qkvg"}
         words |= self.convs.tensor_parallel("convs")
-        return words | {"norm.weight": REPLICATED_SUMMED, "o_proj.weight": row()}
+        return words | {"norm.weight": Replicate(), "o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("constant", device, dtype, self.head_dim)

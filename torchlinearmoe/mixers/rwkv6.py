@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import ZEROS, Rows, Uniform, linear, orthogonal, set_initializers
@@ -32,7 +33,6 @@ from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.mixers.base import (
-    REPLICATED_SUMMED,
     Carry,
     Context,
     Mixer,
@@ -40,13 +40,9 @@ from torchlinearmoe.mixers.base import (
     ModelDims,
     Place,
     StateSpec,
-    TensorWord,
     Transition,
-    column,
     geometry,
-    per_head,
     register,
-    row,
 )
 from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import linear_recurrence
@@ -186,13 +182,13 @@ class RWKV6(Mixer):
             "shift": StateSpec((1, self.token_mix.x.shape[0]), Carry.LAST_TOKENS, fp32=False),
         }
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
+    def tensor_parallel(self) -> dict[str, Placement]:
         """Mixes are on every rank, but each rank sees only what its own heads make of them."""
-        words = {f"{name}.weight": column() for name in ("r_proj", "k_proj", "v_proj", "g_proj", "decay_up")}
-        words |= {f"token_mix.{name}": REPLICATED_SUMMED for name, _ in self.token_mix.named_parameters()}
-        words |= {f"decay.{name}": per_head() for name in ("base", "bonus")}
-        words |= {f"norm.{name}": per_head() for name in ("weight", "bias")}
-        return words | {"decay_down.weight": REPLICATED_SUMMED, "o_proj.weight": row()}
+        words = {f"{name}.weight": Shard(0) for name in ("r_proj", "k_proj", "v_proj", "g_proj", "decay_up")}
+        words |= {f"token_mix.{name}": Replicate() for name, _ in self.token_mix.named_parameters()}
+        words |= {f"decay.{name}": Shard(0) for name in ("base", "bonus")}
+        words |= {f"norm.{name}": Shard(0) for name in ("weight", "bias")}
+        return words | {"decay_down.weight": Replicate(), "o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("bonus", device, dtype, self.head_dim)

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchlinearmoe.initialize import Constant, Initializer, Orthogonal, Rows, linear, orthogonal, set_initializers
 from torchlinearmoe.kernels.choose import KernelCall
@@ -35,7 +36,6 @@ from torchlinearmoe.kernels.delta.normalize import l2_normalize
 from torchlinearmoe.kernels.dplr import OPERATOR, dplr_rule_flops
 from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.mixers.base import (
-    REPLICATED_SUMMED,
     Carried,
     Carry,
     Context,
@@ -45,13 +45,9 @@ from torchlinearmoe.mixers.base import (
     Place,
     State,
     StateSpec,
-    TensorWord,
     Transition,
-    column,
     geometry,
-    per_head,
     register,
-    row,
 )
 from torchlinearmoe.mixers.past import Past
 from torchlinearmoe.mixers.recurrence import dplr_rule
@@ -163,10 +159,10 @@ class LowRank(nn.Module):
         low = self.down(x_TD)
         return self.up(low if self.activation is None else getattr(torch, self.activation)(low))
 
-    def tensor_parallel(self, prefix: str) -> dict[str, TensorWord]:
+    def tensor_parallel(self, prefix: str) -> dict[str, Placement]:
         """The outputs are channels of heads."""
-        words = {f"{prefix}.down.weight": REPLICATED_SUMMED, f"{prefix}.up.weight": column()}
-        return words if self.up.bias is None else words | {f"{prefix}.up.bias": per_head()}
+        words: dict[str, Placement] = {f"{prefix}.down.weight": Replicate(), f"{prefix}.up.weight": Shard(0)}
+        return words if self.up.bias is None else words | {f"{prefix}.up.bias": Shard(0)}
 
 
 @register("rwkv7")
@@ -235,15 +231,15 @@ class RWKV7(Mixer):
             "shift": StateSpec((1, self.mixes["r"].shape[0]), Carry.LAST_TOKENS, fp32=False),
         }
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
+    def tensor_parallel(self) -> dict[str, Placement]:
         """Mixes are on every rank, but each rank sees only what its own heads make of them."""
-        words = {f"{name}_proj.weight": column() for name in "rkv"}
-        words |= {f"mixes.{name}": REPLICATED_SUMMED for name in MIXES}
+        words: dict[str, Placement] = {f"{name}_proj.weight": Shard(0) for name in "rkv"}
+        words |= {f"mixes.{name}": Replicate() for name in MIXES}
         for name, part in self.named_children():
             if isinstance(part, LowRank):
                 words |= part.tensor_parallel(name)
         channels = ("decay.base", "removal", "replacement", "bonus", "norm.weight", "norm.bias")
-        return words | {name: per_head() for name in channels} | {"o_proj.weight": row()}
+        return words | {name: Shard(0) for name in channels} | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("dplr", device, dtype, self.head_dim)

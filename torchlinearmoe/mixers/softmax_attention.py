@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import Placement, Shard
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
@@ -36,12 +37,9 @@ from torchlinearmoe.mixers.base import (
     Place,
     State,
     StateSpec,
-    TensorWord,
     Transition,
-    column,
     register,
     rope_scaling,
-    row,
 )
 from torchlinearmoe.mixers.cache import append_to_cache, padded_queries
 from torchlinearmoe.mixers.past import After, Past, Resumed
@@ -125,12 +123,12 @@ class SoftmaxAttention(Mixer):
             entry = StateSpec((self.window, *shape), Carry.LAST_TOKENS, fp32=False)
         return {"keys": entry, "values": entry, **self.convs.state_spec()}
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        words = {f"{name}.weight": column() for name in ("q_proj", "k_proj", "v_proj")}
+    def tensor_parallel(self) -> dict[str, Placement]:
+        words = {f"{name}.weight": Shard(0) for name in ("q_proj", "k_proj", "v_proj")}
         if self.q_proj.bias is not None:
-            words |= {f"{name}.bias": column() for name in ("q_proj", "k_proj", "v_proj")}
+            words |= {f"{name}.bias": Shard(0) for name in ("q_proj", "k_proj", "v_proj")}
         words |= self.convs.tensor_parallel("convs")
-        return words | {"o_proj.weight": row()}
+        return words | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         """Attention over packed documents."""

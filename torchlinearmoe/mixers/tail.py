@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Shard
 
 from torchlinearmoe.initialize import ONES, Uniform, set_initializers
 from torchlinearmoe.kernels.convolution import short_convolution
@@ -18,7 +19,7 @@ from torchlinearmoe.kernels.heads import repeat_heads
 from torchlinearmoe.kernels.norm import rms_norm
 from torchlinearmoe.kernels.operator import outside_graphs
 from torchlinearmoe.kernels.token_shift import token_shift as shift_kernel
-from torchlinearmoe.mixers.base import Carry, StateSpec, TensorWord, per_head
+from torchlinearmoe.mixers.base import Carry, StateSpec
 from torchlinearmoe.mixers.past import After, Past, Spanned
 from torchlinearmoe.parallel.exchange.tails import entering_inputs
 
@@ -75,9 +76,9 @@ class ShortConvolution(nn.Module):
             initial_state=past.first_states(entering),
         )[0]
 
-    def tensor_parallel(self, prefix: str) -> dict[str, TensorWord]:
+    def tensor_parallel(self, prefix: str) -> dict[str, Placement]:
         """Channels split with the heads."""
-        return {f"{prefix}.{name}": per_head() for name, _ in self.named_parameters()}
+        return {f"{prefix}.{name}": Shard(0) for name, _ in self.named_parameters()}
 
 
 class Convolutions(nn.ModuleDict):
@@ -104,9 +105,9 @@ class Convolutions(nn.ModuleDict):
         """`conv_NAME`: the last inputs of each projection."""
         return {f"conv_{name}": conv.state_spec() for name, conv in self._convolutions()}
 
-    def tensor_parallel(self, prefix: str) -> dict[str, TensorWord]:
+    def tensor_parallel(self, prefix: str) -> dict[str, Placement]:
         """Words of every convolution."""
-        words: dict[str, TensorWord] = {}
+        words: dict[str, Placement] = {}
         for name, conv in self._convolutions():
             words |= conv.tensor_parallel(f"{prefix}.{name}")
         return words

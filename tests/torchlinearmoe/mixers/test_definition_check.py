@@ -16,6 +16,7 @@ from definition_check import NoDefinition, check_definition
 from definitions.plain import Layer, join, recurrence, sigmoid, split
 from mixer_cases import Case
 from torch import Tensor
+from torch.distributed.tensor import Placement, Shard
 from torch.nn import functional as F
 
 from torchlinearmoe.initialize import linear
@@ -27,12 +28,9 @@ from torchlinearmoe.mixers.base import (
     ModelDims,
     Place,
     StateSpec,
-    TensorWord,
     Transition,
-    column,
     geometry,
     register,
-    row,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.past import After, Past
@@ -64,9 +62,11 @@ class Toy(LinearMixer):
     def state_spec(self) -> dict[str, StateSpec]:
         return {"recurrent": StateSpec((self.heads, self.head_dim, self.head_dim), Carry.RECURRENT)}
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        words = {f"{name}.weight": column() for name in ("q_proj", "k_proj", "v_proj", "decay_proj")}
-        return words | {"o_proj.weight": row()}
+    def tensor_parallel(self) -> dict[str, Placement]:
+        words: dict[str, Placement] = {
+            f"{name}.weight": Shard(0) for name in ("q_proj", "k_proj", "v_proj", "decay_proj")
+        }
+        return words | {"o_proj.weight": Shard(1)}
 
     def mixing_flops(self, length: int) -> float:
         return linear_recurrence_flops(self.heads, self.head_dim, self.head_dim)

@@ -1,4 +1,4 @@
-"""What a mixer declares about itself is true: parameters, words, initial values, state, FLOPs, precision."""
+"""What a mixer declares about itself is true: parameters, placements, initial values, state, FLOPs, precision."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from mixer_cases import Case, Dims, every_mixer, has_appended_state, make_stack, random_inputs, relative
 from torch import nn
+from torch.distributed.tensor import Replicate, Shard
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
@@ -13,24 +14,15 @@ from torchlinearmoe.initialize import initialize
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.base import Carry, Transition, geometry
 
-WORDS = {
-    "column": {0},
-    "row": {1},
-    "per_head": {0, 1, 2},
-    "replicated": {None},
-    "replicated_summed": {None},
-}
-
 
 @every_mixer
-def test_every_parameter_has_one_tensor_parallel_word(case: Case):
+def test_every_parameter_has_one_tensor_parallel_placement(case: Case):
     for mixer in make_stack(case).layers:
-        words = mixer.tensor_parallel()
-        assert sorted(words) == sorted(name for name, _ in mixer.named_parameters())
-        for name, word in words.items():
-            assert word.kind in WORDS, name
-            assert word.dim in WORDS[word.kind], name
-            assert word.dim is None or word.dim < mixer.get_parameter(name).dim(), name
+        placements = mixer.tensor_parallel()
+        assert sorted(placements) == sorted(name for name, _ in mixer.named_parameters())
+        for name, placement in placements.items():
+            assert isinstance(placement, (Shard, Replicate)), name
+            assert not isinstance(placement, Shard) or placement.dim < mixer.get_parameter(name).dim(), name
 
 
 @every_mixer
