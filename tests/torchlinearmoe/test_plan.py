@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from torchlinearmoe import build_model
 from torchlinearmoe.mixers import MIXERS
-from torchlinearmoe.mixers.base import Transition
 from torchlinearmoe.plan import main
 from torchlinearmoe.planning import plan
 from torchlinearmoe.recipe import Recipe, layer_mixers, resolve
@@ -192,7 +191,7 @@ def test_linear_layers_exchange_as_much_for_long_sequences_as_for_short_ones(mix
 
     (*_, short), (*_, long), (*_, wide) = between_spans(64, 2), between_spans(128, 2), between_spans(64, 4)
     assert short["calls"] == long["calls"] and sum(short["bytes"].values()) > 0
-    if MIXERS[mixer].transition is Transition.ATTENTION:
+    if MIXERS[mixer].keeps_past:
         assert all(long["bytes"][operation] == 2 * size for operation, size in short["bytes"].items())
     else:
         assert short["bytes"] == long["bytes"]

@@ -1,11 +1,11 @@
 """The contract every token mixer keeps.
 
 A mixer turns the hidden states of packed documents into new ones. Over any span of tokens a linear mixer is
-S_out = A S_in + B; its file declares what the trainer, the decoder and the parallel layouts need to know: the kind of
-A (`transition`), the named state and how each part carries over (`state_spec`), parameters shared by all its layers
-(`shared_module`), tensors that travel with the hidden state (`carried_channels`), how its parameters split over
-tensor-parallel ranks (`tensor_parallel`), its FLOPs and its parameter count. A new mixer is one file here, and its
-definition in the tests (`tests/torchlinearmoe/mixers/definitions/`), which says whether its formula is the paper's.
+S_out = A S_in + B; its file declares what the trainer, the decoder and the parallel layouts need to know: the named
+state and how each part carries over (`state_spec`), parameters shared by all its layers (`shared_module`), tensors that
+travel with the hidden state (`carried_channels`), how its parameters split over tensor-parallel ranks
+(`tensor_parallel`), and its FLOPs. A new mixer is one file here, and its definition in the tests
+(`tests/torchlinearmoe/mixers/definitions/`), which says whether its formula is the paper's.
 
 Shapes: T tokens (packed, all documents of a micro-batch in one stream), D model width, H heads, K and V key and value
 width of a head, N documents.
@@ -32,17 +32,6 @@ from torchlinearmoe.registry import Registry
 
 Carried = dict[str, Tensor]
 """Tensors that travel with the hidden state from layer to layer, [T, ...] each."""
-
-
-class Transition(enum.Enum):
-    """The form of A in S_out = A S_in + B."""
-
-    IDENTITY = "identity"
-    CONSTANT = "constant per head"
-    SCALAR = "scalar per token and head"
-    DIAGONAL = "diagonal per token and head"
-    DENSE = "dense"
-    ATTENTION = "none: the past itself is kept"
 
 
 class Carry(enum.Enum):
@@ -228,7 +217,8 @@ class Mixer(nn.Module):
     """A token mixer; see the module's docstring for the contract."""
 
     name: ClassVar[str]
-    transition: ClassVar[Transition]
+    keeps_past: ClassVar[bool] = False
+    """What a token looks back at are the tokens before, an entry each, not a state that they were folded into."""
     Options: ClassVar[type[MixerOptions]] = MixerOptions
     projections: ClassVar[Mapping[str, str]] = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
     """The linear layers that play the parts of attention's query, key, value and output, where there are such: a layer

@@ -32,7 +32,6 @@ from torchlinearmoe.mixers.base import (
     ModelDims,
     Place,
     StateSpec,
-    Transition,
     expanded,
     geometry,
 )
@@ -62,7 +61,6 @@ class DeltaMixer(LinearMixer):
     A subclass builds `norm`, `decay` (None: nothing decays) and the layers of the parts `gate` and `decay`.
     """
 
-    transition = Transition.DENSE
     Options = DeltaOptions
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",), "b": ("b_proj",)}

@@ -34,7 +34,6 @@ from torchlinearmoe.mixers.base import (
     ModelDims,
     Place,
     StateSpec,
-    Transition,
     expanded,
     geometry,
     register,
@@ -78,7 +77,6 @@ def _dims(options: Options, model: ModelDims) -> tuple[int, int, int, int]:
 class GLA(LinearMixer):
     """Diagonal decay from a low-rank gate; gated per-head norm."""
 
-    transition = Transition.DIAGONAL
     Options = Options
     variants = (
         {"heads": 4, "head_dim": 16, "kv_heads": 2, "conv": 4},

@@ -36,7 +36,6 @@ from torchlinearmoe.mixers.base import (
     ModelDims,
     Place,
     StateSpec,
-    Transition,
     expanded,
     geometry,
     register,
@@ -78,7 +77,6 @@ def _dims(options: Options, model: ModelDims) -> tuple[int, int, int, int]:
 class GSA(LinearMixer):
     """Diagonal decay over slots, of keys and of values; read by softmax; full-width norm."""
 
-    transition = Transition.DIAGONAL
     Options = Options
     variants = (
         {"slots": 5, "conv": 3, "expand_v": 1.5},

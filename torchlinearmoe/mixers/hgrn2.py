@@ -34,7 +34,6 @@ from torchlinearmoe.mixers.base import (
     Place,
     SharedModule,
     StateSpec,
-    Transition,
     geometry,
     register,
 )
@@ -93,7 +92,6 @@ class HGRN2(LinearMixer):
     """Diagonal decay, key tied to the gate, learned lower bounds."""
 
     projections = {"q": "q_proj", "v": "i_proj", "o": "o_proj"}
-    transition = Transition.DIAGONAL
     Options = Options
     variants = ({"conv": 4}, {"lower_bounds": False}, {"heads": 3, "head_dim": 16})
     reads = {"q": ("q_proj",)}

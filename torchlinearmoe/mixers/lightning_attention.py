@@ -35,7 +35,6 @@ from torchlinearmoe.mixers.base import (
     ModelDims,
     Place,
     StateSpec,
-    Transition,
     geometry,
     register,
 )
@@ -77,7 +76,6 @@ def alibi_slopes(heads: Tensor, total: int) -> Tensor:
 class LightningAttention(LinearMixer):
     """Constant decay; SiLU on q, k and v; full-width norm, then a sigmoid gate."""
 
-    transition = Transition.CONSTANT
     Options = Options
     variants = (
         {"layer_factor": False, "norm": "head", "gate": "swish"},

@@ -31,7 +31,6 @@ from torchlinearmoe.mixers.base import (
     ModelDims,
     Place,
     StateSpec,
-    Transition,
     expanded,
     geometry,
     register,
@@ -80,7 +79,6 @@ class Options(MixerOptions):
 class LinearAttention(LinearMixer):
     """Identity transition; optional denominator; gated per-head norm."""
 
-    transition = Transition.IDENTITY
     Options = Options
     variants = (
         {"normalize": True},

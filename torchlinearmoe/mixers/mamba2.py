@@ -40,7 +40,6 @@ from torchlinearmoe.mixers.base import (
     ModelDims,
     Place,
     StateSpec,
-    Transition,
     expanded,
     register,
 )
@@ -108,7 +107,6 @@ class Mamba2(Mixer):
     """Scalar decay from a step size; skip connection; norm after the gate."""
 
     projections = {"q": "c_proj", "k": "b_proj", "v": "x_proj", "o": "o_proj"}
-    transition = Transition.SCALAR
     Options = Options
     variants = (
         {"head_dim": 16, "groups": 2, "state": 24},

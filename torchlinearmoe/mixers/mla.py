@@ -46,7 +46,6 @@ from torchlinearmoe.mixers.base import (
     ModelDims,
     Place,
     StateSpec,
-    Transition,
     register,
     rope_scaling,
 )
@@ -78,7 +77,7 @@ class MLA(Mixer):
     """Softmax attention over keys and values that share one latent a token."""
 
     projections = {"q": "q_proj", "o": "o_proj"}
-    transition = Transition.ATTENTION
+    keeps_past = True
     Options = Options
     variants = (
         {"head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "kv_lora_rank": 24},

@@ -34,7 +34,6 @@ from torchlinearmoe.mixers.base import (
     ModelDims,
     Place,
     StateSpec,
-    Transition,
     geometry,
 )
 from torchlinearmoe.mixers.past import After, Past
@@ -57,7 +56,6 @@ class QuadraticOptions(MixerOptions):
 class QuadraticAttention(Mixer):
     """Identity transition on second-order features; normalised scores."""
 
-    transition = Transition.IDENTITY
     regions = ("project", "mix")
     kind: ClassVar[str]
     """The polynomial, as in `kernels.quadratic.quadratic_attention`."""

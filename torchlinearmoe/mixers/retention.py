@@ -33,7 +33,6 @@ from torchlinearmoe.mixers.base import (
     ModelDims,
     Place,
     StateSpec,
-    Transition,
     expanded,
     geometry,
     register,
@@ -63,7 +62,6 @@ class Options(MixerOptions):
 class Retention(LinearMixer):
     """Constant decay, rotary positions, gated per-head norm."""
 
-    transition = Transition.CONSTANT
     Options = Options
     variants = (
         {"rope_theta": 0.0, "expand_v": 1.0, "feature_map": "silu"},

@@ -40,7 +40,6 @@ from torchlinearmoe.mixers.base import (
     ModelDims,
     Place,
     StateSpec,
-    Transition,
     geometry,
     register,
 )
@@ -137,7 +136,6 @@ class RWKV6(Mixer):
     """Diagonal decay from the data, bonus for the current token, token shift."""
 
     projections = {"q": "r_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
-    transition = Transition.DIAGONAL
     Options = Options
     variants = ({"mix_rank": 3, "decay_rank": 5}, {"heads": 3, "head_dim": 16})
     regions = ("project", "mix")

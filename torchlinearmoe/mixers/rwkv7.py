@@ -45,7 +45,6 @@ from torchlinearmoe.mixers.base import (
     Place,
     State,
     StateSpec,
-    Transition,
     geometry,
     register,
 )
@@ -170,7 +169,6 @@ class RWKV7(Mixer):
     """Dense transition, token shift, values that go on from the first layer's."""
 
     projections = {"q": "r_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
-    transition = Transition.DENSE
     Options = Options
     variants = (
         {"decay_rank": 5, "rate_rank": 3, "value_rank": 2, "gate_rank": 7},

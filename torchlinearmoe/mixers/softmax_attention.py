@@ -37,7 +37,6 @@ from torchlinearmoe.mixers.base import (
     Place,
     State,
     StateSpec,
-    Transition,
     register,
     rope_scaling,
 )
@@ -69,7 +68,7 @@ def _heads(options: Options, model: ModelDims) -> tuple[int, int, int]:
 class SoftmaxAttention(Mixer):
     """o = softmax(q k^T / sqrt(d), causal inside the document and the window) v."""
 
-    transition = Transition.ATTENTION
+    keeps_past = True
     Options = Options
     variants = (
         {"heads": 4, "head_dim": 16, "kv_heads": 2},

@@ -7,7 +7,6 @@ import dataclasses
 from torchlinearmoe.errors import RecipeError, divisors, nearest
 from torchlinearmoe.kernels.operator import legal_names
 from torchlinearmoe.mixers import MIXERS
-from torchlinearmoe.mixers.base import Transition
 from torchlinearmoe.recipe.layers import used_mixers
 from torchlinearmoe.recipe.schema import ModelRecipe, MoERecipe, Recipe
 
@@ -275,7 +274,7 @@ def _context(recipe: Recipe) -> None:
             f"legal: {divisors(length)}"
         )
     for name in used_mixers(model) if parallel.context_attention == "heads" else ():
-        if MIXERS[name].transition is Transition.ATTENTION:
+        if MIXERS[name].keeps_past:
             groups, count = MIXERS[name].head_groups(model.mixer_options[name], model)
             if count % (parallel.context * parallel.tensor):
                 raise RecipeError(

@@ -28,7 +28,6 @@ from torchlinearmoe.mixers.base import (
     ModelDims,
     Place,
     StateSpec,
-    Transition,
     geometry,
     register,
 )
@@ -41,7 +40,6 @@ from torchlinearmoe.mixers.tail import Convolutions, in_float32
 class Toy(LinearMixer):
     """The right formula."""
 
-    transition = Transition.DIAGONAL
     reads = {"q": ("q_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",), "decay": ("decay_proj",)}
 

@@ -12,7 +12,7 @@ from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import initialize
 from torchlinearmoe.mixers import MIXERS
-from torchlinearmoe.mixers.base import Carry, Transition, geometry
+from torchlinearmoe.mixers.base import Carry, geometry
 
 
 @every_mixer
@@ -72,7 +72,7 @@ def test_declared_state_is_the_state_that_comes_back(case: Case):
 @every_mixer
 def test_state_does_not_grow_unless_it_is_appended_to(case: Case):
     stack = make_stack(case)
-    assert case.mixer.transition is Transition.ATTENTION or not has_appended_state(stack)
+    assert case.mixer.keeps_past or not has_appended_state(stack)
 
     def size(max_length: int) -> int:
         return sum(value.numel() for state in stack.empty(1, max_length) for value in state.values())
@@ -86,7 +86,7 @@ def test_flops_are_positive_and_grow_with_the_document_only_for_attention(case: 
     matrices = sum(p.numel() for p in mixer.parameters() if p.dim() == 2)
     assert mixer.flops_per_token(1) > 2 * matrices
     grows = mixer.flops_per_token(4096) > mixer.flops_per_token(64)
-    assert grows == (case.mixer.transition is Transition.ATTENTION)
+    assert grows == case.mixer.keeps_past
 
 
 @every_mixer
@@ -150,7 +150,7 @@ def test_negative_counts_and_impossible_heads_are_refused(name: str):
     for overrides in ({"heads": -1}, {"head_dim": -4}):
         with pytest.raises(RecipeError, match=f"^mixer.{name}.{next(iter(overrides))} = -.*must not be negative$"):
             mixer.check(mixer.Options(**overrides), dims)
-    if mixer.transition is not Transition.ATTENTION:
+    if not mixer.keeps_past:
         with pytest.raises(RecipeError, match=f"^mixer.{name}.heads"):
             mixer.check(mixer.Options(heads=7), dims)
 
