@@ -110,6 +110,12 @@ def set_initializers(module: nn.Module, **initializers: Initializer) -> None:
     module.initializers = initializers  # pyright: ignore[reportArgumentType]
 
 
+def inverse_softplus_of_exp(log_y: Tensor) -> Tensor:
+    """x with softplus(x) = exp(log_y), floored at 1e-4; with a uniform log_y, Mamba's initial step sizes."""
+    y = log_y.exp().clamp(min=1e-4)
+    return y + torch.log(-torch.expm1(-y))
+
+
 def linear(inputs: int, outputs: int, std: float, bias: bool = False) -> nn.Linear:
     """A linear layer with normal weights and a zero bias, inputs -> outputs."""
     layer = nn.Linear(inputs, outputs, bias=bias)

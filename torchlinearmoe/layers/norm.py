@@ -1,10 +1,14 @@
-"""RMSNorm as a module."""
+"""RMSNorm: of whole rows, of heads with a gate, of groups of channels.
+
+Shapes: T tokens, H heads, V value width of a head, C channels.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlinearmoe.initialize import ONES, set_initializers
@@ -28,3 +32,34 @@ class RMSNorm(nn.Module):
         if self.mean_square is not None:
             mean_square = self.mean_square(x if x.dtype == torch.float64 else x.float())
         return rms_norm(x, self.weight, self.eps, mean_square=mean_square)
+
+
+class GatedHeadNorm(nn.Module):
+    """RMSNorm(o) * weight * activation(gate) per head; statistics in float32, result in the gate's type."""
+
+    def __init__(self, width: int, eps: float, activation: Callable[[Tensor], Tensor] = F.silu) -> None:
+        super().__init__()
+        self.eps = eps
+        self.activation = activation
+        self.weight = nn.Parameter(torch.empty(width))
+        set_initializers(self, weight=ONES)
+
+    def forward(self, o: Tensor, gate: Tensor) -> Tensor:
+        """o, gate: [T, H, V] -> [T, H, V]."""
+        return rms_norm(o, self.weight, self.eps, gate=gate, activation=self.activation)
+
+
+class GroupedRMSNorm(nn.Module):
+    """RMSNorm over each of `groups` equal groups of channels, one weight a channel; statistics in float32."""
+
+    def __init__(self, width: int, groups: int, eps: float) -> None:
+        super().__init__()
+        self.group_width = width // groups
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+        set_initializers(self, weight=ONES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]; the number of groups is read from the shape."""
+        x, weight = (y.unflatten(-1, (-1, self.group_width)) for y in (x, self.weight))
+        return rms_norm(x, weight, self.eps).flatten(-2)

@@ -13,7 +13,6 @@ width of a head, N documents.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MethodType
@@ -26,31 +25,12 @@ from torch.distributed.tensor import Placement
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.kernels.choose import KernelCall
+from torchlinearmoe.layers.past import After, Carry, Empty, Past, Resumed, Spanned, State, StateSpec
 from torchlinearmoe.layers.rope import RopeScaling, frequencies
-from torchlinearmoe.mixers.past import After, Empty, Past, Resumed, Spanned, State
 from torchlinearmoe.registry import Registry
 
 Carried = dict[str, Tensor]
 """Tensors that travel with the hidden state from layer to layer, [T, ...] each."""
-
-
-class Carry(enum.Enum):
-    """How a part of the state passes from one span of tokens to the next."""
-
-    RECURRENT = "S_out = A S_in + B"
-    LAST_TOKENS = "the last n inputs of the document"
-    APPEND = "one entry a token"
-
-
-@dataclass(frozen=True)
-class StateSpec:
-    """One named part of a layer's state."""
-
-    shape: tuple[int, ...]
-    """Shape of one document's entry; for APPEND the shape of one token's entry."""
-    carry: Carry
-    fp32: bool = True
-    """Kept in float32 (else in the compute type)."""
 
 
 @dataclass(frozen=True)

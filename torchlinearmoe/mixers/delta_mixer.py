@@ -25,6 +25,9 @@ from torchlinearmoe.initialize import linear
 from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.delta import OPERATOR, delta_rule_flops
 from torchlinearmoe.kernels.operator import Call
+from torchlinearmoe.layers.convolution import Convolutions
+from torchlinearmoe.layers.heads import in_float32
+from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
     Context,
@@ -36,9 +39,7 @@ from torchlinearmoe.mixers.base import (
     geometry,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
-from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import delta_rule
-from torchlinearmoe.mixers.tail import Convolutions, in_float32
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,9 @@ from typing import Any
 from torch.distributed.tensor import Placement, Shard
 
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.layers.norm import RMSNorm
+from torchlinearmoe.layers.norm import GatedHeadNorm, RMSNorm
 from torchlinearmoe.mixers.base import ModelDims, Place, expanded, geometry, register
 from torchlinearmoe.mixers.delta_mixer import DeltaMixer, DeltaOptions
-from torchlinearmoe.mixers.tail import GatedHeadNorm
 
 
 @dataclass(frozen=True, kw_only=True)

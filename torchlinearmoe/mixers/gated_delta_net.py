@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Shard
 
-from torchlinearmoe.initialize import Uniform, linear, set_initializers
+from torchlinearmoe.initialize import Uniform, inverse_softplus_of_exp, linear, set_initializers
+from torchlinearmoe.layers.norm import GatedHeadNorm
 from torchlinearmoe.mixers.base import ModelDims, Place, register
 from torchlinearmoe.mixers.delta_mixer import DeltaMixer, DeltaOptions
-from torchlinearmoe.mixers.tail import GatedHeadNorm, inverse_softplus_of_exp
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,10 @@ from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.kernels.slots import OPERATOR
+from torchlinearmoe.layers.convolution import Convolutions
+from torchlinearmoe.layers.heads import in_float32
 from torchlinearmoe.layers.norm import RMSNorm
+from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
     MixerOptions,
@@ -41,9 +44,7 @@ from torchlinearmoe.mixers.base import (
     register,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
-from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import slot_attention
-from torchlinearmoe.mixers.tail import Convolutions, in_float32
 
 SCALE = 1.0
 """Of the scores of the slots; the paper leaves 1 / sqrt(K) out."""

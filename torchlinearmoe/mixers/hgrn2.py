@@ -25,7 +25,9 @@ from torchlinearmoe.initialize import ZEROS, linear, set_initializers
 from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
+from torchlinearmoe.layers.convolution import Convolutions
 from torchlinearmoe.layers.norm import RMSNorm
+from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
     Context,
@@ -38,9 +40,7 @@ from torchlinearmoe.mixers.base import (
     register,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
-from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import linear_recurrence
-from torchlinearmoe.mixers.tail import Convolutions
 
 
 @dataclass(frozen=True, kw_only=True)

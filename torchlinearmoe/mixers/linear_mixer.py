@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from torchlinearmoe.layers.convolution import Convolutions
+from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import Context, Mixer, ModelDims
-from torchlinearmoe.mixers.past import After, Past
-from torchlinearmoe.mixers.tail import Convolutions
 
 Parts = dict[str, Any]
 """What the tokens read with and write by: tensors [T, ...] by name, and the tables and bounds that go with them."""

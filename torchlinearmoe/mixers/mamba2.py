@@ -26,12 +26,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchlinearmoe.errors import RecipeError
-from torchlinearmoe.initialize import ONES, Uniform, linear, set_initializers
+from torchlinearmoe.initialize import ONES, Uniform, inverse_softplus_of_exp, linear, set_initializers
 from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.kernels.ssd import OPERATOR
-from torchlinearmoe.layers.norm import RMSNorm
+from torchlinearmoe.layers.convolution import Convolutions
+from torchlinearmoe.layers.heads import in_float32
+from torchlinearmoe.layers.norm import GroupedRMSNorm, RMSNorm
+from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
     Context,
@@ -43,14 +46,7 @@ from torchlinearmoe.mixers.base import (
     expanded,
     register,
 )
-from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import ssd
-from torchlinearmoe.mixers.tail import (
-    Convolutions,
-    GroupedRMSNorm,
-    in_float32,
-    inverse_softplus_of_exp,
-)
 
 HEAD_DIM = 64
 """The paper's width of a head, P."""

@@ -36,6 +36,7 @@ from torchlinearmoe.kernels import attention
 from torchlinearmoe.kernels.cached_attention import cached_attention
 from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.layers.norm import RMSNorm
+from torchlinearmoe.layers.past import After, Past, Resumed
 from torchlinearmoe.layers.rope import rotate_interleaved
 from torchlinearmoe.mixers.attention import attend, attend_to_history, with_history
 from torchlinearmoe.mixers.base import (
@@ -50,7 +51,6 @@ from torchlinearmoe.mixers.base import (
     rope_scaling,
 )
 from torchlinearmoe.mixers.cache import append_to_cache, padded_queries
-from torchlinearmoe.mixers.past import After, Past, Resumed
 
 LATENT_EPS = 1e-6
 """Of the norms on the latents, whatever the model's own, as in the published code."""

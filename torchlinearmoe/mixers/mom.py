@@ -41,6 +41,8 @@ from torch.distributed.tensor import Placement, Replicate
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.layers.convolution import Convolutions
+from torchlinearmoe.layers.past import After, Empty, Past, Resumed, Spanned
 from torchlinearmoe.mixers.base import (
     MIXERS,
     Context,
@@ -52,8 +54,6 @@ from torchlinearmoe.mixers.base import (
     StateSpec,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
-from torchlinearmoe.mixers.past import After, Empty, Past, Resumed, Spanned
-from torchlinearmoe.mixers.tail import Convolutions
 from torchlinearmoe.moe.accounting import account
 from torchlinearmoe.moe.balance import Balance, attach_loss
 from torchlinearmoe.moe.dispatch import LocalDispatch

@@ -26,6 +26,8 @@ from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.kernels.quadratic import OPERATOR, quadratic_attention_flops
 from torchlinearmoe.kernels.quadratic.features import feature_width
+from torchlinearmoe.layers.convolution import Convolutions
+from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
     Context,
@@ -36,9 +38,7 @@ from torchlinearmoe.mixers.base import (
     StateSpec,
     geometry,
 )
-from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import quadratic_attention
-from torchlinearmoe.mixers.tail import Convolutions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,9 +20,9 @@ from torchlinearmoe.kernels.quadratic import quadratic_attention as quadratic_ke
 from torchlinearmoe.kernels.slots import slot_attention as slot_kernel
 from torchlinearmoe.kernels.ssd import ssd as ssd_kernel
 from torchlinearmoe.kernels.ssd.lowered import as_recurrence
+from torchlinearmoe.layers.heads import same_heads
+from torchlinearmoe.layers.past import Past, Spanned
 from torchlinearmoe.mixers import spanned
-from torchlinearmoe.mixers.past import Past, Spanned
-from torchlinearmoe.mixers.tail import same_heads
 
 Result = tuple[Tensor, Tensor | None]
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlinearmoe.initialize import ZEROS, Constant, Initializer, Rows, set_initializers
-from torchlinearmoe.mixers.tail import in_float32
+from torchlinearmoe.layers.heads import in_float32
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ from torchlinearmoe.initialize import ZEROS, Rows, Uniform, linear, orthogonal, 
 from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
+from torchlinearmoe.layers.convolution import token_shift
+from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
     Context,
@@ -43,10 +45,8 @@ from torchlinearmoe.mixers.base import (
     geometry,
     register,
 )
-from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.mixers.rwkv import Depth, HeadGroupNorm
-from torchlinearmoe.mixers.tail import token_shift
 
 MIXES = "wkvrg"
 """The five inputs that each have a mix of their own, in the order of W_1's and W_2's blocks."""

@@ -35,6 +35,9 @@ from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.delta.normalize import l2_normalize
 from torchlinearmoe.kernels.dplr import OPERATOR, dplr_rule_flops
 from torchlinearmoe.kernels.operator import Call
+from torchlinearmoe.layers.convolution import token_shift
+from torchlinearmoe.layers.heads import in_float32
+from torchlinearmoe.layers.past import Past
 from torchlinearmoe.mixers.base import (
     Carried,
     Carry,
@@ -48,10 +51,8 @@ from torchlinearmoe.mixers.base import (
     geometry,
     register,
 )
-from torchlinearmoe.mixers.past import Past
 from torchlinearmoe.mixers.recurrence import dplr_rule
 from torchlinearmoe.mixers.rwkv import Depth, HeadGroupNorm
-from torchlinearmoe.mixers.tail import in_float32, token_shift
 
 MIXES = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
 """The inputs that each have a mix with the token before, and the power of their initial ramp."""

@@ -26,6 +26,8 @@ from torchlinearmoe.initialize import linear
 from torchlinearmoe.kernels import attention
 from torchlinearmoe.kernels.cached_attention import cached_attention
 from torchlinearmoe.kernels.choose import KernelCall
+from torchlinearmoe.layers.convolution import Convolutions
+from torchlinearmoe.layers.past import After, Past, Resumed
 from torchlinearmoe.layers.rope import rotate
 from torchlinearmoe.mixers.attention import attend
 from torchlinearmoe.mixers.base import (
@@ -41,8 +43,6 @@ from torchlinearmoe.mixers.base import (
     rope_scaling,
 )
 from torchlinearmoe.mixers.cache import append_to_cache, padded_queries
-from torchlinearmoe.mixers.past import After, Past, Resumed
-from torchlinearmoe.mixers.tail import Convolutions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,8 +33,8 @@ from torchlinearmoe.kernels import linear, quadratic, slots
 from torchlinearmoe.kernels.heads import repeat_heads
 from torchlinearmoe.kernels.operator import outside_graphs
 from torchlinearmoe.kernels.quadratic.features import QuadraticFeatures
-from torchlinearmoe.mixers.past import Spanned
-from torchlinearmoe.mixers.tail import in_float32, same_heads
+from torchlinearmoe.layers.heads import in_float32, same_heads
+from torchlinearmoe.layers.past import Spanned
 from torchlinearmoe.parallel.exchange.gather import Pending, finish_gather, start_gather
 from torchlinearmoe.spans import Spans
 

@@ -21,6 +21,9 @@ from torch.nn import functional as F
 
 from torchlinearmoe.initialize import linear
 from torchlinearmoe.kernels.linear import linear_recurrence_flops
+from torchlinearmoe.layers.convolution import Convolutions
+from torchlinearmoe.layers.heads import in_float32
+from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.base import (
     Carry,
@@ -32,9 +35,7 @@ from torchlinearmoe.mixers.base import (
     register,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
-from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import linear_recurrence
-from torchlinearmoe.mixers.tail import Convolutions, in_float32
 
 
 class Toy(LinearMixer):
