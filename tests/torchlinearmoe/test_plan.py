@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from torchlinearmoe import build_model
 from torchlinearmoe.mixers import MIXERS
+from torchlinearmoe.models.layer_mixers import layer_mixers
 from torchlinearmoe.plan import main
 from torchlinearmoe.planning import plan
-from torchlinearmoe.recipe import Recipe, layer_mixers, resolve
+from torchlinearmoe.recipe import Recipe, resolve
 
 ROOT = Path(__file__).parents[2]
 DENSE = {"num_experts": 0, "top_k": 0}

@@ -20,9 +20,10 @@ from typing import Any
 from torchlinearmoe.checkpoint.boxes import Copy, Place, whole
 from torchlinearmoe.checkpoint.stream import Weights
 from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.families import FAMILIES
 from torchlinearmoe.mixers import MIXERS
-from torchlinearmoe.models.families import FAMILIES
-from torchlinearmoe.recipe import ModelRecipe, layer_mixers
+from torchlinearmoe.models.layer_mixers import layer_mixers
+from torchlinearmoe.recipe import ModelRecipe
 
 ALWAYS = ("hidden_size", "num_layers", "vocab_size", "norm_eps")
 ATTENTION = ("num_heads", "num_kv_heads", "head_dim", "qkv_bias")

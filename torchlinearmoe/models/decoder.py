@@ -23,7 +23,7 @@ from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.base import Carried, Carry, Context, Mixer, Place, State
 from torchlinearmoe.models.block import Block
-from torchlinearmoe.recipe.layers import layer_mixers
+from torchlinearmoe.models.layer_mixers import layer_mixers
 from torchlinearmoe.recipe.schema import ModelRecipe
 from torchlinearmoe.segments import Segments
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from torchlinearmoe.errors import RecipeError, nearest
+from torchlinearmoe.families import FAMILIES, Family
 from torchlinearmoe.mixers import MIXERS
-from torchlinearmoe.models.families import FAMILIES, Family
+from torchlinearmoe.models.layer_mixers import used_sections
 from torchlinearmoe.recipe import schema
-from torchlinearmoe.recipe.layers import used_sections
 from torchlinearmoe.recipe.remarks import not_read, unread
 from torchlinearmoe.recipe.validate import validate
 

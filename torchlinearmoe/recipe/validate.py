@@ -7,7 +7,7 @@ import dataclasses
 from torchlinearmoe.errors import RecipeError, divisors, nearest
 from torchlinearmoe.kernels.operator import legal_names
 from torchlinearmoe.mixers import MIXERS
-from torchlinearmoe.recipe.layers import used_mixers
+from torchlinearmoe.models.layer_mixers import used_mixers
 from torchlinearmoe.recipe.schema import ModelRecipe, MoERecipe, Recipe
 
 LIMITS = {

@@ -11,12 +11,13 @@ from torch.nn import functional as F
 
 from torchlinearmoe import MIXERS, build_model
 from torchlinearmoe.documents import Documents
+from torchlinearmoe.families.base import FAMILIES
 from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.mixers.base import Mixer
 from torchlinearmoe.models.block import Block
-from torchlinearmoe.models.families.base import FAMILIES
 from torchlinearmoe.models.flops import active_parameters, forward_flops_per_token, training_flops_per_token
-from torchlinearmoe.recipe import layer_mixers, resolve
+from torchlinearmoe.models.layer_mixers import layer_mixers
+from torchlinearmoe.recipe import resolve
 
 
 @every_layout

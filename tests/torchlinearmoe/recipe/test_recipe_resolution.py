@@ -9,8 +9,9 @@ import pytest
 
 from torchlinearmoe import FAMILIES, MIXERS, load_recipe
 from torchlinearmoe.errors import RecipeError
-from torchlinearmoe.models.families.base import Family
-from torchlinearmoe.recipe import dump, layer_mixers, resolve, used_mixers
+from torchlinearmoe.families.base import Family
+from torchlinearmoe.models.layer_mixers import layer_mixers, used_mixers
+from torchlinearmoe.recipe import dump, resolve
 
 ROOT = Path(__file__).parents[3]
 SIZES = [(family, size) for family in FAMILIES for size in FAMILIES[family].presets]

@@ -13,8 +13,8 @@ import torch
 
 from torchlinearmoe.checkpoint.boxes import Copy, Place, whole
 from torchlinearmoe.errors import UserError
+from torchlinearmoe.families.huggingface import Config
 from torchlinearmoe.models.decoder import Decoder
-from torchlinearmoe.models.families.huggingface import Config
 from torchlinearmoe.recipe import ModelRecipe, Recipe, RecipeError, dump, resolve
 
 MODELING = "modeling_torchlinearmoe.py"

@@ -14,8 +14,8 @@ from torchlinearmoe.checkpoint.huggingface.config import architecture_of, read_r
 from torchlinearmoe.checkpoint.huggingface.directory import CONFIG, Directory
 from torchlinearmoe.checkpoint.huggingface.own import ARCHITECTURE, own_copies, own_recipe
 from torchlinearmoe.errors import UserError
+from torchlinearmoe.families.huggingface import Architecture, Name
 from torchlinearmoe.models.decoder import Decoder
-from torchlinearmoe.models.families.huggingface import Architecture, Name
 from torchlinearmoe.recipe import ModelRecipe
 
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")

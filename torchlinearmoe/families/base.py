@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torchlinearmoe.models.families.huggingface import Architecture
+from torchlinearmoe.families.huggingface import Architecture
 from torchlinearmoe.registry import Registry
 
 MODEL_DIMENSIONS = (

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchlinearmoe.models.families.base import DENSE, FAMILIES, Family, model_size
-from torchlinearmoe.models.families.huggingface import (
+from torchlinearmoe.families.base import DENSE, FAMILIES, Family, model_size
+from torchlinearmoe.families.huggingface import (
     ATTENTION,
     MODEL_DEFAULTS,
     MODEL_FIXED,

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from torchlinearmoe.families import FAMILIES
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.base import Place
 from torchlinearmoe.models.decoder import Decoder
-from torchlinearmoe.models.families import FAMILIES
+from torchlinearmoe.models.layer_mixers import layer_mixers
 from torchlinearmoe.planning.layers import count_parameters
-from torchlinearmoe.recipe import layer_mixers, resolve
+from torchlinearmoe.recipe import resolve
 
 PUBLISHED: dict[tuple[str, str], tuple[float, float]] = {
     ("qwen2", "0.5B"): (494_032_768, 494_032_768),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from torchlinearmoe.families import FAMILIES
 from torchlinearmoe.mixers import MIXERS
-from torchlinearmoe.models.families import FAMILIES
 from torchlinearmoe.recipe.schema import ModelRecipe
 
 
