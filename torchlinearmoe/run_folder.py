@@ -7,35 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torchlinearmoe.errors import RecipeError
-from torchlinearmoe.recipe import Recipe, dump
+from torchlinearmoe.recipe.parse import dump, flatten
+from torchlinearmoe.recipe.schema import Recipe
 
 FREE_SECTIONS = ("parallel", "metrics", "checkpoint")
 FREE_KEYS = ("training.steps", "training.tokens", "training.output_dir", "data.on_change")
 """What may change when a run goes on. The folder was found already: it may have moved, or be written another way."""
 DATA_PLACES = ("data.paths", "data.cache")
 """Where the data lie: free as well where a checkpoint knows them by their fingerprint."""
-SECTION_NAMES = {"model.moe": "moe", "model.mixer_options": "mixer"}
-"""Where a recipe object differs from its file."""
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A recipe as {"section.key": value}, with `[moe]` and `[mixer.*]` as sections of their own."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    elif isinstance(value, Mapping):
-        items = dict(value)
-    else:
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in items.items():
-        path = f"{prefix}.{key}" if prefix else key
-        flat |= flatten(item, SECTION_NAMES.get(path, path))
-    return flat
 
 
 def check_same_run(saved: Recipe, now: Recipe, *, data_known: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torchlinearmoe.recipe import ModelRecipe, resolve
-from torchlinearmoe.run_folder import flatten
+from torchlinearmoe.recipe.parse import flatten
 
 HEADS = {"heads": 4, "head_dim": 16}
 CONVOLVED = {**HEADS, "conv": 3}

@@ -7,7 +7,8 @@ import pytest
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.recipe import Recipe, load_recipe, resolve
-from torchlinearmoe.run_folder import check_same_run, flatten, with_tokens_per_step, write_recipe
+from torchlinearmoe.recipe.parse import flatten
+from torchlinearmoe.run_folder import check_same_run, with_tokens_per_step, write_recipe
 
 
 def recipe(**sections: dict[str, Any]) -> Recipe:

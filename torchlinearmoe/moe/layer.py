@@ -12,8 +12,6 @@ T tokens, D model width, k experts a token, R rows given to experts, E experts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
@@ -29,9 +27,7 @@ from torchlinearmoe.moe.experts import Experts
 from torchlinearmoe.moe.router import Router, Routing
 from torchlinearmoe.moe.statistics import LoadStatistics
 from torchlinearmoe.moe.totals import StepTotals
-
-if TYPE_CHECKING:
-    from torchlinearmoe.recipe.schema import MoERecipe
+from torchlinearmoe.recipe.schema import MoERecipe
 
 
 class MoE(nn.Module):

@@ -44,6 +44,9 @@ MAX_BYTES = 16 * 2**20
 MAX_INTEGER = 2**63 - 1
 """TOML's whole numbers have 64 bits."""
 
+SECTION_NAMES = {"model.moe": "moe", "model.mixer_options": "mixer"}
+"""Where a recipe object differs from its file."""
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> schema.Recipe:
     """Read a TOML recipe and apply `section.key=value` overrides (a leading `--` is allowed).
@@ -261,6 +264,21 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # back to TOML
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A recipe as {"section.key": value}, with `[moe]` and `[mixer.*]` as sections of their own."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    elif isinstance(value, Mapping):
+        items = dict(value)
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in items.items():
+        path = f"{prefix}.{key}" if prefix else key
+        flat |= flatten(item, SECTION_NAMES.get(path, path))
+    return flat
 
 
 def dump(recipe: schema.Recipe) -> str:

@@ -11,7 +11,7 @@ from torchlinearmoe.families import FAMILIES, Family
 from torchlinearmoe.families.huggingface import Architecture, Config, Tables
 from torchlinearmoe.models.layer_mixers import layer_mixers
 from torchlinearmoe.recipe import ModelRecipe, Recipe, RecipeError, resolve
-from torchlinearmoe.run_folder import flatten
+from torchlinearmoe.recipe.parse import flatten
 
 UNCHANGED = ("size", "mixer", "layout", "mixers", "init_std", "max_length", "attention_backend", "kernel_backend")
 """`[model]` keys that say nothing about what a trained model of softmax layers computes."""
