@@ -251,16 +251,6 @@ class Mixer(nn.Module):
         return (cls.name,)
 
     @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """Parameters of one layer, in closed form, without shared ones."""
-        raise NotImplementedError
-
-    @classmethod
-    def parameters_not_in_first(cls, options: Any, model: ModelDims) -> int:
-        """Of these, what the first layer, which sets the carried tensors, does without."""
-        return 0
-
-    @classmethod
     def carried_channels(cls, options: Any, model: ModelDims) -> dict[str, int]:
         """Channels of each carried tensor, [T, channels], by name: set by the first layer of this mixer, read by all.
 

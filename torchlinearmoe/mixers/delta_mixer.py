@@ -101,20 +101,6 @@ class DeltaMixer(LinearMixer):
                 f"mixer.{cls.name}.value_heads = {options.value_heads}: must be a multiple of the {heads} key heads"
             )
 
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D (2 H K + 2 HV V + HV), W (2 H K + HV V) of convolutions, V of the norm; a subclass adds its own."""
-        heads, key_dim, value_heads, value_dim = cls.dims(options, model)
-        keys, values = heads * key_dim, value_heads * value_dim
-        weights = model.hidden_size * (2 * keys + 2 * values + value_heads)
-        return weights + options.conv * (2 * keys + values) + value_dim
-
-    @classmethod
-    def write_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D (H K + HV V + HV); a subclass adds those of the decay."""
-        heads, key_dim, value_heads, value_dim = cls.dims(options, model)
-        return model.hidden_size * (heads * key_dim + value_heads * (value_dim + 1))
-
     def state_spec(self) -> dict[str, StateSpec]:
         recurrent = StateSpec((self.value_heads, self.key_dim, self.value_dim), Carry.RECURRENT)
         return {"recurrent": recurrent, **self.convs.state_spec()}

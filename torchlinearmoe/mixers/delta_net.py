@@ -61,11 +61,5 @@ class DeltaNet(DeltaMixer):
         super().check(options, model)
         cls.check_expansion("expand_k", geometry(options, model)[1], options.expand_k)
 
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D HV V of the gate beside the common ones."""
-        _, _, value_heads, value_dim = cls.dims(options, model)
-        return super().num_parameters(options, model) + options.gate * model.hidden_size * value_heads * value_dim
-
     def tensor_parallel(self) -> dict[str, Placement]:
         return super().tensor_parallel() | ({"g_proj.weight": Shard(0)} if self.gated else {})

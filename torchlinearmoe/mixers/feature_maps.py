@@ -46,19 +46,6 @@ def feature_width(name: str, head_dim: int, feature_dim: int, nu: int) -> int:
     return {"hedgehog": 2 * head_dim, "dpfp": 2 * head_dim * nu}.get(name, head_dim)
 
 
-def feature_matrices(name: str, head_dim: int, feature_dim: int) -> int:
-    """Entries of the matrices of the map `name`."""
-    if name == "hedgehog":
-        return head_dim * head_dim
-    return {"t2r": 1, "hadamard": 2}.get(name, 0) * head_dim * (feature_dim or head_dim)
-
-
-def num_parameters(name: str, head_dim: int, feature_dim: int) -> int:
-    """Parameters of the map `name`: its matrices and their biases (t2r has none)."""
-    biases = {"hedgehog": head_dim, "hadamard": 2 * (feature_dim or head_dim)}.get(name, 0)
-    return feature_matrices(name, head_dim, feature_dim) + biases
-
-
 def make_feature_map(name: str, head_dim: int, feature_dim: int, nu: int, scale: float) -> FeatureMap:
     """The map `name` of heads of `head_dim`; `feature_dim`, `nu` and `scale` are read by the maps that have them."""
     if name in ELEMENTWISE:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,18 +75,6 @@ class GatedDeltaNet(DeltaMixer):
         self.a_proj = linear(width, self.value_heads, std)
         self.decay = ScalarDecay(self.value_heads)
         self.norm = GatedHeadNorm(self.value_dim, model.norm_eps)
-
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D HV V of the gate and (D + 2) HV of the decay beside the common ones."""
-        _, _, value_heads, value_dim = cls.dims(options, model)
-        own = model.hidden_size * value_heads * value_dim + (model.hidden_size + 2) * value_heads
-        return super().num_parameters(options, model) + own
-
-    @classmethod
-    def write_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D HV of the decay beside the common ones."""
-        return super().write_parameters(options, model) + model.hidden_size * cls.dims(options, model)[2]
 
     def tensor_parallel(self) -> dict[str, Placement]:
         own = {"g_proj.weight": Shard(0), "a_proj.weight": Shard(0)}

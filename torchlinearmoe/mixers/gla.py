@@ -128,22 +128,6 @@ class GLA(LinearMixer):
     def head_groups(cls, options: Any, model: ModelDims) -> tuple[str, int]:
         return "kv_heads", _dims(options, model)[1]
 
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D (H K + G K + G V + 2 H V), (D + G K) rank + G K of the gate, V of the norm, W (H K + G K + G V)."""
-        heads, kv_heads, key_dim, value_dim = _dims(options, model)
-        keys, outputs = kv_heads * key_dim, heads * value_dim
-        inputs = heads * key_dim + keys + kv_heads * value_dim
-        gate = (model.hidden_size + keys) * options.gate_rank + keys
-        return model.hidden_size * (inputs + 2 * outputs) + gate + value_dim + options.conv * inputs
-
-    @classmethod
-    def write_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D G (K + V), (D + G K) rank + G K of the gate."""
-        _, kv_heads, key_dim, value_dim = _dims(options, model)
-        keys, values = kv_heads * key_dim, kv_heads * value_dim
-        return model.hidden_size * (keys + values) + (model.hidden_size + keys) * options.gate_rank + keys
-
     def state_spec(self) -> dict[str, StateSpec]:
         recurrent = StateSpec((self.kv_heads, self.key_dim, self.value_dim), Carry.RECURRENT)
         return {"recurrent": recurrent, **self.convs.state_spec()}

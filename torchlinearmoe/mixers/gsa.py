@@ -120,20 +120,6 @@ class GSA(LinearMixer):
     def head_groups(cls, options: Any, model: ModelDims) -> tuple[str, int]:
         return "kv_heads", _dims(options, model)[1]
 
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D (H K + G K + G V + G S + H V), H V of the norm, W (H K + G K + G V) of convolutions."""
-        heads, kv_heads, key_dim, value_dim = _dims(options, model)
-        inputs, outputs = (heads + kv_heads) * key_dim + kv_heads * value_dim, heads * value_dim
-        weights = model.hidden_size * (inputs + kv_heads * options.slots + outputs)
-        return weights + outputs + options.conv * inputs
-
-    @classmethod
-    def write_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D G (K + V + S)."""
-        _, kv_heads, key_dim, value_dim = _dims(options, model)
-        return model.hidden_size * kv_heads * (key_dim + value_dim + options.slots)
-
     def state_spec(self) -> dict[str, StateSpec]:
         return {
             "slot_keys": StateSpec((self.kv_heads, self.key_dim, self.slots), Carry.RECURRENT),

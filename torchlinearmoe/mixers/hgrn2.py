@@ -113,22 +113,9 @@ class HGRN2(LinearMixer):
         self.o_proj = linear(inner, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """4 D H K projections, H K of the norm, 3 H K W of convolutions; the bounds are shared, H K a layer."""
-        heads, head_dim = geometry(options, model)
-        inner = heads * head_dim
-        return 4 * model.hidden_size * inner + inner + 3 * inner * options.conv
-
-    @classmethod
     def shared_module(cls, options: Any, model: ModelDims, count: int) -> SharedModule | None:
         heads, head_dim = geometry(options, model)
         return LowerBounds(count, heads * head_dim) if options.lower_bounds else None
-
-    @classmethod
-    def write_parameters(cls, options: Any, model: ModelDims) -> int:
-        """2 D H K."""
-        heads, head_dim = geometry(options, model)
-        return 2 * model.hidden_size * heads * head_dim
 
     def state_spec(self) -> dict[str, StateSpec]:
         recurrent = StateSpec((self.heads, self.head_dim, self.head_dim), Carry.RECURRENT)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,22 +83,6 @@ class KDA(DeltaMixer):
         self.gate_down = linear(width, gate_rank, std)
         self.gate_up = linear(gate_rank, self.value_heads * self.value_dim, std, bias=True)
         self.norm = GatedHeadNorm(self.value_dim, model.norm_eps, torch.sigmoid)
-
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D R + (R + 1) HV K + HV of the decay and D R' + (R' + 1) HV V of the gate beside the common ones."""
-        _, key_dim, heads, value_dim = cls.dims(options, model)
-        decay_rank, gate_rank = (rank or value_dim for rank in (options.decay_rank, options.gate_rank))
-        decay = model.hidden_size * decay_rank + (decay_rank + 1) * heads * key_dim + heads
-        gate = model.hidden_size * gate_rank + (gate_rank + 1) * heads * value_dim
-        return super().num_parameters(options, model) + decay + gate
-
-    @classmethod
-    def write_parameters(cls, options: Any, model: ModelDims) -> int:
-        """(D + HV K) R of the decay beside the common ones."""
-        _, key_dim, heads, value_dim = cls.dims(options, model)
-        rank = options.decay_rank or value_dim
-        return super().write_parameters(options, model) + (model.hidden_size + heads * key_dim) * rank
 
     def tensor_parallel(self) -> dict[str, Placement]:
         words = {f"{name}_down.weight": Replicate() for name in ("decay", "gate")}

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -102,19 +102,6 @@ class LightningAttention(LinearMixer):
         self.convs = Convolutions(dict.fromkeys("qkv", inner), options.conv, always_activate=True)
         self.norm = RMSNorm(self.head_dim if self.norm_per_head else inner, model.norm_eps)
         self.o_proj = linear(inner, width, std / (2 * model.num_layers) ** 0.5)
-
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """5 D H K, H K of the norm (K a head's), 3 W H K of convolutions."""
-        heads, head_dim = geometry(options, model)
-        inner = heads * head_dim
-        return (5 * model.hidden_size + 3 * options.conv) * inner + (head_dim if options.norm == "head" else inner)
-
-    @classmethod
-    def write_parameters(cls, options: Any, model: ModelDims) -> int:
-        """2 D H K."""
-        heads, head_dim = geometry(options, model)
-        return 2 * model.hidden_size * heads * head_dim
 
     def state_spec(self) -> dict[str, StateSpec]:
         recurrent = StateSpec((self.heads, self.head_dim, self.head_dim), Carry.RECURRENT)

@@ -42,10 +42,8 @@ from torchlinearmoe.mixers.feature_maps import (
     FREE_WIDTH,
     LEARNED,
     POSITIVE,
-    feature_matrices,
     feature_width,
     make_feature_map,
-    num_parameters,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.recurrence import linear_recurrence
@@ -106,7 +104,7 @@ class LinearAttention(LinearMixer):
         self.q_map = make_feature_map(*phi, scale)
         self.k_map = None if options.tie_feature_maps else make_feature_map(*phi, scale)
         # Every head applies the maps, while the parameters of a map count once.
-        entries = feature_matrices(*phi[:3])
+        entries = sum(parameter.numel() for parameter in self.q_map.parameters() if parameter.dim() == 2)
         self.map_flops = 2.0 * entries * (2 * self.heads - (1 if self.k_map is None else 2))
         self.normalize = options.normalize
         self.backend = model.kernel_backend
@@ -153,22 +151,6 @@ class LinearAttention(LinearMixer):
                 f"mixer.linear_attention.normalize = true: needs a positive feature_map ({', '.join(POSITIVE)}), "
                 f"not '{options.feature_map}'"
             )
-
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D (2 H K + 3 H V), V of the norm, W (2 H K + H V) of convolutions, and the learned maps."""
-        heads, head_dim = geometry(options, model)
-        value_dim = expanded(head_dim, options.expand_v)
-        weights = model.hidden_size * heads * (2 * head_dim + 3 * value_dim)
-        weights += value_dim + options.conv * heads * (2 * head_dim + value_dim)
-        maps = 1 if options.tie_feature_maps else 2
-        return weights + maps * num_parameters(options.feature_map, head_dim, options.feature_dim)
-
-    @classmethod
-    def write_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D H (K + V)."""
-        heads, head_dim = geometry(options, model)
-        return model.hidden_size * heads * (head_dim + expanded(head_dim, options.expand_v))
 
     def state_spec(self) -> dict[str, StateSpec]:
         columns = self.value_dim + self.normalize

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torchlinearmoe.layers.convolution import Convolutions
 from torchlinearmoe.layers.past import After, Past
-from torchlinearmoe.mixers.base import Context, Mixer, ModelDims
+from torchlinearmoe.mixers.base import Context, Mixer
 
 Parts = dict[str, Any]
 """What the tokens read with and write by: tensors [T, ...] by name, and the tables and bounds that go with them."""
@@ -36,11 +36,6 @@ class LinearMixer(Mixer):
     writes: ClassVar[Layers]
     """What a token writes by."""
     convs: Convolutions
-
-    @classmethod
-    def write_parameters(cls, options: Any, model: ModelDims) -> int:
-        """Parameters of the layers in `writes`, in closed form."""
-        raise NotImplementedError
 
     def project(self, x_TD: Tensor) -> Parts:
         """Every part as its layers leave it, [T, ...] each."""

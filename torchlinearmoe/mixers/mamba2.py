@@ -150,14 +150,6 @@ class Mamba2(Mixer):
         """A single group's B and C are on every rank."""
         return ("heads", _dims(options, model)[0]) if options.groups == 1 else ("groups", options.groups)
 
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """M (3 H P + 2 G N + H), (W + 1) (H P + 2 G N) of convolutions, H P of the norm, 3 H of the decay."""
-        heads, head_dim = _dims(options, model)
-        inner, shared = heads * head_dim, options.groups * options.state
-        convolutions = (options.conv + 1) * (inner + 2 * shared) if options.conv else 0
-        return model.hidden_size * (3 * inner + 2 * shared + heads) + convolutions + inner + 3 * heads
-
     def state_spec(self) -> dict[str, StateSpec]:
         recurrent = StateSpec((self.heads, self.state, self.head_dim), Carry.RECURRENT)
         return {"recurrent": recurrent, **self.convs.state_spec()}

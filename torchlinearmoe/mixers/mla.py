@@ -118,20 +118,6 @@ class MLA(Mixer):
             raise RecipeError(f"mixer.mla.qk_rope_head_dim = {options.qk_rope_head_dim}: must be even and not 0")
 
     @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """q: D H (n + r), or Q (D + 1 + H (n + r)); D (C + r) + C; C H (n + v); H v D."""
-        width, heads, latent = model.hidden_size, options.heads or model.num_heads, options.kv_lora_rank
-        queries = heads * (options.head_dim + options.qk_rope_head_dim)
-        rank = options.q_lora_rank
-        return (
-            (rank * (width + 1 + queries) if rank else width * queries)
-            + width * (latent + options.qk_rope_head_dim)
-            + latent
-            + latent * heads * (options.head_dim + options.v_head_dim)
-            + heads * options.v_head_dim * width
-        )
-
-    @classmethod
     def head_groups(cls, options: Any, model: ModelDims) -> tuple[str, int]:
         return "heads", options.heads or model.num_heads
 

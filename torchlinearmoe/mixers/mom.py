@@ -180,14 +180,6 @@ class MoM(Mixer):
         return mixer.head_groups(inner_options, model)
 
     @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """The inner mixer's, its writing layers M times, and the router's D a memory."""
-        mixer, inner_options = cls.inner_of(options, model)
-        more = 0 if options.shared_projections else options.num_memories + options.shared_memory - 1
-        memories = more * mixer.write_parameters(inner_options, model)
-        return mixer.num_parameters(inner_options, model) + memories + options.num_memories * model.hidden_size
-
-    @classmethod
     def shared_module(cls, options: Any, model: ModelDims, count: int) -> SharedModule | None:
         mixer, inner_options = cls.inner_of(options, model)
         return mixer.shared_module(inner_options, model, count)

@@ -82,14 +82,6 @@ class QuadraticAttention(Mixer):
         if not options.feature_dim:
             raise RecipeError(f"mixer.{cls.name}.feature_dim = 0: must be at least 1")
 
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D (2 H K + 2 H V), D H V more with a gate, W (2 H K + H V) of convolutions."""
-        heads, value_dim = geometry(options, model)
-        keys, values = heads * options.feature_dim, heads * value_dim
-        weights = model.hidden_size * (2 * keys + (2 + options.gate) * values)
-        return weights + options.conv * (2 * keys + values)
-
     def state_spec(self) -> dict[str, StateSpec]:
         rows = feature_width(self.kind, self.feature_dim)
         recurrent = StateSpec((self.heads, rows, self.value_dim + 1), Carry.RECURRENT)

@@ -13,7 +13,6 @@ Shapes: T tokens, H heads, K query and key width of a head.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,11 +62,6 @@ class Rebased(QuadraticAttention):
         super().__init__(options, model, place)
         self.q_norm = HeadLayerNorm(options.feature_dim, model.norm_eps)
         self.k_norm = None if options.tie_norms else HeadLayerNorm(options.feature_dim, model.norm_eps)
-
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """The projections' (see QuadraticAttention), and 4 K of the norms (2 K where they are tied)."""
-        return super().num_parameters(options, model) + (2 if options.tie_norms else 4) * options.feature_dim
 
     def tensor_parallel(self) -> dict[str, Placement]:
         norms = ("q_norm",) if self.k_norm is None else ("q_norm", "k_norm")

@@ -99,20 +99,6 @@ class Retention(LinearMixer):
         if options.rope_theta and width % 2:
             raise RecipeError(f"mixer.retention.head_dim = {width}: rotary positions need an even head width")
 
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D (2 H K + 3 H V), V of the norm, W (2 H K + H V) of convolutions."""
-        heads, head_dim = geometry(options, model)
-        value_dim = expanded(head_dim, options.expand_v)
-        weights = model.hidden_size * heads * (2 * head_dim + 3 * value_dim)
-        return weights + value_dim + options.conv * heads * (2 * head_dim + value_dim)
-
-    @classmethod
-    def write_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D H (K + V)."""
-        heads, head_dim = geometry(options, model)
-        return model.hidden_size * heads * (head_dim + expanded(head_dim, options.expand_v))
-
     def state_spec(self) -> dict[str, StateSpec]:
         recurrent = StateSpec((self.heads, self.head_dim, self.value_dim), Carry.RECURRENT)
         return {"recurrent": recurrent, **self.convs.state_spec()}

@@ -166,14 +166,6 @@ class RWKV6(Mixer):
             if not getattr(options, key):
                 raise RecipeError(f"mixer.rwkv6.{key} = 0: must be at least 1")
 
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """5 D H K projections, D (6 + 10 R) of the mixes, (D + H K) R' of the decay, 4 H K of w_0, u and the norm."""
-        heads, head_dim = geometry(options, model)
-        width, inner = model.hidden_size, heads * head_dim
-        mixes = width * (6 + 10 * options.mix_rank)
-        return 5 * width * inner + mixes + (width + inner) * options.decay_rank + 4 * inner
-
     def state_spec(self) -> dict[str, StateSpec]:
         return {
             "recurrent": StateSpec((self.heads, self.head_dim, self.head_dim), Carry.RECURRENT),

@@ -205,21 +205,6 @@ class RWKV7(Mixer):
         self.o_proj = linear(inner, width, model.init_std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """C = H K: 4 D C projections, 6 D mixes, (D + C) R of each rank, 8 C of w_0, a_0, v_0, xi, alpha, rho, norm."""
-        heads, head_dim = geometry(options, model)
-        width, inner = model.hidden_size, heads * head_dim
-        ranks = sum(_ranks(options, width).values())
-        return 4 * width * inner + 6 * width + (width + inner) * ranks + 8 * inner
-
-    @classmethod
-    def parameters_not_in_first(cls, options: Any, model: ModelDims) -> int:
-        """(D + C) R + C: the first layer has no values to mix with."""
-        heads, head_dim = geometry(options, model)
-        width, inner = model.hidden_size, heads * head_dim
-        return (width + inner) * _ranks(options, width)["value_rank"] + inner
-
-    @classmethod
     def carried_channels(cls, options: Any, model: ModelDims) -> dict[str, int]:
         heads, head_dim = geometry(options, model)
         return {"v_first": heads * head_dim}

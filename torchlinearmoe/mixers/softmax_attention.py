@@ -107,13 +107,6 @@ class SoftmaxAttention(Mixer):
     def head_groups(cls, options: Any, model: ModelDims) -> tuple[str, int]:
         return "kv_heads", _heads(options, model)[1]
 
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D (2 H d + 2 G d), the biases (H + 2 G) d where the family has them, W (H + 2 G) d of convolutions."""
-        heads, kv_heads, width = _heads(options, model)
-        weights = model.hidden_size * width * 2 * (heads + kv_heads)
-        return weights + (heads + 2 * kv_heads) * width * (model.qkv_bias + options.conv)
-
     def state_spec(self) -> dict[str, StateSpec]:
         """One entry a token; with a window a ring of its size, which only this mixer knows how to read."""
         shape = (self.kv_heads, self.head_dim)

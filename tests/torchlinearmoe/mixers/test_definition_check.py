@@ -7,7 +7,6 @@ mixer, which keeps the contract whichever state it reads, because the contract c
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import test_mixer_definitions as every
@@ -52,11 +51,6 @@ class Toy(LinearMixer):
         for name in ("q_proj", "k_proj", "v_proj", "decay_proj"):
             setattr(self, name, linear(model.hidden_size, self.heads * self.head_dim, model.init_std))
         self.o_proj = linear(self.heads * self.head_dim, model.hidden_size, model.init_std)
-
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        heads, head_dim = geometry(options, model)
-        return 5 * model.hidden_size * heads * head_dim
 
     def state_spec(self) -> dict[str, StateSpec]:
         return {"recurrent": StateSpec((self.heads, self.head_dim, self.head_dim), Carry.RECURRENT)}

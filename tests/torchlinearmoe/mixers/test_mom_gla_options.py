@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from mixer_cases import Case, Dims, make_stack, random_inputs, relative
+from parameter_formulas import WRITES
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.base import Mixer
-from torchlinearmoe.mixers.gla import GLA, Options
+from torchlinearmoe.mixers.gla import Options
 from torchlinearmoe.recipe import resolve
 from torchlinearmoe.recipe.parse import dump
 
@@ -70,7 +71,7 @@ def test_an_inner_mixer_is_as_its_own_section_says_and_the_section_is_kept() -> 
 def test_only_the_memories_that_a_token_has_count_as_active() -> None:
     mixer = make_stack(Case("mom_gla", {})).layers[0]
     assert isinstance(mixer, Mixer)
-    written = GLA.write_parameters(Options(), Dims())
+    written = WRITES["gla"](Options(), Dims())
     assert sum(p.numel() for p in mixer.parameters()) - mixer.active_parameters() == 2 * written
     more = make_stack(Case("mom_gla", {"num_memories": 8})).layers[0]
     router = 4 * 64
