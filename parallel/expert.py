@@ -40,7 +40,7 @@ def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
         if isinstance(module, MoE):
             for name, parameter in list(module.experts.named_parameters(recurse=False)):
                 setattr(module.experts, name, nn.Parameter(split_tensor(parameter, mesh, Shard(0))))
-            module.dispatcher = ExchangeDispatch(module.router.num_experts, mesh.get_group())
+            module.use(ExchangeDispatch(module.router.num_experts, mesh.get_group()))
 
 
 class ExchangeContext(NamedTuple):

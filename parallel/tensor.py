@@ -74,18 +74,13 @@ def _under(path: str, placements: dict[str, Placement]) -> dict[str, Placement]:
 
 
 def _split(path: str, owner: nn.Module, placements: dict[str, Placement], mesh: DeviceMesh) -> None:
-    """Lay the direct parameters of `owner` over the ranks and note the gradients that are parts of a sum."""
-    partial_gradients = []
+    """Lay the direct parameters of `owner` over the ranks."""
     for name, parameter in list(owner.named_parameters(recurse=False)):
         placement = placements.get(f"{path}.{name}", Replicate())
         setattr(owner, name, nn.Parameter(split_tensor(parameter, mesh, placement)))
-        if placement.is_replicate():
-            partial_gradients.append(name)
-        elif isinstance(owner, RMSNorm):  # a norm that spans heads
+        if isinstance(owner, RMSNorm) and not placement.is_replicate():  # a norm that spans heads
             group = mesh.get_group().group_name
             owner.mean_square = partial(mean_square_over, group=group, ranks=mesh.size())
-    if partial_gradients:
-        owner.partial_gradients = tuple(partial_gradients)  # pyright: ignore[reportArgumentType]
 
 
 def mean_square_over(x: Tensor, group: str, ranks: int) -> Tensor:
@@ -114,13 +109,15 @@ def _between_ranks(module: nn.Module, group: str) -> None:
 
 def partial_gradients(model: nn.Module) -> list[DTensor]:
     """The parameters of whose gradients each tensor-parallel rank has a part; none in a model that is not split."""
-    found = []
-    for module in model.modules():
-        for name in getattr(module, "partial_gradients", ()):
-            parameter = module.get_parameter(name)
-            assert isinstance(parameter, DTensor), name
-            found.append(parameter)
-    return found
+    found = (parameter for parameter in model.parameters() if isinstance(parameter, DTensor))
+    return [parameter for parameter in found if is_split(parameter) is False]
+
+
+def is_split(parameter: Tensor) -> bool | None:
+    """Whether tensor-parallel ranks have parts of `parameter` or all of it; None for one that is not laid over them."""
+    if not isinstance(parameter, DTensor) or "tensor" not in (axes := parameter.device_mesh.mesh_dim_names or ()):
+        return None
+    return not parameter.placements[axes.index("tensor")].is_replicate()
 
 
 @torch.no_grad()

@@ -15,10 +15,11 @@ from torchlinearmoe.kernels.convolution import short_convolution
 from torchlinearmoe.kernels.operator import outside_graphs
 from torchlinearmoe.kernels.token_shift import token_shift as shift_kernel
 from torchlinearmoe.layers.past import After, Carry, Past, Spanned, StateSpec
+from torchlinearmoe.module import Module
 from torchlinearmoe.parallel.exchange.tails import entering_inputs
 
 
-class ShortConvolution(nn.Module):
+class ShortConvolution(Module):
     """Causal depthwise convolution over a document's last W tokens (Fu et al. 2022, arXiv 2212.14052).
 
     `activation`: None or "silu". Stops at document borders; its state is the last W - 1 inputs.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import Placement, Shard
 
 from torchlinearmoe.initialize import linear
+from torchlinearmoe.module import Module
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(Module):
     """down(silu(gate(x)) * up(x)), D -> F -> D."""
 
     def __init__(self, width: int, hidden: int, std: float, out_std: float) -> None:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from torchlinearmoe.initialize import ONES, set_initializers
 from torchlinearmoe.kernels.norm import rms_norm
+from torchlinearmoe.module import Module
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dim; `kernels.norm.rms_norm`."""
 
     def __init__(self, width: int, eps: float) -> None:
@@ -34,7 +35,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps, mean_square=mean_square)
 
 
-class GatedHeadNorm(nn.Module):
+class GatedHeadNorm(Module):
     """RMSNorm(o) * weight * activation(gate) per head; statistics in float32, result in the gate's type."""
 
     def __init__(self, width: int, eps: float, activation: Callable[[Tensor], Tensor] = F.silu) -> None:
@@ -49,7 +50,7 @@ class GatedHeadNorm(nn.Module):
         return rms_norm(o, self.weight, self.eps, gate=gate, activation=self.activation)
 
 
-class GroupedRMSNorm(nn.Module):
+class GroupedRMSNorm(Module):
     """RMSNorm over each of `groups` equal groups of channels, one weight a channel; statistics in float32."""
 
     def __init__(self, width: int, groups: int, eps: float) -> None:

@@ -19,7 +19,7 @@ from types import MethodType
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import Placement
 
 from torchlinearmoe.documents import Documents
@@ -27,6 +27,7 @@ from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.layers.past import After, Carry, Empty, Past, Resumed, Spanned, State, StateSpec
 from torchlinearmoe.layers.rope import RopeScaling, frequencies
+from torchlinearmoe.module import Module
 from torchlinearmoe.registry import Registry
 
 Carried = dict[str, Tensor]
@@ -185,7 +186,7 @@ def expanded(width: int, factor: float) -> int:
     return round(width * factor)
 
 
-class SharedModule(nn.Module):
+class SharedModule(Module):
     """Parameters that all layers of a mixer read, through what `forward()` returns."""
 
     def tensor_parallel(self) -> dict[str, Placement]:
@@ -193,7 +194,7 @@ class SharedModule(nn.Module):
         raise NotImplementedError
 
 
-class Mixer(nn.Module):
+class Mixer(Module):
     """A token mixer; see the module's docstring for the contract."""
 
     name: ClassVar[str]
@@ -203,8 +204,6 @@ class Mixer(nn.Module):
     projections: ClassVar[Mapping[str, str]] = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
     """The linear layers that play the parts of attention's query, key, value and output, where there are such: a layer
     started from another mixer's weights takes them part by part."""
-    regions: ClassVar[tuple[str, ...]] = ()
-    """Methods that are compiled; fp32 units stay outside them, and `region` keeps states out."""
     variants: ClassVar[tuple[dict[str, Any], ...]] = ()
     """Option overrides, beside the defaults, that change what is computed: every test of the contract runs on each.
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlinearmoe.initialize import ZEROS, Normal, Rows, set_initializers
+from torchlinearmoe.module import Module
 
 ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": lambda x: F.elu(x) + 1,
@@ -57,7 +58,7 @@ def make_feature_map(name: str, head_dim: int, feature_dim: int, nu: int, scale:
     return {"t2r": T2R, "hadamard": Hadamard}[name](head_dim, feature_dim or head_dim)
 
 
-class FeatureMap(nn.Module):
+class FeatureMap(Module):
     """phi of every head: [T, H K] -> [T, H, F]."""
 
     def __init__(self, head_dim: int) -> None:

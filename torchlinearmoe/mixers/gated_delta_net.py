@@ -23,6 +23,7 @@ from torchlinearmoe.initialize import Uniform, inverse_softplus_of_exp, linear, 
 from torchlinearmoe.layers.norm import GatedHeadNorm
 from torchlinearmoe.mixers.base import ModelDims, Place, register
 from torchlinearmoe.mixers.delta_mixer import DeltaMixer, DeltaOptions
+from torchlinearmoe.module import Module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Options(DeltaOptions):
     """Width of a value head as a multiple of the key head's."""
 
 
-class ScalarDecay(nn.Module):
+class ScalarDecay(Module):
     """log a = -exp(A_log) softplus(logits + dt_bias) in float32, one rate and one bias a head (Mamba2's gate)."""
 
     keep_fp32 = True

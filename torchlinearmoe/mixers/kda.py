@@ -24,6 +24,7 @@ from torchlinearmoe.initialize import Uniform, inverse_softplus_of_exp, linear, 
 from torchlinearmoe.layers.norm import GatedHeadNorm
 from torchlinearmoe.mixers.base import ModelDims, Place, register
 from torchlinearmoe.mixers.delta_mixer import DeltaMixer, DeltaOptions
+from torchlinearmoe.module import Module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Options(DeltaOptions):
     """Rank of the output gate's projection; 0 for a value head's width."""
 
 
-class ChannelDecay(nn.Module):
+class ChannelDecay(Module):
     """log a = -exp(A_log) softplus(logits + dt_bias) in float32, one rate a head and one bias a channel."""
 
     keep_fp32 = True

@@ -47,6 +47,7 @@ from torchlinearmoe.mixers.base import (
     register,
 )
 from torchlinearmoe.mixers.recurrence import ssd
+from torchlinearmoe.module import Module
 
 HEAD_DIM = 64
 """The paper's width of a head, P."""
@@ -73,7 +74,7 @@ def _dims(options: Options, model: ModelDims) -> tuple[int, int]:
     return options.heads or inner // head_dim, head_dim
 
 
-class StepDecay(nn.Module):
+class StepDecay(Module):
     """Step sizes, log decays and skip weights, kept and computed in float32."""
 
     keep_fp32 = True

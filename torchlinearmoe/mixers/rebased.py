@@ -22,6 +22,7 @@ from torch.distributed.tensor import Placement, Replicate
 from torchlinearmoe.initialize import ONES, ZEROS, set_initializers
 from torchlinearmoe.mixers.base import ModelDims, Place, register
 from torchlinearmoe.mixers.quadratic import QuadraticAttention, QuadraticOptions
+from torchlinearmoe.module import Module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class Options(QuadraticOptions):
     """One gamma and beta for queries and keys together."""
 
 
-class HeadLayerNorm(nn.Module):
+class HeadLayerNorm(Module):
     """gamma * (x - mean) / sqrt(variance + eps) + beta over a head; computed in float32, returned in x's type."""
 
     def __init__(self, width: int, eps: float) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchlinearmoe.initialize import ZEROS, Constant, Initializer, Rows, set_initializers
 from torchlinearmoe.layers.heads import in_float32
+from torchlinearmoe.module import Module
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Depth:
         return Rows(lambda rows: 1.0 - ((rows / width) ** (power * self.falling) + lift))
 
 
-class HeadGroupNorm(nn.Module):
+class HeadGroupNorm(Module):
     """GroupNorm with a head a group; statistics and result in float32 (float64 stays)."""
 
     def __init__(self, heads: int, head_dim: int, eps: float, weight: Initializer) -> None:

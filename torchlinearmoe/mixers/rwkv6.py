@@ -47,6 +47,7 @@ from torchlinearmoe.mixers.base import (
 )
 from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.mixers.rwkv import Depth, HeadGroupNorm
+from torchlinearmoe.module import Module
 
 MIXES = "wkvrg"
 """The five inputs that each have a mix of their own, in the order of W_1's and W_2's blocks."""
@@ -86,7 +87,7 @@ class _Recipe(Depth):
         return Rows(fill)
 
 
-class Decay(nn.Module):
+class Decay(Module):
     """The decay's base w_0 and the bonus u, kept and used in float32."""
 
     keep_fp32 = True
@@ -105,7 +106,7 @@ class Decay(nn.Module):
         return -wide.exp().unflatten(-1, (-1, self.bonus.shape[1])), self.bonus.clone()
 
 
-class TokenMix(nn.Module):
+class TokenMix(Module):
     """Five mixes of a token with the one before, each by a learned ramp and a low-rank function of the token."""
 
     no_weight_decay = ("down", "up")

@@ -53,6 +53,7 @@ from torchlinearmoe.mixers.base import (
 )
 from torchlinearmoe.mixers.recurrence import dplr_rule
 from torchlinearmoe.mixers.rwkv import Depth, HeadGroupNorm
+from torchlinearmoe.module import Module
 
 MIXES = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
 """The inputs that each have a mix with the token before, and the power of their initial ramp."""
@@ -122,7 +123,7 @@ class _Recipe:
         return z * z.abs()
 
 
-class Decay(nn.Module):
+class Decay(Module):
     """log w = -e^(-1/2) sigmoid(w_0 + logits), w_0 kept and used in float32."""
 
     keep_fp32 = True
@@ -139,7 +140,7 @@ class Decay(nn.Module):
         return LOWEST * torch.sigmoid(self.base + logits.to(self.base.dtype)).unflatten(-1, (-1, self.head_dim))
 
 
-class LowRank(nn.Module):
+class LowRank(Module):
     """up(activation(down(x))); what it makes of the data is zero at first, so that only the bias is left."""
 
     no_weight_decay = ("down.weight", "up.weight")

@@ -24,6 +24,7 @@ from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.base import Carried, Carry, Context, Mixer, Place, State
 from torchlinearmoe.models.block import Block
 from torchlinearmoe.models.layer_mixers import layer_mixers
+from torchlinearmoe.module import Module
 from torchlinearmoe.recipe.schema import ModelRecipe
 from torchlinearmoe.segments import Segments
 
@@ -42,7 +43,7 @@ class DecodeState:
     """Tokens the softmax layers have room for."""
 
 
-class Head(nn.Module):
+class Head(Module):
     """Projection to the vocabulary, and the loss through it. A tied head is given the embedding's weight."""
 
     regions = ("kernel",)
@@ -51,7 +52,8 @@ class Head(nn.Module):
         super().__init__()
         self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, width))
         self.kernel, self.backend = chunk_loss, "auto"
-        set_initializers(self, weight=Normal(std))
+        if not tied:
+            set_initializers(self, weight=Normal(std))
 
     def forward(self, h: Tensor, labels: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         """Logits [..., V], or with `labels` int64 [T] the summed cross entropy."""
@@ -62,7 +64,7 @@ class Head(nn.Module):
         return linear_cross_entropy(h, weight, labels, self.kernel, self.backend)
 
 
-class Decoder(nn.Module):
+class Decoder(Module):
     """A Linear-MoE language model. `model(tokens)` gives logits; see the module's docstring.
 
     Given `layers` it holds these consecutive ones only, under the names they have in the whole model, with the

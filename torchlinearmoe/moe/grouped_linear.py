@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from torchlinearmoe.initialize import set_initializers
 from torchlinearmoe.kernels.grouped_mm import grouped_mm
+from torchlinearmoe.module import Module
 
 _ALIGNMENT = 16
 """Bytes that the fused kernel wants a row to be a multiple of."""
 
 
-class GroupedLinear(nn.Module):
+class GroupedLinear(Module):
     """y[r] = W_e x[r] + b_e for the group e of row r: as many layers like `layer`, initial values included."""
 
     def __init__(self, layer: nn.Linear, groups: int) -> None:

@@ -2,15 +2,14 @@
 
 Weight decay makes sense for a parameter that enters a matrix product. It does not for one whose zero has another
 meaning: a norm's scale, a bias, a recurrence's decay (`A_log` at zero is a decay of 1/e, not "nothing").
-A module with such a parameter of two or more dimensions names it:
-
-    class Gate(nn.Module):
-        no_weight_decay = ("lower_bounds", "up.weight")   # parameters of this module, by their names in it
+A module with such a parameter of two or more dimensions names it in `no_weight_decay` (`module.Module`).
 """
 
 from typing import Any
 
 from torch import nn
+
+from torchlinearmoe.module import traits
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -30,8 +29,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def _exempt_parameters(module: nn.Module) -> list[nn.Parameter]:
-    listed: tuple[str, ...] = getattr(module, "no_weight_decay", ())
-    assert isinstance(listed, tuple), f"{type(module).__name__}.no_weight_decay must be a tuple of names"
+    listed = traits(module).no_weight_decay
     return [
         *(
             parameter

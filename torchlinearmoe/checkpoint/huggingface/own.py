@@ -15,6 +15,7 @@ from torchlinearmoe.checkpoint.boxes import Copy, Place, whole
 from torchlinearmoe.errors import UserError
 from torchlinearmoe.families.huggingface import Config
 from torchlinearmoe.models.decoder import Decoder
+from torchlinearmoe.module import traits
 from torchlinearmoe.recipe import ModelRecipe, Recipe, RecipeError, dump, resolve
 
 MODELING = "modeling_torchlinearmoe.py"
@@ -74,6 +75,6 @@ def float32_names(model: ModelRecipe) -> set[str]:
         decoder = Decoder(model)
     names = {name for name, _ in decoder.named_buffers()}
     for path, module in decoder.named_modules():
-        if getattr(module, "keep_fp32", False):
+        if traits(module).keep_fp32:
             names |= {f"{path}.{name}" for name, _ in module.named_parameters()}
     return names
