@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MethodType
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.layers.past import After, Carry, Empty, Past, Resumed, Spanned, State, StateSpec
 from torchlinearmoe.layers.rope import RopeScaling, frequencies
 from torchlinearmoe.module import Module
+from torchlinearmoe.recipe.schema import ModelRecipe
 from torchlinearmoe.registry import Registry
 
 Carried = dict[str, Tensor]
@@ -81,52 +82,7 @@ class Context:
         return self.tables[key]
 
 
-class ModelDims(Protocol):
-    """The fields of `[model]` that a mixer looks at."""
-
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def max_length(self) -> int: ...
-    @property
-    def rope_theta(self) -> float: ...
-    @property
-    def rope_scaling(self) -> str: ...
-    @property
-    def rope_factor(self) -> float: ...
-    @property
-    def rope_original_length(self) -> int: ...
-    @property
-    def rope_beta_slow(self) -> float: ...
-    @property
-    def rope_beta_fast(self) -> float: ...
-    @property
-    def rope_mscale(self) -> float: ...
-    @property
-    def rope_mscale_all_dim(self) -> float: ...
-    @property
-    def norm_eps(self) -> float: ...
-    @property
-    def qkv_bias(self) -> bool: ...
-    @property
-    def init_std(self) -> float: ...
-    @property
-    def attention_backend(self) -> str: ...
-    @property
-    def kernel_backend(self) -> str: ...
-    @property
-    def mixer_options(self) -> Mapping[str, Any]: ...
-
-
-def rope_scaling(model: ModelDims) -> RopeScaling | None:
+def rope_scaling(model: ModelRecipe) -> RopeScaling | None:
     """The scaling of the softmax layers' rotary frequencies; None for none."""
     if model.rope_scaling == "none":
         return None
@@ -163,7 +119,7 @@ class MixerOptions:
     """Width of a head."""
 
 
-def geometry(options: MixerOptions, model: ModelDims) -> tuple[int, int]:
+def geometry(options: MixerOptions, model: ModelRecipe) -> tuple[int, int]:
     """(heads, head width) of a linear mixer.
 
     The default is the family's heads when their width is a multiple of 16 up to 256, else D / 128 heads of 128.
@@ -234,7 +190,7 @@ class Mixer(Module):
             raise RecipeError(f"mixer.{cls.name}.{key} = {factor}: must make whole channels of a head of {width}")
 
     @classmethod
-    def check(cls, options: MixerOptions, model: ModelDims) -> None:
+    def check(cls, options: MixerOptions, model: ModelRecipe) -> None:
         """Raise RecipeError for a geometry that cannot be built."""
         cls.check_counts(options)
         heads, width = geometry(options, model)
@@ -250,7 +206,7 @@ class Mixer(Module):
         return (cls.name,)
 
     @classmethod
-    def carried_channels(cls, options: Any, model: ModelDims) -> dict[str, int]:
+    def carried_channels(cls, options: Any, model: ModelRecipe) -> dict[str, int]:
         """Channels of each carried tensor, [T, channels], by name: set by the first layer of this mixer, read by all.
 
         Channels belong to heads and are split with them.
@@ -258,12 +214,12 @@ class Mixer(Module):
         return {}
 
     @classmethod
-    def shared_module(cls, options: Any, model: ModelDims, count: int) -> SharedModule | None:
+    def shared_module(cls, options: Any, model: ModelRecipe, count: int) -> SharedModule | None:
         """The module whose output all `count` layers of this mixer read; built once a model."""
         return None
 
     @classmethod
-    def head_groups(cls, options: Any, model: ModelDims) -> tuple[str, int]:
+    def head_groups(cls, options: Any, model: ModelRecipe) -> tuple[str, int]:
         """(name, count) of what tensor-parallel ranks share out evenly: heads, or groups of heads that belong together.
 
         Every count of heads is a multiple of it.

@@ -32,7 +32,6 @@ from torchlinearmoe.mixers.base import (
     Carry,
     Context,
     MixerOptions,
-    ModelDims,
     Place,
     StateSpec,
     expanded,
@@ -40,6 +39,7 @@ from torchlinearmoe.mixers.base import (
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.recurrence import delta_rule
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class DeltaMixer(LinearMixer):
     gate_kind: ClassVar[str]
     """Of the decay, as in `kernels.delta.kinds`."""
 
-    def __init__(self, options: DeltaOptions, model: ModelDims, place: Place) -> None:
+    def __init__(self, options: DeltaOptions, model: ModelRecipe, place: Place) -> None:
         super().__init__()
         self.heads, self.key_dim, self.value_heads, self.value_dim = self.dims(options, model)
         self.top = 2.0 if options.negative_eigenvalues else 1.0
@@ -86,13 +86,13 @@ class DeltaMixer(LinearMixer):
         self.o_proj = linear(values, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def dims(cls, options: Any, model: ModelDims) -> tuple[int, int, int, int]:
+    def dims(cls, options: Any, model: ModelRecipe) -> tuple[int, int, int, int]:
         """(key heads, key width, value heads, value width)."""
         heads, width = geometry(options, model)
         return heads, width, options.value_heads or heads, expanded(width, options.expand_v)
 
     @classmethod
-    def check(cls, options: Any, model: ModelDims) -> None:
+    def check(cls, options: Any, model: ModelRecipe) -> None:
         super().check(options, model)
         heads, width = geometry(options, model)
         cls.check_expansion("expand_v", width, options.expand_v)

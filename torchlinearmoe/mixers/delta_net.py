@@ -15,8 +15,9 @@ from torch.distributed.tensor import Placement, Shard
 
 from torchlinearmoe.initialize import linear
 from torchlinearmoe.layers.norm import GatedHeadNorm, RMSNorm
-from torchlinearmoe.mixers.base import ModelDims, Place, expanded, geometry, register
+from torchlinearmoe.mixers.base import Place, expanded, geometry, register
 from torchlinearmoe.mixers.delta_mixer import DeltaMixer, DeltaOptions
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class DeltaNet(DeltaMixer):
         {"heads": 2, "head_dim": 16, "value_heads": 4},
     )
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
         super().__init__(options, model, place)
         self.gated = options.gate
         self.decay = None
@@ -52,12 +53,12 @@ class DeltaNet(DeltaMixer):
         self.norm = (GatedHeadNorm if self.gated else RMSNorm)(self.value_dim, model.norm_eps)
 
     @classmethod
-    def dims(cls, options: Any, model: ModelDims) -> tuple[int, int, int, int]:
+    def dims(cls, options: Any, model: ModelRecipe) -> tuple[int, int, int, int]:
         heads, _, value_heads, value_dim = super().dims(options, model)
         return heads, expanded(geometry(options, model)[1], options.expand_k), value_heads, value_dim
 
     @classmethod
-    def check(cls, options: Any, model: ModelDims) -> None:
+    def check(cls, options: Any, model: ModelRecipe) -> None:
         super().check(options, model)
         cls.check_expansion("expand_k", geometry(options, model)[1], options.expand_k)
 

@@ -21,9 +21,10 @@ from torch.distributed.tensor import Placement, Shard
 
 from torchlinearmoe.initialize import Uniform, inverse_softplus_of_exp, linear, set_initializers
 from torchlinearmoe.layers.norm import GatedHeadNorm
-from torchlinearmoe.mixers.base import ModelDims, Place, register
+from torchlinearmoe.mixers.base import Place, register
 from torchlinearmoe.mixers.delta_mixer import DeltaMixer, DeltaOptions
 from torchlinearmoe.module import Module
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ class GatedDeltaNet(DeltaMixer):
         {"heads": 2, "head_dim": 16, "value_heads": 4, "expand_v": 1.5},
     )
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
         super().__init__(options, model, place)
         width, std = model.hidden_size, model.init_std
         self.g_proj = linear(width, self.value_heads * self.value_dim, std)

@@ -35,7 +35,6 @@ from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
     MixerOptions,
-    ModelDims,
     Place,
     StateSpec,
     expanded,
@@ -45,6 +44,7 @@ from torchlinearmoe.mixers.base import (
 from torchlinearmoe.mixers.feature_maps import ELEMENTWISE
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.recurrence import linear_recurrence
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class Options(MixerOptions):
     """Taps of a short convolution with SiLU on q, k and v; 0 for none."""
 
 
-def _dims(options: Options, model: ModelDims) -> tuple[int, int, int, int]:
+def _dims(options: Options, model: ModelRecipe) -> tuple[int, int, int, int]:
     """(query heads, key-value heads, key width, value width)."""
     heads, width = geometry(options, model)
     return heads, options.kv_heads or heads, expanded(width, options.expand_k), expanded(width, options.expand_v)
@@ -88,7 +88,7 @@ class GLA(LinearMixer):
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",), "decay": ("decay_down", "decay_up")}
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.key_dim, self.value_dim = _dims(options, model)
         self.normalizer = options.gate_normalizer
@@ -110,7 +110,7 @@ class GLA(LinearMixer):
         self.o_proj = linear(outputs, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelDims) -> None:
+    def check(cls, options: Any, model: ModelRecipe) -> None:
         super().check(options, model)
         heads, width = geometry(options, model)
         cls.check_expansion("expand_k", width, options.expand_k)
@@ -125,7 +125,7 @@ class GLA(LinearMixer):
             raise RecipeError(f"mixer.gla.clamp_min = {options.clamp_min}: must be below zero, it bounds a log decay")
 
     @classmethod
-    def head_groups(cls, options: Any, model: ModelDims) -> tuple[str, int]:
+    def head_groups(cls, options: Any, model: ModelRecipe) -> tuple[str, int]:
         return "kv_heads", _dims(options, model)[1]
 
     def state_spec(self) -> dict[str, StateSpec]:

@@ -36,7 +36,6 @@ from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
     MixerOptions,
-    ModelDims,
     Place,
     StateSpec,
     expanded,
@@ -45,6 +44,7 @@ from torchlinearmoe.mixers.base import (
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.recurrence import slot_attention
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 SCALE = 1.0
 """Of the scores of the slots; the paper leaves 1 / sqrt(K) out."""
@@ -68,7 +68,7 @@ class Options(MixerOptions):
     """Taps of a short convolution on q, k and v, in front of their SiLU; 0 for none."""
 
 
-def _dims(options: Options, model: ModelDims) -> tuple[int, int, int, int]:
+def _dims(options: Options, model: ModelRecipe) -> tuple[int, int, int, int]:
     """(query heads, key-value heads, key width, value width)."""
     heads, width = geometry(options, model)
     return heads, options.kv_heads or heads, expanded(width, options.expand_k), expanded(width, options.expand_v)
@@ -86,7 +86,7 @@ class GSA(LinearMixer):
     reads = {"q": ("q_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",), "f": ("f_proj",)}
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.key_dim, self.value_dim = _dims(options, model)
         self.slots = options.slots
@@ -104,7 +104,7 @@ class GSA(LinearMixer):
         self.o_proj = linear(outputs, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelDims) -> None:
+    def check(cls, options: Any, model: ModelRecipe) -> None:
         super().check(options, model)
         heads, width = geometry(options, model)
         cls.check_expansion("expand_k", width, options.expand_k)
@@ -117,7 +117,7 @@ class GSA(LinearMixer):
             raise RecipeError(f"mixer.gsa.gate_normalizer = {options.gate_normalizer}: must be positive")
 
     @classmethod
-    def head_groups(cls, options: Any, model: ModelDims) -> tuple[str, int]:
+    def head_groups(cls, options: Any, model: ModelRecipe) -> tuple[str, int]:
         return "kv_heads", _dims(options, model)[1]
 
     def state_spec(self) -> dict[str, StateSpec]:

@@ -32,7 +32,6 @@ from torchlinearmoe.mixers.base import (
     Carry,
     Context,
     MixerOptions,
-    ModelDims,
     Place,
     SharedModule,
     StateSpec,
@@ -41,6 +40,7 @@ from torchlinearmoe.mixers.base import (
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.recurrence import linear_recurrence
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ class HGRN2(LinearMixer):
     reads = {"q": ("q_proj",)}
     writes = {"f": ("f_proj",), "i": ("i_proj",)}
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
         super().__init__()
         self.heads, self.head_dim = geometry(options, model)
         self.ordinal = place.ordinal
@@ -113,7 +113,7 @@ class HGRN2(LinearMixer):
         self.o_proj = linear(inner, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def shared_module(cls, options: Any, model: ModelDims, count: int) -> SharedModule | None:
+    def shared_module(cls, options: Any, model: ModelRecipe, count: int) -> SharedModule | None:
         heads, head_dim = geometry(options, model)
         return LowerBounds(count, heads * head_dim) if options.lower_bounds else None
 

@@ -22,9 +22,10 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchlinearmoe.initialize import Uniform, inverse_softplus_of_exp, linear, set_initializers
 from torchlinearmoe.layers.norm import GatedHeadNorm
-from torchlinearmoe.mixers.base import ModelDims, Place, register
+from torchlinearmoe.mixers.base import Place, register
 from torchlinearmoe.mixers.delta_mixer import DeltaMixer, DeltaOptions
 from torchlinearmoe.module import Module
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class KDA(DeltaMixer):
         {"decay_rank": 3, "gate_rank": 5},
     )
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
         super().__init__(options, model, place)
         width, std = model.hidden_size, model.init_std
         decay_rank, gate_rank = (rank or self.value_dim for rank in (options.decay_rank, options.gate_rank))

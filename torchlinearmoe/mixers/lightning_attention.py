@@ -34,7 +34,6 @@ from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
     MixerOptions,
-    ModelDims,
     Place,
     StateSpec,
     geometry,
@@ -42,6 +41,7 @@ from torchlinearmoe.mixers.base import (
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.recurrence import linear_recurrence
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "swish": F.silu}
 
@@ -84,7 +84,7 @@ class LightningAttention(LinearMixer):
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",)}
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
         super().__init__()
         self.heads, self.head_dim = geometry(options, model)
         self.depth_factor = 1.0

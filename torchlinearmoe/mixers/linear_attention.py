@@ -31,7 +31,6 @@ from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
     MixerOptions,
-    ModelDims,
     Place,
     StateSpec,
     expanded,
@@ -47,6 +46,7 @@ from torchlinearmoe.mixers.feature_maps import (
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.recurrence import linear_recurrence
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 EPSILON = 1e-6
 """Added to the denominator."""
@@ -94,7 +94,7 @@ class LinearAttention(LinearMixer):
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",)}
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
         super().__init__()
         self.heads, self.head_dim = geometry(options, model)
         self.value_dim = expanded(self.head_dim, options.expand_v)
@@ -120,7 +120,7 @@ class LinearAttention(LinearMixer):
         self.o_proj = linear(values, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelDims) -> None:
+    def check(cls, options: Any, model: ModelRecipe) -> None:
         super().check(options, model)
         head_dim = geometry(options, model)[1]
         cls.check_expansion("expand_v", head_dim, options.expand_v)

@@ -40,7 +40,6 @@ from torchlinearmoe.mixers.base import (
     Context,
     Mixer,
     MixerOptions,
-    ModelDims,
     Place,
     StateSpec,
     expanded,
@@ -48,6 +47,7 @@ from torchlinearmoe.mixers.base import (
 )
 from torchlinearmoe.mixers.recurrence import ssd
 from torchlinearmoe.module import Module
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 HEAD_DIM = 64
 """The paper's width of a head, P."""
@@ -67,7 +67,7 @@ class Options(MixerOptions):
     """Taps of the short convolutions, with bias, on x, B and C in front of their SiLU; 0 for none."""
 
 
-def _dims(options: Options, model: ModelDims) -> tuple[int, int]:
+def _dims(options: Options, model: ModelRecipe) -> tuple[int, int]:
     """(heads, head width)."""
     inner = expanded(model.hidden_size, options.expand)
     head_dim = options.head_dim or (inner // options.heads if options.heads else HEAD_DIM)
@@ -112,7 +112,7 @@ class Mamba2(Mixer):
     )
     regions = ("project", "mix")
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
         super().__init__()
         self.heads, self.head_dim = _dims(options, model)
         self.groups, self.state = options.groups, options.state
@@ -131,7 +131,7 @@ class Mamba2(Mixer):
         self.o_proj = linear(inner, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelDims) -> None:
+    def check(cls, options: Any, model: ModelRecipe) -> None:
         cls.check_counts(options)
         cls.check_expansion("expand", model.hidden_size, options.expand)
         inner = expanded(model.hidden_size, options.expand)
@@ -147,7 +147,7 @@ class Mamba2(Mixer):
             raise RecipeError(f"mixer.mamba2.state = {options.state}: must be at least 1")
 
     @classmethod
-    def head_groups(cls, options: Any, model: ModelDims) -> tuple[str, int]:
+    def head_groups(cls, options: Any, model: ModelRecipe) -> tuple[str, int]:
         """A single group's B and C are on every rank."""
         return ("heads", _dims(options, model)[0]) if options.groups == 1 else ("groups", options.groups)
 

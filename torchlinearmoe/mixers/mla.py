@@ -44,13 +44,13 @@ from torchlinearmoe.mixers.base import (
     Context,
     Mixer,
     MixerOptions,
-    ModelDims,
     Place,
     StateSpec,
     register,
     rope_scaling,
 )
 from torchlinearmoe.mixers.cache import append_to_cache, padded_queries
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 LATENT_EPS = 1e-6
 """Of the norms on the latents, whatever the model's own, as in the published code."""
@@ -85,7 +85,7 @@ class MLA(Mixer):
     )
     regions = ("project", "expand", "output")
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
         super().__init__()
         self.heads = options.heads or model.num_heads
         self.key_dim, self.rope_dim, self.value_dim = options.head_dim, options.qk_rope_head_dim, options.v_head_dim
@@ -109,7 +109,7 @@ class MLA(Mixer):
         self.o_proj = linear(self.heads * self.value_dim, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelDims) -> None:
+    def check(cls, options: Any, model: ModelRecipe) -> None:
         cls.check_counts(options)
         for name in ("head_dim", "v_head_dim", "kv_lora_rank"):
             if not getattr(options, name):
@@ -118,7 +118,7 @@ class MLA(Mixer):
             raise RecipeError(f"mixer.mla.qk_rope_head_dim = {options.qk_rope_head_dim}: must be even and not 0")
 
     @classmethod
-    def head_groups(cls, options: Any, model: ModelDims) -> tuple[str, int]:
+    def head_groups(cls, options: Any, model: ModelRecipe) -> tuple[str, int]:
         return "heads", options.heads or model.num_heads
 
     def state_spec(self) -> dict[str, StateSpec]:

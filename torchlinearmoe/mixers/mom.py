@@ -48,7 +48,6 @@ from torchlinearmoe.mixers.base import (
     Context,
     Mixer,
     MixerOptions,
-    ModelDims,
     Place,
     SharedModule,
     StateSpec,
@@ -61,6 +60,7 @@ from torchlinearmoe.moe.grouped_linear import GroupedLinear
 from torchlinearmoe.moe.router import Router, Routing
 from torchlinearmoe.moe.statistics import LoadStatistics
 from torchlinearmoe.parallel.exchange.routed import route_spans
+from torchlinearmoe.recipe.schema import ModelRecipe
 from torchlinearmoe.segments import Segments
 
 
@@ -94,7 +94,7 @@ class MoM(Mixer):
     projections = {"q": "inner.q_proj", "o": "inner.o_proj"}
     regions = ("query", "write", "inner.read", "inner.output", "dispatcher.dispatch", "dispatcher.combine")
 
-    def __init__(self, options: MemoryOptions, model: ModelDims, place: Place) -> None:
+    def __init__(self, options: MemoryOptions, model: ModelRecipe, place: Place) -> None:
         super().__init__()
         mixer, inner_options = self.inner_of(options, model)
         build: Any = mixer
@@ -127,7 +127,7 @@ class MoM(Mixer):
             delattr(self.inner, name)
 
     @classmethod
-    def inner_of(cls, options: Any, model: ModelDims) -> tuple[type[LinearMixer], Any]:
+    def inner_of(cls, options: Any, model: ModelRecipe) -> tuple[type[LinearMixer], Any]:
         """The mixer that the memories are, and its options: those of this section, or of its own where it is named.
 
         Raises RecipeError for a mixer that cannot be a memory, and for options that it would not read.
@@ -153,7 +153,7 @@ class MoM(Mixer):
         return (cls.name,) if inner == cls.memory else (cls.name, inner)
 
     @classmethod
-    def check(cls, options: Any, model: ModelDims) -> None:
+    def check(cls, options: Any, model: ModelRecipe) -> None:
         cls.check_counts(options)
         if options.num_memories < 1:
             raise RecipeError(f"mixer.{cls.name}.num_memories = {options.num_memories}: must be at least 1")
@@ -175,12 +175,12 @@ class MoM(Mixer):
             raise RecipeError(str(error).replace(f"mixer.{mixer.name}.", f"mixer.{cls.name}.")) from None
 
     @classmethod
-    def head_groups(cls, options: Any, model: ModelDims) -> tuple[str, int]:
+    def head_groups(cls, options: Any, model: ModelRecipe) -> tuple[str, int]:
         mixer, inner_options = cls.inner_of(options, model)
         return mixer.head_groups(inner_options, model)
 
     @classmethod
-    def shared_module(cls, options: Any, model: ModelDims, count: int) -> SharedModule | None:
+    def shared_module(cls, options: Any, model: ModelRecipe, count: int) -> SharedModule | None:
         mixer, inner_options = cls.inner_of(options, model)
         return mixer.shared_module(inner_options, model, count)
 

@@ -33,12 +33,12 @@ from torchlinearmoe.mixers.base import (
     Context,
     Mixer,
     MixerOptions,
-    ModelDims,
     Place,
     StateSpec,
     geometry,
 )
 from torchlinearmoe.mixers.recurrence import quadratic_attention
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class QuadraticAttention(Mixer):
     epsilon: ClassVar[float]
     """Added to the denominator."""
 
-    def __init__(self, options: Any, model: ModelDims, place: Place) -> None:
+    def __init__(self, options: Any, model: ModelRecipe, place: Place) -> None:
         super().__init__()
         self.heads, self.value_dim = geometry(options, model)
         self.feature_dim = options.feature_dim
@@ -77,7 +77,7 @@ class QuadraticAttention(Mixer):
         self.o_proj = linear(values, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelDims) -> None:
+    def check(cls, options: Any, model: ModelRecipe) -> None:
         super().check(options, model)
         if not options.feature_dim:
             raise RecipeError(f"mixer.{cls.name}.feature_dim = 0: must be at least 1")

@@ -33,7 +33,6 @@ from torchlinearmoe.mixers.base import (
     Carry,
     Context,
     MixerOptions,
-    ModelDims,
     Place,
     StateSpec,
     expanded,
@@ -43,6 +42,7 @@ from torchlinearmoe.mixers.base import (
 from torchlinearmoe.mixers.feature_maps import ELEMENTWISE
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.recurrence import linear_recurrence
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class Retention(LinearMixer):
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",)}
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
         super().__init__()
         self.heads, self.head_dim = geometry(options, model)
         self.value_dim = expanded(self.head_dim, options.expand_v)
@@ -90,7 +90,7 @@ class Retention(LinearMixer):
         self.o_proj = linear(values, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelDims) -> None:
+    def check(cls, options: Any, model: ModelRecipe) -> None:
         super().check(options, model)
         width = geometry(options, model)[1]
         cls.check_expansion("expand_v", width, options.expand_v)

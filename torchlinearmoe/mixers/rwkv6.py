@@ -39,7 +39,6 @@ from torchlinearmoe.mixers.base import (
     Context,
     Mixer,
     MixerOptions,
-    ModelDims,
     Place,
     StateSpec,
     geometry,
@@ -48,6 +47,7 @@ from torchlinearmoe.mixers.base import (
 from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.mixers.rwkv import Depth, HeadGroupNorm
 from torchlinearmoe.module import Module
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 MIXES = "wkvrg"
 """The five inputs that each have a mix of their own, in the order of W_1's and W_2's blocks."""
@@ -142,7 +142,7 @@ class RWKV6(Mixer):
     regions = ("project", "mix")
     no_weight_decay = ("decay_down.weight", "decay_up.weight")
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
         super().__init__()
         self.heads, self.head_dim = geometry(options, model)
         self.backend = model.kernel_backend
@@ -161,7 +161,7 @@ class RWKV6(Mixer):
         self.o_proj = linear(inner, width, model.init_std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelDims) -> None:
+    def check(cls, options: Any, model: ModelRecipe) -> None:
         super().check(options, model)
         for key in ("mix_rank", "decay_rank"):
             if not getattr(options, key):

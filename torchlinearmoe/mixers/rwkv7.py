@@ -44,7 +44,6 @@ from torchlinearmoe.mixers.base import (
     Context,
     Mixer,
     MixerOptions,
-    ModelDims,
     Place,
     State,
     StateSpec,
@@ -54,6 +53,7 @@ from torchlinearmoe.mixers.base import (
 from torchlinearmoe.mixers.recurrence import dplr_rule
 from torchlinearmoe.mixers.rwkv import Depth, HeadGroupNorm
 from torchlinearmoe.module import Module
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 MIXES = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
 """The inputs that each have a mix with the token before, and the power of their initial ramp."""
@@ -178,7 +178,7 @@ class RWKV7(Mixer):
     )
     regions = ("project", "mix")
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
         super().__init__()
         self.heads, self.head_dim = geometry(options, model)
         self.backend = model.kernel_backend
@@ -206,7 +206,7 @@ class RWKV7(Mixer):
         self.o_proj = linear(inner, width, model.init_std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def carried_channels(cls, options: Any, model: ModelDims) -> dict[str, int]:
+    def carried_channels(cls, options: Any, model: ModelRecipe) -> dict[str, int]:
         heads, head_dim = geometry(options, model)
         return {"v_first": heads * head_dim}
 

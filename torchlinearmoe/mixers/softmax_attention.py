@@ -35,7 +35,6 @@ from torchlinearmoe.mixers.base import (
     Context,
     Mixer,
     MixerOptions,
-    ModelDims,
     Place,
     State,
     StateSpec,
@@ -43,6 +42,7 @@ from torchlinearmoe.mixers.base import (
     rope_scaling,
 )
 from torchlinearmoe.mixers.cache import append_to_cache, padded_queries
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Options(MixerOptions):
     """Taps of a short convolution on queries, keys and values, before the rotation; 0 for none."""
 
 
-def _heads(options: Options, model: ModelDims) -> tuple[int, int, int]:
+def _heads(options: Options, model: ModelRecipe) -> tuple[int, int, int]:
     """(query heads, key-value heads, head width)."""
     heads = options.heads or model.num_heads
     kv_heads = options.kv_heads or (model.num_kv_heads if not options.heads else heads)
@@ -79,7 +79,7 @@ class SoftmaxAttention(Mixer):
     )
     regions = ("project", "place", "output")
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = _heads(options, model)
         self.window = options.window
@@ -94,7 +94,7 @@ class SoftmaxAttention(Mixer):
         self.o_proj = linear(self.heads * self.head_dim, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelDims) -> None:
+    def check(cls, options: Any, model: ModelRecipe) -> None:
         cls.check_counts(options)
         heads, kv_heads, width = _heads(options, model)
         if heads % kv_heads:
@@ -104,7 +104,7 @@ class SoftmaxAttention(Mixer):
             raise RecipeError(f"{field} = {width}: rotary positions need an even head width")
 
     @classmethod
-    def head_groups(cls, options: Any, model: ModelDims) -> tuple[str, int]:
+    def head_groups(cls, options: Any, model: ModelRecipe) -> tuple[str, int]:
         return "kv_heads", _heads(options, model)[1]
 
     def state_spec(self) -> dict[str, StateSpec]:

@@ -27,7 +27,6 @@ from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.base import (
     Carry,
     MixerOptions,
-    ModelDims,
     Place,
     StateSpec,
     geometry,
@@ -35,6 +34,7 @@ from torchlinearmoe.mixers.base import (
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.recurrence import linear_recurrence
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 class Toy(LinearMixer):
@@ -43,7 +43,7 @@ class Toy(LinearMixer):
     reads = {"q": ("q_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",), "decay": ("decay_proj",)}
 
-    def __init__(self, options: MixerOptions, model: ModelDims, place: Place) -> None:
+    def __init__(self, options: MixerOptions, model: ModelRecipe, place: Place) -> None:
         super().__init__()
         self.heads, self.head_dim = geometry(options, model)
         self.backend = model.kernel_backend

@@ -8,7 +8,7 @@ import pytest
 import torch
 from definitions import linear_attention as definition
 from definitions.plain import split
-from mixer_cases import Case, Dims, make_stack, relative
+from mixer_cases import Case, make_stack, relative, small_model
 from parameter_formulas import feature_map as parameters_of_map
 
 from torchlinearmoe.errors import RecipeError
@@ -116,11 +116,11 @@ def test_the_recipe_lists_every_map():
 def test_options_that_make_no_sense_are_refused(options: dict, message: str):
     mixer = MIXERS["linear_attention"]
     with pytest.raises(RecipeError) as error:
-        mixer.check(mixer.Options(**options), Dims())
+        mixer.check(mixer.Options(**options), small_model())
     assert str(error.value) == f"mixer.linear_attention.{message}"
 
 
 @pytest.mark.parametrize("name", POSITIVE)
 def test_positive_maps_may_be_normalised(name: str):
     mixer, options = MIXERS["linear_attention"], {"feature_map": name, "normalize": True}
-    mixer.check(mixer.Options(**options), Dims())  # pyright: ignore[reportCallIssue, reportArgumentType]
+    mixer.check(mixer.Options(**options), small_model())  # pyright: ignore[reportCallIssue, reportArgumentType]

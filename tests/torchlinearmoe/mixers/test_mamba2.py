@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mixer_cases import Case, Dims, make_stack
+from mixer_cases import Case, make_stack, small_model
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.nn import functional as F
 
@@ -36,7 +36,7 @@ def test_rates_steps_and_skips_stay_in_float32():
 
 def test_default_geometry_is_heads_of_64_in_twice_the_width():
     def shape(dims: dict, **options) -> tuple[int, ...]:
-        model = Dims(**dims)
+        model = small_model(**dims)
         Mamba2.check(Options(**options), model)
         return Mamba2(Options(**options), model, Place(0, 0, 1)).state_spec()["recurrent"].shape
 
@@ -74,5 +74,5 @@ def test_a_single_groups_b_and_c_are_whole_on_every_rank():
 )
 def test_refuses_in_one_line(wrong, message):
     with pytest.raises(RecipeError) as error:
-        Mamba2.check(Options(**wrong), Dims())
+        Mamba2.check(Options(**wrong), small_model())
     assert str(error.value).startswith(message) and "\n" not in str(error.value)

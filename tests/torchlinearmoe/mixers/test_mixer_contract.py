@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mixer_cases import Case, Dims, every_mixer, has_appended_state, make_stack, random_inputs, relative
+from mixer_cases import Case, every_mixer, has_appended_state, make_stack, random_inputs, relative, small_model
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 
@@ -136,7 +136,7 @@ def test_initial_values_keep_the_residual_stream_alive(case: Case):
 
 @pytest.mark.parametrize("name", MIXERS.names())
 def test_negative_counts_and_impossible_heads_are_refused(name: str):
-    mixer, dims = MIXERS[name], Dims()
+    mixer, dims = MIXERS[name], small_model()
     assert mixer.check(mixer.Options(), dims) is None
     for overrides in ({"heads": -1}, {"head_dim": -4}):
         with pytest.raises(RecipeError, match=f"^mixer.{name}.{next(iter(overrides))} = -.*must not be negative$"):
@@ -149,7 +149,7 @@ def test_negative_counts_and_impossible_heads_are_refused(name: str):
 def test_default_heads_are_the_familys_where_they_suit_else_heads_of_128():
     def default(width: int, heads: int) -> tuple[int, int]:
         options = MIXERS["hgrn2"].Options()
-        return geometry(options, Dims(hidden_size=width, num_heads=heads))
+        return geometry(options, small_model(hidden_size=width, num_heads=heads))
 
     assert default(1024, 8) == (8, 128)
     assert default(2048, 8) == (8, 256)
@@ -159,7 +159,7 @@ def test_default_heads_are_the_familys_where_they_suit_else_heads_of_128():
     assert default(640, 16) == (5, 128)  # heads of 40
     assert default(896, 10) == (7, 128)  # not whole
     chosen = MIXERS["hgrn2"].Options
-    dims = Dims(hidden_size=1024, num_heads=8)
+    dims = small_model(hidden_size=1024, num_heads=8)
     assert geometry(chosen(heads=4), dims) == (4, 256)
     assert geometry(chosen(head_dim=64), dims) == (16, 64)
     assert geometry(chosen(heads=3, head_dim=64), dims) == (3, 64)

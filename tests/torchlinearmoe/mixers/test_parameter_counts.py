@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from mixer_cases import CASES, Case, Dims, make_stack
+from mixer_cases import CASES, Case, make_stack, small_model
 from parameter_formulas import LAYER, NOT_IN_FIRST, WRITES
 
 from torchlinearmoe.families import FAMILIES
@@ -28,8 +28,8 @@ def of_layer(layer: torch.nn.Module) -> int:
 def test_the_formula_counts_the_parameters(case: Case):
     for dims in ({}, {"num_heads": 4, "num_kv_heads": 4, "head_dim": 16, "qkv_bias": False}):
         first, later = map(of_layer, make_stack(case, **dims).layers)
-        missing = NOT_IN_FIRST[case.name](case.options, Dims(**dims)) if case.name in NOT_IN_FIRST else 0
-        assert LAYER[case.name](case.options, Dims(**dims)) == later == first + missing
+        missing = NOT_IN_FIRST[case.name](case.options, small_model(**dims)) if case.name in NOT_IN_FIRST else 0
+        assert LAYER[case.name](case.options, small_model(**dims)) == later == first + missing
 
 
 @pytest.mark.parametrize("case", [case for case in COUNTED if issubclass(case.mixer, LinearMixer)], ids=str)
@@ -38,7 +38,7 @@ def test_the_formula_counts_what_a_token_writes_by(case: Case):
     assert isinstance(layer, LinearMixer)
     names = {name for layers in layer.writes.values() for name in layers}
     written = sum(of_layer(layer.get_submodule(name)) for name in names)
-    assert WRITES[case.name](case.options, Dims()) == written
+    assert WRITES[case.name](case.options, small_model()) == written
 
 
 @pytest.mark.parametrize(("family", "size"), SIZES)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from mixer_cases import Case, Dims, make_stack
+from mixer_cases import Case, make_stack, small_model
 from torch import Tensor
 
 from torchlinearmoe.errors import RecipeError
@@ -97,4 +97,4 @@ def test_ranks_are_at_least_one(key: str):
     mixer = MIXERS["rwkv6"]
     options: dict = {key: 0}
     with pytest.raises(RecipeError, match=rf"^mixer\.rwkv6\.{key} = 0: must be at least 1$"):
-        mixer.check(mixer.Options(**options), Dims())
+        mixer.check(mixer.Options(**options), small_model())
