@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MethodType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -150,7 +150,10 @@ class SharedModule(Module):
         raise NotImplementedError
 
 
-class Mixer(Module):
+O = TypeVar("O", bound=MixerOptions)
+
+
+class Mixer(Module, Generic[O]):
     """A token mixer; see the module's docstring for the contract."""
 
     name: ClassVar[str]
@@ -174,8 +177,12 @@ class Mixer(Module):
     write_rows: int = 1
     """How often a token is written: more than once in a mixture of memories."""
 
+    def __init__(self, options: O, model: ModelRecipe, place: Place) -> None:
+        """A layer of a model, standing at `place`; the weights are not filled."""
+        super().__init__()
+
     @classmethod
-    def check_counts(cls, options: MixerOptions) -> None:
+    def check_counts(cls, options: O) -> None:
         """Raise RecipeError for a negative whole number: they are all counts, widths or ranks."""
         for entry in fields(options):
             value = getattr(options, entry.name)
@@ -190,7 +197,7 @@ class Mixer(Module):
             raise RecipeError(f"mixer.{cls.name}.{key} = {factor}: must make whole channels of a head of {width}")
 
     @classmethod
-    def check(cls, options: MixerOptions, model: ModelRecipe) -> None:
+    def check(cls, options: O, model: ModelRecipe) -> None:
         """Raise RecipeError for a geometry that cannot be built."""
         cls.check_counts(options)
         heads, width = geometry(options, model)
@@ -201,12 +208,12 @@ class Mixer(Module):
             )
 
     @classmethod
-    def sections(cls, options: Any) -> tuple[str, ...]:
+    def sections(cls, options: O) -> tuple[str, ...]:
         """The `[mixer.NAME]` sections that a layer reads."""
         return (cls.name,)
 
     @classmethod
-    def carried_channels(cls, options: Any, model: ModelRecipe) -> dict[str, int]:
+    def carried_channels(cls, options: O, model: ModelRecipe) -> dict[str, int]:
         """Channels of each carried tensor, [T, channels], by name: set by the first layer of this mixer, read by all.
 
         Channels belong to heads and are split with them.
@@ -214,12 +221,12 @@ class Mixer(Module):
         return {}
 
     @classmethod
-    def shared_module(cls, options: Any, model: ModelRecipe, count: int) -> SharedModule | None:
+    def shared_module(cls, options: O, model: ModelRecipe, count: int) -> SharedModule | None:
         """The module whose output all `count` layers of this mixer read; built once a model."""
         return None
 
     @classmethod
-    def head_groups(cls, options: Any, model: ModelRecipe) -> tuple[str, int]:
+    def head_groups(cls, options: O, model: ModelRecipe) -> tuple[str, int]:
         """(name, count) of what tensor-parallel ranks share out evenly: heads, or groups of heads that belong together.
 
         Every count of heads is a multiple of it.
@@ -285,8 +292,8 @@ class Mixer(Module):
         return 2.0 * matrices + self.mixing_flops(length)
 
 
-M = TypeVar("M", bound=Mixer)
-MIXERS: Registry[type[Mixer]] = Registry("mixer")
+M = TypeVar("M", bound="Mixer[Any]")
+MIXERS: Registry[type[Mixer[Any]]] = Registry("mixer")
 
 
 def register(name: str, *aliases: str, listed: bool = True):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,10 @@ class DeltaOptions(MixerOptions):
     """Let b reach 2, so that a transition can flip a direction."""
 
 
-class DeltaMixer(LinearMixer):
+D = TypeVar("D", bound=DeltaOptions)
+
+
+class DeltaMixer(LinearMixer[D]):
     """Projections, short convolutions, the delta rule and the way out.
 
     A subclass builds `norm`, `decay` (None: nothing decays) and the layers of the parts `gate` and `decay`.
@@ -70,8 +73,8 @@ class DeltaMixer(LinearMixer):
     gate_kind: ClassVar[str]
     """Of the decay, as in `kernels.delta.kinds`."""
 
-    def __init__(self, options: DeltaOptions, model: ModelRecipe, place: Place) -> None:
-        super().__init__()
+    def __init__(self, options: D, model: ModelRecipe, place: Place) -> None:
+        super().__init__(options, model, place)
         self.heads, self.key_dim, self.value_heads, self.value_dim = self.dims(options, model)
         self.top = 2.0 if options.negative_eigenvalues else 1.0
         self.backend = model.kernel_backend
@@ -86,13 +89,13 @@ class DeltaMixer(LinearMixer):
         self.o_proj = linear(values, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def dims(cls, options: Any, model: ModelRecipe) -> tuple[int, int, int, int]:
+    def dims(cls, options: D, model: ModelRecipe) -> tuple[int, int, int, int]:
         """(key heads, key width, value heads, value width)."""
         heads, width = geometry(options, model)
         return heads, width, options.value_heads or heads, expanded(width, options.expand_v)
 
     @classmethod
-    def check(cls, options: Any, model: ModelRecipe) -> None:
+    def check(cls, options: D, model: ModelRecipe) -> None:
         super().check(options, model)
         heads, width = geometry(options, model)
         cls.check_expansion("expand_v", width, options.expand_v)

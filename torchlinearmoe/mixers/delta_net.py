@@ -9,7 +9,6 @@ Nothing is forgotten but what is overwritten; the rest is in `delta_mixer.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch.distributed.tensor import Placement, Shard
 
@@ -31,7 +30,7 @@ class Options(DeltaOptions):
 
 
 @register("delta_net")
-class DeltaNet(DeltaMixer):
+class DeltaNet(DeltaMixer[Options]):
     """No decay; per-head norm, gate by choice."""
 
     Options = Options
@@ -53,12 +52,12 @@ class DeltaNet(DeltaMixer):
         self.norm = (GatedHeadNorm if self.gated else RMSNorm)(self.value_dim, model.norm_eps)
 
     @classmethod
-    def dims(cls, options: Any, model: ModelRecipe) -> tuple[int, int, int, int]:
+    def dims(cls, options: Options, model: ModelRecipe) -> tuple[int, int, int, int]:
         heads, _, value_heads, value_dim = super().dims(options, model)
         return heads, expanded(geometry(options, model)[1], options.expand_k), value_heads, value_dim
 
     @classmethod
-    def check(cls, options: Any, model: ModelRecipe) -> None:
+    def check(cls, options: Options, model: ModelRecipe) -> None:
         super().check(options, model)
         cls.check_expansion("expand_k", geometry(options, model)[1], options.expand_k)
 

@@ -58,7 +58,7 @@ class ScalarDecay(Module):
 
 
 @register("gated_delta_net")
-class GatedDeltaNet(DeltaMixer):
+class GatedDeltaNet(DeltaMixer[Options]):
     """One decay a head, float32 decay parameters; gated per-head norm."""
 
     Options = Options

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +76,7 @@ def _dims(options: Options, model: ModelRecipe) -> tuple[int, int, int, int]:
 
 
 @register("gla")
-class GLA(LinearMixer):
+class GLA(LinearMixer[Options]):
     """Diagonal decay from a low-rank gate; gated per-head norm."""
 
     Options = Options
@@ -89,7 +89,7 @@ class GLA(LinearMixer):
     writes = {"k": ("k_proj",), "v": ("v_proj",), "decay": ("decay_down", "decay_up")}
 
     def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
-        super().__init__()
+        super().__init__(options, model, place)
         self.heads, self.kv_heads, self.key_dim, self.value_dim = _dims(options, model)
         self.normalizer = options.gate_normalizer
         self.clamp_min = options.clamp_min
@@ -110,7 +110,7 @@ class GLA(LinearMixer):
         self.o_proj = linear(outputs, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelRecipe) -> None:
+    def check(cls, options: Options, model: ModelRecipe) -> None:
         super().check(options, model)
         heads, width = geometry(options, model)
         cls.check_expansion("expand_k", width, options.expand_k)
@@ -125,7 +125,7 @@ class GLA(LinearMixer):
             raise RecipeError(f"mixer.gla.clamp_min = {options.clamp_min}: must be below zero, it bounds a log decay")
 
     @classmethod
-    def head_groups(cls, options: Any, model: ModelRecipe) -> tuple[str, int]:
+    def head_groups(cls, options: Options, model: ModelRecipe) -> tuple[str, int]:
         return "kv_heads", _dims(options, model)[1]
 
     def state_spec(self) -> dict[str, StateSpec]:

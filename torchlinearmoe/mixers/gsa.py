@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +74,7 @@ def _dims(options: Options, model: ModelRecipe) -> tuple[int, int, int, int]:
 
 
 @register("gsa")
-class GSA(LinearMixer):
+class GSA(LinearMixer[Options]):
     """Diagonal decay over slots, of keys and of values; read by softmax; full-width norm."""
 
     Options = Options
@@ -87,7 +86,7 @@ class GSA(LinearMixer):
     writes = {"k": ("k_proj",), "v": ("v_proj",), "f": ("f_proj",)}
 
     def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
-        super().__init__()
+        super().__init__(options, model, place)
         self.heads, self.kv_heads, self.key_dim, self.value_dim = _dims(options, model)
         self.slots = options.slots
         self.normalizer = options.gate_normalizer
@@ -104,7 +103,7 @@ class GSA(LinearMixer):
         self.o_proj = linear(outputs, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelRecipe) -> None:
+    def check(cls, options: Options, model: ModelRecipe) -> None:
         super().check(options, model)
         heads, width = geometry(options, model)
         cls.check_expansion("expand_k", width, options.expand_k)
@@ -117,7 +116,7 @@ class GSA(LinearMixer):
             raise RecipeError(f"mixer.gsa.gate_normalizer = {options.gate_normalizer}: must be positive")
 
     @classmethod
-    def head_groups(cls, options: Any, model: ModelRecipe) -> tuple[str, int]:
+    def head_groups(cls, options: Options, model: ModelRecipe) -> tuple[str, int]:
         return "kv_heads", _dims(options, model)[1]
 
     def state_spec(self) -> dict[str, StateSpec]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +87,7 @@ def forget_gate(logits: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 @register("hgrn2")
-class HGRN2(LinearMixer):
+class HGRN2(LinearMixer[Options]):
     """Diagonal decay, key tied to the gate, learned lower bounds."""
 
     projections = {"q": "q_proj", "v": "i_proj", "o": "o_proj"}
@@ -98,7 +97,7 @@ class HGRN2(LinearMixer):
     writes = {"f": ("f_proj",), "i": ("i_proj",)}
 
     def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
-        super().__init__()
+        super().__init__(options, model, place)
         self.heads, self.head_dim = geometry(options, model)
         self.ordinal = place.ordinal
         self.bounded = options.lower_bounds
@@ -113,7 +112,7 @@ class HGRN2(LinearMixer):
         self.o_proj = linear(inner, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def shared_module(cls, options: Any, model: ModelRecipe, count: int) -> SharedModule | None:
+    def shared_module(cls, options: Options, model: ModelRecipe, count: int) -> SharedModule | None:
         heads, head_dim = geometry(options, model)
         return LowerBounds(count, heads * head_dim) if options.lower_bounds else None
 

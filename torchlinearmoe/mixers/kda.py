@@ -62,7 +62,7 @@ class ChannelDecay(Module):
 
 
 @register("kda")
-class KDA(DeltaMixer):
+class KDA(DeltaMixer[Options]):
     """One decay a channel from a low-rank gate, float32 decay parameters; per-head norm with a low-rank sigmoid."""
 
     Options = Options

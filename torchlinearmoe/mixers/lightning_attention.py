@@ -73,7 +73,7 @@ def alibi_slopes(heads: Tensor, total: int) -> Tensor:
 
 
 @register("lightning_attention")
-class LightningAttention(LinearMixer):
+class LightningAttention(LinearMixer[Options]):
     """Constant decay; SiLU on q, k and v; full-width norm, then a sigmoid gate."""
 
     Options = Options
@@ -85,7 +85,7 @@ class LightningAttention(LinearMixer):
     writes = {"k": ("k_proj",), "v": ("v_proj",)}
 
     def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
-        super().__init__()
+        super().__init__(options, model, place)
         self.heads, self.head_dim = geometry(options, model)
         self.depth_factor = 1.0
         if options.layer_factor and model.num_layers > 1:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ class Options(MixerOptions):
 
 
 @register("linear_attention", "lasp2")
-class LinearAttention(LinearMixer):
+class LinearAttention(LinearMixer[Options]):
     """Identity transition; optional denominator; gated per-head norm."""
 
     Options = Options
@@ -95,7 +95,7 @@ class LinearAttention(LinearMixer):
     writes = {"k": ("k_proj",), "v": ("v_proj",)}
 
     def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
-        super().__init__()
+        super().__init__(options, model, place)
         self.heads, self.head_dim = geometry(options, model)
         self.value_dim = expanded(self.head_dim, options.expand_v)
         phi = (options.feature_map, self.head_dim, options.feature_dim, options.nu)
@@ -120,7 +120,7 @@ class LinearAttention(LinearMixer):
         self.o_proj = linear(values, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelRecipe) -> None:
+    def check(cls, options: Options, model: ModelRecipe) -> None:
         super().check(options, model)
         head_dim = geometry(options, model)[1]
         cls.check_expansion("expand_v", head_dim, options.expand_v)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torchlinearmoe.layers.convolution import Convolutions
 from torchlinearmoe.layers.past import After, Past
-from torchlinearmoe.mixers.base import Context, Mixer
+from torchlinearmoe.mixers.base import Context, Mixer, O
 
 Parts = dict[str, Any]
 """What the tokens read with and write by: tensors [T, ...] by name, and the tables and bounds that go with them."""
@@ -27,7 +27,7 @@ Layers = Mapping[str, tuple[str, ...]]
 """Parts by name, and the linear layers of the mixer that make each of the input, in order."""
 
 
-class LinearMixer(Mixer):
+class LinearMixer(Mixer[O]):
     """See the module's docstring."""
 
     regions = ("project", "mix")

@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +99,7 @@ class StepDecay(Module):
 
 
 @register("mamba2")
-class Mamba2(Mixer):
+class Mamba2(Mixer[Options]):
     """Scalar decay from a step size; skip connection; norm after the gate."""
 
     projections = {"q": "c_proj", "k": "b_proj", "v": "x_proj", "o": "o_proj"}
@@ -113,7 +112,7 @@ class Mamba2(Mixer):
     regions = ("project", "mix")
 
     def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
-        super().__init__()
+        super().__init__(options, model, place)
         self.heads, self.head_dim = _dims(options, model)
         self.groups, self.state = options.groups, options.state
         self.backend = model.kernel_backend
@@ -131,7 +130,7 @@ class Mamba2(Mixer):
         self.o_proj = linear(inner, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelRecipe) -> None:
+    def check(cls, options: Options, model: ModelRecipe) -> None:
         cls.check_counts(options)
         cls.check_expansion("expand", model.hidden_size, options.expand)
         inner = expanded(model.hidden_size, options.expand)
@@ -147,7 +146,7 @@ class Mamba2(Mixer):
             raise RecipeError(f"mixer.mamba2.state = {options.state}: must be at least 1")
 
     @classmethod
-    def head_groups(cls, options: Any, model: ModelRecipe) -> tuple[str, int]:
+    def head_groups(cls, options: Options, model: ModelRecipe) -> tuple[str, int]:
         """A single group's B and C are on every rank."""
         return ("heads", _dims(options, model)[0]) if options.groups == 1 else ("groups", options.groups)
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +72,7 @@ class Options(MixerOptions):
 
 
 @register("mla", listed=False)
-class MLA(Mixer):
+class MLA(Mixer[Options]):
     """Softmax attention over keys and values that share one latent a token."""
 
     projections = {"q": "q_proj", "o": "o_proj"}
@@ -86,7 +85,7 @@ class MLA(Mixer):
     regions = ("project", "expand", "output")
 
     def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
-        super().__init__()
+        super().__init__(options, model, place)
         self.heads = options.heads or model.num_heads
         self.key_dim, self.rope_dim, self.value_dim = options.head_dim, options.qk_rope_head_dim, options.v_head_dim
         self.latent_dim = options.kv_lora_rank
@@ -109,7 +108,7 @@ class MLA(Mixer):
         self.o_proj = linear(self.heads * self.value_dim, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelRecipe) -> None:
+    def check(cls, options: Options, model: ModelRecipe) -> None:
         cls.check_counts(options)
         for name in ("head_dim", "v_head_dim", "kv_lora_rank"):
             if not getattr(options, name):
@@ -118,7 +117,7 @@ class MLA(Mixer):
             raise RecipeError(f"mixer.mla.qk_rope_head_dim = {options.qk_rope_head_dim}: must be even and not 0")
 
     @classmethod
-    def head_groups(cls, options: Any, model: ModelRecipe) -> tuple[str, int]:
+    def head_groups(cls, options: Options, model: ModelRecipe) -> tuple[str, int]:
         return "heads", options.heads or model.num_heads
 
     def state_spec(self) -> dict[str, StateSpec]:

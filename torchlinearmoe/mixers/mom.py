@@ -32,7 +32,7 @@ Shapes: T tokens, D width, k memories a token, R rows, M memories (the shared on
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,10 @@ class MemoryOptions(MixerOptions):
     """Another linear mixer to be the memory, with the options of its own section; empty for the one of the name."""
 
 
-class MoM(Mixer):
+M = TypeVar("M", bound=MemoryOptions)
+
+
+class MoM(Mixer[M]):
     """Memories of one inner mixer behind a router. Subclasses name the mixer and add its options to theirs."""
 
     memory: ClassVar[str]
@@ -94,11 +97,10 @@ class MoM(Mixer):
     projections = {"q": "inner.q_proj", "o": "inner.o_proj"}
     regions = ("query", "write", "inner.read", "inner.output", "dispatcher.dispatch", "dispatcher.combine")
 
-    def __init__(self, options: MemoryOptions, model: ModelRecipe, place: Place) -> None:
-        super().__init__()
+    def __init__(self, options: M, model: ModelRecipe, place: Place) -> None:
+        super().__init__(options, model, place)
         mixer, inner_options = self.inner_of(options, model)
-        build: Any = mixer
-        self.inner: LinearMixer = build(inner_options, model, place)
+        self.inner: LinearMixer = mixer(inner_options, model, place)
         self.heads = self.inner.heads
         self.shared_memory = options.shared_memory
         self.num_memories = options.num_memories + options.shared_memory
@@ -127,7 +129,7 @@ class MoM(Mixer):
             delattr(self.inner, name)
 
     @classmethod
-    def inner_of(cls, options: Any, model: ModelRecipe) -> tuple[type[LinearMixer], Any]:
+    def inner_of(cls, options: M, model: ModelRecipe) -> tuple[type[LinearMixer], Any]:
         """The mixer that the memories are, and its options: those of this section, or of its own where it is named.
 
         Raises RecipeError for a mixer that cannot be a memory, and for options that it would not read.
@@ -148,12 +150,12 @@ class MoM(Mixer):
         return legal[name], replace(model.mixer_options.get(name) or legal[name].Options(), **given)
 
     @classmethod
-    def sections(cls, options: Any) -> tuple[str, ...]:
+    def sections(cls, options: M) -> tuple[str, ...]:
         inner = MIXERS.canonical(options.inner or cls.memory)
         return (cls.name,) if inner == cls.memory else (cls.name, inner)
 
     @classmethod
-    def check(cls, options: Any, model: ModelRecipe) -> None:
+    def check(cls, options: M, model: ModelRecipe) -> None:
         cls.check_counts(options)
         if options.num_memories < 1:
             raise RecipeError(f"mixer.{cls.name}.num_memories = {options.num_memories}: must be at least 1")
@@ -175,12 +177,12 @@ class MoM(Mixer):
             raise RecipeError(str(error).replace(f"mixer.{mixer.name}.", f"mixer.{cls.name}.")) from None
 
     @classmethod
-    def head_groups(cls, options: Any, model: ModelRecipe) -> tuple[str, int]:
+    def head_groups(cls, options: M, model: ModelRecipe) -> tuple[str, int]:
         mixer, inner_options = cls.inner_of(options, model)
         return mixer.head_groups(inner_options, model)
 
     @classmethod
-    def shared_module(cls, options: Any, model: ModelRecipe, count: int) -> SharedModule | None:
+    def shared_module(cls, options: M, model: ModelRecipe, count: int) -> SharedModule | None:
         mixer, inner_options = cls.inner_of(options, model)
         return mixer.shared_module(inner_options, model, count)
 

@@ -15,7 +15,7 @@ class Options(MemoryOptions, gated_delta_net.Options):
 
 
 @register("mom_gated_delta_net")
-class MoMGatedDeltaNet(MoM):
+class MoMGatedDeltaNet(MoM[Options]):
     """Memories of Gated DeltaNet."""
 
     memory = "gated_delta_net"

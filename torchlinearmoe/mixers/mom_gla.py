@@ -15,7 +15,7 @@ class Options(MemoryOptions, gla.Options):
 
 
 @register("mom_gla")
-class MoMGLA(MoM):
+class MoMGLA(MoM[Options]):
     """Memories of gated linear attention."""
 
     memory = "gla"

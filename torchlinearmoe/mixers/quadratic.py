@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,10 @@ class QuadraticOptions(MixerOptions):
     """Multiply the output by swish(W_g x)."""
 
 
-class QuadraticAttention(Mixer):
+Q = TypeVar("Q", bound=QuadraticOptions)
+
+
+class QuadraticAttention(Mixer[Q]):
     """Identity transition on second-order features; normalised scores."""
 
     regions = ("project", "mix")
@@ -62,8 +65,8 @@ class QuadraticAttention(Mixer):
     epsilon: ClassVar[float]
     """Added to the denominator."""
 
-    def __init__(self, options: Any, model: ModelRecipe, place: Place) -> None:
-        super().__init__()
+    def __init__(self, options: Q, model: ModelRecipe, place: Place) -> None:
+        super().__init__(options, model, place)
         self.heads, self.value_dim = geometry(options, model)
         self.feature_dim = options.feature_dim
         self.backend = model.kernel_backend
@@ -77,7 +80,7 @@ class QuadraticAttention(Mixer):
         self.o_proj = linear(values, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelRecipe) -> None:
+    def check(cls, options: Q, model: ModelRecipe) -> None:
         super().check(options, model)
         if not options.feature_dim:
             raise RecipeError(f"mixer.{cls.name}.feature_dim = 0: must be at least 1")

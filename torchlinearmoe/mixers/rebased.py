@@ -52,7 +52,7 @@ class HeadLayerNorm(Module):
 
 
 @register("rebased")
-class Rebased(QuadraticAttention):
+class Rebased(QuadraticAttention[Options]):
     """Scores s^2 of normalised queries and keys with an affine map each."""
 
     Options = Options

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class Options(MixerOptions):
 
 
 @register("retention")
-class Retention(LinearMixer):
+class Retention(LinearMixer[Options]):
     """Constant decay, rotary positions, gated per-head norm."""
 
     Options = Options
@@ -72,7 +72,7 @@ class Retention(LinearMixer):
     writes = {"k": ("k_proj",), "v": ("v_proj",)}
 
     def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
-        super().__init__()
+        super().__init__(options, model, place)
         self.heads, self.head_dim = geometry(options, model)
         self.value_dim = expanded(self.head_dim, options.expand_v)
         self.theta = options.rope_theta
@@ -90,7 +90,7 @@ class Retention(LinearMixer):
         self.o_proj = linear(values, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelRecipe) -> None:
+    def check(cls, options: Options, model: ModelRecipe) -> None:
         super().check(options, model)
         width = geometry(options, model)[1]
         cls.check_expansion("expand_v", width, options.expand_v)

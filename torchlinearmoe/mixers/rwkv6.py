@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -133,7 +132,7 @@ class TokenMix(Module):
 
 
 @register("rwkv6")
-class RWKV6(Mixer):
+class RWKV6(Mixer[Options]):
     """Diagonal decay from the data, bonus for the current token, token shift."""
 
     projections = {"q": "r_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
@@ -143,7 +142,7 @@ class RWKV6(Mixer):
     no_weight_decay = ("decay_down.weight", "decay_up.weight")
 
     def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
-        super().__init__()
+        super().__init__(options, model, place)
         self.heads, self.head_dim = geometry(options, model)
         self.backend = model.kernel_backend
         inner, width = self.heads * self.head_dim, model.hidden_size
@@ -161,7 +160,7 @@ class RWKV6(Mixer):
         self.o_proj = linear(inner, width, model.init_std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelRecipe) -> None:
+    def check(cls, options: Options, model: ModelRecipe) -> None:
         super().check(options, model)
         for key in ("mix_rank", "decay_rank"):
             if not getattr(options, key):

@@ -24,7 +24,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -167,7 +166,7 @@ class LowRank(Module):
 
 
 @register("rwkv7")
-class RWKV7(Mixer):
+class RWKV7(Mixer[Options]):
     """Dense transition, token shift, values that go on from the first layer's."""
 
     projections = {"q": "r_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
@@ -179,7 +178,7 @@ class RWKV7(Mixer):
     regions = ("project", "mix")
 
     def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
-        super().__init__()
+        super().__init__(options, model, place)
         self.heads, self.head_dim = geometry(options, model)
         self.backend = model.kernel_backend
         self.sets_values = place.ordinal == 0
@@ -206,7 +205,7 @@ class RWKV7(Mixer):
         self.o_proj = linear(inner, width, model.init_std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def carried_channels(cls, options: Any, model: ModelRecipe) -> dict[str, int]:
+    def carried_channels(cls, options: Options, model: ModelRecipe) -> dict[str, int]:
         heads, head_dim = geometry(options, model)
         return {"v_first": heads * head_dim}
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +64,7 @@ def _heads(options: Options, model: ModelRecipe) -> tuple[int, int, int]:
 
 
 @register("softmax_attention")
-class SoftmaxAttention(Mixer):
+class SoftmaxAttention(Mixer[Options]):
     """o = softmax(q k^T / sqrt(d), causal inside the document and the window) v."""
 
     keeps_past = True
@@ -80,7 +79,7 @@ class SoftmaxAttention(Mixer):
     regions = ("project", "place", "output")
 
     def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
-        super().__init__()
+        super().__init__(options, model, place)
         self.heads, self.kv_heads, self.head_dim = _heads(options, model)
         self.window = options.window
         self.theta, self.scaling = model.rope_theta, rope_scaling(model)
@@ -94,7 +93,7 @@ class SoftmaxAttention(Mixer):
         self.o_proj = linear(self.heads * self.head_dim, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelRecipe) -> None:
+    def check(cls, options: Options, model: ModelRecipe) -> None:
         cls.check_counts(options)
         heads, kv_heads, width = _heads(options, model)
         if heads % kv_heads:
@@ -104,7 +103,7 @@ class SoftmaxAttention(Mixer):
             raise RecipeError(f"{field} = {width}: rotary positions need an even head width")
 
     @classmethod
-    def head_groups(cls, options: Any, model: ModelRecipe) -> tuple[str, int]:
+    def head_groups(cls, options: Options, model: ModelRecipe) -> tuple[str, int]:
         return "kv_heads", _heads(options, model)[1]
 
     def state_spec(self) -> dict[str, StateSpec]:

@@ -215,8 +215,7 @@ class Decoder(Module):
 
 
 def _build_mixer(name: str, recipe: ModelRecipe, place: Place) -> Mixer:
-    build: Any = MIXERS[name]
-    return build(recipe.mixer_options[name], recipe, place)
+    return MIXERS[name](recipe.mixer_options[name], recipe, place)
 
 
 def _documents_of(tokens: Tensor, cu_seqlens: Tensor | None) -> Documents:

@@ -76,11 +76,10 @@ class Stack(nn.Module):
     def __init__(self, case: Case, dims: ModelRecipe, layers: int = 2) -> None:
         super().__init__()
         case.mixer.check(case.options, dims)
-        build: Any = case.mixer
         shared = case.mixer.shared_module(case.options, dims, layers)
         self.name = case.name
         self.shared = nn.ModuleDict({} if shared is None else {case.name: shared})
-        self.mixers = nn.ModuleList(build(case.options, dims, Place(i, i, layers)) for i in range(layers))
+        self.mixers = nn.ModuleList(case.mixer(case.options, dims, Place(i, i, layers)) for i in range(layers))
 
     @property
     def layers(self) -> list[Mixer]:

@@ -44,7 +44,7 @@ class Toy(LinearMixer):
     writes = {"k": ("k_proj",), "v": ("v_proj",), "decay": ("decay_proj",)}
 
     def __init__(self, options: MixerOptions, model: ModelRecipe, place: Place) -> None:
-        super().__init__()
+        super().__init__(options, model, place)
         self.heads, self.head_dim = geometry(options, model)
         self.backend = model.kernel_backend
         self.convs = Convolutions({}, 0)
