@@ -7,7 +7,7 @@ probabilities not rescaled.
 
 from __future__ import annotations
 
-from torchlinearmoe.families.base import DENSE, FAMILIES, Family, model_size, moe_size
+from torchlinearmoe.families.base import FAMILIES, Family, model_size, moe_size, plain
 from torchlinearmoe.families.huggingface import (
     ATTENTION,
     MODEL_DEFAULTS,
@@ -43,7 +43,7 @@ DENSE_MODEL = Architecture(
     names=(*OUTER, *ATTENTION, *swiglu("ffn", "mlp")),
     defaults=MODEL_DEFAULTS,
     fixed=FIXED,
-    implied={"model.qkv_bias": True, **{f"moe.{key}": value for key, value in DENSE.items()}},
+    implied={"model.qkv_bias": True, **{f"moe.{key}": value for key, value in plain("moe").items()}},
 )
 MOE_MODEL = Architecture(
     name="Qwen2MoeForCausalLM",

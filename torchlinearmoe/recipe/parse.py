@@ -18,6 +18,7 @@ from typing import Any, Literal, Union
 
 from torchlinearmoe.errors import RecipeError, nearest
 from torchlinearmoe.families import FAMILIES, Family
+from torchlinearmoe.families.base import DIMENSIONS
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.models.layer_mixers import used_sections
 from torchlinearmoe.recipe import schema
@@ -183,7 +184,7 @@ def _drop_replaced(file: dict[str, Any], command_line: Mapping[str, Any]) -> Non
     """Remove from the file what the command line replaces by another key."""
     model = command_line.get("model", {})
     if "family" in model or "size" in model:
-        for section, keys in Family.dimensions().items():
+        for section, keys in DIMENSIONS.items():
             file[section] = {key: value for key, value in file.get(section, {}).items() if key not in keys}
         for mixer, keys in Family.mixer_dimensions().items():
             table = file.get("mixer", {}).get(mixer, {})

@@ -9,7 +9,7 @@ import pytest
 
 from torchlinearmoe import FAMILIES, MIXERS, load_recipe
 from torchlinearmoe.errors import RecipeError
-from torchlinearmoe.families.base import Family
+from torchlinearmoe.families.base import DIMENSIONS
 from torchlinearmoe.models.layer_mixers import layer_mixers, used_mixers
 from torchlinearmoe.recipe import dump, resolve
 
@@ -90,7 +90,7 @@ def test_a_family_or_size_on_the_command_line_drops_the_files_dimensions_only(tm
 
 
 def test_every_family_brings_exactly_the_declared_dimensions():
-    declared = {section: set(keys) for section, keys in Family.dimensions().items()}
+    declared = {section: set(keys) for section, keys in DIMENSIONS.items()}
     for family, size in SIZES:
         brought = FAMILIES[family].preset(size)
         assert set(brought["model"]) | {"head_dim"} == declared["model"]
