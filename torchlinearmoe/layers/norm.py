@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchlinearmoe.initialize import ONES, set_initializers
 from torchlinearmoe.kernels.norm import rms_norm
+from torchlinearmoe.layers.heads import in_float32
 from torchlinearmoe.module import Module
 
 
@@ -31,7 +32,7 @@ class RMSNorm(Module):
         """[..., width] -> [..., width]."""
         mean_square = None
         if self.mean_square is not None:
-            mean_square = self.mean_square(x if x.dtype == torch.float64 else x.float())
+            mean_square = self.mean_square(in_float32(x))
         return rms_norm(x, self.weight, self.eps, mean_square=mean_square)
 
 
@@ -48,6 +49,18 @@ class GatedHeadNorm(Module):
     def forward(self, o: Tensor, gate: Tensor) -> Tensor:
         """o, gate: [T, H, V] -> [T, H, V]."""
         return rms_norm(o, self.weight, self.eps, gate=gate, activation=self.activation)
+
+
+class HeadGate(Module):
+    """o * activation(gate), in float32, result in the gate's type: `GatedHeadNorm` without the norm."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, o: Tensor, gate: Tensor) -> Tensor:
+        """o, gate: [T, H, V] -> [T, H, V]."""
+        return (in_float32(o) * self.activation(in_float32(gate))).to(gate.dtype)
 
 
 class GroupedRMSNorm(Module):

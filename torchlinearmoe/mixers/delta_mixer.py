@@ -31,19 +31,19 @@ from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
     Context,
-    MixerOptions,
     Place,
     StateSpec,
     expanded,
     geometry,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
+from torchlinearmoe.mixers.output import GatedOutput
 from torchlinearmoe.mixers.recurrence import delta_rule
 from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeltaOptions(MixerOptions):
+class DeltaOptions(GatedOutput):
     """Options of every delta-rule mixer."""
 
     value_heads: int = 0
@@ -110,7 +110,8 @@ class DeltaMixer(LinearMixer[D]):
 
     def tensor_parallel(self) -> dict[str, Placement]:
         words = {f"{name}_proj.weight": Shard(0) for name in "qkvb"} | self.convs.tensor_parallel("convs")
-        return words | {"norm.weight": Replicate(), "o_proj.weight": Shard(1)}
+        words |= {f"norm.{name}": Replicate() for name, _ in self.norm.named_parameters()}
+        return words | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call(self.gate_kind, device, dtype, self.key_dim)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch.distributed.tensor import Placement, Shard
 
+from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.layers.norm import GatedHeadNorm, RMSNorm
 from torchlinearmoe.mixers.base import Place, expanded, geometry, register
 from torchlinearmoe.mixers.delta_mixer import DeltaMixer, DeltaOptions
 from torchlinearmoe.recipe.schema import ModelRecipe
@@ -39,6 +39,7 @@ class DeltaNet(DeltaMixer[Options]):
         {"conv": 0, "gate": True, "negative_eigenvalues": True},
         {"expand_k": 0.5, "expand_v": 1.5, "conv": 3},
         {"heads": 2, "head_dim": 16, "value_heads": 4},
+        {"gate": True, "output_norm": "none", "gate_activation": "sigmoid"},
     )
 
     def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
@@ -49,7 +50,7 @@ class DeltaNet(DeltaMixer[Options]):
             self.g_proj = linear(model.hidden_size, self.value_heads * self.value_dim, model.init_std)
         else:
             self.reads = {"q": ("q_proj",)}
-        self.norm = (GatedHeadNorm if self.gated else RMSNorm)(self.value_dim, model.norm_eps)
+        self.norm = (options.gated_norm if self.gated else options.norm)(self.value_dim, model)
 
     @classmethod
     def dims(cls, options: Options, model: ModelRecipe) -> tuple[int, int, int, int]:
@@ -59,6 +60,11 @@ class DeltaNet(DeltaMixer[Options]):
     @classmethod
     def check(cls, options: Options, model: ModelRecipe) -> None:
         super().check(options, model)
+        if options.gate_activation != Options.gate_activation and not options.gate:
+            raise RecipeError(
+                f"mixer.delta_net.gate_activation = '{options.gate_activation}': there is no gate; set "
+                "mixer.delta_net.gate = true"
+            )
         cls.check_expansion("expand_k", geometry(options, model)[1], options.expand_k)
 
     def tensor_parallel(self) -> dict[str, Placement]:

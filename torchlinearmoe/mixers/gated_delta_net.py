@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Shard
 
 from torchlinearmoe.initialize import Uniform, inverse_softplus_of_exp, linear, set_initializers
-from torchlinearmoe.layers.norm import GatedHeadNorm
 from torchlinearmoe.mixers.base import Place, register
 from torchlinearmoe.mixers.delta_mixer import DeltaMixer, DeltaOptions
 from torchlinearmoe.module import Module
@@ -68,6 +67,7 @@ class GatedDeltaNet(DeltaMixer[Options]):
         {"conv": 0, "expand_v": 1.0},
         {"negative_eigenvalues": True, "expand_v": 1.0},
         {"heads": 2, "head_dim": 16, "value_heads": 4, "expand_v": 1.5},
+        {"output_norm": "none", "gate_activation": "sigmoid"},
     )
 
     def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
@@ -76,7 +76,7 @@ class GatedDeltaNet(DeltaMixer[Options]):
         self.g_proj = linear(width, self.value_heads * self.value_dim, std)
         self.a_proj = linear(width, self.value_heads, std)
         self.decay = ScalarDecay(self.value_heads)
-        self.norm = GatedHeadNorm(self.value_dim, model.norm_eps)
+        self.norm = options.gated_norm(self.value_dim, model)
 
     def tensor_parallel(self) -> dict[str, Placement]:
         own = {"g_proj.weight": Shard(0), "a_proj.weight": Shard(0)}

@@ -30,11 +30,9 @@ from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.layers.convolution import Convolutions
 from torchlinearmoe.layers.heads import in_float32
-from torchlinearmoe.layers.norm import GatedHeadNorm
 from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
-    MixerOptions,
     Place,
     StateSpec,
     expanded,
@@ -43,12 +41,13 @@ from torchlinearmoe.mixers.base import (
 )
 from torchlinearmoe.mixers.feature_maps import ELEMENTWISE
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
+from torchlinearmoe.mixers.output import GatedOutput
 from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(MixerOptions):
+class Options(GatedOutput):
     """`[mixer.gla]`."""
 
     kv_heads: int = 0
@@ -84,6 +83,7 @@ class GLA(LinearMixer[Options]):
         {"heads": 4, "head_dim": 16, "kv_heads": 2, "conv": 4},
         {"expand_k": 1.0, "expand_v": 1.5, "clamp_min": -0.1, "gate_rank": 3, "gate_normalizer": 8.0},
         {"feature_map": "silu", "heads": 3, "head_dim": 16, "kv_heads": 1},
+        {"output_norm": "none", "gate_activation": "sigmoid"},
     )
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",), "decay": ("decay_down", "decay_up")}
@@ -106,7 +106,7 @@ class GLA(LinearMixer[Options]):
         self.decay_down = linear(width, options.gate_rank, std)
         self.decay_up = linear(options.gate_rank, keys, std, bias=True)
         self.convs = Convolutions({"q": queries, "k": keys, "v": values}, options.conv)
-        self.norm = GatedHeadNorm(self.value_dim, model.norm_eps)
+        self.norm = options.gated_norm(self.value_dim, model)
         self.o_proj = linear(outputs, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
@@ -136,7 +136,8 @@ class GLA(LinearMixer[Options]):
         words = {f"{name}_proj.weight": Shard(0) for name in "qkvg"}
         words |= {"decay_down.weight": Replicate(), "decay_up.weight": Shard(0), "decay_up.bias": Shard(0)}
         words |= self.convs.tensor_parallel("convs")
-        return words | {"norm.weight": Replicate(), "o_proj.weight": Shard(1)}
+        words |= {f"norm.{name}": Replicate() for name, _ in self.norm.named_parameters()}
+        return words | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("diagonal", device, dtype, self.key_dim)

@@ -30,11 +30,9 @@ from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.kernels.slots import OPERATOR
 from torchlinearmoe.layers.convolution import Convolutions
 from torchlinearmoe.layers.heads import in_float32
-from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
-    MixerOptions,
     Place,
     StateSpec,
     expanded,
@@ -42,6 +40,7 @@ from torchlinearmoe.mixers.base import (
     register,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
+from torchlinearmoe.mixers.output import NormedOutput
 from torchlinearmoe.mixers.recurrence import slot_attention
 from torchlinearmoe.recipe.schema import ModelRecipe
 
@@ -50,7 +49,7 @@ SCALE = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(MixerOptions):
+class Options(NormedOutput):
     """`[mixer.gsa]`."""
 
     slots: int = 64
@@ -81,6 +80,7 @@ class GSA(LinearMixer[Options]):
     variants = (
         {"slots": 5, "conv": 3, "expand_v": 1.5},
         {"heads": 4, "head_dim": 16, "kv_heads": 2, "slots": 16, "expand_k": 0.5, "gate_normalizer": 4.0},
+        {"output_norm": "none"},
     )
     reads = {"q": ("q_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",), "f": ("f_proj",)}
@@ -99,7 +99,7 @@ class GSA(LinearMixer[Options]):
         self.v_proj = linear(width, values, std)
         self.f_proj = linear(width, self.kv_heads * self.slots, std)
         self.convs = Convolutions({"q": queries, "k": keys, "v": values}, options.conv, always_activate=True)
-        self.norm = RMSNorm(outputs, model.norm_eps)
+        self.norm = options.norm(outputs, model)
         self.o_proj = linear(outputs, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
@@ -129,7 +129,8 @@ class GSA(LinearMixer[Options]):
     def tensor_parallel(self) -> dict[str, Placement]:
         words = {f"{name}_proj.weight": Shard(0) for name in "qkvf"}
         words |= self.convs.tensor_parallel("convs")
-        return words | {"norm.weight": Shard(0), "o_proj.weight": Shard(1)}
+        words |= {f"norm.{name}": Shard(0) for name, _ in self.norm.named_parameters()}
+        return words | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("slots", device, dtype, self.key_dim)

@@ -25,12 +25,10 @@ from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.layers.convolution import Convolutions
-from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
     Context,
-    MixerOptions,
     Place,
     SharedModule,
     StateSpec,
@@ -38,12 +36,13 @@ from torchlinearmoe.mixers.base import (
     register,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
+from torchlinearmoe.mixers.output import NormedOutput
 from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(MixerOptions):
+class Options(NormedOutput):
     """`[mixer.hgrn2]`; the width of a head is the paper's expansion ratio."""
 
     lower_bounds: bool = True
@@ -92,7 +91,7 @@ class HGRN2(LinearMixer[Options]):
 
     projections = {"q": "q_proj", "v": "i_proj", "o": "o_proj"}
     Options = Options
-    variants = ({"conv": 4}, {"lower_bounds": False}, {"heads": 3, "head_dim": 16})
+    variants = ({"conv": 4}, {"lower_bounds": False}, {"heads": 3, "head_dim": 16}, {"output_norm": "none"})
     reads = {"q": ("q_proj",)}
     writes = {"f": ("f_proj",), "i": ("i_proj",)}
 
@@ -108,7 +107,7 @@ class HGRN2(LinearMixer[Options]):
         self.f_proj = linear(width, inner, std)
         self.i_proj = linear(width, inner, std)
         self.convs = Convolutions({"q": inner, "f": inner, "i": inner}, options.conv, activation=None)
-        self.norm = RMSNorm(inner, model.norm_eps)
+        self.norm = options.norm(inner, model)
         self.o_proj = linear(inner, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
@@ -123,7 +122,8 @@ class HGRN2(LinearMixer[Options]):
     def tensor_parallel(self) -> dict[str, Placement]:
         words = {f"{name}.weight": Shard(0) for name in ("q_proj", "f_proj", "i_proj")}
         words |= self.convs.tensor_parallel("convs")
-        return words | {"norm.weight": Shard(0), "o_proj.weight": Shard(1)}
+        words |= {f"norm.{name}": Shard(0) for name, _ in self.norm.named_parameters()}
+        return words | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("diagonal", device, dtype, self.head_dim)

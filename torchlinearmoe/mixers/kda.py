@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchlinearmoe.initialize import Uniform, inverse_softplus_of_exp, linear, set_initializers
-from torchlinearmoe.layers.norm import GatedHeadNorm
 from torchlinearmoe.mixers.base import Place, register
 from torchlinearmoe.mixers.delta_mixer import DeltaMixer, DeltaOptions
 from torchlinearmoe.module import Module
@@ -36,6 +36,8 @@ class Options(DeltaOptions):
     """Rank of the decay's projection; 0 for a value head's width."""
     gate_rank: int = 0
     """Rank of the output gate's projection; 0 for a value head's width."""
+    gate_activation: Literal["swish", "sigmoid"] = "sigmoid"
+    """Activation of the output's gate."""
 
 
 class ChannelDecay(Module):
@@ -73,6 +75,8 @@ class KDA(DeltaMixer[Options]):
         {"conv": 0, "negative_eigenvalues": True},
         {"heads": 2, "head_dim": 16, "value_heads": 4, "expand_v": 1.5, "conv": 2},
         {"decay_rank": 3, "gate_rank": 5},
+        {"output_norm": "none"},
+        {"gate_activation": "swish"},
     )
 
     def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
@@ -84,7 +88,7 @@ class KDA(DeltaMixer[Options]):
         self.decay = ChannelDecay(self.value_heads, self.key_dim)
         self.gate_down = linear(width, gate_rank, std)
         self.gate_up = linear(gate_rank, self.value_heads * self.value_dim, std, bias=True)
-        self.norm = GatedHeadNorm(self.value_dim, model.norm_eps, torch.sigmoid)
+        self.norm = options.gated_norm(self.value_dim, model)
 
     def tensor_parallel(self) -> dict[str, Placement]:
         words = {f"{name}_down.weight": Replicate() for name in ("decay", "gate")}

@@ -26,11 +26,9 @@ from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.layers.convolution import Convolutions
-from torchlinearmoe.layers.norm import GatedHeadNorm
 from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
-    MixerOptions,
     Place,
     StateSpec,
     expanded,
@@ -45,6 +43,7 @@ from torchlinearmoe.mixers.feature_maps import (
     make_feature_map,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
+from torchlinearmoe.mixers.output import GatedOutput
 from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.recipe.schema import ModelRecipe
 
@@ -53,7 +52,7 @@ EPSILON = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(MixerOptions):
+class Options(GatedOutput):
     """`[mixer.linear_attention]`."""
 
     expand_v: float = 1.0
@@ -90,6 +89,7 @@ class LinearAttention(LinearMixer[Options]):
         {"feature_map": "hedgehog", "feature_scale": 2.0},
         {"feature_map": "dpfp", "nu": 2, "normalize": True},
         {"feature_map": "hadamard", "feature_dim": 12},
+        {"output_norm": "none", "gate_activation": "sigmoid"},
     )
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",)}
@@ -116,7 +116,7 @@ class LinearAttention(LinearMixer[Options]):
         self.v_proj = linear(width, values, std)
         self.g_proj = linear(width, values, std)
         self.convs = Convolutions({"q": keys, "k": keys, "v": values}, options.conv)
-        self.norm = GatedHeadNorm(self.value_dim, model.norm_eps)
+        self.norm = options.gated_norm(self.value_dim, model)
         self.o_proj = linear(values, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
@@ -163,7 +163,8 @@ class LinearAttention(LinearMixer[Options]):
         words = {f"{name}.weight": Shard(0) for name in ("q_proj", "k_proj", "v_proj", "g_proj")}
         words |= self.convs.tensor_parallel("convs")
         words |= {name: Replicate() for name, _ in self.named_parameters() if name.split(".")[0].endswith("_map")}
-        return words | {"norm.weight": Replicate(), "o_proj.weight": Shard(1)}
+        words |= {f"norm.{name}": Replicate() for name, _ in self.norm.named_parameters()}
+        return words | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("identity", device, dtype, self.features_per_head)

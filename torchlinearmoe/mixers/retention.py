@@ -26,13 +26,11 @@ from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.layers.convolution import Convolutions
-from torchlinearmoe.layers.norm import GatedHeadNorm
 from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.layers.rope import rotate
 from torchlinearmoe.mixers.base import (
     Carry,
     Context,
-    MixerOptions,
     Place,
     StateSpec,
     expanded,
@@ -41,12 +39,13 @@ from torchlinearmoe.mixers.base import (
 )
 from torchlinearmoe.mixers.feature_maps import ELEMENTWISE
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
+from torchlinearmoe.mixers.output import GatedOutput
 from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(MixerOptions):
+class Options(GatedOutput):
     """`[mixer.retention]`."""
 
     expand_v: float = 2.0
@@ -67,6 +66,7 @@ class Retention(LinearMixer[Options]):
     variants = (
         {"rope_theta": 0.0, "expand_v": 1.0, "feature_map": "silu"},
         {"conv": 4, "heads": 3, "head_dim": 16, "rope_theta": 500.0},
+        {"output_norm": "none", "gate_activation": "sigmoid"},
     )
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",)}
@@ -86,7 +86,7 @@ class Retention(LinearMixer[Options]):
         self.v_proj = linear(width, values, std)
         self.g_proj = linear(width, values, std)
         self.convs = Convolutions({"q": keys, "k": keys, "v": values}, options.conv)
-        self.norm = GatedHeadNorm(self.value_dim, model.norm_eps)
+        self.norm = options.gated_norm(self.value_dim, model)
         self.o_proj = linear(values, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
@@ -106,7 +106,8 @@ class Retention(LinearMixer[Options]):
     def tensor_parallel(self) -> dict[str, Placement]:
         words = {f"{name}_proj.weight": Shard(0) for name in "qkvg"}
         words |= self.convs.tensor_parallel("convs")
-        return words | {"norm.weight": Replicate(), "o_proj.weight": Shard(1)}
+        words |= {f"norm.{name}": Replicate() for name, _ in self.norm.named_parameters()}
+        return words | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("constant", device, dtype, self.head_dim)

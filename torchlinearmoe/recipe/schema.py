@@ -81,7 +81,8 @@ class ModelRecipe:
     mixer: str = "hgrn2"
     """Token mixer of the `L` layers."""
     layout: str = "L"
-    """`L` (the mixer) and `N` (the family's softmax attention), repeated and cut to `num_layers`."""
+    """`L` (the mixer) and `N` (the family's softmax attention), repeated and cut to `num_layers`; patterns of Mamba-2
+    hybrids, `M` (Mamba-2) and `*` (as `N`), are read too."""
     mixers: tuple[str, ...] = ()
     """One mixer name a layer; takes the place of `layout` when given."""
     hidden_size: int = of_size()

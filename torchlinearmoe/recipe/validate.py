@@ -7,7 +7,7 @@ import dataclasses
 from torchlinearmoe.errors import RecipeError, divisors, nearest
 from torchlinearmoe.kernels.operator import legal_names
 from torchlinearmoe.mixers import MIXERS
-from torchlinearmoe.models.layer_mixers import used_mixers
+from torchlinearmoe.models.layer_mixers import LETTERS, used_mixers
 from torchlinearmoe.recipe.schema import ModelRecipe, MoERecipe, Recipe
 
 LIMITS = {
@@ -154,8 +154,8 @@ def _positive(recipe: Recipe) -> None:
 
 def _layers(recipe: Recipe) -> None:
     model = recipe.model
-    if not model.layout or set(model.layout) - {"L", "N"}:
-        raise RecipeError(f"model.layout = '{model.layout}': must be a non-empty string over L and N")
+    if not model.layout or set(model.layout).difference(LETTERS):
+        raise RecipeError(f"model.layout = '{model.layout}': must be a non-empty string over {', '.join(LETTERS)}")
     if model.mixer not in MIXERS:
         raise RecipeError(f"model.mixer = '{model.mixer}': unknown mixer; {nearest(model.mixer, MIXERS.names())}")
     for index, name in enumerate(model.mixers):

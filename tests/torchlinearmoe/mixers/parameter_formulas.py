@@ -37,6 +37,11 @@ def _inner(options: Any, model: Any) -> tuple[int, int]:
     return model.hidden_size, heads * width
 
 
+def norm(options: Any, width: int) -> int:
+    """`width` of the norm before the output, where there is one."""
+    return 0 if options.output_norm == "none" else width
+
+
 def feature_map(name: str, head_dim: int, feature_dim: int) -> int:
     """Of one learned map: matrices [K, F], and the biases of hedgehog and hadamard."""
     features = feature_dim or head_dim
@@ -51,7 +56,7 @@ def linear_attention(options: Any, model: Any) -> int:
     """D (2 H K + 3 H V), V of the norm, W (2 H K + H V) of convolutions, and the learned maps."""
     width, (heads, key_dim) = model.hidden_size, geometry(options, model)
     value_dim = expanded(key_dim, options.expand_v)
-    weights = width * heads * (2 * key_dim + 3 * value_dim) + value_dim
+    weights = width * heads * (2 * key_dim + 3 * value_dim) + norm(options, value_dim)
     maps = (1 if options.tie_feature_maps else 2) * feature_map(options.feature_map, key_dim, options.feature_dim)
     return weights + options.conv * heads * (2 * key_dim + value_dim) + maps
 
@@ -61,14 +66,14 @@ def retention(options: Any, model: Any) -> int:
     width, (heads, key_dim) = model.hidden_size, geometry(options, model)
     value_dim = expanded(key_dim, options.expand_v)
     weights = width * heads * (2 * key_dim + 3 * value_dim)
-    return weights + value_dim + options.conv * heads * (2 * key_dim + value_dim)
+    return weights + norm(options, value_dim) + options.conv * heads * (2 * key_dim + value_dim)
 
 
 def lightning_attention(options: Any, model: Any) -> int:
     """5 D H K, H K of the norm (K a head's), 3 W H K of convolutions."""
     width, inner = _inner(options, model)
-    norm = geometry(options, model)[1] if options.norm == "head" else inner
-    return (5 * width + 3 * options.conv) * inner + norm
+    scales = geometry(options, model)[1] if options.norm == "head" else inner
+    return (5 * width + 3 * options.conv) * inner + scales
 
 
 def quadratic(options: Any, model: Any) -> int:
@@ -88,20 +93,20 @@ def gla(options: Any, model: Any) -> int:
     width, heads, kv_heads, key_dim, value_dim = _grouped(options, model)
     inputs, keys = (heads + kv_heads) * key_dim + kv_heads * value_dim, kv_heads * key_dim
     decay = (width + keys) * options.gate_rank + keys
-    return width * (inputs + 2 * heads * value_dim) + decay + value_dim + options.conv * inputs
+    return width * (inputs + 2 * heads * value_dim) + decay + norm(options, value_dim) + options.conv * inputs
 
 
 def gsa(options: Any, model: Any) -> int:
     """D (H K + G K + G V + G S + H V), H V of the norm, W (H K + G K + G V) of convolutions."""
     width, heads, kv_heads, key_dim, value_dim = _grouped(options, model)
     inputs, outputs = (heads + kv_heads) * key_dim + kv_heads * value_dim, heads * value_dim
-    return width * (inputs + kv_heads * options.slots + outputs) + outputs + options.conv * inputs
+    return width * (inputs + kv_heads * options.slots + outputs) + norm(options, outputs) + options.conv * inputs
 
 
 def hgrn2(options: Any, model: Any) -> int:
     """4 D H K, H K of the norm, 3 W H K of convolutions."""
     width, inner = _inner(options, model)
-    return (4 * width + 1 + 3 * options.conv) * inner
+    return (4 * width + 3 * options.conv) * inner + norm(options, inner)
 
 
 def mamba2(options: Any, model: Any) -> int:
@@ -118,7 +123,8 @@ def delta_rule(options: Any, model: Any) -> int:
     """D (2 H K + 2 HV V + HV), W (2 H K + HV V) of convolutions, V of the norm."""
     width, heads, key_dim, value_heads, value_dim = _delta(options, model)
     keys, values = heads * key_dim, value_heads * value_dim
-    return width * (2 * keys + 2 * values + value_heads) + options.conv * (2 * keys + values) + value_dim
+    weights = width * (2 * keys + 2 * values + value_heads)
+    return weights + options.conv * (2 * keys + values) + norm(options, value_dim)
 
 
 def delta_net(options: Any, model: Any) -> int:

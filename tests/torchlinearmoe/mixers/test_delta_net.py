@@ -42,6 +42,7 @@ def test_constant_inputs_that_silence_the_keys_leave_finite_gradients(name: str)
         ),
         ({"expand_k": 0.01}, "mixer.delta_net.expand_k = 0.01: must make whole channels"),
         ({"expand_v": 0.01}, "mixer.delta_net.expand_v = 0.01: must make whole channels"),
+        ({"gate_activation": "sigmoid"}, "mixer.delta_net.gate_activation = 'sigmoid': there is no gate; set "),
     ],
 )
 def test_refuses_in_one_line(wrong, message):

@@ -26,6 +26,8 @@ CASES = [
     Case("gated_delta_net", {"heads": 2, "head_dim": 16, "value_heads": 4}),
     Case("kda", {"heads": 2, "head_dim": 16, "value_heads": 4}),
     Case("rwkv7", {"heads": 4, "head_dim": 16}),
+    Case("hgrn2", {"heads": 4, "head_dim": 16, "output_norm": "none", "lower_bounds": False}),
+    Case("linear_attention", {"heads": 4, "head_dim": 16, "output_norm": "none", "gate_activation": "sigmoid"}),
 ]
 
 

@@ -160,6 +160,8 @@ def test_a_layout_is_repeated_and_cut():
     assert layers(layout="LLLN", num_layers=6) == ["hgrn2"] * 3 + [attention] + ["hgrn2"] * 2
     assert layers(layout="NL", num_layers=3, mixer="lasp2") == [attention, "linear_attention", attention]
     assert layers(layout="LN", num_layers=1) == ["hgrn2"]
+    assert layers(layout="MMM*", num_layers=8) == (["mamba2"] * 3 + [attention]) * 2
+    assert layers(layout="LM*N", num_layers=4, mixer="gla") == ["gla", "mamba2", attention, attention]
     assert layers(layout="L", num_layers=2, mixer=attention) == [attention] * 2
     assert layers(mixers=["lasp2", attention]) == ["linear_attention", attention]
     model = resolve({"model": {"layout": "LN", "num_layers": 1, "mixer": "gated_delta_net"}, **STEPS}).model
