@@ -1,18 +1,10 @@
-"""Heads that others stand for, and the type in which what must not be rounded is computed."""
+"""Heads that stand for several."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from torchlinearmoe.kernels.heads import repeat_heads
-
-
-def in_float32(x: Tensor) -> Tensor:
-    """x in float32; float64 stays."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def same_heads(*inputs: Any) -> Any:

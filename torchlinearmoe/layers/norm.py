@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from torchlinearmoe.initialize import ONES, set_initializers
 from torchlinearmoe.kernels.norm import rms_norm
-from torchlinearmoe.layers.heads import in_float32
 from torchlinearmoe.module import Module
+from torchlinearmoe.precision import in_float32
 
 
 class RMSNorm(Module):

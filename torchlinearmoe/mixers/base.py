@@ -28,6 +28,7 @@ from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.layers.past import After, Carry, Empty, Past, Resumed, Spanned, State, StateSpec
 from torchlinearmoe.layers.rope import RopeScaling, frequencies
 from torchlinearmoe.module import Module
+from torchlinearmoe.precision import wide_type
 from torchlinearmoe.recipe.schema import ModelRecipe
 from torchlinearmoe.registry import Registry
 
@@ -71,7 +72,7 @@ class Context:
 
         float64 for float64, else float32. With a scaling they carry its amplitude.
         """
-        kind = torch.float64 if dtype == torch.float64 else torch.float32
+        kind = wide_type(dtype)
         key = (dim, theta, kind, scaling)
         if key not in self.tables:
             device = self.positions.device
@@ -278,7 +279,7 @@ class Mixer(Module, Generic[O]):
         state = {}
         for name, spec in self.state_spec().items():
             shape = (batch, max_length, *spec.shape) if spec.carry is Carry.APPEND else (batch, *spec.shape)
-            kind = torch.float32 if spec.fp32 and dtype != torch.float64 else dtype
+            kind = wide_type(dtype) if spec.fp32 else dtype
             state[name] = torch.zeros(shape, device=device, dtype=kind)
         return state
 

@@ -26,7 +26,6 @@ from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.delta import OPERATOR, delta_rule_flops
 from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.layers.convolution import Convolutions
-from torchlinearmoe.layers.heads import in_float32
 from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
@@ -39,6 +38,7 @@ from torchlinearmoe.mixers.base import (
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.output import GatedOutput
 from torchlinearmoe.mixers.recurrence import delta_rule
+from torchlinearmoe.precision import in_float32
 from torchlinearmoe.recipe.schema import ModelRecipe
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from torchlinearmoe.initialize import ZEROS, Normal, Rows, set_initializers
 from torchlinearmoe.module import Module
+from torchlinearmoe.precision import in_float32
 
 ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": lambda x: F.elu(x) + 1,
@@ -125,7 +126,7 @@ class Hedgehog(FeatureMap):
 
     def of_heads(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
-        wide = self.scale * (y if y.dtype == torch.float64 else y.float())
+        wide = self.scale * in_float32(y)
         return torch.cat([wide, -wide], -1).softmax(-1).to(x.dtype)
 
 

@@ -34,7 +34,7 @@ class Options(DeltaOptions):
     """Width of a value head as a multiple of the key head's."""
 
 
-class ScalarDecay(Module):
+class HeadDecay(Module):
     """log a = -exp(A_log) softplus(logits + dt_bias) in float32, one rate and one bias a head (Mamba2's gate)."""
 
     keep_fp32 = True
@@ -75,7 +75,7 @@ class GatedDeltaNet(DeltaMixer[Options]):
         width, std = model.hidden_size, model.init_std
         self.g_proj = linear(width, self.value_heads * self.value_dim, std)
         self.a_proj = linear(width, self.value_heads, std)
-        self.decay = ScalarDecay(self.value_heads)
+        self.decay = HeadDecay(self.value_heads)
         self.norm = options.gated_norm(self.value_dim, model)
 
     def tensor_parallel(self) -> dict[str, Placement]:

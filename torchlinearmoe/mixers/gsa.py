@@ -29,7 +29,6 @@ from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.kernels.slots import OPERATOR
 from torchlinearmoe.layers.convolution import Convolutions
-from torchlinearmoe.layers.heads import in_float32
 from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
@@ -42,6 +41,7 @@ from torchlinearmoe.mixers.base import (
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.output import NormedOutput
 from torchlinearmoe.mixers.recurrence import slot_attention
+from torchlinearmoe.precision import in_float32
 from torchlinearmoe.recipe.schema import ModelRecipe
 
 SCALE = 1.0

@@ -38,6 +38,7 @@ from torchlinearmoe.mixers.base import (
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.output import NormedOutput
 from torchlinearmoe.mixers.recurrence import linear_recurrence
+from torchlinearmoe.precision import in_float32
 from torchlinearmoe.recipe.schema import ModelRecipe
 
 
@@ -78,7 +79,7 @@ def forget_gate(logits: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
     logits: [..., C]; bound: gamma [C] or None for zero. Written as f = sigmoid(x) (1 + gamma e^-x), which is exact and
     has finite gradients for gamma = 0 too; logits below -60, where a zero-bound gate is e^-60, are held there.
     """
-    x = (logits if logits.dtype == torch.float64 else logits.float()).clamp(min=-60.0)
+    x = in_float32(logits).clamp(min=-60.0)
     if bound is None:
         return F.logsigmoid(x), torch.sigmoid(-x)
     gamma = bound.to(x.dtype)

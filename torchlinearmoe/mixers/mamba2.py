@@ -31,7 +31,6 @@ from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.kernels.ssd import OPERATOR
 from torchlinearmoe.layers.convolution import Convolutions
-from torchlinearmoe.layers.heads import in_float32
 from torchlinearmoe.layers.norm import GroupedRMSNorm, RMSNorm
 from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
@@ -46,6 +45,7 @@ from torchlinearmoe.mixers.base import (
 )
 from torchlinearmoe.mixers.recurrence import ssd
 from torchlinearmoe.module import Module
+from torchlinearmoe.precision import in_float32
 from torchlinearmoe.recipe.schema import ModelRecipe
 
 HEAD_DIM = 64

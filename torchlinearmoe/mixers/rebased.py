@@ -23,6 +23,7 @@ from torchlinearmoe.initialize import ONES, ZEROS, set_initializers
 from torchlinearmoe.mixers.base import Place, register
 from torchlinearmoe.mixers.quadratic import QuadraticAttention, QuadraticOptions
 from torchlinearmoe.module import Module
+from torchlinearmoe.precision import in_float32
 from torchlinearmoe.recipe.schema import ModelRecipe
 
 
@@ -46,7 +47,7 @@ class HeadLayerNorm(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, H, K] -> [T, H, K]."""
-        wide = x if x.dtype == torch.float64 else x.float()
+        wide = in_float32(x)
         y = F.layer_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.bias.to(wide.dtype), self.eps)
         return y.to(x.dtype)
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlinearmoe.initialize import ZEROS, Constant, Initializer, Rows, set_initializers
-from torchlinearmoe.layers.heads import in_float32
 from torchlinearmoe.module import Module
+from torchlinearmoe.precision import in_float32
 
 
 @dataclass(frozen=True)

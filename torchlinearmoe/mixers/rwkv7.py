@@ -35,7 +35,6 @@ from torchlinearmoe.kernels.delta.normalize import l2_normalize
 from torchlinearmoe.kernels.dplr import OPERATOR, dplr_rule_flops
 from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.layers.convolution import token_shift
-from torchlinearmoe.layers.heads import in_float32
 from torchlinearmoe.layers.past import Past
 from torchlinearmoe.mixers.base import (
     Carried,
@@ -52,6 +51,7 @@ from torchlinearmoe.mixers.base import (
 from torchlinearmoe.mixers.recurrence import dplr_rule
 from torchlinearmoe.mixers.rwkv import Depth, HeadGroupNorm
 from torchlinearmoe.module import Module
+from torchlinearmoe.precision import in_float32
 from torchlinearmoe.recipe.schema import ModelRecipe
 
 MIXES = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}

@@ -33,9 +33,10 @@ from torchlinearmoe.kernels import linear, quadratic, slots
 from torchlinearmoe.kernels.heads import repeat_heads
 from torchlinearmoe.kernels.operator import outside_graphs
 from torchlinearmoe.kernels.quadratic.features import QuadraticFeatures
-from torchlinearmoe.layers.heads import in_float32, same_heads
+from torchlinearmoe.layers.heads import same_heads
 from torchlinearmoe.layers.past import Spanned
 from torchlinearmoe.parallel.exchange.gather import Pending, finish_gather, start_gather
+from torchlinearmoe.precision import in_float32, wide_type
 from torchlinearmoe.spans import Spans
 
 CHUNK = 256
@@ -76,7 +77,7 @@ def dense_recurrence(
     H, K, V = v.shape[1], q.shape[-1], v.shape[-1]
     widened = list(inputs)
     widened[v_index] = F.pad(v, (0, K))
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = wide_type(q.dtype)
     identity = F.pad(torch.eye(K, dtype=dtype, device=q.device), (V, 0)).expand(spans.rows, H, K, V + K)
     o, final = op(
         *widened,

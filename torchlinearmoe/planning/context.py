@@ -17,7 +17,7 @@ from torchlinearmoe.documents import Documents
 from torchlinearmoe.mixers.base import Context, Mixer
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.module import traits
-from torchlinearmoe.parallel.checkpointing import is_checkpointed
+from torchlinearmoe.parallel.activation_checkpointing import is_checkpointed
 from torchlinearmoe.parallel.context import exchange_of
 from torchlinearmoe.parallel.exchange.gather import traffic
 from torchlinearmoe.parallel.local import shadow

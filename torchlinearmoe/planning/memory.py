@@ -26,7 +26,7 @@ from torchlinearmoe.moe.layer import MoE
 from torchlinearmoe.optim.build import build_optimizer
 from torchlinearmoe.optim.masters import is_sharded, local_part, rest_of
 from torchlinearmoe.optim.sums import held_bytes
-from torchlinearmoe.parallel.checkpointing import is_checkpointed
+from torchlinearmoe.parallel.activation_checkpointing import is_checkpointed
 from torchlinearmoe.parallel.mesh import Degrees
 from torchlinearmoe.parallel.tensor import partial_gradients
 from torchlinearmoe.planning.communication import Unit, fsdp_units

@@ -18,7 +18,7 @@ from torchlinearmoe.kernels.cross_entropy.chunked import chunk_rows
 from torchlinearmoe.layers.mlp import SwiGLU
 from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.models.decoder import Decoder
-from torchlinearmoe.parallel.checkpointing import is_checkpointed
+from torchlinearmoe.parallel.activation_checkpointing import is_checkpointed
 from torchlinearmoe.parallel.tensor import is_split, partial_gradients
 from torchlinearmoe.recipe.schema import TrainingRecipe
 

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from torchlinearmoe.initialize import linear
 from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.layers.convolution import Convolutions
-from torchlinearmoe.layers.heads import in_float32
 from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.base import (
@@ -34,6 +33,7 @@ from torchlinearmoe.mixers.base import (
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
 from torchlinearmoe.mixers.recurrence import linear_recurrence
+from torchlinearmoe.precision import in_float32
 from torchlinearmoe.recipe.schema import ModelRecipe
 
 

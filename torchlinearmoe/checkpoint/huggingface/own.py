@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from torchlinearmoe.checkpoint.boxes import Copy, Place, whole
+from torchlinearmoe.checkpoint.boxes import Copy, Index, whole
 from torchlinearmoe.errors import UserError
 from torchlinearmoe.families.huggingface import Config
 from torchlinearmoe.models.decoder import Decoder
@@ -64,7 +64,7 @@ def own_recipe(where: Path, config: Config) -> Recipe:
         raise RecipeError(f"{where}: {error}") from None
 
 
-def own_copies(shapes: Mapping[str, Place]) -> dict[str, list[Copy]]:
+def own_copies(shapes: Mapping[str, Index]) -> dict[str, list[Copy]]:
     """Every tensor is one of the directory's."""
     return {name: [whole(PREFIX + name, shape)] for name, shape in shapes.items()}
 
