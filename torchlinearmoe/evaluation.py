@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from torchlinearmoe.data.packing import MicroBatch
 from torchlinearmoe.mixers.base import Mixer
@@ -133,7 +134,7 @@ def _watched(part: Decoder) -> list[tuple[str, nn.Module]]:
 
 
 def _finite(tensor: Tensor) -> bool:
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return bool(torch.isfinite(local).all())
 
 

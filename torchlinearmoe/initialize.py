@@ -113,7 +113,12 @@ def set_initializers(module: nn.Module, **initializers: Initializer) -> None:
     for name in initializers:
         if name not in module._parameters:
             raise ValueError(f"{type(module).__name__}.{name}: no such parameter; {nearest(name, module._parameters)}")
-    module.initializers = initializers  # pyright: ignore[reportArgumentType]
+    module.__dict__["initializers"] = initializers
+
+
+def initializers_of(module: nn.Module) -> dict[str, Initializer]:
+    """The distributions that `set_initializers` named."""
+    return module.__dict__.get("initializers", {})
 
 
 def inverse_softplus_of_exp(log_y: Tensor) -> Tensor:
@@ -170,7 +175,7 @@ def add_noise(parameter: Tensor, noise: Initializer, key: str) -> None:
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Initializer]]:
     seen: set[int] = set()
     for prefix, module in model.named_modules():
-        named = getattr(module, "initializers", {})
+        named = initializers_of(module)
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue

@@ -107,7 +107,7 @@ def slot_attention(
     keys, values = exchange.entering()
     q, k, v, s, decay_H = same_heads(q, k_G, v_G, s_G, decay_G)
     times = q.shape[1] // keys.shape[1]
-    states = (repeat_heads(x, times) for x in (keys.transpose(-1, -2), values))
+    keys, values = (past.first_states(repeat_heads(x, times)) for x in (keys.transpose(-1, -2), values))
     o, _ = slots.slot_attention(
         q,
         k,
@@ -116,7 +116,7 @@ def slot_attention(
         decay_H,
         segments=past.segments,
         scale=scale,
-        initial_state=tuple(past.first_states(x) for x in states),  # pyright: ignore[reportArgumentType]
+        initial_state=(keys, values),
         backend=backend,
     )
     return o

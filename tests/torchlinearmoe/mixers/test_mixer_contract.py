@@ -10,7 +10,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
-from torchlinearmoe.initialize import initialize
+from torchlinearmoe.initialize import initialize, initializers_of
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.base import Carry, geometry
 
@@ -30,7 +30,7 @@ def test_every_parameter_has_one_initializer_and_is_drawn(case: Case):
     stack = make_stack(case)
     for path, module in stack.named_modules():
         own = {name for name, _ in module.named_parameters(recurse=False)}
-        assert own == set(getattr(module, "initializers", {})) & own, path
+        assert own == set(initializers_of(module)) & own, path
     with torch.no_grad():
         for parameter in stack.parameters():
             parameter.fill_(torch.nan)
