@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchlinearmoe import spans
-from torchlinearmoe.mixers import attention, spanned
-from torchlinearmoe.parallel.exchange import tails
+from torchlinearmoe.mixers import attention
+from torchlinearmoe.parallel.exchange import states, tails
 
 
 class Turn:
@@ -85,7 +85,7 @@ def _exchange_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def all_to_all(x: Tensor, turn: Turn) -> Tensor:
         return torch.stack([parts[turn.rank] for parts in turn.take(turn.give(x))])
 
-    for module in (attention, spanned, tails):
+    for module in (attention, states, tails):
         monkeypatch.setattr(module, "start_gather", lambda x, turn: (turn, turn.give(x)))
         monkeypatch.setattr(module, "finish_gather", finish)
     monkeypatch.setattr(attention, "all_to_all", all_to_all)
