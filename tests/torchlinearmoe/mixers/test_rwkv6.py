@@ -13,7 +13,7 @@ from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import initialize
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.rwkv6 import Decay, _Recipe
-from torchlinearmoe.optim.groups import parameter_groups
+from torchlinearmoe.optim.build import parameter_groups
 
 
 def test_initial_values_are_the_authors():

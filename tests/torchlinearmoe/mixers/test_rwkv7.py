@@ -14,7 +14,7 @@ from torchlinearmoe.initialize import Constant, initialize
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.base import Place
 from torchlinearmoe.mixers.rwkv7 import Decay, LowRank, Options
-from torchlinearmoe.optim.groups import parameter_groups
+from torchlinearmoe.optim.build import parameter_groups
 
 
 def test_only_the_first_layer_of_the_mixer_sets_the_values():
