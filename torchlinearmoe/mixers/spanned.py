@@ -29,10 +29,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from torchlinearmoe.kernels import linear, quadratic, slots
-from torchlinearmoe.kernels.heads import repeat_heads
+from torchlinearmoe.kernels.heads import repeat_heads, same_heads
 from torchlinearmoe.kernels.operator import outside_graphs
 from torchlinearmoe.kernels.quadratic.features import QuadraticFeatures
-from torchlinearmoe.layers.heads import same_heads
 from torchlinearmoe.layers.past import Spanned
 from torchlinearmoe.parallel.exchange.states import StateExchange
 from torchlinearmoe.precision import in_float32, wide_type
