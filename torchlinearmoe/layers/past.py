@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,8 +20,13 @@ from torchlinearmoe.spans import Spans
 
 State = dict[str, Tensor]
 """Named state of one layer; dim 0 is the document (or the sequence being decoded)."""
-After = dict[str, Any]
+After = dict[str, Tensor | None]
 """The state after the last token of each document, by name: tensors, or None where none went in."""
+
+
+def complete(after: After) -> State:
+    """The state that comes out where one went in."""
+    return {name: part for name, part in after.items() if part is not None}
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,9 +25,10 @@ from torch.distributed.tensor import Placement
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.kernels.choose import KernelCall
-from torchlinearmoe.layers.past import After, Carry, Empty, Past, Resumed, Spanned, State, StateSpec
+from torchlinearmoe.layers.past import After, Carry, Empty, Past, Resumed, Spanned, State, StateSpec, complete
 from torchlinearmoe.layers.rope import RopeScaling, frequencies
 from torchlinearmoe.module import Module
+from torchlinearmoe.moe.totals import StepTotals
 from torchlinearmoe.precision import wide_type
 from torchlinearmoe.recipe.schema import ModelRecipe
 from torchlinearmoe.registry import Registry
@@ -43,10 +44,10 @@ class Context:
     documents: Documents
     positions: Tensor
     """int64 [T], position of each token in its document, counted from the document's very first token."""
-    shared: Mapping[str, Any] = field(default_factory=dict)
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
     """Outputs of the shared modules, by mixer name."""
-    totals: Any = None
-    """StepTotals of the optimizer step while training, else None."""
+    totals: StepTotals | None = None
+    """Of the optimizer step while training, else None."""
     stepping: bool = False
     """Every document is one token: decoding."""
     history: int = 0
@@ -264,7 +265,7 @@ class Mixer(Module, Generic[O]):
         come back; without, documents start empty and None comes back. Carried tensors pass through.
         """
         y_TD, after = self.run(x_TD, context, context.past(state))
-        return y_TD, None if state is None else after, carried or {}
+        return y_TD, None if state is None else complete(after), carried or {}
 
     def run(self, x_TD: Tensor, context: Context, past: Past) -> tuple[Tensor, After]:
         """`forward` of a mixer without carried tensors: the output, and the parts of the state by name."""

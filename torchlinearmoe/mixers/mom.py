@@ -42,7 +42,7 @@ from torch.distributed.tensor import Placement, Replicate
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.layers.convolution import Convolutions
-from torchlinearmoe.layers.past import After, Empty, Past, Resumed, Spanned
+from torchlinearmoe.layers.past import After, Empty, Past, Resumed, Spanned, complete
 from torchlinearmoe.mixers.base import (
     MIXERS,
     Context,
@@ -290,7 +290,8 @@ class MoM(Mixer[M]):
             spans = route_spans(past.spans, tokens_R, memories_R, M, N)
             return self.inner.region("read", past)(parts, Spanned(segments, spans))[0], {}
         states = {name: past.state[name].transpose(0, 1).flatten(0, 1) for name in self.inner.state_spec()}
-        o_R, after = self.inner.read(parts, Resumed(segments, states))
+        o_R, read = self.inner.read(parts, Resumed(segments, states))
+        after = complete(read)
         return o_R, {name: after[name].unflatten(0, (M, N)).transpose(0, 1) for name in states}
 
     def _step(self, parts: Parts, places_R: Tensor, past: Resumed) -> tuple[Tensor, After]:
@@ -298,5 +299,6 @@ class MoM(Mixer[M]):
         flat = {name: past.state[name].flatten(0, 1) for name in self.inner.state_spec()}
         borders = torch.arange(places_R.shape[0] + 1, device=places_R.device, dtype=torch.int32)
         rows = Segments(borders[:-1], borders, single=True)
-        o_R, after = self.inner.read(parts, Resumed(rows, {name: x[places_R] for name, x in flat.items()}))
+        o_R, read = self.inner.read(parts, Resumed(rows, {name: x[places_R] for name, x in flat.items()}))
+        after = complete(read)
         return o_R, {name: x.index_copy(0, places_R, after[name]).view_as(past.state[name]) for name, x in flat.items()}

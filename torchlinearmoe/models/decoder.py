@@ -25,6 +25,7 @@ from torchlinearmoe.mixers.base import Carried, Carry, Context, Mixer, Place, St
 from torchlinearmoe.models.block import Block
 from torchlinearmoe.models.layer_mixers import layer_mixers
 from torchlinearmoe.module import Module
+from torchlinearmoe.moe.totals import StepTotals
 from torchlinearmoe.recipe.schema import ModelRecipe
 from torchlinearmoe.segments import Segments
 
@@ -112,7 +113,7 @@ class Decoder(Module):
         *,
         labels: Tensor | None = None,
         documents: Documents | None = None,
-        totals: Any = None,
+        totals: StepTotals | None = None,
     ) -> Tensor:
         """Logits of packed or plain tokens, or the summed loss.
 
@@ -206,7 +207,7 @@ class Decoder(Module):
         """Normed hidden states [T, D] to logits, or with labels to their summed cross entropy."""
         return self.head(h, labels, self.embed.weight if self.recipe.tie_embeddings else None)
 
-    def shared_outputs(self) -> dict[str, Any]:
+    def shared_outputs(self) -> dict[str, Tensor]:
         """What the shared modules give their mixers' layers, by mixer."""
         return {name: module() for name, module in self.shared.items()}
 
