@@ -101,11 +101,11 @@ class Convolutions(nn.ModuleDict):
         return {f"conv_{name}": conv.state_spec() for name, conv in self._convolutions()}
 
     def tensor_parallel(self, prefix: str) -> dict[str, Placement]:
-        """Words of every convolution."""
-        words: dict[str, Placement] = {}
+        """Of every convolution."""
+        placements: dict[str, Placement] = {}
         for name, conv in self._convolutions():
-            words |= conv.tensor_parallel(f"{prefix}.{name}")
-        return words
+            placements |= conv.tensor_parallel(f"{prefix}.{name}")
+        return placements
 
     def forward(self, inputs: dict[str, Tensor], past: Past) -> tuple[dict[str, Tensor], After]:
         """Convolve each named input [T, C] that has a convolution; its state goes in and comes out as `conv_NAME`."""

@@ -127,10 +127,10 @@ class GSA(LinearMixer[Options]):
         }
 
     def tensor_parallel(self) -> dict[str, Placement]:
-        words = {f"{name}_proj.weight": Shard(0) for name in "qkvf"}
-        words |= self.convs.tensor_parallel("convs")
-        words |= {f"norm.{name}": Shard(0) for name, _ in self.norm.named_parameters()}
-        return words | {"o_proj.weight": Shard(1)}
+        placements = {f"{name}_proj.weight": Shard(0) for name in "qkvf"}
+        placements |= self.convs.tensor_parallel("convs")
+        placements |= {f"norm.{name}": Shard(0) for name, _ in self.norm.named_parameters()}
+        return placements | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("slots", device, dtype, self.key_dim)

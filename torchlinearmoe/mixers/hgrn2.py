@@ -121,10 +121,10 @@ class HGRN2(LinearMixer[Options]):
         return {"recurrent": recurrent, **self.convs.state_spec()}
 
     def tensor_parallel(self) -> dict[str, Placement]:
-        words = {f"{name}.weight": Shard(0) for name in ("q_proj", "f_proj", "i_proj")}
-        words |= self.convs.tensor_parallel("convs")
-        words |= {f"norm.{name}": Shard(0) for name, _ in self.norm.named_parameters()}
-        return words | {"o_proj.weight": Shard(1)}
+        placements = {f"{name}.weight": Shard(0) for name in ("q_proj", "f_proj", "i_proj")}
+        placements |= self.convs.tensor_parallel("convs")
+        placements |= {f"norm.{name}": Shard(0) for name, _ in self.norm.named_parameters()}
+        return placements | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("diagonal", device, dtype, self.head_dim)

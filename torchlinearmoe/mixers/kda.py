@@ -91,6 +91,6 @@ class KDA(DeltaMixer[Options]):
         self.norm = options.gated_norm(self.value_dim, model)
 
     def tensor_parallel(self) -> dict[str, Placement]:
-        words = {f"{name}_down.weight": Replicate() for name in ("decay", "gate")}
-        words |= {name: Shard(0) for name in ("decay_up.weight", "gate_up.weight", "gate_up.bias")}
-        return super().tensor_parallel() | words | {"decay.A_log": Shard(0), "decay.dt_bias": Shard(0)}
+        placements = {f"{name}_down.weight": Replicate() for name in ("decay", "gate")}
+        placements |= {name: Shard(0) for name in ("decay_up.weight", "gate_up.weight", "gate_up.bias")}
+        return super().tensor_parallel() | placements | {"decay.A_log": Shard(0), "decay.dt_bias": Shard(0)}

@@ -108,10 +108,10 @@ class LightningAttention(LinearMixer[Options]):
         return {"recurrent": recurrent, **self.convs.state_spec()}
 
     def tensor_parallel(self) -> dict[str, Placement]:
-        words = {f"{name}_proj.weight": Shard(0) for name in "qkvg"}
-        words |= self.convs.tensor_parallel("convs")
+        placements = {f"{name}_proj.weight": Shard(0) for name in "qkvg"}
+        placements |= self.convs.tensor_parallel("convs")
         norm = Replicate() if self.norm_per_head else Shard(0)
-        return words | {"norm.weight": norm, "o_proj.weight": Shard(1)}
+        return placements | {"norm.weight": norm, "o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("constant", device, dtype, self.head_dim)

@@ -160,11 +160,11 @@ class LinearAttention(LinearMixer[Options]):
         }
 
     def tensor_parallel(self) -> dict[str, Placement]:
-        words = {f"{name}.weight": Shard(0) for name in ("q_proj", "k_proj", "v_proj", "g_proj")}
-        words |= self.convs.tensor_parallel("convs")
-        words |= {name: Replicate() for name, _ in self.named_parameters() if name.split(".")[0].endswith("_map")}
-        words |= {f"norm.{name}": Replicate() for name, _ in self.norm.named_parameters()}
-        return words | {"o_proj.weight": Shard(1)}
+        placements = {f"{name}.weight": Shard(0) for name in ("q_proj", "k_proj", "v_proj", "g_proj")}
+        placements |= self.convs.tensor_parallel("convs")
+        placements |= {name: Replicate() for name, _ in self.named_parameters() if name.split(".")[0].endswith("_map")}
+        placements |= {f"norm.{name}": Replicate() for name, _ in self.norm.named_parameters()}
+        return placements | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("identity", device, dtype, self.features_per_head)

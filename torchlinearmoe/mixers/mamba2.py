@@ -156,12 +156,14 @@ class Mamba2(Mixer[Options]):
 
     def tensor_parallel(self) -> dict[str, Placement]:
         """Groups split with their heads; B and C of a single group are on every rank."""
-        words = {f"{name}_proj.weight": Shard(0) for name in ("z", "x", "b", "c", "dt")}
-        words |= self.convs.tensor_parallel("convs")
-        words |= {f"decay.{name}": Shard(0) for name in ("A_log", "dt_bias", "D")}
+        placements = {f"{name}_proj.weight": Shard(0) for name in ("z", "x", "b", "c", "dt")}
+        placements |= self.convs.tensor_parallel("convs")
+        placements |= {f"decay.{name}": Shard(0) for name in ("A_log", "dt_bias", "D")}
         if self.groups == 1:
-            words |= {name: Replicate() for name in words if name.startswith(("b_", "c_", "convs.b", "convs.c"))}
-        return words | {"norm.weight": Shard(0), "o_proj.weight": Shard(1)}
+            placements |= {
+                name: Replicate() for name in placements if name.startswith(("b_", "c_", "convs.b", "convs.c"))
+            }
+        return placements | {"norm.weight": Shard(0), "o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("ssd", device, dtype, self.state)

@@ -130,12 +130,12 @@ class MLA(Mixer[Options]):
     def tensor_parallel(self) -> dict[str, Placement]:
         """Latents are replicated; what is made of them is split by heads."""
         if self.compressed:
-            words: dict[str, Placement] = {"q_a_proj.weight": Replicate(), "q_a_norm.weight": Replicate()}
-            words["q_b_proj.weight"] = Shard(0)
+            placements: dict[str, Placement] = {"q_a_proj.weight": Replicate(), "q_a_norm.weight": Replicate()}
+            placements["q_b_proj.weight"] = Shard(0)
         else:
-            words = {"q_proj.weight": Shard(0)}
-        words |= {f"{name}.weight": Replicate() for name in ("kv_a_proj", "kv_a_norm")}
-        return words | {"kv_b_proj.weight": Shard(0), "o_proj.weight": Shard(1)}
+            placements = {"q_proj.weight": Shard(0)}
+        placements |= {f"{name}.weight": Replicate() for name in ("kv_a_proj", "kv_a_norm")}
+        return placements | {"kv_b_proj.weight": Shard(0), "o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         """Attention over packed documents."""

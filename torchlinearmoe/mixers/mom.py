@@ -194,12 +194,12 @@ class MoM(Mixer[M]):
         return inner | self.query_convs.state_spec()
 
     def tensor_parallel(self) -> dict[str, Placement]:
-        words = {}
-        for name, word in self.inner.tensor_parallel().items():
+        placements = {}
+        for name, placement in self.inner.tensor_parallel().items():
             owner = "write_layers" if name.partition(".")[0] in self.write_layers else "inner"
-            words[f"{owner}.{name}"] = word
+            placements[f"{owner}.{name}"] = placement
         # The router's weights meet each rank's own heads.
-        return words | self.query_convs.tensor_parallel("query_convs") | {"router.weight": Replicate()}
+        return placements | self.query_convs.tensor_parallel("query_convs") | {"router.weight": Replicate()}
 
     def mixing_flops(self, length: int) -> float:
         return self.write_rows * self.inner.mixing_flops(length)

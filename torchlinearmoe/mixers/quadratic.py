@@ -92,8 +92,8 @@ class QuadraticAttention(Mixer[Q]):
 
     def tensor_parallel(self) -> dict[str, Placement]:
         names = ("q_proj", "k_proj", "v_proj") if self.g_proj is None else ("q_proj", "k_proj", "v_proj", "g_proj")
-        words = {f"{name}.weight": Shard(0) for name in names}
-        return words | self.convs.tensor_parallel("convs") | {"o_proj.weight": Shard(1)}
+        placements = {f"{name}.weight": Shard(0) for name in names}
+        return placements | self.convs.tensor_parallel("convs") | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call(self.kind, device, dtype, self.feature_dim)

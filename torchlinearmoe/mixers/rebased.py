@@ -68,8 +68,8 @@ class Rebased(QuadraticAttention[Options]):
 
     def tensor_parallel(self) -> dict[str, Placement]:
         norms = ("q_norm",) if self.k_norm is None else ("q_norm", "k_norm")
-        words = {f"{norm}.{name}": Replicate() for norm in norms for name in ("weight", "bias")}
-        return super().tensor_parallel() | words
+        placements = {f"{norm}.{name}": Replicate() for norm in norms for name in ("weight", "bias")}
+        return super().tensor_parallel() | placements
 
     def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return self.q_norm(q), (self.q_norm if self.k_norm is None else self.k_norm)(k)

@@ -104,10 +104,10 @@ class Retention(LinearMixer[Options]):
         return {"recurrent": recurrent, **self.convs.state_spec()}
 
     def tensor_parallel(self) -> dict[str, Placement]:
-        words = {f"{name}_proj.weight": Shard(0) for name in "qkvg"}
-        words |= self.convs.tensor_parallel("convs")
-        words |= {f"norm.{name}": Replicate() for name, _ in self.norm.named_parameters()}
-        return words | {"o_proj.weight": Shard(1)}
+        placements = {f"{name}_proj.weight": Shard(0) for name in "qkvg"}
+        placements |= self.convs.tensor_parallel("convs")
+        placements |= {f"norm.{name}": Replicate() for name, _ in self.norm.named_parameters()}
+        return placements | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("constant", device, dtype, self.head_dim)

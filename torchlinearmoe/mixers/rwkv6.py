@@ -174,11 +174,11 @@ class RWKV6(Mixer[Options]):
 
     def tensor_parallel(self) -> dict[str, Placement]:
         """Mixes are on every rank, but each rank sees only what its own heads make of them."""
-        words = {f"{name}.weight": Shard(0) for name in ("r_proj", "k_proj", "v_proj", "g_proj", "decay_up")}
-        words |= {f"token_mix.{name}": Replicate() for name, _ in self.token_mix.named_parameters()}
-        words |= {f"decay.{name}": Shard(0) for name in ("base", "bonus")}
-        words |= {f"norm.{name}": Shard(0) for name in ("weight", "bias")}
-        return words | {"decay_down.weight": Replicate(), "o_proj.weight": Shard(1)}
+        placements = {f"{name}.weight": Shard(0) for name in ("r_proj", "k_proj", "v_proj", "g_proj", "decay_up")}
+        placements |= {f"token_mix.{name}": Replicate() for name, _ in self.token_mix.named_parameters()}
+        placements |= {f"decay.{name}": Shard(0) for name in ("base", "bonus")}
+        placements |= {f"norm.{name}": Shard(0) for name in ("weight", "bias")}
+        return placements | {"decay_down.weight": Replicate(), "o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("bonus", device, dtype, self.head_dim)

@@ -161,8 +161,8 @@ class LowRank(Module):
 
     def tensor_parallel(self, prefix: str) -> dict[str, Placement]:
         """The outputs are channels of heads."""
-        words: dict[str, Placement] = {f"{prefix}.down.weight": Replicate(), f"{prefix}.up.weight": Shard(0)}
-        return words if self.up.bias is None else words | {f"{prefix}.up.bias": Shard(0)}
+        placements: dict[str, Placement] = {f"{prefix}.down.weight": Replicate(), f"{prefix}.up.weight": Shard(0)}
+        return placements if self.up.bias is None else placements | {f"{prefix}.up.bias": Shard(0)}
 
 
 @register("rwkv7")
@@ -217,13 +217,13 @@ class RWKV7(Mixer[Options]):
 
     def tensor_parallel(self) -> dict[str, Placement]:
         """Mixes are on every rank, but each rank sees only what its own heads make of them."""
-        words: dict[str, Placement] = {f"{name}_proj.weight": Shard(0) for name in "rkv"}
-        words |= {f"mixes.{name}": Replicate() for name in MIXES}
+        placements: dict[str, Placement] = {f"{name}_proj.weight": Shard(0) for name in "rkv"}
+        placements |= {f"mixes.{name}": Replicate() for name in MIXES}
         for name, part in self.named_children():
             if isinstance(part, LowRank):
-                words |= part.tensor_parallel(name)
+                placements |= part.tensor_parallel(name)
         channels = ("decay.base", "removal", "replacement", "bonus", "norm.weight", "norm.bias")
-        return words | {name: Shard(0) for name in channels} | {"o_proj.weight": Shard(1)}
+        return placements | {name: Shard(0) for name in channels} | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("dplr", device, dtype, self.head_dim)

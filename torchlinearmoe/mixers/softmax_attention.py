@@ -115,11 +115,11 @@ class SoftmaxAttention(Mixer[Options]):
         return {"keys": entry, "values": entry, **self.convs.state_spec()}
 
     def tensor_parallel(self) -> dict[str, Placement]:
-        words = {f"{name}.weight": Shard(0) for name in ("q_proj", "k_proj", "v_proj")}
+        placements = {f"{name}.weight": Shard(0) for name in ("q_proj", "k_proj", "v_proj")}
         if self.q_proj.bias is not None:
-            words |= {f"{name}.bias": Shard(0) for name in ("q_proj", "k_proj", "v_proj")}
-        words |= self.convs.tensor_parallel("convs")
-        return words | {"o_proj.weight": Shard(1)}
+            placements |= {f"{name}.bias": Shard(0) for name in ("q_proj", "k_proj", "v_proj")}
+        placements |= self.convs.tensor_parallel("convs")
+        return placements | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         """Attention over packed documents."""

@@ -56,10 +56,10 @@ class Toy(LinearMixer):
         return {"recurrent": StateSpec((self.heads, self.head_dim, self.head_dim), Carry.RECURRENT)}
 
     def tensor_parallel(self) -> dict[str, Placement]:
-        words: dict[str, Placement] = {
+        placements: dict[str, Placement] = {
             f"{name}.weight": Shard(0) for name in ("q_proj", "k_proj", "v_proj", "decay_proj")
         }
-        return words | {"o_proj.weight": Shard(1)}
+        return placements | {"o_proj.weight": Shard(1)}
 
     def mixing_flops(self, length: int) -> float:
         return linear_recurrence_flops(self.heads, self.head_dim, self.head_dim)

@@ -1,4 +1,4 @@
-"""Mamba2: its initial values, its geometry, its tensor-parallel words, its refusals."""
+"""Mamba2: its initial values, its geometry, its tensor-parallel placements, its refusals."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def test_default_geometry_is_heads_of_64_in_twice_the_width():
 
 
 def test_a_single_groups_b_and_c_are_whole_on_every_rank():
-    def words(groups: int) -> dict[str, Placement]:
+    def placements(groups: int) -> dict[str, Placement]:
         return make_stack(Case("mamba2", {"head_dim": 32, "groups": groups})).layers[0].tensor_parallel()
 
     shared = {f"{n}_proj.weight" for n in "bc"} | {f"convs.{n}.{kind}" for n in "bc" for kind in ("weight", "bias")}
     for groups, placement in ((1, Replicate()), (2, Shard(0))):
-        assert {words(groups)[name] for name in shared} == {placement}
-        others = {name: placement for name, placement in words(groups).items() if name not in shared}
+        assert {placements(groups)[name] for name in shared} == {placement}
+        others = {name: placement for name, placement in placements(groups).items() if name not in shared}
         assert others.pop("o_proj.weight") == Shard(1)
         assert set(others.values()) == {Shard(0)}
 
