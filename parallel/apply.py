@@ -17,7 +17,7 @@ from torchlinearmoe.kernels.choose import views_of
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.moe.balance import Balance, TokenLayout
 from torchlinearmoe.optim.masters import hold_masters
-from torchlinearmoe.parallel.checkpointing import checkpoint_blocks
+from torchlinearmoe.parallel.activation_checkpointing import checkpoint_blocks
 from torchlinearmoe.parallel.compile import compile_regions
 from torchlinearmoe.parallel.expert import apply_expert_parallel
 from torchlinearmoe.parallel.fsdp import apply_fsdp

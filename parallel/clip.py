@@ -15,15 +15,14 @@ torch's own `clip_grad_norm_` refuses such a mixture (pytorch issue 180346). The
 device.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from torchlinearmoe.optim.gradients import Parts, gradient_parts
-from torchlinearmoe.optim.squares import square_sum
+from torchlinearmoe.optim.gradients import KERNEL_TYPES, Parts, for_launch, gradient_parts, summed, types_of
 
 
 @torch.no_grad()
@@ -62,7 +61,7 @@ def gradient_norm(
 
     square = torch.zeros((), dtype=dtype, device=trainable[0].device)
     for groups, local in pieces.items():
-        part = square_sum(local, square)
+        part = _square_sum(local, square)
         for group in groups:
             dist.all_reduce(part, group=group)
         square += part
@@ -81,3 +80,26 @@ def _sharding_groups(parameter: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
         for axis, placement in enumerate(parameter.placements)
         if not placement.is_replicate() and mesh.size(axis) > 1
     )
+
+
+@torch.no_grad()
+def _square_sum(gradients: Sequence[Parts], like: torch.Tensor) -> torch.Tensor:
+    """Sum of the squares of all elements, accumulated in the dtype of `like`: 0-dim, always in the same order."""
+    if not gradients:
+        return torch.zeros_like(like)
+    kinds: dict[object, list[Parts]] = {}
+    for parts in gradients:
+        kinds.setdefault(types_of(parts), []).append(parts)
+    known = all(part.dtype in KERNEL_TYPES for parts in gradients for part in parts if part is not None)
+    if like.device.type == "cuda" and like.dtype == torch.float32 and known:
+        return torch.stack([_in_one_launch(some) for some in kinds.values()]).sum()
+    norms = torch._foreach_norm([summed(parts) for parts in gradients], 2.0, dtype=like.dtype)
+    return torch.stack(norms).square().sum()
+
+
+def _in_one_launch(gradients: Sequence[Parts]) -> torch.Tensor:
+    from torchlinearmoe.kernels.optimizer import triton
+    from torchlinearmoe.kernels.optimizer.blocks import blocks_of
+
+    blocks = blocks_of(tuple(last.numel() for last, _ in gradients), gradients[0][0].device)
+    return triton.square_sum(blocks, for_launch(gradients))

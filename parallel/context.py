@@ -2,7 +2,7 @@
 
 The loader gives all of them the same micro-batches; each cuts its spans out. Labels and document borders were made
 before, on whole rows. Mixers exchange what passes from span to span (`mixers/spanned.py`, `mixers/attention.py` and
-`tails.py`); all else in the model sees one token at a time.
+`exchange/tails.py`); all else in the model sees one token at a time.
 
 Where no document crosses from one rank to the next, nothing is exchanged: what is left is data parallelism.
 """
@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torchlinearmoe.data.packing import IGNORED, MicroBatch
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.parallel.mesh import Meshes
-from torchlinearmoe.parallel.spans import Exchange, cut_spans
 from torchlinearmoe.recipe.schema import ParallelRecipe
+from torchlinearmoe.spans import Exchange, cut_spans
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
 
 from torchlinearmoe.kernels.dispatch import permute
 from torchlinearmoe.moe.dispatch import DispatchContext, LocalDispatch
@@ -38,8 +39,8 @@ def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     for module in model.modules():
         if isinstance(module, MoE):
             for name, parameter in list(module.experts.named_parameters(recurse=False)):
-                setattr(module.experts, name, nn.Parameter(split_tensor(parameter, mesh, 0)))
-            module.dispatcher = ExchangeDispatch(module.router.num_experts, mesh.get_group())
+                setattr(module.experts, name, nn.Parameter(split_tensor(parameter, mesh, Shard(0))))
+            module.use(ExchangeDispatch(module.router.num_experts, mesh.get_group()))
 
 
 class ExchangeContext(NamedTuple):

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from torchlinearmoe.models.decoder import Decoder
+from torchlinearmoe.module import traits
 from torchlinearmoe.moe.layer import MoE
 
 
@@ -110,7 +111,7 @@ def _exact_units(model: Decoder) -> list[list[nn.Module]]:
 
 
 def _is_exact(module: nn.Module) -> bool:
-    return bool(getattr(module, "keep_fp32", False)) and any(True for _ in module.parameters())
+    return traits(module).keep_fp32 and any(True for _ in module.parameters())
 
 
 def expert_placement(parameter: nn.Parameter, ranks: int) -> Shard:

@@ -14,19 +14,20 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Shard
 
 from torchlinearmoe.models.decoder import Decoder
 
 SPLIT_AXES = ("tensor", "ep")
 
 
-def split_tensor(tensor: Tensor, mesh: DeviceMesh, dim: int | None) -> DTensor:
-    """A meta tensor as one of which every rank of the one-axis `mesh` holds an equal part along `dim`, None for all."""
-    local, placement = tensor.detach(), Replicate()
-    if dim is not None:
+def split_tensor(tensor: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
+    """A meta tensor as one of which every rank of the one-axis `mesh` holds an equal part, or all of it."""
+    local = tensor.detach()
+    if isinstance(placement, Shard):
+        dim = placement.dim
         assert tensor.shape[dim] % mesh.size() == 0, "recipes that ask for this are refused"
-        local, placement = local.chunk(mesh.size(), dim)[mesh.get_local_rank()].contiguous(), Shard(dim)
+        local = local.chunk(mesh.size(), dim)[mesh.get_local_rank()].contiguous()
     return DTensor.from_local(local, mesh, [placement], run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 

@@ -20,8 +20,8 @@ from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.models.flops import head_flops, layer_flops
+from torchlinearmoe.models.layer_mixers import layer_mixers
 from torchlinearmoe.parallel.mesh import Degrees
-from torchlinearmoe.recipe.layers import layer_mixers
 from torchlinearmoe.recipe.schema import ModelRecipe, ParallelRecipe, Recipe
 
 

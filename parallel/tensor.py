@@ -6,9 +6,9 @@ sums of its tokens back; norms, routers and experts see the rank's own tokens:
 
     x [T/P, D] -> norm -> gather [T, D] -> mixer, H / P heads -> partial sums [T, D] -> scatter [T/P, D] -> + x
 
-A parameter's word says how it lies over the ranks. Parameters without one (norms, routers, gates) are on every rank and
-see its tokens only, so, like those of the word REPLICATED_SUMMED, their gradients are parts of a sum; they are summed
-once a step, `sum_partial_gradients`.
+A module says how its parameters lie over the ranks, in DTensor's words. What is replicated meets its rank's heads
+alone, or, where nothing is said of it (norms, routers, gates), its rank's tokens. Either way each rank has a part of
+its gradient; the parts are summed once a step, `sum_partial_gradients`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from torchlinearmoe.mixers.base import REPLICATED_SUMMED, Mixer, SharedModule, TensorWord, column
+from torchlinearmoe.layers.mlp import SwiGLU
+from torchlinearmoe.layers.norm import RMSNorm
+from torchlinearmoe.mixers.base import Mixer, SharedModule
 from torchlinearmoe.models.decoder import Decoder
-from torchlinearmoe.models.mlp import SwiGLU
-from torchlinearmoe.models.norm import RMSNorm
 from torchlinearmoe.moe.experts import Experts
 from torchlinearmoe.optim.gradients import gradient_parts, set_earlier, summed
 from torchlinearmoe.optim.masters import laid_out_like, rest_of
-from torchlinearmoe.parallel.collectives import gather_rows, scatter_rows, sum_over
+from torchlinearmoe.parallel.exchange.collectives import gather_rows, scatter_rows, sum_over
 from torchlinearmoe.parallel.local import split_tensor
 from torchlinearmoe.parallel.vocabulary import split_vocabulary
 
@@ -37,10 +37,10 @@ from torchlinearmoe.parallel.vocabulary import split_vocabulary
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     """Split the meta `model` over the ranks of `mesh`, [tensor], in place."""
     group, rank = mesh.get_group().group_name, mesh.get_local_rank()
-    words = declared_words(model)
+    placements = declared_placements(model)
     for path, owner in list(model.named_modules()):
         if not isinstance(owner, Experts):  # those are spread over `ep`, or sharded over these ranks too
-            _split(path, owner, words, mesh)
+            _split(path, owner, placements, mesh)
         if isinstance(owner, Mixer):
             owner.first_head = rank * owner.heads // mesh.size()
         if isinstance(owner, SwiGLU):
@@ -51,41 +51,36 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     split_vocabulary(model, group, rank, mesh.size())
 
 
-def declared_words(model: Decoder) -> dict[str, TensorWord]:
-    """The words of all modules that declare some, by the parameters' paths in `model`."""
-    words = {"embed.weight": column(), "head.weight": column()}
+def declared_placements(model: Decoder) -> dict[str, Placement]:
+    """What all modules say of their parameters, by the paths in `model`."""
+    placements: dict[str, Placement] = {"embed.weight": Shard(0), "head.weight": Shard(0)}
     for name, shared in model.shared.items():
         assert isinstance(shared, SharedModule)
-        words |= _under(f"shared.{name}", shared.tensor_parallel())
+        placements |= _under(f"shared.{name}", shared.tensor_parallel())
     for index, layer in model.layers.items():
         mixer, path = layer.mixer, f"layers.{index}.mixer"
         assert isinstance(mixer, Mixer)
         own = mixer.tensor_parallel()
-        assert own.keys() == {name for name, _ in mixer.named_parameters()}, f"{mixer.name}: a word for each parameter"
-        words |= _under(path, own)
+        assert own.keys() == {name for name, _ in mixer.named_parameters()}, f"{mixer.name}: one for each parameter"
+        placements |= _under(path, own)
     for path, module in model.named_modules():
         if isinstance(module, SwiGLU):
-            words |= _under(path, module.tensor_parallel())
-    return words
+            placements |= _under(path, module.tensor_parallel())
+    return placements
 
 
-def _under(path: str, words: dict[str, TensorWord]) -> dict[str, TensorWord]:
-    return {f"{path}.{name}": word for name, word in words.items()}
+def _under(path: str, placements: dict[str, Placement]) -> dict[str, Placement]:
+    return {f"{path}.{name}": placement for name, placement in placements.items()}
 
 
-def _split(path: str, owner: nn.Module, words: dict[str, TensorWord], mesh: DeviceMesh) -> None:
-    """Lay the direct parameters of `owner` over the ranks and note the gradients that are parts of a sum."""
-    partial_gradients = []
+def _split(path: str, owner: nn.Module, placements: dict[str, Placement], mesh: DeviceMesh) -> None:
+    """Lay the direct parameters of `owner` over the ranks."""
     for name, parameter in list(owner.named_parameters(recurse=False)):
-        word = words.get(f"{path}.{name}", REPLICATED_SUMMED)
-        setattr(owner, name, nn.Parameter(split_tensor(parameter, mesh, word.dim)))
-        if word == REPLICATED_SUMMED:
-            partial_gradients.append(name)
-        if word.dim is not None and isinstance(owner, RMSNorm):  # a norm that spans heads
+        placement = placements.get(f"{path}.{name}", Replicate())
+        setattr(owner, name, nn.Parameter(split_tensor(parameter, mesh, placement)))
+        if isinstance(owner, RMSNorm) and not placement.is_replicate():  # a norm that spans heads
             group = mesh.get_group().group_name
             owner.mean_square = partial(mean_square_over, group=group, ranks=mesh.size())
-    if partial_gradients:
-        owner.partial_gradients = tuple(partial_gradients)  # pyright: ignore[reportArgumentType]
 
 
 def mean_square_over(x: Tensor, group: str, ranks: int) -> Tensor:
@@ -114,13 +109,15 @@ def _between_ranks(module: nn.Module, group: str) -> None:
 
 def partial_gradients(model: nn.Module) -> list[DTensor]:
     """The parameters of whose gradients each tensor-parallel rank has a part; none in a model that is not split."""
-    found = []
-    for module in model.modules():
-        for name in getattr(module, "partial_gradients", ()):
-            parameter = module.get_parameter(name)
-            assert isinstance(parameter, DTensor), name
-            found.append(parameter)
-    return found
+    found = (parameter for parameter in model.parameters() if isinstance(parameter, DTensor))
+    return [parameter for parameter in found if is_split(parameter) is False]
+
+
+def is_split(parameter: Tensor) -> bool | None:
+    """Whether tensor-parallel ranks have parts of `parameter` or all of it; None for one that is not laid over them."""
+    if not isinstance(parameter, DTensor) or "tensor" not in (axes := parameter.device_mesh.mesh_dim_names or ()):
+        return None
+    return not parameter.placements[axes.index("tensor")].is_replicate()
 
 
 @torch.no_grad()

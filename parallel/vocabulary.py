@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from torchlinearmoe.kernels.cross_entropy import IGNORED
 from torchlinearmoe.models.decoder import Decoder
-from torchlinearmoe.parallel.collectives import gather_rows, scatter_rows
+from torchlinearmoe.parallel.exchange.collectives import gather_rows, scatter_rows
+from torchlinearmoe.precision import in_float32
 
 
 def split_vocabulary(model: Decoder, group: str, rank: int, ranks: int) -> None:
@@ -64,7 +65,7 @@ class SplitLoss:
         As `kernels.cross_entropy.chunk_loss`. log sum exp over all logits is that of the ranks' own log sum exps; the
         label's logit is on one rank, and zero on the others.
         """
-        wide = logits if logits.dtype == torch.float64 else logits.float()
+        wide = in_float32(logits)
         valid = labels != IGNORED
         hot = torch.arange(logits.shape[-1], device=logits.device) == (labels - self.first)[:, None]
         own = torch.stack((wide.logsumexp(-1), torch.where(hot, wide, 0).sum(-1)))

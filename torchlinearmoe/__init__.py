@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchlinearmoe.checkpoint.model import load_model
+    from torchlinearmoe.families import FAMILIES
     from torchlinearmoe.mixers import MIXERS
     from torchlinearmoe.models.decoder import build_model
-    from torchlinearmoe.models.families import FAMILIES
     from torchlinearmoe.recipe import RecipeError, load_recipe
 
 _HOMES = {
-    "FAMILIES": "torchlinearmoe.models.families",
+    "FAMILIES": "torchlinearmoe.families",
     "MIXERS": "torchlinearmoe.mixers",
     "RecipeError": "torchlinearmoe.recipe",
     "build_model": "torchlinearmoe.models.decoder",

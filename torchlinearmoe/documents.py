@@ -23,16 +23,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from torchlinearmoe.late import to_device
 from torchlinearmoe.segments import Segments, bound_on_documents
-
-if TYPE_CHECKING:
-    from torchlinearmoe.parallel.spans import Spans
+from torchlinearmoe.spans import Spans
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +67,14 @@ class Documents:
     def whole_positions(self) -> Tensor:
         """int64 [T]: the place of each token in its document, counted from its very first one, on whatever rank."""
         return self.positions if self.spans is None else self.spans.positions
+
+    @cached_property
+    def whole(self) -> Documents:
+        """The documents of the whole rows, of which this rank has spans; this where it has all."""
+        if self.spans is None:
+            return self
+        row_length = self.spans.size * self.spans.length
+        return Documents.packed(self.spans.whole_borders, row_length, self.ids.device)
 
     @property
     def num_rows(self) -> int:

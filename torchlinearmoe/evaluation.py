@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from torchlinearmoe.data.packing import MicroBatch
 from torchlinearmoe.mixers.base import Mixer
@@ -21,8 +22,8 @@ from torchlinearmoe.parallel.fsdp import reshard
 from torchlinearmoe.parallel.inputs import Inputs
 from torchlinearmoe.parallel.passes import Passes
 
-Place = tuple[list[int], str]
-"""Where something is in the whole model, for comparison, and what it is called."""
+BadValue = tuple[list[int], str]
+"""A value that is not finite: where it is in the whole model, for comparison, and what it is called."""
 
 
 def held_out_loss(
@@ -85,7 +86,7 @@ def first_bad_layer(passes: Passes, batches: Sequence[Inputs]) -> str:
     answer = _agree([_place("the parameter", name, n) for n, (name, p) in parameters if not _finite(p)])
     if answer:
         return answer
-    found: list[Place] = []
+    found: list[BadValue] = []
 
     def watch(name: str, position: int):
         def look(module: nn.Module, args: Any, output: Any) -> None:
@@ -133,7 +134,7 @@ def _watched(part: Decoder) -> list[tuple[str, nn.Module]]:
 
 
 def _finite(tensor: Tensor) -> bool:
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return bool(torch.isfinite(local).all())
 
 
@@ -142,18 +143,18 @@ def _zero_grad(passes: Passes) -> None:
         clear_gradients(part.parameters())
 
 
-def _place(what: str, name: str, position: int) -> Place:
+def _place(what: str, name: str, position: int) -> BadValue:
     """A place in the whole model by where it comes: embed, shared, layers.0, ..., norm, head; then by position."""
     section, number = (*name.split("."), "")[:2]
     layer = int(number) if section == "layers" else 0
     return [("embed", "shared", "layers", "norm", "head").index(section), layer, position], f"{what} {name}"
 
 
-def _agree(places: list[Place], *, last: bool = False) -> str | None:
+def _agree(places: list[BadValue], *, last: bool = False) -> str | None:
     """The first place that any rank names, or the last."""
     choose = max if last else min
     own = choose(places, key=lambda place: place[0]) if places else None
-    every: list[Place | None] = [own]
+    every: list[BadValue | None] = [own]
     if dist.is_initialized():
         every = [None] * dist.get_world_size()
         dist.all_gather_object(every, own)

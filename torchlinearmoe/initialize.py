@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from torchlinearmoe.errors import nearest
+from torchlinearmoe.module import traits
+
 ROWS = 1024
 """Rows of dim 0 in a block of an ordinary parameter."""
 
@@ -106,8 +109,22 @@ ONES = Constant(1.0)
 
 
 def set_initializers(module: nn.Module, **initializers: Initializer) -> None:
-    """Name the distribution of `module`'s direct parameters."""
-    module.initializers = initializers  # pyright: ignore[reportArgumentType]
+    """Name the distribution of `module`'s direct parameters. Raises ValueError for one that it does not have."""
+    for name in initializers:
+        if name not in module._parameters:
+            raise ValueError(f"{type(module).__name__}.{name}: no such parameter; {nearest(name, module._parameters)}")
+    module.__dict__["initializers"] = initializers
+
+
+def initializers_of(module: nn.Module) -> dict[str, Initializer]:
+    """The distributions that `set_initializers` named."""
+    return module.__dict__.get("initializers", {})
+
+
+def inverse_softplus_of_exp(log_y: Tensor) -> Tensor:
+    """x with softplus(x) = exp(log_y), floored at 1e-4; with a uniform log_y, Mamba's initial step sizes."""
+    y = log_y.exp().clamp(min=1e-4)
+    return y + torch.log(-torch.expm1(-y))
 
 
 def linear(inputs: int, outputs: int, std: float, bias: bool = False) -> nn.Linear:
@@ -135,10 +152,13 @@ def initialize(model: nn.Module, seed: int) -> None:
             per_row = 1 if parameter.dim() == 3 else ROWS
             for region, start in local_boxes(parameter):
                 _fill(local, region, start, tuple(parameter.shape), per_row, init, f"{seed}/{name}")
-        for module in model.modules():
-            reset = getattr(module, "reset_buffers", None)
-            if reset is not None:
-                reset()
+        reset_buffers(model)
+
+
+def reset_buffers(model: nn.Module) -> None:
+    """Give every buffer of `model` its first values. Raises NotImplementedError for one that nobody resets."""
+    for module in model.modules():
+        traits(module).reset_buffers()
 
 
 @torch.no_grad()
@@ -155,7 +175,7 @@ def add_noise(parameter: Tensor, noise: Initializer, key: str) -> None:
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Initializer]]:
     seen: set[int] = set()
     for prefix, module in model.named_modules():
-        named = getattr(module, "initializers", {})
+        named = initializers_of(module)
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue

@@ -78,9 +78,9 @@ def describe_key(section: str, cls: type, field: dataclasses.Field[Any]) -> Iter
 
 def legal_values(section: str, name: str, cls: type) -> str:
     """What the key may say."""
+    from torchlinearmoe.families import FAMILIES
     from torchlinearmoe.kernels.operator import legal_names
     from torchlinearmoe.mixers import MIXERS
-    from torchlinearmoe.models.families import FAMILIES
     from torchlinearmoe.recipe.validate import LIMITS, MIXER_LIMIT, MIXER_LIMITS
 
     key = f"{section}.{name}"
@@ -132,8 +132,8 @@ def docstrings(cls: type) -> dict[str, str]:
 
 def _lists() -> Iterator[str]:
     """Mixers and what they are, families and their sizes."""
+    from torchlinearmoe.families import FAMILIES
     from torchlinearmoe.mixers import MIXERS
-    from torchlinearmoe.models.families import FAMILIES
 
     yield "mixers:"
     for name in MIXERS.names():

@@ -25,8 +25,8 @@ from torchlinearmoe.data.tokenizer import Tokenizer
 from torchlinearmoe.errors import RecipeError, UserError
 from torchlinearmoe.optim.schedule import scheduled
 from torchlinearmoe.recipe import Recipe
+from torchlinearmoe.recipe.parse import flatten
 from torchlinearmoe.recipe.remarks import unread, value_of
-from torchlinearmoe.run_folder import flatten
 
 FREE_SECTIONS = ("parallel", "metrics", "checkpoint")
 FREE_KEYS = {

@@ -7,31 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torchlinearmoe.disk import expanded
 from torchlinearmoe.errors import RecipeError
-from torchlinearmoe.recipe import Recipe, dump
-
-SECTION_NAMES = {"model.moe": "moe", "model.mixer_options": "mixer"}
-"""Where a recipe object differs from its file."""
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A recipe as {"section.key": value}, with `[moe]` and `[mixer.*]` as sections of their own."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    elif isinstance(value, Mapping):
-        items = dict(value)
-    else:
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in items.items():
-        path = f"{prefix}.{key}" if prefix else key
-        flat |= flatten(item, SECTION_NAMES.get(path, path))
-    return flat
+from torchlinearmoe.recipe.parse import dump
+from torchlinearmoe.recipe.schema import Recipe
 
 
 def with_tokens_per_step(recipe: Recipe, tokens: int) -> Recipe:

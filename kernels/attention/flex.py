@@ -37,7 +37,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window
     return by_rows(rows, q, k, v, layout)[..., :value_width]
 
 
-def _options(q: Tensor) -> dict[str, Any]:
+def _options(q: Tensor) -> Any:
     """Not its decoding kernel, which takes rows of less than 128 tokens and has no choices for some grouped heads; of
     float32, no tiles that are loaded ahead: they do not fit."""
     return {"BACKEND": "TRITON"} | ({"num_stages": 1} if q.dtype == torch.float32 else {})

@@ -22,7 +22,7 @@ CHUNK_SIZE = 64
 
 
 @dataclass(frozen=True)
-class Documents:
+class Masks:
     """The documents of the stream as masks over its chunks."""
 
     same_MCC: Tensor
@@ -62,7 +62,7 @@ class Layout:
     T: int
     M: int
     C: int
-    documents: Documents
+    documents: Masks
     edges: Edges | None
     """Only where states go in or out."""
 
@@ -104,7 +104,7 @@ def prepare(chunk_size: int) -> Callable[[Segments], Layout]:
     return lambda segments: layout_of(segments, chunk_size, False)
 
 
-def _documents(ids_T: Tensor, M: int, C: int) -> Documents:
+def _documents(ids_T: Tensor, M: int, C: int) -> Masks:
     padding = M * C - ids_T.shape[0]
     ids_MC = torch.cat([ids_T, ids_T[-1:].expand(padding)]).view(M, C)
     same_MCC = (ids_MC.unsqueeze(2) == ids_MC.unsqueeze(1)).tril()
@@ -113,7 +113,7 @@ def _documents(ids_T: Tensor, M: int, C: int) -> Documents:
     last_MC = same_MCC[:, -1]
     # A token sees 1 + (position - first) tokens, and is seen by 1 + (final - position).
     positions = torch.arange(C, device=ids_T.device)
-    return Documents(
+    return Masks(
         same_MCC=same_MCC,
         carried_MC=carried_MC,
         last_MC=last_MC,

@@ -21,7 +21,7 @@ Tokens of all documents lie one after the other: q, k, c: [T, H, K]; v: [T, H, V
 the chunk; totals: e^{c_C}, [M, H, K].
 """
 
-# pyright: basic, reportIndexIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: basic, reportIndexIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl

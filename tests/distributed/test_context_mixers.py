@@ -14,7 +14,7 @@ from torchlinearmoe.documents import Documents
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.mom import MoM
 from torchlinearmoe.moe.router import Router
-from torchlinearmoe.parallel.spans import Exchange, cut_spans
+from torchlinearmoe.spans import Exchange, cut_spans
 
 Once = Callable[..., list[Any]]
 

@@ -15,8 +15,8 @@ from matrix_run import LENGTH, Trace, distance, joined, trace
 from tiny_run import Settings, settings, write_corpus
 
 from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.families import FAMILIES
 from torchlinearmoe.mixers import MIXERS
-from torchlinearmoe.models.families import FAMILIES
 from torchlinearmoe.parallel.mesh import resolve_degrees, tokens_per_step
 from torchlinearmoe.parallel.pipeline import check_micro_batches
 from torchlinearmoe.recipe import resolve

@@ -10,7 +10,7 @@ from tiny_run import Settings, build, settings, unsettle, whole, write_corpus
 
 from torchlinearmoe import build_model
 from torchlinearmoe.mixers import hgrn2
-from torchlinearmoe.mixers.gated_delta_net import ScalarDecay
+from torchlinearmoe.mixers.gated_delta_net import HeadDecay
 from torchlinearmoe.mixers.hgrn2 import LowerBounds
 from torchlinearmoe.moe.router import Router
 
@@ -21,7 +21,7 @@ def exact_units(rank: int, tables: Settings) -> dict[str, bool]:
     unsettle(trainer.model)
     plain = build_model(trainer.recipe.model)
     plain.load_state_dict({name: whole(value) for name, value in trainer.model.state_dict().items()})
-    units = {name: m for name, m in plain.named_modules() if isinstance(m, (ScalarDecay, LowerBounds, Router))}
+    units = {name: m for name, m in plain.named_modules() if isinstance(m, (HeadDecay, LowerBounds, Router))}
 
     calls: list[tuple[str, Any, Any]] = []
     gates: list[tuple[Any, Any]] = []

@@ -15,7 +15,7 @@ from tiny_run import Result, Settings, read_lines, settings, write_corpus
 from torch import Tensor
 
 from torchlinearmoe.checkpoint import find_latest
-from torchlinearmoe.checkpoint.storage import Reader, expect_one_process, read_metadata
+from torchlinearmoe.checkpoint.storage import CheckpointReader, expect_one_process, read_metadata
 
 KILLS, STEPS = 20, 400
 LONG: Settings = {
@@ -35,7 +35,7 @@ def tensors(checkpoint: Path) -> dict[str, Tensor]:
         for key, entry in metadata.state_dict_metadata.items()
     }
     expect_one_process()
-    dcp.load(found, storage_reader=Reader(checkpoint, metadata), no_dist=True)
+    dcp.load(found, storage_reader=CheckpointReader(checkpoint, metadata), no_dist=True)
     return found
 
 

@@ -20,8 +20,8 @@ sys.path.append(str(Path(__file__).parents[1] / "distributed"))
 from tiny_run import Settings, build, settings, unsettle, write_corpus
 
 from torchlinearmoe.data.packing import IGNORED, Sample, collate
+from torchlinearmoe.families import FAMILIES
 from torchlinearmoe.mixers import MIXERS
-from torchlinearmoe.models.families import FAMILIES
 from torchlinearmoe.runtime import process_group
 
 STEPS, LENGTH, DOCUMENTS = 10, 64, (1, 3)

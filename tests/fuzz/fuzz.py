@@ -41,7 +41,7 @@ from torchlinearmoe.data.tokenizer import load_tokenizer
 from torchlinearmoe.errors import UserError
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.recipe import dump, load_recipe, resolve
-from torchlinearmoe.run_folder import flatten
+from torchlinearmoe.recipe.parse import flatten
 
 SECONDS = 20
 """A case may take."""

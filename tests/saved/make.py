@@ -46,7 +46,8 @@ from torchlinearmoe.convert import main as convert
 from torchlinearmoe.data.open import open_data
 from torchlinearmoe.data.tokenizer import load_tokenizer
 from torchlinearmoe.recipe import resolve
-from torchlinearmoe.run_folder import flatten, write_recipe
+from torchlinearmoe.recipe.parse import flatten
+from torchlinearmoe.run_folder import write_recipe
 from torchlinearmoe.runtime import process_group
 
 EXPORTS = {"llama3": "llama3-tied", "mixtral": "mixtral-softmax_attention", "own": "qwen2-hgrn2-LLLN"}

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.families import FAMILIES
 from torchlinearmoe.kernels.operator import legal_names, operators
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.models.decoder import Decoder
-from torchlinearmoe.models.families import FAMILIES
 from torchlinearmoe.optim.build import OPTIMIZERS, build_optimizer
 from torchlinearmoe.recipe import resolve
 from torchlinearmoe.recipe.parse import NESTED, SECTIONS

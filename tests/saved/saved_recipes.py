@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from torchlinearmoe.recipe import ModelRecipe, resolve
-from torchlinearmoe.run_folder import flatten
+from torchlinearmoe.recipe.parse import flatten
 
 HEADS = {"heads": 4, "head_dim": 16}
 CONVOLVED = {**HEADS, "conv": 3}
-DELTA = {**CONVOLVED, "value_heads": 8, "expand_v": 1.5, "negative_eigenvalues": True}
+OUTPUT = {"output_norm": "none", "gate_activation": "sigmoid"}
+DELTA = {**CONVOLVED, **OUTPUT, "value_heads": 8, "expand_v": 1.5, "negative_eigenvalues": True}
 GATED = {
     **CONVOLVED,
+    **OUTPUT,
     "kv_heads": 2,
     "expand_k": 0.75,
     "expand_v": 1.5,
@@ -36,17 +38,19 @@ MIXERS: dict[str, dict[str, Any]] = {
     "gla": GATED,
     "gsa": {
         **CONVOLVED,
+        "output_norm": "none",
         "slots": 16,
         "kv_heads": 2,
         "expand_k": 0.5,
         "expand_v": 1.5,
         "gate_normalizer": 4.0,
     },
-    "hgrn2": {**CONVOLVED, "lower_bounds": False},
-    "kda": {**DELTA, "decay_rank": 6, "gate_rank": 7},
+    "hgrn2": {**CONVOLVED, "output_norm": "none", "lower_bounds": False},
+    "kda": {**DELTA, "gate_activation": "swish", "decay_rank": 6, "gate_rank": 7},
     "lightning_attention": {**CONVOLVED, "layer_factor": False, "norm": "head", "gate": "swish"},
     "linear_attention": {
         **CONVOLVED,
+        **OUTPUT,
         "expand_v": 2.0,
         "feature_map": "t2r",
         "feature_dim": 24,
@@ -58,7 +62,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     "mom_gated_delta_net": {**DELTA, **MEMORIES},
     "mom_gla": {**GATED, **MEMORIES},
     "rebased": {**CONVOLVED, "feature_dim": 8, "gate": True, "tie_norms": True},
-    "retention": {**CONVOLVED, "expand_v": 1.5, "rope_theta": 500.0, "feature_map": "elu"},
+    "retention": {**CONVOLVED, **OUTPUT, "expand_v": 1.5, "rope_theta": 500.0, "feature_map": "elu"},
     "rwkv6": {**HEADS, "mix_rank": 9, "decay_rank": 10},
     "rwkv7": {**HEADS, "decay_rank": 5, "rate_rank": 6, "value_rank": 7, "gate_rank": 8},
     "softmax_attention": {**CONVOLVED, "kv_heads": 2, "window": 512},

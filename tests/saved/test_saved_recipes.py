@@ -10,7 +10,8 @@ from saved_recipes import keys_at_their_default
 from saved_run import HERE
 
 from torchlinearmoe.recipe import load_recipe
-from torchlinearmoe.run_folder import flatten, write_recipe
+from torchlinearmoe.recipe.parse import flatten
+from torchlinearmoe.run_folder import write_recipe
 
 WRITTEN = sorted((HERE / "recipes").glob("*.toml"))
 

@@ -26,6 +26,7 @@ from torchlinearmoe.initialize import (
     orthogonal,
     set_initializers,
 )
+from torchlinearmoe.module import Module
 
 
 class Holder(nn.Module):
@@ -185,7 +186,7 @@ def test_a_parameter_without_an_initializer_is_named():
 
 
 def test_buffers_are_reset():
-    class Counter(nn.Module):
+    class Counter(Module):
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("count", torch.full((2,), 5.0))
@@ -197,6 +198,21 @@ def test_buffers_are_reset():
     model = nn.Sequential(Counter())
     initialize(model, 0)
     assert not next(model.buffers()).any()
+
+
+def test_buffers_that_nobody_resets_are_an_error():
+    class Counter(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(2))
+
+    with pytest.raises(NotImplementedError, match="^Counter: has buffers and no reset_buffers"):
+        initialize(nn.Sequential(Counter()), 0)
+
+
+def test_a_distribution_of_no_parameter_is_an_error():
+    with pytest.raises(ValueError, match="^Linear.wieght: no such parameter; did you mean 'weight'?"):
+        set_initializers(nn.Linear(2, 2), wieght=ONES)
 
 
 SCRIPT = """

@@ -13,9 +13,9 @@ from torchlinearmoe.checkpoint.model import model_files
 from torchlinearmoe.data.tokenizer import DEFAULT_TOKENIZER, load_tokenizer
 from torchlinearmoe.errors import RecipeError, UserError
 from torchlinearmoe.recipe import Recipe, resolve
+from torchlinearmoe.recipe.parse import flatten
 from torchlinearmoe.recipe.schema import Recipe as Schema
 from torchlinearmoe.resume import FREE_KEYS, TOLD_KEYS, changes, check_same_run, counts_of, go_on
-from torchlinearmoe.run_folder import flatten
 
 
 def recipe(**sections: dict[str, Any]) -> Recipe:

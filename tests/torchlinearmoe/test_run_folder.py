@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from torchlinearmoe.recipe import Recipe, load_recipe, resolve
-from torchlinearmoe.run_folder import flatten, with_tokens_per_step, write_recipe
+from torchlinearmoe.recipe.parse import flatten
+from torchlinearmoe.run_folder import with_tokens_per_step, write_recipe
 
 
 def recipe(**sections: dict[str, Any]) -> Recipe:

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torchlinearmoe.benchmark.rates import Rates
 from torchlinearmoe.kernels import dispatch, swiglu
 from torchlinearmoe.kernels.operator import Budget
-from torchlinearmoe.mixers.base import Mixer, Transition
+from torchlinearmoe.layers.mlp import SwiGLU
+from torchlinearmoe.mixers.base import Mixer
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.models.flops import active_parameters, head_flops
-from torchlinearmoe.models.mlp import SwiGLU
 from torchlinearmoe.moe.layer import MoE
 from torchlinearmoe.recipe.schema import ModelRecipe
 
@@ -65,7 +65,7 @@ def step_work(model: Decoder, tokens: int, length: int, itemsize: int, optimizer
         mixer, ffn = layer.mixer, layer.ffn
         assert isinstance(mixer, Mixer) and isinstance(ffn, nn.Module)
         core = mixer.mixing_flops(length)
-        kind = "attention" if mixer.transition is Transition.ATTENTION else "recurrence"
+        kind = "attention" if mixer.keeps_past else "recurrence"
         products = mixer.flops_per_token(length) - core + 2.0 * active_parameters(ffn)
         token["matmul"] += Work(3 * products)
         token[kind] += Work(3 * core, _core_bytes(mixer, model.recipe.hidden_size, itemsize))

@@ -37,7 +37,7 @@ def label_ours(model: nn.Module) -> None:
     """Label a model of this project, and in this process the steps around it."""
     import torchlinearmoe.moe.layer as moe_layer
     import torchlinearmoe.trainer as trainer
-    from torchlinearmoe.mixers.base import Mixer, Transition
+    from torchlinearmoe.mixers.base import Mixer
     from torchlinearmoe.models.block import Block
     from torchlinearmoe.models.decoder import Head
     from torchlinearmoe.moe.experts import Experts
@@ -48,7 +48,7 @@ def label_ours(model: nn.Module) -> None:
     label(moe_layer, "account", "moe")
     for module in model.modules():
         if isinstance(module, Mixer):
-            softmax = module.transition is Transition.ATTENTION
+            softmax = module.keeps_past
             label(module, "forward", "attention" if softmax else "recurrence")
         elif isinstance(module, Router):
             label(module, "forward", "moe")

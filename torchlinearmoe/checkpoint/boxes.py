@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Place = tuple[int, ...]
+Index = tuple[int, ...]
 """A start or a shape, one number a dim."""
-Read = Callable[[str, Place, Place], Tensor]
+Read = Callable[[str, Index, Index], Tensor]
 """`read(name, start, shape)`: a box of a source tensor."""
 
 
@@ -26,18 +26,18 @@ class Copy:
     """The box of a target at `start`, of `shape`, is the box of the tensor `source` at `source_start`."""
 
     source: str
-    start: Place
-    shape: Place
-    source_start: Place
+    start: Index
+    shape: Index
+    source_start: Index
     expert: bool = False
     """The source is a matrix and the box [1, in, out] of a stack of experts holds its transpose."""
 
     @property
-    def source_shape(self) -> Place:
+    def source_shape(self) -> Index:
         """Shape of the box in the source."""
         return self.shape[:0:-1] if self.expert else self.shape
 
-    def part(self, start: Place, shape: Place) -> Copy | None:
+    def part(self, start: Index, shape: Index) -> Copy | None:
         """What of it lies in the box of the target at `start`, of `shape`; None for nothing."""
         low = tuple(map(max, self.start, start))
         high = tuple(min(a + n, b + m) for a, n, b, m in zip(self.start, self.shape, start, shape, strict=True))
@@ -50,7 +50,7 @@ class Copy:
         return Copy(self.source, low, size, tuple(a + b for a, b in zip(self.source_start, inside)), self.expert)
 
 
-def read_box(copies: Sequence[Copy], start: Place, shape: Place, dtype: torch.dtype, read: Read) -> Tensor:
+def read_box(copies: Sequence[Copy], start: Index, shape: Index, dtype: torch.dtype, read: Read) -> Tensor:
     """The box at `start`, of `shape`, of the tensor that `copies` describe; every element must be covered."""
     box = torch.empty(shape, dtype=dtype)
     covered = 0
@@ -70,6 +70,6 @@ def whole(source: str, shape: Sequence[int]) -> Copy:
     return Copy(source, zeros, tuple(shape), zeros)
 
 
-def slices(start: Place, shape: Place) -> tuple[slice, ...]:
+def slices(start: Index, shape: Index) -> tuple[slice, ...]:
     """The box as an index."""
     return tuple(slice(s, s + n) for s, n in zip(start, shape))

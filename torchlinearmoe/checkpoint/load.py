@@ -29,7 +29,7 @@ from torchlinearmoe.checkpoint.state import (
 )
 from torchlinearmoe.checkpoint.storage import (
     CheckpointError,
-    Reader,
+    CheckpointReader,
     expect_one_process,
     missing_data,
     read_metadata,
@@ -122,7 +122,7 @@ def load(
     try:
         dcp.load(
             targets,
-            storage_reader=Reader(path, metadata),
+            storage_reader=CheckpointReader(path, metadata),
             planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             process_group=group,
             no_dist=group is None,

@@ -17,6 +17,7 @@ from torchlinearmoe.data.chat_template import ChatTemplate, load_template, parse
 from torchlinearmoe.data.tokenizer import Tokenizer, load_tokenizer
 from torchlinearmoe.disk import expanded
 from torchlinearmoe.errors import UserError
+from torchlinearmoe.initialize import reset_buffers
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.recipe import Recipe, dump, load_recipe
 from torchlinearmoe.written import is_checkpoint
@@ -181,9 +182,6 @@ def load_model(path: str | Path) -> Decoder:
         model = Decoder(recipe.model)
     check_fits(path, model)
     model.to_empty(device=torch.get_default_device())
-    for module in model.modules():
-        reset = getattr(module, "reset_buffers", None)
-        if reset is not None:
-            reset()
+    reset_buffers(model)
     load_model_weights(path, model)
     return model.eval()

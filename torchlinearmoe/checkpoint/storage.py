@@ -233,7 +233,7 @@ def _compact(tensor: Any) -> Tensor:
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
-class Reader(FileSystemReader):
+class CheckpointReader(FileSystemReader):
     """Reads tensors by an index that was read before, see `read_metadata`."""
 
     def __init__(self, path: Path, metadata: Metadata) -> None:

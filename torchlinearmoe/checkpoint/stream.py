@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from torchlinearmoe.checkpoint import folder
 from torchlinearmoe.checkpoint.aside import written_aside
-from torchlinearmoe.checkpoint.boxes import Copy, Place, read_box, slices
+from torchlinearmoe.checkpoint.boxes import Copy, Index, read_box, slices
 from torchlinearmoe.checkpoint.load import check_fits, describe_failure
 from torchlinearmoe.checkpoint.model import checkpoint_recipe
 from torchlinearmoe.checkpoint.plain import plain_file
@@ -54,7 +54,7 @@ class Weights(Protocol):
         ...
 
     @property
-    def shapes(self) -> Mapping[str, Place]:
+    def shapes(self) -> Mapping[str, Index]:
         """Shape of every tensor."""
         ...
 
@@ -63,7 +63,7 @@ class Weights(Protocol):
         """Type of every tensor."""
         ...
 
-    def read(self, name: str, start: Place, shape: Place) -> Tensor:
+    def read(self, name: str, start: Index, shape: Index) -> Tensor:
         """A box of a tensor, on the CPU."""
         ...
 
@@ -100,12 +100,12 @@ class SavedWeights:
         self.dtypes = {name: entry.properties.dtype for name, entry in entries.items()}
         self._kept: tuple[str, dict[str, Tensor]] = ("", {})
 
-    def read(self, name: str, start: Place, shape: Place) -> Tensor:
+    def read(self, name: str, start: Index, shape: Index) -> Tensor:
         """A box of the tensor `name`; the chunks of the last tensor asked for are kept."""
         if self._kept[0] != name:
             self._kept = (name, {})
 
-        def read(chunk: str, start: Place, shape: Place) -> Tensor:
+        def read(chunk: str, start: Index, shape: Index) -> Tensor:
             kept = self._kept[1]
             if chunk not in kept:
                 kept[chunk] = self._load(name, self._chunks[name][int(chunk)])
@@ -148,7 +148,7 @@ class SavedWeights:
 class _Streaming(DefaultSavePlanner):
     """Plans one chunk for each box and reads it when its turn to be written comes."""
 
-    def __init__(self, weights: Weights, boxes: Mapping[str, Sequence[tuple[Place, Place]]], progress: Progress | None):
+    def __init__(self, weights: Weights, boxes: Mapping[str, Sequence[tuple[Index, Index]]], progress: Progress | None):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._weights, self._boxes, self._progress = weights, boxes, progress
         self._total, self._done = sum(map(len, boxes.values())), 0
@@ -180,7 +180,7 @@ class _Streaming(DefaultSavePlanner):
 def write_weights(
     destination: str | Path,
     weights: Weights,
-    boxes: Mapping[str, Sequence[tuple[Place, Place]]],
+    boxes: Mapping[str, Sequence[tuple[Index, Index]]],
     files: Mapping[str, str | bytes],
     progress: Progress | None = None,
 ) -> Path:

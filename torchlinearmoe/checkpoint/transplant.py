@@ -17,12 +17,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchlinearmoe.checkpoint.boxes import Copy, Place, whole
+from torchlinearmoe.checkpoint.boxes import Copy, Index, whole
 from torchlinearmoe.checkpoint.stream import Weights
 from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.families import FAMILIES
 from torchlinearmoe.mixers import MIXERS
-from torchlinearmoe.models.families import FAMILIES
-from torchlinearmoe.recipe import ModelRecipe, layer_mixers
+from torchlinearmoe.models.layer_mixers import layer_mixers
+from torchlinearmoe.recipe import ModelRecipe
 
 ALWAYS = ("hidden_size", "num_layers", "vocab_size", "norm_eps")
 ATTENTION = ("num_heads", "num_kv_heads", "head_dim", "qkv_bias")
@@ -47,7 +48,7 @@ class Transplant:
     """Tensors of the source that nothing is made of."""
 
 
-def plan_transplant(target: ModelRecipe, shapes: Mapping[str, Place], source: Weights) -> Transplant:
+def plan_transplant(target: ModelRecipe, shapes: Mapping[str, Index], source: Weights) -> Transplant:
     """How a model of the recipe `target`, whose tensors have `shapes`, starts from the model in `source`.
 
     Raises RecipeError, one line that names the field and both values, where the source's weights mean something else
@@ -103,7 +104,7 @@ class _Planner:
         self.mixers, self.source_mixers = layer_mixers(target), layer_mixers(model)
         self.source_head = model.head_dim if FAMILIES[model.family].attention == "softmax_attention" else 0
 
-    def place(self, name: str, shape: Place) -> None:
+    def place(self, name: str, shape: Index) -> None:
         """Find what the tensor `name` is made of."""
         if match := re.fullmatch(r"layers\.(\d+)\.mixer\.(.+)", name):
             layer, part = int(match[1]), match[2]
@@ -120,7 +121,7 @@ class _Planner:
             return
         self._same(name, shape, name)
 
-    def _same(self, name: str, shape: Place, source: str) -> None:
+    def _same(self, name: str, shape: Index, source: str) -> None:
         if source not in self.shapes:
             self.plan.fresh[name] = "not in the source"
         elif self.shapes[source] != shape:
@@ -132,7 +133,7 @@ class _Planner:
         else:
             self.plan.copies[name] = [whole(source, shape)]
 
-    def _project(self, name: str, shape: Place, layer: int, part: str) -> None:
+    def _project(self, name: str, shape: Index, layer: int, part: str) -> None:
         """A projection of a layer whose mixer is another one than the source's."""
         module, _, kind = part.rpartition(".")
         roles = {module: role for role, module in MIXERS[self.mixers[layer]].projections.items()}
@@ -151,7 +152,7 @@ class _Planner:
             has = "has none" if found is None else f"has {list(found)}, not {list(shape)}"
             self.plan.fresh[name] = f"{self.source_mixers[layer]} {has}"
 
-    def _repeat(self, source: str, found: Place, shape: Place) -> list[Copy]:
+    def _repeat(self, source: str, found: Index, shape: Index) -> list[Copy]:
         """Every head of the source several times, side by side; none where that does not make the target."""
         head, times = self.source_head, shape[0] // found[0]
         if not head or found[0] % head or shape[0] != times * found[0] or shape[1:] != found[1:]:
@@ -163,7 +164,7 @@ class _Planner:
             for t in range(times)
         ]
 
-    def _upcycle(self, name: str, shape: Place, prefix: str) -> None:
+    def _upcycle(self, name: str, shape: Index, prefix: str) -> None:
         """Every expert a copy of the dense feed-forward."""
         experts, inputs, outputs = shape
         parts = [("down_proj", 0, outputs)]

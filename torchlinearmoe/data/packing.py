@@ -23,12 +23,10 @@ import torch
 from torch import Tensor
 
 from torchlinearmoe.documents import Documents
+from torchlinearmoe.kernels.cross_entropy import IGNORED
 
 if TYPE_CHECKING:
     from torchlinearmoe.data.splits import TokenStream
-
-IGNORED = -100
-"""The label of a position that is not scored."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.kernels.attention import packed_attention
-from torchlinearmoe.parallel.gather import all_to_all, finish_gather, start_gather
-from torchlinearmoe.parallel.spans import Spans
+from torchlinearmoe.parallel.exchange.gather import all_to_all, finish_gather, start_gather
+from torchlinearmoe.spans import Spans
 
 
 def attend(
@@ -33,7 +33,7 @@ def attend(
         return _whole(q, k, v, documents, scale, backend, window)
     if spans.by_heads(k.shape[1], window):
         q, k, v = _whole_rows((q, k, v), spans)
-        return _own_spans(_whole(q, k, v, spans.whole, scale, backend, window), spans)
+        return _own_spans(_whole(q, k, v, documents.whole, scale, backend, window), spans)
     k, v = with_history(torch.cat([k, v], -1), spans, window).split((k.shape[-1], v.shape[-1]), -1)
     return attend_to_history(q, k, v, documents, scale=scale, backend=backend, window=window)
 

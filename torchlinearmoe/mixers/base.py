@@ -1,11 +1,11 @@
 """The contract every token mixer keeps.
 
 A mixer turns the hidden states of packed documents into new ones. Over any span of tokens a linear mixer is
-S_out = A S_in + B; its file declares what the trainer, the decoder and the parallel layouts need to know: the kind of
-A (`transition`), the named state and how each part carries over (`state_spec`), parameters shared by all its layers
-(`shared_module`), tensors that travel with the hidden state (`carried_channels`), how its parameters split over
-tensor-parallel ranks (`tensor_parallel`), its FLOPs and its parameter count. A new mixer is one file here, and its
-definition in the tests (`tests/torchlinearmoe/mixers/definitions/`), which says whether its formula is the paper's.
+S_out = A S_in + B; its file declares what the trainer, the decoder and the parallel layouts need to know: the named
+state and how each part carries over (`state_spec`), parameters shared by all its layers (`shared_module`), tensors that
+travel with the hidden state (`carried_channels`), how its parameters split over tensor-parallel ranks
+(`tensor_parallel`), and its FLOPs. A new mixer is one file here, and its definition in the tests
+(`tests/torchlinearmoe/mixers/definitions/`), which says whether its formula is the paper's.
 
 Shapes: T tokens (packed, all documents of a micro-batch in one stream), D model width, H heads, K and V key and value
 width of a head, N documents.
@@ -13,83 +13,28 @@ width of a head, N documents.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MethodType
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import Placement
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.kernels.choose import KernelCall
-from torchlinearmoe.mixers.past import After, Empty, Past, Resumed, Spanned, State
-from torchlinearmoe.models.rope import RopeScaling, frequencies
+from torchlinearmoe.layers.past import After, Carry, Empty, Past, Resumed, Spanned, State, StateSpec, complete
+from torchlinearmoe.layers.rope import RopeScaling, frequencies
+from torchlinearmoe.module import Module
+from torchlinearmoe.moe.totals import StepTotals
+from torchlinearmoe.precision import wide_type
+from torchlinearmoe.recipe.schema import ModelRecipe
 from torchlinearmoe.registry import Registry
 
 Carried = dict[str, Tensor]
 """Tensors that travel with the hidden state from layer to layer, [T, ...] each."""
-
-
-class Transition(enum.Enum):
-    """The form of A in S_out = A S_in + B."""
-
-    IDENTITY = "identity"
-    CONSTANT = "constant per head"
-    SCALAR = "scalar per token and head"
-    DIAGONAL = "diagonal per token and head"
-    DENSE = "dense"
-    ATTENTION = "none: the past itself is kept"
-
-
-class Carry(enum.Enum):
-    """How a part of the state passes from one span of tokens to the next."""
-
-    RECURRENT = "S_out = A S_in + B"
-    LAST_TOKENS = "the last n inputs of the document"
-    APPEND = "one entry a token"
-
-
-@dataclass(frozen=True)
-class StateSpec:
-    """One named part of a layer's state."""
-
-    shape: tuple[int, ...]
-    """Shape of one document's entry; for APPEND the shape of one token's entry."""
-    carry: Carry
-    fp32: bool = True
-    """Kept in float32 (else in the compute type)."""
-
-
-@dataclass(frozen=True)
-class TensorWord:
-    """How a parameter lies over tensor-parallel ranks."""
-
-    kind: str
-    dim: int | None = None
-
-
-def column(dim: int = 0) -> TensorWord:
-    """Split over the outputs; heads stay whole."""
-    return TensorWord("column", dim)
-
-
-def row(dim: int = 1) -> TensorWord:
-    """Split over the inputs; the ranks' outputs are partial sums."""
-    return TensorWord("row", dim)
-
-
-def per_head(dim: int = 0) -> TensorWord:
-    """One slice a head, split with the heads."""
-    return TensorWord("per_head", dim)
-
-
-REPLICATED = TensorWord("replicated")
-"""On every rank, used by replicated activations."""
-REPLICATED_SUMMED = TensorWord("replicated_summed")
-"""On every rank, used by sharded heads: its local gradient is a partial sum."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +44,10 @@ class Context:
     documents: Documents
     positions: Tensor
     """int64 [T], position of each token in its document, counted from the document's very first token."""
-    shared: Mapping[str, Any] = field(default_factory=dict)
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
     """Outputs of the shared modules, by mixer name."""
-    totals: Any = None
-    """StepTotals of the optimizer step while training, else None."""
+    totals: StepTotals | None = None
+    """Of the optimizer step while training, else None."""
     stepping: bool = False
     """Every document is one token: decoding."""
     history: int = 0
@@ -128,7 +73,7 @@ class Context:
 
         float64 for float64, else float32. With a scaling they carry its amplitude.
         """
-        kind = torch.float64 if dtype == torch.float64 else torch.float32
+        kind = wide_type(dtype)
         key = (dim, theta, kind, scaling)
         if key not in self.tables:
             device = self.positions.device
@@ -139,52 +84,7 @@ class Context:
         return self.tables[key]
 
 
-class ModelDims(Protocol):
-    """The fields of `[model]` that a mixer looks at."""
-
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def max_length(self) -> int: ...
-    @property
-    def rope_theta(self) -> float: ...
-    @property
-    def rope_scaling(self) -> str: ...
-    @property
-    def rope_factor(self) -> float: ...
-    @property
-    def rope_original_length(self) -> int: ...
-    @property
-    def rope_beta_slow(self) -> float: ...
-    @property
-    def rope_beta_fast(self) -> float: ...
-    @property
-    def rope_mscale(self) -> float: ...
-    @property
-    def rope_mscale_all_dim(self) -> float: ...
-    @property
-    def norm_eps(self) -> float: ...
-    @property
-    def qkv_bias(self) -> bool: ...
-    @property
-    def init_std(self) -> float: ...
-    @property
-    def attention_backend(self) -> str: ...
-    @property
-    def kernel_backend(self) -> str: ...
-    @property
-    def mixer_options(self) -> Mapping[str, Any]: ...
-
-
-def rope_scaling(model: ModelDims) -> RopeScaling | None:
+def rope_scaling(model: ModelRecipe) -> RopeScaling | None:
     """The scaling of the softmax layers' rotary frequencies; None for none."""
     if model.rope_scaling == "none":
         return None
@@ -221,7 +121,7 @@ class MixerOptions:
     """Width of a head."""
 
 
-def geometry(options: MixerOptions, model: ModelDims) -> tuple[int, int]:
+def geometry(options: MixerOptions, model: ModelRecipe) -> tuple[int, int]:
     """(heads, head width) of a linear mixer.
 
     The default is the family's heads when their width is a multiple of 16 up to 256, else D / 128 heads of 128.
@@ -244,25 +144,27 @@ def expanded(width: int, factor: float) -> int:
     return round(width * factor)
 
 
-class SharedModule(nn.Module):
+class SharedModule(Module):
     """Parameters that all layers of a mixer read, through what `forward()` returns."""
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        """A word for each parameter, by its name in the module."""
+    def tensor_parallel(self) -> dict[str, Placement]:
+        """As `Mixer.tensor_parallel`."""
         raise NotImplementedError
 
 
-class Mixer(nn.Module):
+O = TypeVar("O", bound=MixerOptions)
+
+
+class Mixer(Module, Generic[O]):
     """A token mixer; see the module's docstring for the contract."""
 
     name: ClassVar[str]
-    transition: ClassVar[Transition]
+    keeps_past: ClassVar[bool] = False
+    """What a token looks back at are the tokens before, an entry each, not a state that they were folded into."""
     Options: ClassVar[type[MixerOptions]] = MixerOptions
     projections: ClassVar[Mapping[str, str]] = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
     """The linear layers that play the parts of attention's query, key, value and output, where there are such: a layer
     started from another mixer's weights takes them part by part."""
-    regions: ClassVar[tuple[str, ...]] = ()
-    """Methods that are compiled; fp32 units stay outside them, and `region` keeps states out."""
     variants: ClassVar[tuple[dict[str, Any], ...]] = ()
     """Option overrides, beside the defaults, that change what is computed: every test of the contract runs on each.
 
@@ -277,8 +179,12 @@ class Mixer(nn.Module):
     write_rows: int = 1
     """How often a token is written: more than once in a mixture of memories."""
 
+    def __init__(self, options: O, model: ModelRecipe, place: Place) -> None:
+        """A layer of a model, standing at `place`; the weights are not filled."""
+        super().__init__()
+
     @classmethod
-    def check_counts(cls, options: MixerOptions) -> None:
+    def check_counts(cls, options: O) -> None:
         """Raise RecipeError for a negative whole number: they are all counts, widths or ranks."""
         for entry in fields(options):
             value = getattr(options, entry.name)
@@ -293,7 +199,7 @@ class Mixer(nn.Module):
             raise RecipeError(f"mixer.{cls.name}.{key} = {factor}: must make whole channels of a head of {width}")
 
     @classmethod
-    def check(cls, options: MixerOptions, model: ModelDims) -> None:
+    def check(cls, options: O, model: ModelRecipe) -> None:
         """Raise RecipeError for a geometry that cannot be built."""
         cls.check_counts(options)
         heads, width = geometry(options, model)
@@ -304,22 +210,12 @@ class Mixer(nn.Module):
             )
 
     @classmethod
-    def sections(cls, options: Any) -> tuple[str, ...]:
+    def sections(cls, options: O) -> tuple[str, ...]:
         """The `[mixer.NAME]` sections that a layer reads."""
         return (cls.name,)
 
     @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """Parameters of one layer, in closed form, without shared ones."""
-        raise NotImplementedError
-
-    @classmethod
-    def parameters_not_in_first(cls, options: Any, model: ModelDims) -> int:
-        """Of these, what the first layer, which sets the carried tensors, does without."""
-        return 0
-
-    @classmethod
-    def carried_channels(cls, options: Any, model: ModelDims) -> dict[str, int]:
+    def carried_channels(cls, options: O, model: ModelRecipe) -> dict[str, int]:
         """Channels of each carried tensor, [T, channels], by name: set by the first layer of this mixer, read by all.
 
         Channels belong to heads and are split with them.
@@ -327,12 +223,12 @@ class Mixer(nn.Module):
         return {}
 
     @classmethod
-    def shared_module(cls, options: Any, model: ModelDims, count: int) -> SharedModule | None:
+    def shared_module(cls, options: O, model: ModelRecipe, count: int) -> SharedModule | None:
         """The module whose output all `count` layers of this mixer read; built once a model."""
         return None
 
     @classmethod
-    def head_groups(cls, options: Any, model: ModelDims) -> tuple[str, int]:
+    def head_groups(cls, options: O, model: ModelRecipe) -> tuple[str, int]:
         """(name, count) of what tensor-parallel ranks share out evenly: heads, or groups of heads that belong together.
 
         Every count of heads is a multiple of it.
@@ -343,8 +239,13 @@ class Mixer(nn.Module):
         """The parts of this layer's state by name."""
         raise NotImplementedError
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        """A word for each parameter of this layer, by its name in the module."""
+    def tensor_parallel(self) -> dict[str, Placement]:
+        """How each parameter of this layer lies over tensor-parallel ranks, by its name in the module.
+
+        `Shard(0)` splits outputs or what there is of each head, heads staying whole; `Shard(1)` splits inputs, the
+        ranks' outputs are partial sums then; `Replicate()` is whole on every rank and meets that rank's heads alone,
+        so that its gradients are partial sums too.
+        """
         raise NotImplementedError
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterable[KernelCall]:
@@ -364,7 +265,7 @@ class Mixer(nn.Module):
         come back; without, documents start empty and None comes back. Carried tensors pass through.
         """
         y_TD, after = self.run(x_TD, context, context.past(state))
-        return y_TD, None if state is None else after, carried or {}
+        return y_TD, None if state is None else complete(after), carried or {}
 
     def run(self, x_TD: Tensor, context: Context, past: Past) -> tuple[Tensor, After]:
         """`forward` of a mixer without carried tensors: the output, and the parts of the state by name."""
@@ -379,7 +280,7 @@ class Mixer(nn.Module):
         state = {}
         for name, spec in self.state_spec().items():
             shape = (batch, max_length, *spec.shape) if spec.carry is Carry.APPEND else (batch, *spec.shape)
-            kind = torch.float32 if spec.fp32 and dtype != torch.float64 else dtype
+            kind = wide_type(dtype) if spec.fp32 else dtype
             state[name] = torch.zeros(shape, device=device, dtype=kind)
         return state
 
@@ -393,8 +294,8 @@ class Mixer(nn.Module):
         return 2.0 * matrices + self.mixing_flops(length)
 
 
-M = TypeVar("M", bound=Mixer)
-MIXERS: Registry[type[Mixer]] = Registry("mixer")
+M = TypeVar("M", bound="Mixer[Any]")
+MIXERS: Registry[type[Mixer[Any]]] = Registry("mixer")
 
 
 def register(name: str, *aliases: str, listed: bool = True):

@@ -24,7 +24,7 @@ class Options(QuadraticOptions):
 
 
 @register("based")
-class Based(QuadraticAttention):
+class Based(QuadraticAttention[Options]):
     """Scores 1 + s + s^2 / 2, normalised; nothing but projections to learn."""
 
     Options = Options

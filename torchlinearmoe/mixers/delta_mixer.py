@@ -14,39 +14,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
 from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.delta import OPERATOR, delta_rule_flops
 from torchlinearmoe.kernels.operator import Call
+from torchlinearmoe.layers.convolution import Convolutions
+from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
-    REPLICATED_SUMMED,
     Carry,
     Context,
-    MixerOptions,
-    ModelDims,
     Place,
     StateSpec,
-    TensorWord,
-    Transition,
-    column,
     expanded,
     geometry,
-    row,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
-from torchlinearmoe.mixers.past import After, Past
+from torchlinearmoe.mixers.output import GatedOutput
 from torchlinearmoe.mixers.recurrence import delta_rule
-from torchlinearmoe.mixers.tail import Convolutions, in_float32
+from torchlinearmoe.precision import in_float32
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeltaOptions(MixerOptions):
+class DeltaOptions(GatedOutput):
     """Options of every delta-rule mixer."""
 
     value_heads: int = 0
@@ -59,13 +56,15 @@ class DeltaOptions(MixerOptions):
     """Let b reach 2, so that a transition can flip a direction."""
 
 
-class DeltaMixer(LinearMixer):
+D = TypeVar("D", bound=DeltaOptions)
+
+
+class DeltaMixer(LinearMixer[D]):
     """Projections, short convolutions, the delta rule and the way out.
 
     A subclass builds `norm`, `decay` (None: nothing decays) and the layers of the parts `gate` and `decay`.
     """
 
-    transition = Transition.DENSE
     Options = DeltaOptions
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",), "b": ("b_proj",)}
@@ -74,8 +73,8 @@ class DeltaMixer(LinearMixer):
     gate_kind: ClassVar[str]
     """Of the decay, as in `kernels.delta.kinds`."""
 
-    def __init__(self, options: DeltaOptions, model: ModelDims, place: Place) -> None:
-        super().__init__()
+    def __init__(self, options: D, model: ModelRecipe, place: Place) -> None:
+        super().__init__(options, model, place)
         self.heads, self.key_dim, self.value_heads, self.value_dim = self.dims(options, model)
         self.top = 2.0 if options.negative_eigenvalues else 1.0
         self.backend = model.kernel_backend
@@ -90,13 +89,13 @@ class DeltaMixer(LinearMixer):
         self.o_proj = linear(values, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def dims(cls, options: Any, model: ModelDims) -> tuple[int, int, int, int]:
+    def dims(cls, options: D, model: ModelRecipe) -> tuple[int, int, int, int]:
         """(key heads, key width, value heads, value width)."""
         heads, width = geometry(options, model)
         return heads, width, options.value_heads or heads, expanded(width, options.expand_v)
 
     @classmethod
-    def check(cls, options: Any, model: ModelDims) -> None:
+    def check(cls, options: D, model: ModelRecipe) -> None:
         super().check(options, model)
         heads, width = geometry(options, model)
         cls.check_expansion("expand_v", width, options.expand_v)
@@ -105,27 +104,14 @@ class DeltaMixer(LinearMixer):
                 f"mixer.{cls.name}.value_heads = {options.value_heads}: must be a multiple of the {heads} key heads"
             )
 
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D (2 H K + 2 HV V + HV), W (2 H K + HV V) of convolutions, V of the norm; a subclass adds its own."""
-        heads, key_dim, value_heads, value_dim = cls.dims(options, model)
-        keys, values = heads * key_dim, value_heads * value_dim
-        weights = model.hidden_size * (2 * keys + 2 * values + value_heads)
-        return weights + options.conv * (2 * keys + values) + value_dim
-
-    @classmethod
-    def write_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D (H K + HV V + HV); a subclass adds those of the decay."""
-        heads, key_dim, value_heads, value_dim = cls.dims(options, model)
-        return model.hidden_size * (heads * key_dim + value_heads * (value_dim + 1))
-
     def state_spec(self) -> dict[str, StateSpec]:
         recurrent = StateSpec((self.value_heads, self.key_dim, self.value_dim), Carry.RECURRENT)
         return {"recurrent": recurrent, **self.convs.state_spec()}
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        words = {f"{name}_proj.weight": column() for name in "qkvb"} | self.convs.tensor_parallel("convs")
-        return words | {"norm.weight": REPLICATED_SUMMED, "o_proj.weight": row()}
+    def tensor_parallel(self) -> dict[str, Placement]:
+        placements = {f"{name}_proj.weight": Shard(0) for name in "qkvb"} | self.convs.tensor_parallel("convs")
+        placements |= {f"norm.{name}": Replicate() for name, _ in self.norm.named_parameters()}
+        return placements | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call(self.gate_kind, device, dtype, self.key_dim)

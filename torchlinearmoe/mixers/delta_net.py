@@ -9,13 +9,14 @@ Nothing is forgotten but what is overwritten; the rest is in `delta_mixer.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from torch.distributed.tensor import Placement, Shard
+
+from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.mixers.base import ModelDims, Place, TensorWord, column, expanded, geometry, register
+from torchlinearmoe.mixers.base import Place, expanded, geometry, register
 from torchlinearmoe.mixers.delta_mixer import DeltaMixer, DeltaOptions
-from torchlinearmoe.mixers.tail import GatedHeadNorm
-from torchlinearmoe.models.norm import RMSNorm
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class Options(DeltaOptions):
 
 
 @register("delta_net")
-class DeltaNet(DeltaMixer):
+class DeltaNet(DeltaMixer[Options]):
     """No decay; per-head norm, gate by choice."""
 
     Options = Options
@@ -38,9 +39,10 @@ class DeltaNet(DeltaMixer):
         {"conv": 0, "gate": True, "negative_eigenvalues": True},
         {"expand_k": 0.5, "expand_v": 1.5, "conv": 3},
         {"heads": 2, "head_dim": 16, "value_heads": 4},
+        {"gate": True, "output_norm": "none", "gate_activation": "sigmoid"},
     )
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
         super().__init__(options, model, place)
         self.gated = options.gate
         self.decay = None
@@ -48,23 +50,22 @@ class DeltaNet(DeltaMixer):
             self.g_proj = linear(model.hidden_size, self.value_heads * self.value_dim, model.init_std)
         else:
             self.reads = {"q": ("q_proj",)}
-        self.norm = (GatedHeadNorm if self.gated else RMSNorm)(self.value_dim, model.norm_eps)
+        self.norm = (options.gated_norm if self.gated else options.norm)(self.value_dim, model)
 
     @classmethod
-    def dims(cls, options: Any, model: ModelDims) -> tuple[int, int, int, int]:
+    def dims(cls, options: Options, model: ModelRecipe) -> tuple[int, int, int, int]:
         heads, _, value_heads, value_dim = super().dims(options, model)
         return heads, expanded(geometry(options, model)[1], options.expand_k), value_heads, value_dim
 
     @classmethod
-    def check(cls, options: Any, model: ModelDims) -> None:
+    def check(cls, options: Options, model: ModelRecipe) -> None:
         super().check(options, model)
+        if options.gate_activation != Options.gate_activation and not options.gate:
+            raise RecipeError(
+                f"mixer.delta_net.gate_activation = '{options.gate_activation}': there is no gate; set "
+                "mixer.delta_net.gate = true"
+            )
         cls.check_expansion("expand_k", geometry(options, model)[1], options.expand_k)
 
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D HV V of the gate beside the common ones."""
-        _, _, value_heads, value_dim = cls.dims(options, model)
-        return super().num_parameters(options, model) + options.gate * model.hidden_size * value_heads * value_dim
-
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        return super().tensor_parallel() | ({"g_proj.weight": column()} if self.gated else {})
+    def tensor_parallel(self) -> dict[str, Placement]:
+        return super().tensor_parallel() | ({"g_proj.weight": Shard(0)} if self.gated else {})

@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlinearmoe.initialize import ZEROS, Normal, Rows, set_initializers
+from torchlinearmoe.module import Module
+from torchlinearmoe.precision import in_float32
 
 ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": lambda x: F.elu(x) + 1,
@@ -46,19 +48,6 @@ def feature_width(name: str, head_dim: int, feature_dim: int, nu: int) -> int:
     return {"hedgehog": 2 * head_dim, "dpfp": 2 * head_dim * nu}.get(name, head_dim)
 
 
-def feature_matrices(name: str, head_dim: int, feature_dim: int) -> int:
-    """Entries of the matrices of the map `name`."""
-    if name == "hedgehog":
-        return head_dim * head_dim
-    return {"t2r": 1, "hadamard": 2}.get(name, 0) * head_dim * (feature_dim or head_dim)
-
-
-def num_parameters(name: str, head_dim: int, feature_dim: int) -> int:
-    """Parameters of the map `name`: its matrices and their biases (t2r has none)."""
-    biases = {"hedgehog": head_dim, "hadamard": 2 * (feature_dim or head_dim)}.get(name, 0)
-    return feature_matrices(name, head_dim, feature_dim) + biases
-
-
 def make_feature_map(name: str, head_dim: int, feature_dim: int, nu: int, scale: float) -> FeatureMap:
     """The map `name` of heads of `head_dim`; `feature_dim`, `nu` and `scale` are read by the maps that have them."""
     if name in ELEMENTWISE:
@@ -70,7 +59,7 @@ def make_feature_map(name: str, head_dim: int, feature_dim: int, nu: int, scale:
     return {"t2r": T2R, "hadamard": Hadamard}[name](head_dim, feature_dim or head_dim)
 
 
-class FeatureMap(nn.Module):
+class FeatureMap(Module):
     """phi of every head: [T, H K] -> [T, H, F]."""
 
     def __init__(self, head_dim: int) -> None:
@@ -137,7 +126,7 @@ class Hedgehog(FeatureMap):
 
     def of_heads(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
-        wide = self.scale * (y if y.dtype == torch.float64 else y.float())
+        wide = self.scale * in_float32(y)
         return torch.cat([wide, -wide], -1).softmax(-1).to(x.dtype)
 
 

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Shard
 
-from torchlinearmoe.initialize import Uniform, linear, set_initializers
-from torchlinearmoe.mixers.base import ModelDims, Place, TensorWord, column, per_head, register
+from torchlinearmoe.initialize import Uniform, inverse_softplus_of_exp, linear, set_initializers
+from torchlinearmoe.mixers.base import Place, register
 from torchlinearmoe.mixers.delta_mixer import DeltaMixer, DeltaOptions
-from torchlinearmoe.mixers.tail import GatedHeadNorm, inverse_softplus_of_exp
+from torchlinearmoe.module import Module
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Options(DeltaOptions):
     """Width of a value head as a multiple of the key head's."""
 
 
-class ScalarDecay(nn.Module):
+class HeadDecay(Module):
     """log a = -exp(A_log) softplus(logits + dt_bias) in float32, one rate and one bias a head (Mamba2's gate)."""
 
     keep_fp32 = True
@@ -56,7 +57,7 @@ class ScalarDecay(nn.Module):
 
 
 @register("gated_delta_net")
-class GatedDeltaNet(DeltaMixer):
+class GatedDeltaNet(DeltaMixer[Options]):
     """One decay a head, float32 decay parameters; gated per-head norm."""
 
     Options = Options
@@ -66,28 +67,17 @@ class GatedDeltaNet(DeltaMixer):
         {"conv": 0, "expand_v": 1.0},
         {"negative_eigenvalues": True, "expand_v": 1.0},
         {"heads": 2, "head_dim": 16, "value_heads": 4, "expand_v": 1.5},
+        {"output_norm": "none", "gate_activation": "sigmoid"},
     )
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
         super().__init__(options, model, place)
         width, std = model.hidden_size, model.init_std
         self.g_proj = linear(width, self.value_heads * self.value_dim, std)
         self.a_proj = linear(width, self.value_heads, std)
-        self.decay = ScalarDecay(self.value_heads)
-        self.norm = GatedHeadNorm(self.value_dim, model.norm_eps)
+        self.decay = HeadDecay(self.value_heads)
+        self.norm = options.gated_norm(self.value_dim, model)
 
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D HV V of the gate and (D + 2) HV of the decay beside the common ones."""
-        _, _, value_heads, value_dim = cls.dims(options, model)
-        own = model.hidden_size * value_heads * value_dim + (model.hidden_size + 2) * value_heads
-        return super().num_parameters(options, model) + own
-
-    @classmethod
-    def write_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D HV of the decay beside the common ones."""
-        return super().write_parameters(options, model) + model.hidden_size * cls.dims(options, model)[2]
-
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        own = {"g_proj.weight": column(), "a_proj.weight": column()}
-        return super().tensor_parallel() | own | {"decay.A_log": per_head(), "decay.dt_bias": per_head()}
+    def tensor_parallel(self) -> dict[str, Placement]:
+        own = {"g_proj.weight": Shard(0), "a_proj.weight": Shard(0)}
+        return super().tensor_parallel() | own | {"decay.A_log": Shard(0), "decay.dt_bias": Shard(0)}

@@ -16,41 +16,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
 from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
+from torchlinearmoe.layers.convolution import Convolutions
+from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
-    REPLICATED_SUMMED,
     Carry,
-    MixerOptions,
-    ModelDims,
     Place,
     StateSpec,
-    TensorWord,
-    Transition,
-    column,
     expanded,
     geometry,
     register,
-    row,
 )
 from torchlinearmoe.mixers.feature_maps import ELEMENTWISE
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
-from torchlinearmoe.mixers.past import After, Past
+from torchlinearmoe.mixers.output import GatedOutput
 from torchlinearmoe.mixers.recurrence import linear_recurrence
-from torchlinearmoe.mixers.tail import Convolutions, GatedHeadNorm, in_float32
+from torchlinearmoe.precision import in_float32
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(MixerOptions):
+class Options(GatedOutput):
     """`[mixer.gla]`."""
 
     kv_heads: int = 0
@@ -71,28 +68,28 @@ class Options(MixerOptions):
     """Taps of a short convolution with SiLU on q, k and v; 0 for none."""
 
 
-def _dims(options: Options, model: ModelDims) -> tuple[int, int, int, int]:
+def _dims(options: Options, model: ModelRecipe) -> tuple[int, int, int, int]:
     """(query heads, key-value heads, key width, value width)."""
     heads, width = geometry(options, model)
     return heads, options.kv_heads or heads, expanded(width, options.expand_k), expanded(width, options.expand_v)
 
 
 @register("gla")
-class GLA(LinearMixer):
+class GLA(LinearMixer[Options]):
     """Diagonal decay from a low-rank gate; gated per-head norm."""
 
-    transition = Transition.DIAGONAL
     Options = Options
     variants = (
         {"heads": 4, "head_dim": 16, "kv_heads": 2, "conv": 4},
         {"expand_k": 1.0, "expand_v": 1.5, "clamp_min": -0.1, "gate_rank": 3, "gate_normalizer": 8.0},
         {"feature_map": "silu", "heads": 3, "head_dim": 16, "kv_heads": 1},
+        {"output_norm": "none", "gate_activation": "sigmoid"},
     )
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",), "decay": ("decay_down", "decay_up")}
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
-        super().__init__()
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
+        super().__init__(options, model, place)
         self.heads, self.kv_heads, self.key_dim, self.value_dim = _dims(options, model)
         self.normalizer = options.gate_normalizer
         self.clamp_min = options.clamp_min
@@ -109,11 +106,11 @@ class GLA(LinearMixer):
         self.decay_down = linear(width, options.gate_rank, std)
         self.decay_up = linear(options.gate_rank, keys, std, bias=True)
         self.convs = Convolutions({"q": queries, "k": keys, "v": values}, options.conv)
-        self.norm = GatedHeadNorm(self.value_dim, model.norm_eps)
+        self.norm = options.gated_norm(self.value_dim, model)
         self.o_proj = linear(outputs, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelDims) -> None:
+    def check(cls, options: Options, model: ModelRecipe) -> None:
         super().check(options, model)
         heads, width = geometry(options, model)
         cls.check_expansion("expand_k", width, options.expand_k)
@@ -128,34 +125,19 @@ class GLA(LinearMixer):
             raise RecipeError(f"mixer.gla.clamp_min = {options.clamp_min}: must be below zero, it bounds a log decay")
 
     @classmethod
-    def head_groups(cls, options: Any, model: ModelDims) -> tuple[str, int]:
+    def head_groups(cls, options: Options, model: ModelRecipe) -> tuple[str, int]:
         return "kv_heads", _dims(options, model)[1]
-
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D (H K + G K + G V + 2 H V), (D + G K) rank + G K of the gate, V of the norm, W (H K + G K + G V)."""
-        heads, kv_heads, key_dim, value_dim = _dims(options, model)
-        keys, outputs = kv_heads * key_dim, heads * value_dim
-        inputs = heads * key_dim + keys + kv_heads * value_dim
-        gate = (model.hidden_size + keys) * options.gate_rank + keys
-        return model.hidden_size * (inputs + 2 * outputs) + gate + value_dim + options.conv * inputs
-
-    @classmethod
-    def write_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D G (K + V), (D + G K) rank + G K of the gate."""
-        _, kv_heads, key_dim, value_dim = _dims(options, model)
-        keys, values = kv_heads * key_dim, kv_heads * value_dim
-        return model.hidden_size * (keys + values) + (model.hidden_size + keys) * options.gate_rank + keys
 
     def state_spec(self) -> dict[str, StateSpec]:
         recurrent = StateSpec((self.kv_heads, self.key_dim, self.value_dim), Carry.RECURRENT)
         return {"recurrent": recurrent, **self.convs.state_spec()}
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        words = {f"{name}_proj.weight": column() for name in "qkvg"}
-        words |= {"decay_down.weight": REPLICATED_SUMMED, "decay_up.weight": column(), "decay_up.bias": column()}
-        words |= self.convs.tensor_parallel("convs")
-        return words | {"norm.weight": REPLICATED_SUMMED, "o_proj.weight": row()}
+    def tensor_parallel(self) -> dict[str, Placement]:
+        placements = {f"{name}_proj.weight": Shard(0) for name in "qkvg"}
+        placements |= {"decay_down.weight": Replicate(), "decay_up.weight": Shard(0), "decay_up.bias": Shard(0)}
+        placements |= self.convs.tensor_parallel("convs")
+        placements |= {f"norm.{name}": Replicate() for name, _ in self.norm.named_parameters()}
+        return placements | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("diagonal", device, dtype, self.key_dim)

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import Placement, Shard
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
@@ -28,33 +28,28 @@ from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.kernels.slots import OPERATOR
+from torchlinearmoe.layers.convolution import Convolutions
+from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
-    MixerOptions,
-    ModelDims,
     Place,
     StateSpec,
-    TensorWord,
-    Transition,
-    column,
     expanded,
     geometry,
-    per_head,
     register,
-    row,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
-from torchlinearmoe.mixers.past import After, Past
+from torchlinearmoe.mixers.output import NormedOutput
 from torchlinearmoe.mixers.recurrence import slot_attention
-from torchlinearmoe.mixers.tail import Convolutions, in_float32
-from torchlinearmoe.models.norm import RMSNorm
+from torchlinearmoe.precision import in_float32
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 SCALE = 1.0
 """Of the scores of the slots; the paper leaves 1 / sqrt(K) out."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(MixerOptions):
+class Options(NormedOutput):
     """`[mixer.gsa]`."""
 
     slots: int = 64
@@ -71,27 +66,27 @@ class Options(MixerOptions):
     """Taps of a short convolution on q, k and v, in front of their SiLU; 0 for none."""
 
 
-def _dims(options: Options, model: ModelDims) -> tuple[int, int, int, int]:
+def _dims(options: Options, model: ModelRecipe) -> tuple[int, int, int, int]:
     """(query heads, key-value heads, key width, value width)."""
     heads, width = geometry(options, model)
     return heads, options.kv_heads or heads, expanded(width, options.expand_k), expanded(width, options.expand_v)
 
 
 @register("gsa")
-class GSA(LinearMixer):
+class GSA(LinearMixer[Options]):
     """Diagonal decay over slots, of keys and of values; read by softmax; full-width norm."""
 
-    transition = Transition.DIAGONAL
     Options = Options
     variants = (
         {"slots": 5, "conv": 3, "expand_v": 1.5},
         {"heads": 4, "head_dim": 16, "kv_heads": 2, "slots": 16, "expand_k": 0.5, "gate_normalizer": 4.0},
+        {"output_norm": "none"},
     )
     reads = {"q": ("q_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",), "f": ("f_proj",)}
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
-        super().__init__()
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
+        super().__init__(options, model, place)
         self.heads, self.kv_heads, self.key_dim, self.value_dim = _dims(options, model)
         self.slots = options.slots
         self.normalizer = options.gate_normalizer
@@ -104,11 +99,11 @@ class GSA(LinearMixer):
         self.v_proj = linear(width, values, std)
         self.f_proj = linear(width, self.kv_heads * self.slots, std)
         self.convs = Convolutions({"q": queries, "k": keys, "v": values}, options.conv, always_activate=True)
-        self.norm = RMSNorm(outputs, model.norm_eps)
+        self.norm = options.norm(outputs, model)
         self.o_proj = linear(outputs, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelDims) -> None:
+    def check(cls, options: Options, model: ModelRecipe) -> None:
         super().check(options, model)
         heads, width = geometry(options, model)
         cls.check_expansion("expand_k", width, options.expand_k)
@@ -121,22 +116,8 @@ class GSA(LinearMixer):
             raise RecipeError(f"mixer.gsa.gate_normalizer = {options.gate_normalizer}: must be positive")
 
     @classmethod
-    def head_groups(cls, options: Any, model: ModelDims) -> tuple[str, int]:
+    def head_groups(cls, options: Options, model: ModelRecipe) -> tuple[str, int]:
         return "kv_heads", _dims(options, model)[1]
-
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D (H K + G K + G V + G S + H V), H V of the norm, W (H K + G K + G V) of convolutions."""
-        heads, kv_heads, key_dim, value_dim = _dims(options, model)
-        inputs, outputs = (heads + kv_heads) * key_dim + kv_heads * value_dim, heads * value_dim
-        weights = model.hidden_size * (inputs + kv_heads * options.slots + outputs)
-        return weights + outputs + options.conv * inputs
-
-    @classmethod
-    def write_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D G (K + V + S)."""
-        _, kv_heads, key_dim, value_dim = _dims(options, model)
-        return model.hidden_size * kv_heads * (key_dim + value_dim + options.slots)
 
     def state_spec(self) -> dict[str, StateSpec]:
         return {
@@ -145,10 +126,11 @@ class GSA(LinearMixer):
             **self.convs.state_spec(),
         }
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        words = {f"{name}_proj.weight": column() for name in "qkvf"}
-        words |= self.convs.tensor_parallel("convs")
-        return words | {"norm.weight": per_head(), "o_proj.weight": row()}
+    def tensor_parallel(self) -> dict[str, Placement]:
+        placements = {f"{name}_proj.weight": Shard(0) for name in "qkvf"}
+        placements |= self.convs.tensor_parallel("convs")
+        placements |= {f"norm.{name}": Shard(0) for name, _ in self.norm.named_parameters()}
+        return placements | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("slots", device, dtype, self.key_dim)

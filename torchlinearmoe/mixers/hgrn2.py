@@ -14,41 +14,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Shard
 
 from torchlinearmoe.initialize import ZEROS, linear, set_initializers
 from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
+from torchlinearmoe.layers.convolution import Convolutions
+from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
     Context,
-    MixerOptions,
-    ModelDims,
     Place,
     SharedModule,
     StateSpec,
-    TensorWord,
-    Transition,
-    column,
     geometry,
-    per_head,
     register,
-    row,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
-from torchlinearmoe.mixers.past import After, Past
+from torchlinearmoe.mixers.output import NormedOutput
 from torchlinearmoe.mixers.recurrence import linear_recurrence
-from torchlinearmoe.mixers.tail import Convolutions
-from torchlinearmoe.models.norm import RMSNorm
+from torchlinearmoe.precision import in_float32
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(MixerOptions):
+class Options(NormedOutput):
     """`[mixer.hgrn2]`; the width of a head is the paper's expansion ratio."""
 
     lower_bounds: bool = True
@@ -68,8 +63,8 @@ class LowerBounds(SharedModule):
         self.table = nn.Parameter(torch.empty(layers, width))
         set_initializers(self, table=ZEROS)
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        return {"table": per_head(1)}
+    def tensor_parallel(self) -> dict[str, Placement]:
+        return {"table": Shard(1)}
 
     def forward(self) -> Tensor:
         """Lower bound of every layer and channel, [layers, H K], in [0, 1)."""
@@ -84,7 +79,7 @@ def forget_gate(logits: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
     logits: [..., C]; bound: gamma [C] or None for zero. Written as f = sigmoid(x) (1 + gamma e^-x), which is exact and
     has finite gradients for gamma = 0 too; logits below -60, where a zero-bound gate is e^-60, are held there.
     """
-    x = (logits if logits.dtype == torch.float64 else logits.float()).clamp(min=-60.0)
+    x = in_float32(logits).clamp(min=-60.0)
     if bound is None:
         return F.logsigmoid(x), torch.sigmoid(-x)
     gamma = bound.to(x.dtype)
@@ -92,18 +87,17 @@ def forget_gate(logits: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 @register("hgrn2")
-class HGRN2(LinearMixer):
+class HGRN2(LinearMixer[Options]):
     """Diagonal decay, key tied to the gate, learned lower bounds."""
 
     projections = {"q": "q_proj", "v": "i_proj", "o": "o_proj"}
-    transition = Transition.DIAGONAL
     Options = Options
-    variants = ({"conv": 4}, {"lower_bounds": False}, {"heads": 3, "head_dim": 16})
+    variants = ({"conv": 4}, {"lower_bounds": False}, {"heads": 3, "head_dim": 16}, {"output_norm": "none"})
     reads = {"q": ("q_proj",)}
     writes = {"f": ("f_proj",), "i": ("i_proj",)}
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
-        super().__init__()
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
+        super().__init__(options, model, place)
         self.heads, self.head_dim = geometry(options, model)
         self.ordinal = place.ordinal
         self.bounded = options.lower_bounds
@@ -114,35 +108,23 @@ class HGRN2(LinearMixer):
         self.f_proj = linear(width, inner, std)
         self.i_proj = linear(width, inner, std)
         self.convs = Convolutions({"q": inner, "f": inner, "i": inner}, options.conv, activation=None)
-        self.norm = RMSNorm(inner, model.norm_eps)
+        self.norm = options.norm(inner, model)
         self.o_proj = linear(inner, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """4 D H K projections, H K of the norm, 3 H K W of convolutions; the bounds are shared, H K a layer."""
-        heads, head_dim = geometry(options, model)
-        inner = heads * head_dim
-        return 4 * model.hidden_size * inner + inner + 3 * inner * options.conv
-
-    @classmethod
-    def shared_module(cls, options: Any, model: ModelDims, count: int) -> SharedModule | None:
+    def shared_module(cls, options: Options, model: ModelRecipe, count: int) -> SharedModule | None:
         heads, head_dim = geometry(options, model)
         return LowerBounds(count, heads * head_dim) if options.lower_bounds else None
-
-    @classmethod
-    def write_parameters(cls, options: Any, model: ModelDims) -> int:
-        """2 D H K."""
-        heads, head_dim = geometry(options, model)
-        return 2 * model.hidden_size * heads * head_dim
 
     def state_spec(self) -> dict[str, StateSpec]:
         recurrent = StateSpec((self.heads, self.head_dim, self.head_dim), Carry.RECURRENT)
         return {"recurrent": recurrent, **self.convs.state_spec()}
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        words = {f"{name}.weight": column() for name in ("q_proj", "f_proj", "i_proj")}
-        words |= self.convs.tensor_parallel("convs")
-        return words | {"norm.weight": per_head(), "o_proj.weight": row()}
+    def tensor_parallel(self) -> dict[str, Placement]:
+        placements = {f"{name}.weight": Shard(0) for name in ("q_proj", "f_proj", "i_proj")}
+        placements |= self.convs.tensor_parallel("convs")
+        placements |= {f"norm.{name}": Shard(0) for name, _ in self.norm.named_parameters()}
+        return placements | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("diagonal", device, dtype, self.head_dim)

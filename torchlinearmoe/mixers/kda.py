@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Replicate, Shard
 
-from torchlinearmoe.initialize import Uniform, linear, set_initializers
-from torchlinearmoe.mixers.base import REPLICATED_SUMMED, ModelDims, Place, TensorWord, column, per_head, register
+from torchlinearmoe.initialize import Uniform, inverse_softplus_of_exp, linear, set_initializers
+from torchlinearmoe.mixers.base import Place, register
 from torchlinearmoe.mixers.delta_mixer import DeltaMixer, DeltaOptions
-from torchlinearmoe.mixers.tail import GatedHeadNorm, inverse_softplus_of_exp
+from torchlinearmoe.module import Module
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +36,11 @@ class Options(DeltaOptions):
     """Rank of the decay's projection; 0 for a value head's width."""
     gate_rank: int = 0
     """Rank of the output gate's projection; 0 for a value head's width."""
+    gate_activation: Literal["swish", "sigmoid"] = "sigmoid"
+    """Activation of the output's gate."""
 
 
-class ChannelDecay(nn.Module):
+class ChannelDecay(Module):
     """log a = -exp(A_log) softplus(logits + dt_bias) in float32, one rate a head and one bias a channel."""
 
     keep_fp32 = True
@@ -60,7 +64,7 @@ class ChannelDecay(nn.Module):
 
 
 @register("kda")
-class KDA(DeltaMixer):
+class KDA(DeltaMixer[Options]):
     """One decay a channel from a low-rank gate, float32 decay parameters; per-head norm with a low-rank sigmoid."""
 
     Options = Options
@@ -71,9 +75,11 @@ class KDA(DeltaMixer):
         {"conv": 0, "negative_eigenvalues": True},
         {"heads": 2, "head_dim": 16, "value_heads": 4, "expand_v": 1.5, "conv": 2},
         {"decay_rank": 3, "gate_rank": 5},
+        {"output_norm": "none"},
+        {"gate_activation": "swish"},
     )
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
         super().__init__(options, model, place)
         width, std = model.hidden_size, model.init_std
         decay_rank, gate_rank = (rank or self.value_dim for rank in (options.decay_rank, options.gate_rank))
@@ -82,25 +88,9 @@ class KDA(DeltaMixer):
         self.decay = ChannelDecay(self.value_heads, self.key_dim)
         self.gate_down = linear(width, gate_rank, std)
         self.gate_up = linear(gate_rank, self.value_heads * self.value_dim, std, bias=True)
-        self.norm = GatedHeadNorm(self.value_dim, model.norm_eps, torch.sigmoid)
+        self.norm = options.gated_norm(self.value_dim, model)
 
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D R + (R + 1) HV K + HV of the decay and D R' + (R' + 1) HV V of the gate beside the common ones."""
-        _, key_dim, heads, value_dim = cls.dims(options, model)
-        decay_rank, gate_rank = (rank or value_dim for rank in (options.decay_rank, options.gate_rank))
-        decay = model.hidden_size * decay_rank + (decay_rank + 1) * heads * key_dim + heads
-        gate = model.hidden_size * gate_rank + (gate_rank + 1) * heads * value_dim
-        return super().num_parameters(options, model) + decay + gate
-
-    @classmethod
-    def write_parameters(cls, options: Any, model: ModelDims) -> int:
-        """(D + HV K) R of the decay beside the common ones."""
-        _, key_dim, heads, value_dim = cls.dims(options, model)
-        rank = options.decay_rank or value_dim
-        return super().write_parameters(options, model) + (model.hidden_size + heads * key_dim) * rank
-
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        words = {f"{name}_down.weight": REPLICATED_SUMMED for name in ("decay", "gate")}
-        words |= {name: column() for name in ("decay_up.weight", "gate_up.weight", "gate_up.bias")}
-        return super().tensor_parallel() | words | {"decay.A_log": per_head(), "decay.dt_bias": per_head()}
+    def tensor_parallel(self) -> dict[str, Placement]:
+        placements = {f"{name}_down.weight": Replicate() for name in ("decay", "gate")}
+        placements |= {name: Shard(0) for name in ("decay_up.weight", "gate_up.weight", "gate_up.bias")}
+        return super().tensor_parallel() | placements | {"decay.A_log": Shard(0), "decay.dt_bias": Shard(0)}

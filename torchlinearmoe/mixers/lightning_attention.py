@@ -17,36 +17,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchlinearmoe.initialize import linear
 from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
+from torchlinearmoe.layers.convolution import Convolutions
+from torchlinearmoe.layers.norm import RMSNorm
+from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
-    REPLICATED_SUMMED,
     Carry,
     MixerOptions,
-    ModelDims,
     Place,
     StateSpec,
-    TensorWord,
-    Transition,
-    column,
     geometry,
-    per_head,
     register,
-    row,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
-from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import linear_recurrence
-from torchlinearmoe.mixers.tail import Convolutions
-from torchlinearmoe.models.norm import RMSNorm
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "swish": F.silu}
 
@@ -78,10 +73,9 @@ def alibi_slopes(heads: Tensor, total: int) -> Tensor:
 
 
 @register("lightning_attention")
-class LightningAttention(LinearMixer):
+class LightningAttention(LinearMixer[Options]):
     """Constant decay; SiLU on q, k and v; full-width norm, then a sigmoid gate."""
 
-    transition = Transition.CONSTANT
     Options = Options
     variants = (
         {"layer_factor": False, "norm": "head", "gate": "swish"},
@@ -90,8 +84,8 @@ class LightningAttention(LinearMixer):
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",)}
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
-        super().__init__()
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
+        super().__init__(options, model, place)
         self.heads, self.head_dim = geometry(options, model)
         self.depth_factor = 1.0
         if options.layer_factor and model.num_layers > 1:
@@ -109,28 +103,15 @@ class LightningAttention(LinearMixer):
         self.norm = RMSNorm(self.head_dim if self.norm_per_head else inner, model.norm_eps)
         self.o_proj = linear(inner, width, std / (2 * model.num_layers) ** 0.5)
 
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """5 D H K, H K of the norm (K a head's), 3 W H K of convolutions."""
-        heads, head_dim = geometry(options, model)
-        inner = heads * head_dim
-        return (5 * model.hidden_size + 3 * options.conv) * inner + (head_dim if options.norm == "head" else inner)
-
-    @classmethod
-    def write_parameters(cls, options: Any, model: ModelDims) -> int:
-        """2 D H K."""
-        heads, head_dim = geometry(options, model)
-        return 2 * model.hidden_size * heads * head_dim
-
     def state_spec(self) -> dict[str, StateSpec]:
         recurrent = StateSpec((self.heads, self.head_dim, self.head_dim), Carry.RECURRENT)
         return {"recurrent": recurrent, **self.convs.state_spec()}
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        words = {f"{name}_proj.weight": column() for name in "qkvg"}
-        words |= self.convs.tensor_parallel("convs")
-        norm = REPLICATED_SUMMED if self.norm_per_head else per_head()
-        return words | {"norm.weight": norm, "o_proj.weight": row()}
+    def tensor_parallel(self) -> dict[str, Placement]:
+        placements = {f"{name}_proj.weight": Shard(0) for name in "qkvg"}
+        placements |= self.convs.tensor_parallel("convs")
+        norm = Replicate() if self.norm_per_head else Shard(0)
+        return placements | {"norm.weight": norm, "o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("constant", device, dtype, self.head_dim)

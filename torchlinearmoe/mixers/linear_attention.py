@@ -14,51 +14,45 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
 from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
+from torchlinearmoe.layers.convolution import Convolutions
+from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
-    REPLICATED_SUMMED,
     Carry,
-    MixerOptions,
-    ModelDims,
     Place,
     StateSpec,
-    TensorWord,
-    Transition,
-    column,
     expanded,
     geometry,
     register,
-    row,
 )
 from torchlinearmoe.mixers.feature_maps import (
     FREE_WIDTH,
     LEARNED,
     POSITIVE,
-    feature_matrices,
     feature_width,
     make_feature_map,
-    num_parameters,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
-from torchlinearmoe.mixers.past import After, Past
+from torchlinearmoe.mixers.output import GatedOutput
 from torchlinearmoe.mixers.recurrence import linear_recurrence
-from torchlinearmoe.mixers.tail import Convolutions, GatedHeadNorm
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 EPSILON = 1e-6
 """Added to the denominator."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(MixerOptions):
+class Options(GatedOutput):
     """`[mixer.linear_attention]`."""
 
     expand_v: float = 1.0
@@ -80,10 +74,9 @@ class Options(MixerOptions):
 
 
 @register("linear_attention", "lasp2")
-class LinearAttention(LinearMixer):
+class LinearAttention(LinearMixer[Options]):
     """Identity transition; optional denominator; gated per-head norm."""
 
-    transition = Transition.IDENTITY
     Options = Options
     variants = (
         {"normalize": True},
@@ -96,12 +89,13 @@ class LinearAttention(LinearMixer):
         {"feature_map": "hedgehog", "feature_scale": 2.0},
         {"feature_map": "dpfp", "nu": 2, "normalize": True},
         {"feature_map": "hadamard", "feature_dim": 12},
+        {"output_norm": "none", "gate_activation": "sigmoid"},
     )
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",)}
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
-        super().__init__()
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
+        super().__init__(options, model, place)
         self.heads, self.head_dim = geometry(options, model)
         self.value_dim = expanded(self.head_dim, options.expand_v)
         phi = (options.feature_map, self.head_dim, options.feature_dim, options.nu)
@@ -110,7 +104,7 @@ class LinearAttention(LinearMixer):
         self.q_map = make_feature_map(*phi, scale)
         self.k_map = None if options.tie_feature_maps else make_feature_map(*phi, scale)
         # Every head applies the maps, while the parameters of a map count once.
-        entries = feature_matrices(*phi[:3])
+        entries = sum(parameter.numel() for parameter in self.q_map.parameters() if parameter.dim() == 2)
         self.map_flops = 2.0 * entries * (2 * self.heads - (1 if self.k_map is None else 2))
         self.normalize = options.normalize
         self.backend = model.kernel_backend
@@ -122,11 +116,11 @@ class LinearAttention(LinearMixer):
         self.v_proj = linear(width, values, std)
         self.g_proj = linear(width, values, std)
         self.convs = Convolutions({"q": keys, "k": keys, "v": values}, options.conv)
-        self.norm = GatedHeadNorm(self.value_dim, model.norm_eps)
+        self.norm = options.gated_norm(self.value_dim, model)
         self.o_proj = linear(values, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelDims) -> None:
+    def check(cls, options: Options, model: ModelRecipe) -> None:
         super().check(options, model)
         head_dim = geometry(options, model)[1]
         cls.check_expansion("expand_v", head_dim, options.expand_v)
@@ -158,22 +152,6 @@ class LinearAttention(LinearMixer):
                 f"not '{options.feature_map}'"
             )
 
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D (2 H K + 3 H V), V of the norm, W (2 H K + H V) of convolutions, and the learned maps."""
-        heads, head_dim = geometry(options, model)
-        value_dim = expanded(head_dim, options.expand_v)
-        weights = model.hidden_size * heads * (2 * head_dim + 3 * value_dim)
-        weights += value_dim + options.conv * heads * (2 * head_dim + value_dim)
-        maps = 1 if options.tie_feature_maps else 2
-        return weights + maps * num_parameters(options.feature_map, head_dim, options.feature_dim)
-
-    @classmethod
-    def write_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D H (K + V)."""
-        heads, head_dim = geometry(options, model)
-        return model.hidden_size * heads * (head_dim + expanded(head_dim, options.expand_v))
-
     def state_spec(self) -> dict[str, StateSpec]:
         columns = self.value_dim + self.normalize
         return {
@@ -181,11 +159,12 @@ class LinearAttention(LinearMixer):
             **self.convs.state_spec(),
         }
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        words = {f"{name}.weight": column() for name in ("q_proj", "k_proj", "v_proj", "g_proj")}
-        words |= self.convs.tensor_parallel("convs")
-        words |= {name: REPLICATED_SUMMED for name, _ in self.named_parameters() if name.split(".")[0].endswith("_map")}
-        return words | {"norm.weight": REPLICATED_SUMMED, "o_proj.weight": row()}
+    def tensor_parallel(self) -> dict[str, Placement]:
+        placements = {f"{name}.weight": Shard(0) for name in ("q_proj", "k_proj", "v_proj", "g_proj")}
+        placements |= self.convs.tensor_parallel("convs")
+        placements |= {name: Replicate() for name, _ in self.named_parameters() if name.split(".")[0].endswith("_map")}
+        placements |= {f"norm.{name}": Replicate() for name, _ in self.norm.named_parameters()}
+        return placements | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("identity", device, dtype, self.features_per_head)

@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from torchlinearmoe.mixers.base import Context, Mixer, ModelDims
-from torchlinearmoe.mixers.past import After, Past
-from torchlinearmoe.mixers.tail import Convolutions
+from torchlinearmoe.layers.convolution import Convolutions
+from torchlinearmoe.layers.past import After, Past
+from torchlinearmoe.mixers.base import Context, Mixer, O
 
 Parts = dict[str, Any]
 """What the tokens read with and write by: tensors [T, ...] by name, and the tables and bounds that go with them."""
@@ -27,7 +27,7 @@ Layers = Mapping[str, tuple[str, ...]]
 """Parts by name, and the linear layers of the mixer that make each of the input, in order."""
 
 
-class LinearMixer(Mixer):
+class LinearMixer(Mixer[O]):
     """See the module's docstring."""
 
     regions = ("project", "mix")
@@ -36,11 +36,6 @@ class LinearMixer(Mixer):
     writes: ClassVar[Layers]
     """What a token writes by."""
     convs: Convolutions
-
-    @classmethod
-    def write_parameters(cls, options: Any, model: ModelDims) -> int:
-        """Parameters of the layers in `writes`, in closed form."""
-        raise NotImplementedError
 
     def project(self, x_TD: Tensor) -> Parts:
         """Every part as its layers leave it, [T, ...] each."""

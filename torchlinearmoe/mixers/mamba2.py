@@ -18,44 +18,35 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchlinearmoe.errors import RecipeError
-from torchlinearmoe.initialize import ONES, Uniform, linear, set_initializers
+from torchlinearmoe.initialize import ONES, Uniform, inverse_softplus_of_exp, linear, set_initializers
 from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.kernels.ssd import OPERATOR
+from torchlinearmoe.layers.convolution import Convolutions
+from torchlinearmoe.layers.norm import GroupedRMSNorm, RMSNorm
+from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
-    REPLICATED_SUMMED,
     Carry,
     Context,
     Mixer,
     MixerOptions,
-    ModelDims,
     Place,
     StateSpec,
-    TensorWord,
-    Transition,
-    column,
     expanded,
-    per_head,
     register,
-    row,
 )
-from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import ssd
-from torchlinearmoe.mixers.tail import (
-    Convolutions,
-    GroupedRMSNorm,
-    in_float32,
-    inverse_softplus_of_exp,
-)
-from torchlinearmoe.models.norm import RMSNorm
+from torchlinearmoe.module import Module
+from torchlinearmoe.precision import in_float32
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 HEAD_DIM = 64
 """The paper's width of a head, P."""
@@ -75,14 +66,14 @@ class Options(MixerOptions):
     """Taps of the short convolutions, with bias, on x, B and C in front of their SiLU; 0 for none."""
 
 
-def _dims(options: Options, model: ModelDims) -> tuple[int, int]:
+def _dims(options: Options, model: ModelRecipe) -> tuple[int, int]:
     """(heads, head width)."""
     inner = expanded(model.hidden_size, options.expand)
     head_dim = options.head_dim or (inner // options.heads if options.heads else HEAD_DIM)
     return options.heads or inner // head_dim, head_dim
 
 
-class StepDecay(nn.Module):
+class StepDecay(Module):
     """Step sizes, log decays and skip weights, kept and computed in float32."""
 
     keep_fp32 = True
@@ -108,11 +99,10 @@ class StepDecay(nn.Module):
 
 
 @register("mamba2")
-class Mamba2(Mixer):
+class Mamba2(Mixer[Options]):
     """Scalar decay from a step size; skip connection; norm after the gate."""
 
     projections = {"q": "c_proj", "k": "b_proj", "v": "x_proj", "o": "o_proj"}
-    transition = Transition.SCALAR
     Options = Options
     variants = (
         {"head_dim": 16, "groups": 2, "state": 24},
@@ -121,8 +111,8 @@ class Mamba2(Mixer):
     )
     regions = ("project", "mix")
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
-        super().__init__()
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
+        super().__init__(options, model, place)
         self.heads, self.head_dim = _dims(options, model)
         self.groups, self.state = options.groups, options.state
         self.backend = model.kernel_backend
@@ -140,7 +130,7 @@ class Mamba2(Mixer):
         self.o_proj = linear(inner, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelDims) -> None:
+    def check(cls, options: Options, model: ModelRecipe) -> None:
         cls.check_counts(options)
         cls.check_expansion("expand", model.hidden_size, options.expand)
         inner = expanded(model.hidden_size, options.expand)
@@ -156,30 +146,24 @@ class Mamba2(Mixer):
             raise RecipeError(f"mixer.mamba2.state = {options.state}: must be at least 1")
 
     @classmethod
-    def head_groups(cls, options: Any, model: ModelDims) -> tuple[str, int]:
+    def head_groups(cls, options: Options, model: ModelRecipe) -> tuple[str, int]:
         """A single group's B and C are on every rank."""
         return ("heads", _dims(options, model)[0]) if options.groups == 1 else ("groups", options.groups)
-
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """M (3 H P + 2 G N + H), (W + 1) (H P + 2 G N) of convolutions, H P of the norm, 3 H of the decay."""
-        heads, head_dim = _dims(options, model)
-        inner, shared = heads * head_dim, options.groups * options.state
-        convolutions = (options.conv + 1) * (inner + 2 * shared) if options.conv else 0
-        return model.hidden_size * (3 * inner + 2 * shared + heads) + convolutions + inner + 3 * heads
 
     def state_spec(self) -> dict[str, StateSpec]:
         recurrent = StateSpec((self.heads, self.state, self.head_dim), Carry.RECURRENT)
         return {"recurrent": recurrent, **self.convs.state_spec()}
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
+    def tensor_parallel(self) -> dict[str, Placement]:
         """Groups split with their heads; B and C of a single group are on every rank."""
-        words = {f"{name}_proj.weight": column() for name in ("z", "x", "b", "c", "dt")}
-        words |= self.convs.tensor_parallel("convs")
-        words |= {f"decay.{name}": per_head() for name in ("A_log", "dt_bias", "D")}
+        placements = {f"{name}_proj.weight": Shard(0) for name in ("z", "x", "b", "c", "dt")}
+        placements |= self.convs.tensor_parallel("convs")
+        placements |= {f"decay.{name}": Shard(0) for name in ("A_log", "dt_bias", "D")}
         if self.groups == 1:
-            words |= {name: REPLICATED_SUMMED for name in words if name.startswith(("b_", "c_", "convs.b", "convs.c"))}
-        return words | {"norm.weight": per_head(), "o_proj.weight": row()}
+            placements |= {
+                name: Replicate() for name in placements if name.startswith(("b_", "c_", "convs.b", "convs.c"))
+            }
+        return placements | {"norm.weight": Shard(0), "o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("ssd", device, dtype, self.state)

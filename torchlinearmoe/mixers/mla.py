@@ -23,10 +23,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
@@ -34,27 +34,22 @@ from torchlinearmoe.initialize import linear
 from torchlinearmoe.kernels import attention
 from torchlinearmoe.kernels.cached_attention import cached_attention
 from torchlinearmoe.kernels.choose import KernelCall
+from torchlinearmoe.layers.norm import RMSNorm
+from torchlinearmoe.layers.past import After, Past, Resumed
+from torchlinearmoe.layers.rope import rotate_interleaved
 from torchlinearmoe.mixers.attention import attend, attend_to_history, with_history
 from torchlinearmoe.mixers.base import (
-    REPLICATED_SUMMED,
     Carry,
     Context,
     Mixer,
     MixerOptions,
-    ModelDims,
     Place,
     StateSpec,
-    TensorWord,
-    Transition,
-    column,
     register,
     rope_scaling,
-    row,
 )
 from torchlinearmoe.mixers.cache import append_to_cache, padded_queries
-from torchlinearmoe.mixers.past import After, Past, Resumed
-from torchlinearmoe.models.norm import RMSNorm
-from torchlinearmoe.models.rope import rotate_interleaved
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 LATENT_EPS = 1e-6
 """Of the norms on the latents, whatever the model's own, as in the published code."""
@@ -77,11 +72,11 @@ class Options(MixerOptions):
 
 
 @register("mla", listed=False)
-class MLA(Mixer):
+class MLA(Mixer[Options]):
     """Softmax attention over keys and values that share one latent a token."""
 
     projections = {"q": "q_proj", "o": "o_proj"}
-    transition = Transition.ATTENTION
+    keeps_past = True
     Options = Options
     variants = (
         {"head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "kv_lora_rank": 24},
@@ -89,8 +84,8 @@ class MLA(Mixer):
     )
     regions = ("project", "expand", "output")
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
-        super().__init__()
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
+        super().__init__(options, model, place)
         self.heads = options.heads or model.num_heads
         self.key_dim, self.rope_dim, self.value_dim = options.head_dim, options.qk_rope_head_dim, options.v_head_dim
         self.latent_dim = options.kv_lora_rank
@@ -113,7 +108,7 @@ class MLA(Mixer):
         self.o_proj = linear(self.heads * self.value_dim, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelDims) -> None:
+    def check(cls, options: Options, model: ModelRecipe) -> None:
         cls.check_counts(options)
         for name in ("head_dim", "v_head_dim", "kv_lora_rank"):
             if not getattr(options, name):
@@ -122,21 +117,7 @@ class MLA(Mixer):
             raise RecipeError(f"mixer.mla.qk_rope_head_dim = {options.qk_rope_head_dim}: must be even and not 0")
 
     @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """q: D H (n + r), or Q (D + 1 + H (n + r)); D (C + r) + C; C H (n + v); H v D."""
-        width, heads, latent = model.hidden_size, options.heads or model.num_heads, options.kv_lora_rank
-        queries = heads * (options.head_dim + options.qk_rope_head_dim)
-        rank = options.q_lora_rank
-        return (
-            (rank * (width + 1 + queries) if rank else width * queries)
-            + width * (latent + options.qk_rope_head_dim)
-            + latent
-            + latent * heads * (options.head_dim + options.v_head_dim)
-            + heads * options.v_head_dim * width
-        )
-
-    @classmethod
-    def head_groups(cls, options: Any, model: ModelDims) -> tuple[str, int]:
+    def head_groups(cls, options: Options, model: ModelRecipe) -> tuple[str, int]:
         return "heads", options.heads or model.num_heads
 
     def state_spec(self) -> dict[str, StateSpec]:
@@ -146,15 +127,15 @@ class MLA(Mixer):
             "rope_key": StateSpec((self.rope_dim,), Carry.APPEND, fp32=False),
         }
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
+    def tensor_parallel(self) -> dict[str, Placement]:
         """Latents are replicated; what is made of them is split by heads."""
         if self.compressed:
-            words = {"q_a_proj.weight": REPLICATED_SUMMED, "q_a_norm.weight": REPLICATED_SUMMED}
-            words["q_b_proj.weight"] = column()
+            placements: dict[str, Placement] = {"q_a_proj.weight": Replicate(), "q_a_norm.weight": Replicate()}
+            placements["q_b_proj.weight"] = Shard(0)
         else:
-            words = {"q_proj.weight": column()}
-        words |= {f"{name}.weight": REPLICATED_SUMMED for name in ("kv_a_proj", "kv_a_norm")}
-        return words | {"kv_b_proj.weight": column(), "o_proj.weight": row()}
+            placements = {"q_proj.weight": Shard(0)}
+        placements |= {f"{name}.weight": Replicate() for name in ("kv_a_proj", "kv_a_norm")}
+        return placements | {"kv_b_proj.weight": Shard(0), "o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         """Attention over packed documents."""

@@ -32,36 +32,35 @@ Shapes: T tokens, D width, k memories a token, R rows, M memories (the shared on
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Replicate
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.layers.convolution import Convolutions
+from torchlinearmoe.layers.past import After, Empty, Past, Resumed, Spanned, complete
 from torchlinearmoe.mixers.base import (
     MIXERS,
-    REPLICATED_SUMMED,
     Context,
     Mixer,
     MixerOptions,
-    ModelDims,
     Place,
     SharedModule,
     StateSpec,
-    TensorWord,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
-from torchlinearmoe.mixers.past import After, Empty, Past, Resumed, Spanned
-from torchlinearmoe.mixers.tail import Convolutions
 from torchlinearmoe.moe.accounting import account
 from torchlinearmoe.moe.balance import Balance, attach_loss
 from torchlinearmoe.moe.dispatch import LocalDispatch
 from torchlinearmoe.moe.grouped_linear import GroupedLinear
 from torchlinearmoe.moe.router import Router, Routing
 from torchlinearmoe.moe.statistics import LoadStatistics
-from torchlinearmoe.parallel.routed import route_spans
+from torchlinearmoe.parallel.exchange.routed import route_spans
+from torchlinearmoe.recipe.schema import ModelRecipe
 from torchlinearmoe.segments import Segments
 
 
@@ -87,7 +86,10 @@ class MemoryOptions(MixerOptions):
     """Another linear mixer to be the memory, with the options of its own section; empty for the one of the name."""
 
 
-class MoM(Mixer):
+M = TypeVar("M", bound=MemoryOptions)
+
+
+class MoM(Mixer[M]):
     """Memories of one inner mixer behind a router. Subclasses name the mixer and add its options to theirs."""
 
     memory: ClassVar[str]
@@ -95,11 +97,10 @@ class MoM(Mixer):
     projections = {"q": "inner.q_proj", "o": "inner.o_proj"}
     regions = ("query", "write", "inner.read", "inner.output", "dispatcher.dispatch", "dispatcher.combine")
 
-    def __init__(self, options: MemoryOptions, model: ModelDims, place: Place) -> None:
-        super().__init__()
+    def __init__(self, options: M, model: ModelRecipe, place: Place) -> None:
+        super().__init__(options, model, place)
         mixer, inner_options = self.inner_of(options, model)
-        build: Any = mixer
-        self.inner: LinearMixer = build(inner_options, model, place)
+        self.inner: LinearMixer = mixer(inner_options, model, place)
         self.heads = self.inner.heads
         self.shared_memory = options.shared_memory
         self.num_memories = options.num_memories + options.shared_memory
@@ -128,7 +129,7 @@ class MoM(Mixer):
             delattr(self.inner, name)
 
     @classmethod
-    def inner_of(cls, options: Any, model: ModelDims) -> tuple[type[LinearMixer], Any]:
+    def inner_of(cls, options: M, model: ModelRecipe) -> tuple[type[LinearMixer], Any]:
         """The mixer that the memories are, and its options: those of this section, or of its own where it is named.
 
         Raises RecipeError for a mixer that cannot be a memory, and for options that it would not read.
@@ -149,12 +150,12 @@ class MoM(Mixer):
         return legal[name], replace(model.mixer_options.get(name) or legal[name].Options(), **given)
 
     @classmethod
-    def sections(cls, options: Any) -> tuple[str, ...]:
+    def sections(cls, options: M) -> tuple[str, ...]:
         inner = MIXERS.canonical(options.inner or cls.memory)
         return (cls.name,) if inner == cls.memory else (cls.name, inner)
 
     @classmethod
-    def check(cls, options: Any, model: ModelDims) -> None:
+    def check(cls, options: M, model: ModelRecipe) -> None:
         cls.check_counts(options)
         if options.num_memories < 1:
             raise RecipeError(f"mixer.{cls.name}.num_memories = {options.num_memories}: must be at least 1")
@@ -176,20 +177,12 @@ class MoM(Mixer):
             raise RecipeError(str(error).replace(f"mixer.{mixer.name}.", f"mixer.{cls.name}.")) from None
 
     @classmethod
-    def head_groups(cls, options: Any, model: ModelDims) -> tuple[str, int]:
+    def head_groups(cls, options: M, model: ModelRecipe) -> tuple[str, int]:
         mixer, inner_options = cls.inner_of(options, model)
         return mixer.head_groups(inner_options, model)
 
     @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """The inner mixer's, its writing layers M times, and the router's D a memory."""
-        mixer, inner_options = cls.inner_of(options, model)
-        more = 0 if options.shared_projections else options.num_memories + options.shared_memory - 1
-        memories = more * mixer.write_parameters(inner_options, model)
-        return mixer.num_parameters(inner_options, model) + memories + options.num_memories * model.hidden_size
-
-    @classmethod
-    def shared_module(cls, options: Any, model: ModelDims, count: int) -> SharedModule | None:
+    def shared_module(cls, options: M, model: ModelRecipe, count: int) -> SharedModule | None:
         mixer, inner_options = cls.inner_of(options, model)
         return mixer.shared_module(inner_options, model, count)
 
@@ -200,13 +193,13 @@ class MoM(Mixer):
         }
         return inner | self.query_convs.state_spec()
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        words = {}
-        for name, word in self.inner.tensor_parallel().items():
+    def tensor_parallel(self) -> dict[str, Placement]:
+        placements = {}
+        for name, placement in self.inner.tensor_parallel().items():
             owner = "write_layers" if name.partition(".")[0] in self.write_layers else "inner"
-            words[f"{owner}.{name}"] = word
+            placements[f"{owner}.{name}"] = placement
         # The router's weights meet each rank's own heads.
-        return words | self.query_convs.tensor_parallel("query_convs") | {"router.weight": REPLICATED_SUMMED}
+        return placements | self.query_convs.tensor_parallel("query_convs") | {"router.weight": Replicate()}
 
     def mixing_flops(self, length: int) -> float:
         return self.write_rows * self.inner.mixing_flops(length)
@@ -297,7 +290,8 @@ class MoM(Mixer):
             spans = route_spans(past.spans, tokens_R, memories_R, M, N)
             return self.inner.region("read", past)(parts, Spanned(segments, spans))[0], {}
         states = {name: past.state[name].transpose(0, 1).flatten(0, 1) for name in self.inner.state_spec()}
-        o_R, after = self.inner.read(parts, Resumed(segments, states))
+        o_R, read = self.inner.read(parts, Resumed(segments, states))
+        after = complete(read)
         return o_R, {name: after[name].unflatten(0, (M, N)).transpose(0, 1) for name in states}
 
     def _step(self, parts: Parts, places_R: Tensor, past: Resumed) -> tuple[Tensor, After]:
@@ -305,5 +299,6 @@ class MoM(Mixer):
         flat = {name: past.state[name].flatten(0, 1) for name in self.inner.state_spec()}
         borders = torch.arange(places_R.shape[0] + 1, device=places_R.device, dtype=torch.int32)
         rows = Segments(borders[:-1], borders, single=True)
-        o_R, after = self.inner.read(parts, Resumed(rows, {name: x[places_R] for name, x in flat.items()}))
+        o_R, read = self.inner.read(parts, Resumed(rows, {name: x[places_R] for name, x in flat.items()}))
+        after = complete(read)
         return o_R, {name: x.index_copy(0, places_R, after[name]).view_as(past.state[name]) for name, x in flat.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torchlinearmoe.mixers import gated_delta_net
-from torchlinearmoe.mixers.base import Transition, register
+from torchlinearmoe.mixers.base import register
 from torchlinearmoe.mixers.mom import MemoryOptions, MoM
 
 
@@ -15,10 +15,9 @@ class Options(MemoryOptions, gated_delta_net.Options):
 
 
 @register("mom_gated_delta_net")
-class MoMGatedDeltaNet(MoM):
+class MoMGatedDeltaNet(MoM[Options]):
     """Memories of Gated DeltaNet."""
 
     memory = "gated_delta_net"
-    transition = Transition.DENSE
     Options = Options
     variants = ({"shared_memory": False, "negative_eigenvalues": True, "expand_v": 1.0, "balance_scope": "global"},)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torchlinearmoe.mixers import gla
-from torchlinearmoe.mixers.base import Transition, register
+from torchlinearmoe.mixers.base import register
 from torchlinearmoe.mixers.mom import MemoryOptions, MoM
 
 
@@ -15,11 +15,10 @@ class Options(MemoryOptions, gla.Options):
 
 
 @register("mom_gla")
-class MoMGLA(MoM):
+class MoMGLA(MoM[Options]):
     """Memories of gated linear attention."""
 
     memory = "gla"
-    transition = Transition.DIAGONAL
     Options = Options
     variants = (
         {"num_memories": 3, "top_k": 1, "shared_memory": False, "renormalize": False, "conv": 3},

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import Placement, Shard
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
@@ -25,23 +26,19 @@ from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.kernels.quadratic import OPERATOR, quadratic_attention_flops
 from torchlinearmoe.kernels.quadratic.features import feature_width
+from torchlinearmoe.layers.convolution import Convolutions
+from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
     Context,
     Mixer,
     MixerOptions,
-    ModelDims,
     Place,
     StateSpec,
-    TensorWord,
-    Transition,
-    column,
     geometry,
-    row,
 )
-from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import quadratic_attention
-from torchlinearmoe.mixers.tail import Convolutions
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +53,20 @@ class QuadraticOptions(MixerOptions):
     """Multiply the output by swish(W_g x)."""
 
 
-class QuadraticAttention(Mixer):
+Q = TypeVar("Q", bound=QuadraticOptions)
+
+
+class QuadraticAttention(Mixer[Q]):
     """Identity transition on second-order features; normalised scores."""
 
-    transition = Transition.IDENTITY
     regions = ("project", "mix")
     kind: ClassVar[str]
     """The polynomial, as in `kernels.quadratic.quadratic_attention`."""
     epsilon: ClassVar[float]
     """Added to the denominator."""
 
-    def __init__(self, options: Any, model: ModelDims, place: Place) -> None:
-        super().__init__()
+    def __init__(self, options: Q, model: ModelRecipe, place: Place) -> None:
+        super().__init__(options, model, place)
         self.heads, self.value_dim = geometry(options, model)
         self.feature_dim = options.feature_dim
         self.backend = model.kernel_backend
@@ -81,28 +80,20 @@ class QuadraticAttention(Mixer):
         self.o_proj = linear(values, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelDims) -> None:
+    def check(cls, options: Q, model: ModelRecipe) -> None:
         super().check(options, model)
         if not options.feature_dim:
             raise RecipeError(f"mixer.{cls.name}.feature_dim = 0: must be at least 1")
-
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D (2 H K + 2 H V), D H V more with a gate, W (2 H K + H V) of convolutions."""
-        heads, value_dim = geometry(options, model)
-        keys, values = heads * options.feature_dim, heads * value_dim
-        weights = model.hidden_size * (2 * keys + (2 + options.gate) * values)
-        return weights + options.conv * (2 * keys + values)
 
     def state_spec(self) -> dict[str, StateSpec]:
         rows = feature_width(self.kind, self.feature_dim)
         recurrent = StateSpec((self.heads, rows, self.value_dim + 1), Carry.RECURRENT)
         return {"recurrent": recurrent, **self.convs.state_spec()}
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
+    def tensor_parallel(self) -> dict[str, Placement]:
         names = ("q_proj", "k_proj", "v_proj") if self.g_proj is None else ("q_proj", "k_proj", "v_proj", "g_proj")
-        words = {f"{name}.weight": column() for name in names}
-        return words | self.convs.tensor_parallel("convs") | {"o_proj.weight": row()}
+        placements = {f"{name}.weight": Shard(0) for name in names}
+        return placements | self.convs.tensor_parallel("convs") | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call(self.kind, device, dtype, self.feature_dim)

@@ -13,15 +13,18 @@ Shapes: T tokens, H heads, K query and key width of a head.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Replicate
 
 from torchlinearmoe.initialize import ONES, ZEROS, set_initializers
-from torchlinearmoe.mixers.base import REPLICATED_SUMMED, ModelDims, Place, TensorWord, register
+from torchlinearmoe.mixers.base import Place, register
 from torchlinearmoe.mixers.quadratic import QuadraticAttention, QuadraticOptions
+from torchlinearmoe.module import Module
+from torchlinearmoe.precision import in_float32
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,7 @@ class Options(QuadraticOptions):
     """One gamma and beta for queries and keys together."""
 
 
-class HeadLayerNorm(nn.Module):
+class HeadLayerNorm(Module):
     """gamma * (x - mean) / sqrt(variance + eps) + beta over a head; computed in float32, returned in x's type."""
 
     def __init__(self, width: int, eps: float) -> None:
@@ -44,13 +47,13 @@ class HeadLayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, H, K] -> [T, H, K]."""
-        wide = x if x.dtype == torch.float64 else x.float()
+        wide = in_float32(x)
         y = F.layer_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.bias.to(wide.dtype), self.eps)
         return y.to(x.dtype)
 
 
 @register("rebased")
-class Rebased(QuadraticAttention):
+class Rebased(QuadraticAttention[Options]):
     """Scores s^2 of normalised queries and keys with an affine map each."""
 
     Options = Options
@@ -58,20 +61,15 @@ class Rebased(QuadraticAttention):
     kind = "square"
     epsilon = 1e-5
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
         super().__init__(options, model, place)
         self.q_norm = HeadLayerNorm(options.feature_dim, model.norm_eps)
         self.k_norm = None if options.tie_norms else HeadLayerNorm(options.feature_dim, model.norm_eps)
 
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """The projections' (see QuadraticAttention), and 4 K of the norms (2 K where they are tied)."""
-        return super().num_parameters(options, model) + (2 if options.tie_norms else 4) * options.feature_dim
-
-    def tensor_parallel(self) -> dict[str, TensorWord]:
+    def tensor_parallel(self) -> dict[str, Placement]:
         norms = ("q_norm",) if self.k_norm is None else ("q_norm", "k_norm")
-        words = {f"{norm}.{name}": REPLICATED_SUMMED for norm in norms for name in ("weight", "bias")}
-        return super().tensor_parallel() | words
+        placements = {f"{norm}.{name}": Replicate() for norm in norms for name in ("weight", "bias")}
+        return super().tensor_parallel() | placements
 
     def prepare(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return self.q_norm(q), (self.q_norm if self.k_norm is None else self.k_norm)(k)

@@ -14,15 +14,14 @@ from torch import Tensor
 
 from torchlinearmoe.kernels.delta import delta_rule as delta_kernel
 from torchlinearmoe.kernels.dplr import dplr_rule as dplr_kernel
-from torchlinearmoe.kernels.heads import repeat_heads
+from torchlinearmoe.kernels.heads import repeat_heads, same_heads
 from torchlinearmoe.kernels.linear import linear_recurrence as linear_kernel
 from torchlinearmoe.kernels.quadratic import quadratic_attention as quadratic_kernel
 from torchlinearmoe.kernels.slots import slot_attention as slot_kernel
 from torchlinearmoe.kernels.ssd import ssd as ssd_kernel
 from torchlinearmoe.kernels.ssd.lowered import as_recurrence
+from torchlinearmoe.layers.past import Past, Spanned
 from torchlinearmoe.mixers import spanned
-from torchlinearmoe.mixers.past import Past, Spanned
-from torchlinearmoe.mixers.tail import same_heads
 
 Result = tuple[Tensor, Tensor | None]
 

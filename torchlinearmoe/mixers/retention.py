@@ -14,42 +14,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
 from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
+from torchlinearmoe.layers.convolution import Convolutions
+from torchlinearmoe.layers.past import After, Past
+from torchlinearmoe.layers.rope import rotate
 from torchlinearmoe.mixers.base import (
-    REPLICATED_SUMMED,
     Carry,
     Context,
-    MixerOptions,
-    ModelDims,
     Place,
     StateSpec,
-    TensorWord,
-    Transition,
-    column,
     expanded,
     geometry,
     register,
-    row,
 )
 from torchlinearmoe.mixers.feature_maps import ELEMENTWISE
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
-from torchlinearmoe.mixers.past import After, Past
+from torchlinearmoe.mixers.output import GatedOutput
 from torchlinearmoe.mixers.recurrence import linear_recurrence
-from torchlinearmoe.mixers.tail import Convolutions, GatedHeadNorm
-from torchlinearmoe.models.rope import rotate
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(MixerOptions):
+class Options(GatedOutput):
     """`[mixer.retention]`."""
 
     expand_v: float = 2.0
@@ -63,20 +59,20 @@ class Options(MixerOptions):
 
 
 @register("retention")
-class Retention(LinearMixer):
+class Retention(LinearMixer[Options]):
     """Constant decay, rotary positions, gated per-head norm."""
 
-    transition = Transition.CONSTANT
     Options = Options
     variants = (
         {"rope_theta": 0.0, "expand_v": 1.0, "feature_map": "silu"},
         {"conv": 4, "heads": 3, "head_dim": 16, "rope_theta": 500.0},
+        {"output_norm": "none", "gate_activation": "sigmoid"},
     )
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",)}
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
-        super().__init__()
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
+        super().__init__(options, model, place)
         self.heads, self.head_dim = geometry(options, model)
         self.value_dim = expanded(self.head_dim, options.expand_v)
         self.theta = options.rope_theta
@@ -90,11 +86,11 @@ class Retention(LinearMixer):
         self.v_proj = linear(width, values, std)
         self.g_proj = linear(width, values, std)
         self.convs = Convolutions({"q": keys, "k": keys, "v": values}, options.conv)
-        self.norm = GatedHeadNorm(self.value_dim, model.norm_eps)
+        self.norm = options.gated_norm(self.value_dim, model)
         self.o_proj = linear(values, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelDims) -> None:
+    def check(cls, options: Options, model: ModelRecipe) -> None:
         super().check(options, model)
         width = geometry(options, model)[1]
         cls.check_expansion("expand_v", width, options.expand_v)
@@ -103,28 +99,15 @@ class Retention(LinearMixer):
         if options.rope_theta and width % 2:
             raise RecipeError(f"mixer.retention.head_dim = {width}: rotary positions need an even head width")
 
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D (2 H K + 3 H V), V of the norm, W (2 H K + H V) of convolutions."""
-        heads, head_dim = geometry(options, model)
-        value_dim = expanded(head_dim, options.expand_v)
-        weights = model.hidden_size * heads * (2 * head_dim + 3 * value_dim)
-        return weights + value_dim + options.conv * heads * (2 * head_dim + value_dim)
-
-    @classmethod
-    def write_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D H (K + V)."""
-        heads, head_dim = geometry(options, model)
-        return model.hidden_size * heads * (head_dim + expanded(head_dim, options.expand_v))
-
     def state_spec(self) -> dict[str, StateSpec]:
         recurrent = StateSpec((self.heads, self.head_dim, self.value_dim), Carry.RECURRENT)
         return {"recurrent": recurrent, **self.convs.state_spec()}
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        words = {f"{name}_proj.weight": column() for name in "qkvg"}
-        words |= self.convs.tensor_parallel("convs")
-        return words | {"norm.weight": REPLICATED_SUMMED, "o_proj.weight": row()}
+    def tensor_parallel(self) -> dict[str, Placement]:
+        placements = {f"{name}_proj.weight": Shard(0) for name in "qkvg"}
+        placements |= self.convs.tensor_parallel("convs")
+        placements |= {f"norm.{name}": Replicate() for name, _ in self.norm.named_parameters()}
+        return placements | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("constant", device, dtype, self.head_dim)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlinearmoe.initialize import ZEROS, Constant, Initializer, Rows, set_initializers
-from torchlinearmoe.mixers.tail import in_float32
+from torchlinearmoe.module import Module
+from torchlinearmoe.precision import in_float32
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Depth:
         return Rows(lambda rows: 1.0 - ((rows / width) ** (power * self.falling) + lift))
 
 
-class HeadGroupNorm(nn.Module):
+class HeadGroupNorm(Module):
     """GroupNorm with a head a group; statistics and result in float32 (float64 stays)."""
 
     def __init__(self, heads: int, head_dim: int, eps: float, weight: Initializer) -> None:

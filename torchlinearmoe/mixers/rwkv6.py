@@ -20,38 +20,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import ZEROS, Rows, Uniform, linear, orthogonal, set_initializers
 from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
+from torchlinearmoe.layers.convolution import token_shift
+from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
-    REPLICATED_SUMMED,
     Carry,
     Context,
     Mixer,
     MixerOptions,
-    ModelDims,
     Place,
     StateSpec,
-    TensorWord,
-    Transition,
-    column,
     geometry,
-    per_head,
     register,
-    row,
 )
-from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.mixers.rwkv import Depth, HeadGroupNorm
-from torchlinearmoe.mixers.tail import token_shift
+from torchlinearmoe.module import Module
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 MIXES = "wkvrg"
 """The five inputs that each have a mix of their own, in the order of W_1's and W_2's blocks."""
@@ -91,7 +86,7 @@ class _Recipe(Depth):
         return Rows(fill)
 
 
-class Decay(nn.Module):
+class Decay(Module):
     """The decay's base w_0 and the bonus u, kept and used in float32."""
 
     keep_fp32 = True
@@ -110,7 +105,7 @@ class Decay(nn.Module):
         return -wide.exp().unflatten(-1, (-1, self.bonus.shape[1])), self.bonus.clone()
 
 
-class TokenMix(nn.Module):
+class TokenMix(Module):
     """Five mixes of a token with the one before, each by a learned ramp and a low-rank function of the token."""
 
     no_weight_decay = ("down", "up")
@@ -137,18 +132,17 @@ class TokenMix(nn.Module):
 
 
 @register("rwkv6")
-class RWKV6(Mixer):
+class RWKV6(Mixer[Options]):
     """Diagonal decay from the data, bonus for the current token, token shift."""
 
     projections = {"q": "r_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
-    transition = Transition.DIAGONAL
     Options = Options
     variants = ({"mix_rank": 3, "decay_rank": 5}, {"heads": 3, "head_dim": 16})
     regions = ("project", "mix")
     no_weight_decay = ("decay_down.weight", "decay_up.weight")
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
-        super().__init__()
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
+        super().__init__(options, model, place)
         self.heads, self.head_dim = geometry(options, model)
         self.backend = model.kernel_backend
         inner, width = self.heads * self.head_dim, model.hidden_size
@@ -166,19 +160,11 @@ class RWKV6(Mixer):
         self.o_proj = linear(inner, width, model.init_std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelDims) -> None:
+    def check(cls, options: Options, model: ModelRecipe) -> None:
         super().check(options, model)
         for key in ("mix_rank", "decay_rank"):
             if not getattr(options, key):
                 raise RecipeError(f"mixer.rwkv6.{key} = 0: must be at least 1")
-
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """5 D H K projections, D (6 + 10 R) of the mixes, (D + H K) R' of the decay, 4 H K of w_0, u and the norm."""
-        heads, head_dim = geometry(options, model)
-        width, inner = model.hidden_size, heads * head_dim
-        mixes = width * (6 + 10 * options.mix_rank)
-        return 5 * width * inner + mixes + (width + inner) * options.decay_rank + 4 * inner
 
     def state_spec(self) -> dict[str, StateSpec]:
         return {
@@ -186,13 +172,13 @@ class RWKV6(Mixer):
             "shift": StateSpec((1, self.token_mix.x.shape[0]), Carry.LAST_TOKENS, fp32=False),
         }
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
+    def tensor_parallel(self) -> dict[str, Placement]:
         """Mixes are on every rank, but each rank sees only what its own heads make of them."""
-        words = {f"{name}.weight": column() for name in ("r_proj", "k_proj", "v_proj", "g_proj", "decay_up")}
-        words |= {f"token_mix.{name}": REPLICATED_SUMMED for name, _ in self.token_mix.named_parameters()}
-        words |= {f"decay.{name}": per_head() for name in ("base", "bonus")}
-        words |= {f"norm.{name}": per_head() for name in ("weight", "bias")}
-        return words | {"decay_down.weight": REPLICATED_SUMMED, "o_proj.weight": row()}
+        placements = {f"{name}.weight": Shard(0) for name in ("r_proj", "k_proj", "v_proj", "g_proj", "decay_up")}
+        placements |= {f"token_mix.{name}": Replicate() for name, _ in self.token_mix.named_parameters()}
+        placements |= {f"decay.{name}": Shard(0) for name in ("base", "bonus")}
+        placements |= {f"norm.{name}": Shard(0) for name in ("weight", "bias")}
+        return placements | {"decay_down.weight": Replicate(), "o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("bonus", device, dtype, self.head_dim)

@@ -24,39 +24,35 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchlinearmoe.initialize import Constant, Initializer, Orthogonal, Rows, linear, orthogonal, set_initializers
 from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.delta.normalize import l2_normalize
 from torchlinearmoe.kernels.dplr import OPERATOR, dplr_rule_flops
 from torchlinearmoe.kernels.operator import Call
+from torchlinearmoe.layers.convolution import token_shift
+from torchlinearmoe.layers.past import Past
 from torchlinearmoe.mixers.base import (
-    REPLICATED_SUMMED,
     Carried,
     Carry,
     Context,
     Mixer,
     MixerOptions,
-    ModelDims,
     Place,
     State,
     StateSpec,
-    TensorWord,
-    Transition,
-    column,
     geometry,
-    per_head,
     register,
-    row,
 )
-from torchlinearmoe.mixers.past import Past
 from torchlinearmoe.mixers.recurrence import dplr_rule
 from torchlinearmoe.mixers.rwkv import Depth, HeadGroupNorm
-from torchlinearmoe.mixers.tail import in_float32, token_shift
+from torchlinearmoe.module import Module
+from torchlinearmoe.precision import in_float32
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 MIXES = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
 """The inputs that each have a mix with the token before, and the power of their initial ramp."""
@@ -126,7 +122,7 @@ class _Recipe:
         return z * z.abs()
 
 
-class Decay(nn.Module):
+class Decay(Module):
     """log w = -e^(-1/2) sigmoid(w_0 + logits), w_0 kept and used in float32."""
 
     keep_fp32 = True
@@ -143,7 +139,7 @@ class Decay(nn.Module):
         return LOWEST * torch.sigmoid(self.base + logits.to(self.base.dtype)).unflatten(-1, (-1, self.head_dim))
 
 
-class LowRank(nn.Module):
+class LowRank(Module):
     """up(activation(down(x))); what it makes of the data is zero at first, so that only the bias is left."""
 
     no_weight_decay = ("down.weight", "up.weight")
@@ -163,18 +159,17 @@ class LowRank(nn.Module):
         low = self.down(x_TD)
         return self.up(low if self.activation is None else getattr(torch, self.activation)(low))
 
-    def tensor_parallel(self, prefix: str) -> dict[str, TensorWord]:
+    def tensor_parallel(self, prefix: str) -> dict[str, Placement]:
         """The outputs are channels of heads."""
-        words = {f"{prefix}.down.weight": REPLICATED_SUMMED, f"{prefix}.up.weight": column()}
-        return words if self.up.bias is None else words | {f"{prefix}.up.bias": per_head()}
+        placements: dict[str, Placement] = {f"{prefix}.down.weight": Replicate(), f"{prefix}.up.weight": Shard(0)}
+        return placements if self.up.bias is None else placements | {f"{prefix}.up.bias": Shard(0)}
 
 
 @register("rwkv7")
-class RWKV7(Mixer):
+class RWKV7(Mixer[Options]):
     """Dense transition, token shift, values that go on from the first layer's."""
 
     projections = {"q": "r_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
-    transition = Transition.DENSE
     Options = Options
     variants = (
         {"decay_rank": 5, "rate_rank": 3, "value_rank": 2, "gate_rank": 7},
@@ -182,8 +177,8 @@ class RWKV7(Mixer):
     )
     regions = ("project", "mix")
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
-        super().__init__()
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
+        super().__init__(options, model, place)
         self.heads, self.head_dim = geometry(options, model)
         self.backend = model.kernel_backend
         self.sets_values = place.ordinal == 0
@@ -210,22 +205,7 @@ class RWKV7(Mixer):
         self.o_proj = linear(inner, width, model.init_std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """C = H K: 4 D C projections, 6 D mixes, (D + C) R of each rank, 8 C of w_0, a_0, v_0, xi, alpha, rho, norm."""
-        heads, head_dim = geometry(options, model)
-        width, inner = model.hidden_size, heads * head_dim
-        ranks = sum(_ranks(options, width).values())
-        return 4 * width * inner + 6 * width + (width + inner) * ranks + 8 * inner
-
-    @classmethod
-    def parameters_not_in_first(cls, options: Any, model: ModelDims) -> int:
-        """(D + C) R + C: the first layer has no values to mix with."""
-        heads, head_dim = geometry(options, model)
-        width, inner = model.hidden_size, heads * head_dim
-        return (width + inner) * _ranks(options, width)["value_rank"] + inner
-
-    @classmethod
-    def carried_channels(cls, options: Any, model: ModelDims) -> dict[str, int]:
+    def carried_channels(cls, options: Options, model: ModelRecipe) -> dict[str, int]:
         heads, head_dim = geometry(options, model)
         return {"v_first": heads * head_dim}
 
@@ -235,15 +215,15 @@ class RWKV7(Mixer):
             "shift": StateSpec((1, self.mixes["r"].shape[0]), Carry.LAST_TOKENS, fp32=False),
         }
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
+    def tensor_parallel(self) -> dict[str, Placement]:
         """Mixes are on every rank, but each rank sees only what its own heads make of them."""
-        words = {f"{name}_proj.weight": column() for name in "rkv"}
-        words |= {f"mixes.{name}": REPLICATED_SUMMED for name in MIXES}
+        placements: dict[str, Placement] = {f"{name}_proj.weight": Shard(0) for name in "rkv"}
+        placements |= {f"mixes.{name}": Replicate() for name in MIXES}
         for name, part in self.named_children():
             if isinstance(part, LowRank):
-                words |= part.tensor_parallel(name)
+                placements |= part.tensor_parallel(name)
         channels = ("decay.base", "removal", "replacement", "bonus", "norm.weight", "norm.bias")
-        return words | {name: per_head() for name in channels} | {"o_proj.weight": row()}
+        return placements | {name: Shard(0) for name in channels} | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         yield OPERATOR, self.backend, Call("dplr", device, dtype, self.head_dim)

@@ -15,37 +15,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import Placement, Shard
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
 from torchlinearmoe.kernels import attention
 from torchlinearmoe.kernels.cached_attention import cached_attention
 from torchlinearmoe.kernels.choose import KernelCall
+from torchlinearmoe.layers.convolution import Convolutions
+from torchlinearmoe.layers.past import After, Past, Resumed
+from torchlinearmoe.layers.rope import rotate
 from torchlinearmoe.mixers.attention import attend
 from torchlinearmoe.mixers.base import (
     Carry,
     Context,
     Mixer,
     MixerOptions,
-    ModelDims,
     Place,
     State,
     StateSpec,
-    TensorWord,
-    Transition,
-    column,
     register,
     rope_scaling,
-    row,
 )
 from torchlinearmoe.mixers.cache import append_to_cache, padded_queries
-from torchlinearmoe.mixers.past import After, Past, Resumed
-from torchlinearmoe.mixers.tail import Convolutions
-from torchlinearmoe.models.rope import rotate
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +56,7 @@ class Options(MixerOptions):
     """Taps of a short convolution on queries, keys and values, before the rotation; 0 for none."""
 
 
-def _heads(options: Options, model: ModelDims) -> tuple[int, int, int]:
+def _heads(options: Options, model: ModelRecipe) -> tuple[int, int, int]:
     """(query heads, key-value heads, head width)."""
     heads = options.heads or model.num_heads
     kv_heads = options.kv_heads or (model.num_kv_heads if not options.heads else heads)
@@ -68,10 +64,10 @@ def _heads(options: Options, model: ModelDims) -> tuple[int, int, int]:
 
 
 @register("softmax_attention")
-class SoftmaxAttention(Mixer):
+class SoftmaxAttention(Mixer[Options]):
     """o = softmax(q k^T / sqrt(d), causal inside the document and the window) v."""
 
-    transition = Transition.ATTENTION
+    keeps_past = True
     Options = Options
     variants = (
         {"heads": 4, "head_dim": 16, "kv_heads": 2},
@@ -82,8 +78,8 @@ class SoftmaxAttention(Mixer):
     )
     regions = ("project", "place", "output")
 
-    def __init__(self, options: Options, model: ModelDims, place: Place) -> None:
-        super().__init__()
+    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
+        super().__init__(options, model, place)
         self.heads, self.kv_heads, self.head_dim = _heads(options, model)
         self.window = options.window
         self.theta, self.scaling = model.rope_theta, rope_scaling(model)
@@ -97,7 +93,7 @@ class SoftmaxAttention(Mixer):
         self.o_proj = linear(self.heads * self.head_dim, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
-    def check(cls, options: Any, model: ModelDims) -> None:
+    def check(cls, options: Options, model: ModelRecipe) -> None:
         cls.check_counts(options)
         heads, kv_heads, width = _heads(options, model)
         if heads % kv_heads:
@@ -107,15 +103,8 @@ class SoftmaxAttention(Mixer):
             raise RecipeError(f"{field} = {width}: rotary positions need an even head width")
 
     @classmethod
-    def head_groups(cls, options: Any, model: ModelDims) -> tuple[str, int]:
+    def head_groups(cls, options: Options, model: ModelRecipe) -> tuple[str, int]:
         return "kv_heads", _heads(options, model)[1]
-
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        """D (2 H d + 2 G d), the biases (H + 2 G) d where the family has them, W (H + 2 G) d of convolutions."""
-        heads, kv_heads, width = _heads(options, model)
-        weights = model.hidden_size * width * 2 * (heads + kv_heads)
-        return weights + (heads + 2 * kv_heads) * width * (model.qkv_bias + options.conv)
 
     def state_spec(self) -> dict[str, StateSpec]:
         """One entry a token; with a window a ring of its size, which only this mixer knows how to read."""
@@ -125,12 +114,12 @@ class SoftmaxAttention(Mixer):
             entry = StateSpec((self.window, *shape), Carry.LAST_TOKENS, fp32=False)
         return {"keys": entry, "values": entry, **self.convs.state_spec()}
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        words = {f"{name}.weight": column() for name in ("q_proj", "k_proj", "v_proj")}
+    def tensor_parallel(self) -> dict[str, Placement]:
+        placements = {f"{name}.weight": Shard(0) for name in ("q_proj", "k_proj", "v_proj")}
         if self.q_proj.bias is not None:
-            words |= {f"{name}.bias": column() for name in ("q_proj", "k_proj", "v_proj")}
-        words |= self.convs.tensor_parallel("convs")
-        return words | {"o_proj.weight": row()}
+            placements |= {f"{name}.bias": Shard(0) for name in ("q_proj", "k_proj", "v_proj")}
+        placements |= self.convs.tensor_parallel("convs")
+        return placements | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         """Attention over packed documents."""

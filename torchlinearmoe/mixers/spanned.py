@@ -21,7 +21,6 @@ key and value width of a head, S slots.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,13 +29,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from torchlinearmoe.kernels import linear, quadratic, slots
-from torchlinearmoe.kernels.heads import repeat_heads
+from torchlinearmoe.kernels.heads import repeat_heads, same_heads
 from torchlinearmoe.kernels.operator import outside_graphs
 from torchlinearmoe.kernels.quadratic.features import QuadraticFeatures
-from torchlinearmoe.mixers.past import Spanned
-from torchlinearmoe.mixers.tail import in_float32, same_heads
-from torchlinearmoe.parallel.gather import Pending, finish_gather, start_gather
-from torchlinearmoe.parallel.spans import Spans
+from torchlinearmoe.layers.past import Spanned
+from torchlinearmoe.parallel.exchange.states import StateExchange
+from torchlinearmoe.precision import in_float32, wide_type
 
 CHUNK = 256
 """Tokens whose writes are summed in the type of the inputs; the sums are added up in float32."""
@@ -76,7 +74,7 @@ def dense_recurrence(
     H, K, V = v.shape[1], q.shape[-1], v.shape[-1]
     widened = list(inputs)
     widened[v_index] = F.pad(v, (0, K))
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = wide_type(q.dtype)
     identity = F.pad(torch.eye(K, dtype=dtype, device=q.device), (V, 0)).expand(spans.rows, H, K, V + K)
     o, final = op(
         *widened,
@@ -106,7 +104,7 @@ def slot_attention(
     keys, values = exchange.entering()
     q, k, v, s, decay_H = same_heads(q, k_G, v_G, s_G, decay_G)
     times = q.shape[1] // keys.shape[1]
-    states = (repeat_heads(x, times) for x in (keys.transpose(-1, -2), values))
+    keys, values = (past.first_states(repeat_heads(x, times)) for x in (keys.transpose(-1, -2), values))
     o, _ = slots.slot_attention(
         q,
         k,
@@ -115,7 +113,7 @@ def slot_attention(
         decay_H,
         segments=past.segments,
         scale=scale,
-        initial_state=tuple(past.first_states(x) for x in states),  # pyright: ignore[reportArgumentType]
+        initial_state=(keys, values),
         backend=backend,
     )
     return o
@@ -166,48 +164,6 @@ class Decays:
         """q [T, H, K], decayed since the start of its row's span."""
         decay = repeat_heads(self._since.exp(), q.shape[1] // self._since.shape[1])
         return (in_float32(q) * decay).to(q.dtype)
-
-
-@dataclass
-class StateExchange:
-    """The all-gather of every rank's (A, B), and what of it enters this rank's spans.
-
-    `written`: the B, each [R, G, K, V]; `a`: None for 1; [R, G, 1 or K], log decays of the rows of every B; or with
-    `dense` [R, G, K, K].
-    """
-
-    spans: Spans
-    written: list[Tensor]
-    a: Tensor | None
-    dense: bool = False
-
-    def __post_init__(self) -> None:
-        parts = list(self.written)
-        if self.a is not None:
-            parts.append(self.a if self.dense else self.a.exp())
-        self.shapes = [part.shape for part in parts]
-        self.dtype = parts[0].dtype
-        packed = torch.cat([part.flatten(1).to(self.dtype) for part in parts], 1)
-        self.pending: Pending = start_gather(packed.to(self.spans.exchange.states or packed.dtype), self.spans.group)
-
-    def entering(self) -> list[Tensor]:
-        """The states that enter this rank's spans, [R, G, K, V] each; zeros where a document starts there."""
-        gathered = finish_gather(self.pending).to(self.dtype)
-        sizes = [shape[1:].numel() for shape in self.shapes]
-        parts = [x.unflatten(-1, shape[1:]).unbind(0) for x, shape in zip(gathered.split(sizes, -1), self.shapes)]
-        return [self._fold(b, None if self.a is None else parts[-1]) for b in parts[: len(self.written)]]
-
-    def _fold(self, b_W: tuple[Tensor, ...], a_W: tuple[Tensor, ...] | None) -> Tensor:
-        spans = self.spans
-        # The first rank has nothing to fold, but must take part in the backward pass of the gather.
-        state = b_W[min(spans.earliest, spans.size - 1)]
-        for w in range(spans.earliest + 1, spans.rank):
-            passed = state
-            if a_W is not None:
-                passed = torch.matmul(a_W[w], state) if self.dense else a_W[w].unsqueeze(-1) * state
-            through = spans.through_WR[w].view(-1, *[1] * (state.dim() - 1))
-            state = b_W[w] + torch.where(through, passed, 0.0)
-        return torch.where(spans.enters_R.view(-1, *[1] * (state.dim() - 1)), state, 0.0)
 
 
 def _written(k: Tensor, v: Tensor, past: Spanned) -> Tensor:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from torchlinearmoe.layers.mlp import SwiGLU
+from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.mixers.base import Carried, Context, Mixer, State
-from torchlinearmoe.models.mlp import SwiGLU
-from torchlinearmoe.models.norm import RMSNorm
+from torchlinearmoe.module import Module
 from torchlinearmoe.moe.layer import MoE
 from torchlinearmoe.recipe.schema import ModelRecipe
 
 
-class Block(nn.Module):
+class Block(Module):
     """Pre-norm residual layer of a token mixer and a feed-forward, dense or a Mixture-of-Experts."""
 
     regions = ("norm_mixer", "add_norm")

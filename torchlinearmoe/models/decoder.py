@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.initialize import Normal, initialize, set_initializers
 from torchlinearmoe.kernels.cross_entropy import chunk_loss, linear_cross_entropy
+from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.base import Carried, Carry, Context, Mixer, Place, State
 from torchlinearmoe.models.block import Block
-from torchlinearmoe.models.norm import RMSNorm
-from torchlinearmoe.recipe.layers import layer_mixers
+from torchlinearmoe.models.layer_mixers import layer_mixers
+from torchlinearmoe.module import Module
+from torchlinearmoe.moe.totals import StepTotals
 from torchlinearmoe.recipe.schema import ModelRecipe
 from torchlinearmoe.segments import Segments
 
@@ -42,7 +44,7 @@ class DecodeState:
     """Tokens the softmax layers have room for."""
 
 
-class Head(nn.Module):
+class Head(Module):
     """Projection to the vocabulary, and the loss through it. A tied head is given the embedding's weight."""
 
     regions = ("kernel",)
@@ -51,7 +53,8 @@ class Head(nn.Module):
         super().__init__()
         self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, width))
         self.kernel, self.backend = chunk_loss, "auto"
-        set_initializers(self, weight=Normal(std))
+        if not tied:
+            set_initializers(self, weight=Normal(std))
 
     def forward(self, h: Tensor, labels: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         """Logits [..., V], or with `labels` int64 [T] the summed cross entropy."""
@@ -62,7 +65,7 @@ class Head(nn.Module):
         return linear_cross_entropy(h, weight, labels, self.kernel, self.backend)
 
 
-class Decoder(nn.Module):
+class Decoder(Module):
     """A Linear-MoE language model. `model(tokens)` gives logits; see the module's docstring.
 
     Given `layers` it holds these consecutive ones only, under the names they have in the whole model, with the
@@ -110,7 +113,7 @@ class Decoder(nn.Module):
         *,
         labels: Tensor | None = None,
         documents: Documents | None = None,
-        totals: Any = None,
+        totals: StepTotals | None = None,
     ) -> Tensor:
         """Logits of packed or plain tokens, or the summed loss.
 
@@ -216,7 +219,7 @@ class Decoder(nn.Module):
         """Normed hidden states [T, D] to logits, or with labels to their summed cross entropy."""
         return self.head(h, labels, self.embed.weight if self.recipe.tie_embeddings else None)
 
-    def shared_outputs(self) -> dict[str, Any]:
+    def shared_outputs(self) -> dict[str, Tensor]:
         """What the shared modules give their mixers' layers, by mixer."""
         return {name: module() for name, module in self.shared.items()}
 
@@ -225,8 +228,7 @@ class Decoder(nn.Module):
 
 
 def _build_mixer(name: str, recipe: ModelRecipe, place: Place) -> Mixer:
-    build: Any = MIXERS[name]
-    return build(recipe.mixer_options[name], recipe, place)
+    return MIXERS[name](recipe.mixer_options[name], recipe, place)
 
 
 def _documents_of(tokens: Tensor, cu_seqlens: Tensor | None) -> Documents:

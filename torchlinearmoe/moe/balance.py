@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from torchlinearmoe.module import Module
 from torchlinearmoe.moe.router import Router, Routing
 from torchlinearmoe.moe.totals import StepTotals
 
@@ -179,7 +180,7 @@ def global_balance_loss(counts_E: Tensor, probs_TE: Tensor, top_k: int, total_to
     return (counts_E.shape[0] * (fractions_E * probs_TE.sum(0)).sum() / total_tokens).to(probs_TE.dtype)
 
 
-class Balance(nn.Module):
+class Balance(Module):
     """The auxiliary losses of one layer: which, how much, and the counts the global scope needs.
 
     kind: "loss" adds the balance loss; "bias" and "none" do not. `z_loss_coefficient` counts under every kind.

@@ -22,9 +22,10 @@ from torchlinearmoe.kernels import grouped_mm as products
 from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.grouped_mm import grouped_mm
 from torchlinearmoe.kernels.swiglu import swiglu
+from torchlinearmoe.module import Module
 
 
-class Experts(nn.Module):
+class Experts(Module):
     """E SwiGLU experts as two 3-D parameters, `gate_up` [E, D, 2F] and `down` [E, F, D].
 
     backend: of their products, "auto" or one of `kernels/grouped_mm/`.

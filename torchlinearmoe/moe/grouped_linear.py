@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchlinearmoe.initialize import set_initializers
+from torchlinearmoe.initialize import initializers_of, set_initializers
 from torchlinearmoe.kernels.grouped_mm import grouped_mm
+from torchlinearmoe.module import Module
 
 _ALIGNMENT = 16
 """Bytes that the fused kernel wants a row to be a multiple of."""
 
 
-class GroupedLinear(nn.Module):
+class GroupedLinear(Module):
     """y[r] = W_e x[r] + b_e for the group e of row r: as many layers like `layer`, initial values included."""
 
     def __init__(self, layer: nn.Linear, groups: int) -> None:
@@ -28,7 +29,7 @@ class GroupedLinear(nn.Module):
         shape = (layer.out_features, groups)
         self.weight = nn.Parameter(torch.empty(*shape, layer.in_features))
         self.bias = None if layer.bias is None else nn.Parameter(torch.empty(shape))
-        set_initializers(self, **layer.initializers)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        set_initializers(self, **initializers_of(layer))
 
     def forward(self, x_RM: Tensor, counts_E: Tensor) -> Tensor:
         """x_RM: [R, M], rows sorted by group; counts_E: integer [E], rows of each group, R in all. Returns [R, N]."""

@@ -12,15 +12,14 @@ T tokens, D model width, k experts a token, R rows given to experts, E experts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.initialize import linear
 from torchlinearmoe.late import to_device
-from torchlinearmoe.models.mlp import SwiGLU
+from torchlinearmoe.layers.mlp import SwiGLU
+from torchlinearmoe.module import Module
 from torchlinearmoe.moe.accounting import account
 from torchlinearmoe.moe.balance import Balance, attach_loss
 from torchlinearmoe.moe.capacity import DROP_POLICIES, expert_capacity, keep_within_capacity
@@ -29,12 +28,10 @@ from torchlinearmoe.moe.experts import Experts
 from torchlinearmoe.moe.router import Router, Routing
 from torchlinearmoe.moe.statistics import LoadStatistics
 from torchlinearmoe.moe.totals import StepTotals
-
-if TYPE_CHECKING:
-    from torchlinearmoe.recipe.schema import MoERecipe
+from torchlinearmoe.recipe.schema import MoERecipe
 
 
-class MoE(nn.Module):
+class MoE(Module):
     """Sparse mixture of SwiGLU experts, plus an optional shared expert that every token passes.
 
     y_t = sum over the chosen experts e of w_te * expert_e(x_t)  [+ sigmoid(g . x_t) * shared(x_t)]
@@ -75,13 +72,13 @@ class MoE(nn.Module):
             z_loss_coefficient=recipe.z_loss_coefficient,
         )
         self.statistics = LoadStatistics(E)
-        self.dispatcher: Dispatcher = LocalDispatch(E)
+        self.use(LocalDispatch(E))
         self.register_buffer("step_counts_E", torch.zeros(E, dtype=torch.int64), persistent=False)
 
-    @property
-    def regions(self) -> tuple[str, ...]:
-        """Methods that are compiled: the dispatcher's own and the shared expert."""
-        return (*(f"dispatcher.{name}" for name in self.dispatcher.regions), "add_shared")
+    def use(self, dispatcher: Dispatcher) -> None:
+        """Let `dispatcher` move the tokens; its regions and the shared expert are compiled."""
+        self.dispatcher = dispatcher
+        self.regions = (*(f"dispatcher.{name}" for name in dispatcher.regions), "add_shared")
 
     def reset_buffers(self) -> None:
         """Forget the counts that `update_bias` reads."""

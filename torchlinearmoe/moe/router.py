@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchlinearmoe.initialize import Normal, set_initializers
+from torchlinearmoe.module import Module
 
 
 class Routing(NamedTuple):
@@ -30,7 +31,7 @@ class Routing(NamedTuple):
     """fp32 [T, E]."""
 
 
-class Router(nn.Module):
+class Router(Module):
     """Softmax over all experts, then top-k.
 
     With `renormalize` the k weights of a token are scaled to sum to one, which equals a softmax over the chosen

@@ -17,13 +17,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from torchlinearmoe.module import Module
+
 
 def recomputing() -> bool:
     """Whether this forward is run again by activation checkpointing, that is from inside a backward."""
     return torch._C._current_graph_task_id() != -1
 
 
-class LoadStatistics(nn.Module):
+class LoadStatistics(Module):
     """One layer's running sums since they were last collected. Buffers, not saved in checkpoints.
 
     kind: the first part of the figures' names, "moe" for experts, "mom" for memories.

@@ -8,8 +8,7 @@
 The norm that gradients are clipped by needs the meshes and lives in `torchlinearmoe.parallel.clip`.
 """
 
-from torchlinearmoe.optim.build import OPTIMIZERS, build_optimizer
-from torchlinearmoe.optim.groups import parameter_groups
+from torchlinearmoe.optim.build import OPTIMIZERS, build_optimizer, parameter_groups
 from torchlinearmoe.optim.schedule import SCHEDULES, learning_rate, set_learning_rate
 from torchlinearmoe.optim.step import step_if_finite
 

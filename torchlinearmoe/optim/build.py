@@ -1,13 +1,20 @@
-"""From the `[optimizer]` section to an optimizer."""
+"""From the `[optimizer]` section to an optimizer, and which parameters it pulls towards zero.
+
+Matrices and embeddings are, scales, offsets and decays are not. Weight decay makes sense for a parameter that enters a
+matrix product. It does not for one whose zero has another meaning: a norm's scale, a bias, a recurrence's decay
+(`A_log` at zero is a decay of 1/e, not "nothing"). A module with such a parameter of two or more dimensions names it in
+`no_weight_decay` (`module.Module`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
+from torchlinearmoe.module import traits
 from torchlinearmoe.optim.adamw import STATES, AdamW
-from torchlinearmoe.optim.groups import parameter_groups
 
 OPTIMIZERS = ("adamw",)
 """Legal values of `optimizer.name`."""
@@ -40,3 +47,31 @@ def build_optimizer(
     names: dict[Tensor, str] = {parameter: name for part in parts for name, parameter in part.named_parameters()}
     groups = parameter_groups(nn.ModuleList(parts), weight_decay)
     return AdamW(groups, lr=lr, betas=betas, eps=eps, states=states, names=names, seed=seed)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups holding every trainable parameter of `model` exactly once.
+
+    Without decay: parameters of fewer than two dimensions (of the logical shape, for a DTensor), biases (`bias` or
+    `*_bias`, whatever their shape) and those that a module lists in `no_weight_decay`. A parameter shared by several
+    modules is exempt when one of them exempts it. Frozen parameters are left out, as is a group without members.
+    """
+    exempt = {id(parameter) for module in model.modules() for parameter in _exempt_parameters(module)}
+    decayed, undecayed = [], []
+    for parameter in model.parameters():  # yields a shared parameter once
+        if parameter.requires_grad:
+            (undecayed if id(parameter) in exempt else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _exempt_parameters(module: nn.Module) -> list[nn.Parameter]:
+    listed = traits(module).no_weight_decay
+    return [
+        *(
+            parameter
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.dim() < 2 or name == "bias" or name.endswith("_bias")
+        ),
+        *(module.get_parameter(name) for name in listed),
+    ]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchlinearmoe.kernels.optimizer.halves import join_halves, split_halves
+from torchlinearmoe.module import traits
 
 SHARDING_AXES = {"fsdp", "efsdp", "data_replicate"}
 """Mesh axes over which FSDP lays parameters."""
@@ -41,7 +42,7 @@ def _refuse_to_load(module: nn.Module, *_: Any) -> None:
 
 
 def _hold(module: nn.Module, made: dict[nn.Parameter, nn.Parameter]) -> None:
-    if getattr(module, "keep_fp32", False):
+    if traits(module).keep_fp32:
         return
     for name, parameter in list(module.named_parameters(recurse=False)):
         if parameter.dtype == torch.float32 and not is_sharded(parameter):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
-    from torchlinearmoe.recipe import Recipe
+    from torchlinearmoe.recipe.schema import Recipe
 
 SCHEDULES = ("cosine", "wsd", "constant")
 """Legal values of `optimizer.schedule`."""

@@ -31,7 +31,7 @@ from torch.distributed.fsdp import FSDPModule
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.moe.balance import needs_counting_pass
 from torchlinearmoe.moe.layer import MoE
-from torchlinearmoe.parallel.checkpointing import is_checkpointed
+from torchlinearmoe.parallel.activation_checkpointing import is_checkpointed
 from torchlinearmoe.parallel.expert import ExchangeDispatch
 from torchlinearmoe.planning.context import SpanTraffic
 from torchlinearmoe.planning.tensor import add_tensor_collectives
@@ -132,7 +132,7 @@ def _unit(group, name: str) -> Unit:
 
 
 @dataclass(frozen=True)
-class Passes:
+class PassSizes:
     """How a step's micro-batches go through the model, or a pipeline stage, of a rank."""
 
     micro_batches: int
@@ -175,7 +175,7 @@ def counting_forwards(model: Decoder, micro_batches: int) -> int:
     return micro_batches if micro_batches > 1 and needs_counting_pass(model) else 0
 
 
-def add_step(model: Decoder, passes: Passes, counting: int, found: Collectives) -> None:
+def add_step(model: Decoder, passes: PassSizes, counting: int, found: Collectives) -> None:
     """Add what a rank takes part in during one optimizer step of `model`, the whole or a stage of it."""
     accumulation, training, add = passes.micro_batches, passes.training, found.add
     units = fsdp_units(model)

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.mixers.base import Context, Mixer
 from torchlinearmoe.models.decoder import Decoder
-from torchlinearmoe.parallel.checkpointing import is_checkpointed
+from torchlinearmoe.module import traits
+from torchlinearmoe.parallel.activation_checkpointing import is_checkpointed
 from torchlinearmoe.parallel.context import exchange_of
-from torchlinearmoe.parallel.gather import traffic
+from torchlinearmoe.parallel.exchange.gather import traffic
 from torchlinearmoe.parallel.local import shadow
 from torchlinearmoe.parallel.mesh import Meshes
-from torchlinearmoe.parallel.spans import cut_spans
 from torchlinearmoe.parallel.tensor import apply_tensor_parallel
 from torchlinearmoe.recipe import Recipe
+from torchlinearmoe.spans import cut_spans
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def span_traffic(recipe: Recipe, meshes: Meshes, dtype: torch.dtype, held: Colle
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
     """Parameters in the type in which they compute."""
-    exact = getattr(module, "keep_fp32", False)
+    exact = traits(module).keep_fp32
     for name, parameter in list(module.named_parameters(recurse=False)):
         setattr(module, name, nn.Parameter(parameter.detach().to(torch.float32 if exact else dtype)))
     for child in module.children():

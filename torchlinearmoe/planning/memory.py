@@ -14,18 +14,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from torchlinearmoe.checkpoint.state import model_tensors
 from torchlinearmoe.kernels.cross_entropy.chunked import CHUNK_ELEMENTS
+from torchlinearmoe.layers.mlp import SwiGLU
 from torchlinearmoe.mixers.base import Mixer
 from torchlinearmoe.models.decoder import Decoder
-from torchlinearmoe.models.mlp import SwiGLU
+from torchlinearmoe.moe.grouped_linear import GroupedLinear
 from torchlinearmoe.moe.layer import MoE
 from torchlinearmoe.optim.build import build_optimizer
 from torchlinearmoe.optim.masters import is_sharded, local_part, rest_of
 from torchlinearmoe.optim.sums import held_bytes
-from torchlinearmoe.parallel.checkpointing import is_checkpointed
+from torchlinearmoe.parallel.activation_checkpointing import is_checkpointed
 from torchlinearmoe.parallel.mesh import Degrees
 from torchlinearmoe.parallel.tensor import partial_gradients
 from torchlinearmoe.planning.communication import Unit, fsdp_units
@@ -212,14 +213,14 @@ def mixer_elements(mixer: Mixer, width: int) -> int:
 
     Of memories' matrices [outputs, memories, inputs], outputs as often as a token has a memory, and as many inputs.
     """
-    words = mixer.tensor_parallel()
+    placements = mixer.tensor_parallel()
     total = mixer.write_rows * width if mixer.write_rows > 1 else 0
-    for name, parameter in mixer.named_parameters():
-        word = words.get(name)
-        if parameter.dim() == 3 and word is not None and word.kind == "column":
-            total += mixer.write_rows * parameter.shape[0]
-        if parameter.dim() == 2 and not name.endswith("bias") and word is not None and word.kind in ("column", "row"):
-            total += parameter.shape[0] if word.kind == "column" else parameter.shape[1]
+    for path, module in mixer.named_modules():
+        placement = placements.get(f"{path}.weight")
+        if isinstance(placement, Shard) and isinstance(module, GroupedLinear):
+            total += mixer.write_rows * module.weight.shape[0]
+        if isinstance(placement, Shard) and isinstance(module, nn.Linear):
+            total += module.weight.shape[placement.dim]
     return total
 
 

@@ -20,7 +20,7 @@ from torchlinearmoe.parallel.stage import Stage
 from torchlinearmoe.planning.communication import (
     Collective,
     Collectives,
-    Passes,
+    PassSizes,
     add_step,
     counting_forwards,
     fsdp_units,
@@ -132,7 +132,7 @@ def _rank_plan(recipe: Recipe, degrees: Degrees, dtype: torch.dtype, rank: int, 
         order = rank_order(stages, recipe, meshes, dtype) if stages else []
         layers = {index for part in parts for index in part.layers}
         spans = span_traffic(recipe, meshes, dtype, layers)
-        passes = Passes(accumulation, tokens, dtype, training, degrees.tensor, degrees.context)
+        passes = PassSizes(accumulation, tokens, dtype, training, degrees.tensor, degrees.context)
         for part in parts:
             stage = part.index if isinstance(part, Stage) else None
             own_spans = spans if len(parts) == 1 else span_traffic(recipe, meshes, dtype, set(part.layers))

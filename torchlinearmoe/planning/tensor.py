@@ -13,14 +13,13 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from torchlinearmoe.kernels.cross_entropy.chunked import chunk_rows
+from torchlinearmoe.layers.mlp import SwiGLU
+from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.models.decoder import Decoder
-from torchlinearmoe.models.mlp import SwiGLU
-from torchlinearmoe.models.norm import RMSNorm
-from torchlinearmoe.parallel.checkpointing import is_checkpointed
-from torchlinearmoe.parallel.tensor import partial_gradients
+from torchlinearmoe.parallel.activation_checkpointing import is_checkpointed
+from torchlinearmoe.parallel.tensor import is_split, partial_gradients
 from torchlinearmoe.recipe.schema import TrainingRecipe
 
 Add = Callable[[str, int, str, int, int], None]
@@ -68,10 +67,4 @@ def add_tensor_collectives(
 
 def _spanning_norms(module: nn.Module) -> int:
     """Norms whose mean square is taken over the heads of all ranks."""
-    return sum(isinstance(part, RMSNorm) and _is_split(part.weight) for part in module.modules())
-
-
-def _is_split(parameter: torch.Tensor) -> bool:
-    """Over tensor-parallel ranks."""
-    assert isinstance(parameter, DTensor) and parameter.device_mesh.mesh_dim_names is not None
-    return not parameter.placements[parameter.device_mesh.mesh_dim_names.index("tensor")].is_replicate()
+    return sum(bool(is_split(part.weight)) for part in module.modules() if isinstance(part, RMSNorm))

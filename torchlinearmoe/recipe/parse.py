@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from torchlinearmoe.errors import RecipeError, nearest
+from torchlinearmoe.families import FAMILIES, Family
+from torchlinearmoe.families.base import DIMENSIONS
 from torchlinearmoe.mixers import MIXERS
-from torchlinearmoe.models.families import FAMILIES, Family
+from torchlinearmoe.models.layer_mixers import used_sections
 from torchlinearmoe.recipe import schema
-from torchlinearmoe.recipe.layers import used_sections
 from torchlinearmoe.recipe.remarks import not_read, unread
 from torchlinearmoe.recipe.validate import validate
 
@@ -43,6 +44,9 @@ MAX_BYTES = 16 * 2**20
 """Of a recipe's file."""
 MAX_INTEGER = 2**63 - 1
 """TOML's whole numbers have 64 bits."""
+
+SECTION_NAMES = {"model.moe": "moe", "model.mixer_options": "mixer"}
+"""Where a recipe object differs from its file."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> schema.Recipe:
@@ -185,7 +189,7 @@ def _drop_replaced(file: dict[str, Any], command_line: Mapping[str, Any]) -> Non
     """Remove from the file what the command line replaces by another key."""
     model = command_line.get("model", {})
     if "family" in model or "size" in model:
-        for section, keys in Family.dimensions().items():
+        for section, keys in DIMENSIONS.items():
             file[section] = {key: value for key, value in file.get(section, {}).items() if key not in keys}
         for mixer, keys in Family.mixer_dimensions().items():
             table = file.get("mixer", {}).get(mixer, {})
@@ -267,6 +271,21 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # back to TOML
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A recipe as {"section.key": value}, with `[moe]` and `[mixer.*]` as sections of their own."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    elif isinstance(value, Mapping):
+        items = dict(value)
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in items.items():
+        path = f"{prefix}.{key}" if prefix else key
+        flat |= flatten(item, SECTION_NAMES.get(path, path))
+    return flat
 
 
 def dump(recipe: schema.Recipe) -> str:

@@ -1,40 +1,53 @@
 """The recipe as data: one frozen dataclass a section, every field documented under it.
 
 Only declarations live here. `parse.py` reads TOML and `--section.key=value` into these classes by their annotations;
-`validate.py` refuses combinations that cannot run. Fields without a default are brought by `model.family` and
+`validate.py` refuses combinations that cannot run. Fields that are `of_size` are brought by `model.family` and
 `model.size`; whatever a file or the command line says beside them wins.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
+
+
+def of_size(plain: Any = None, **default: Any) -> Any:
+    """A field whose value comes with the family and size.
+
+    plain: the value of a size that does not name it; None where every size has to.
+    """
+    return field(metadata={"plain": plain}, **default)
+
+
+def dimensions(section: type) -> dict[str, Any]:
+    """The fields of a section that come with the family and size, and the plain value of each."""
+    return {entry.name: entry.metadata["plain"] for entry in fields(section) if "plain" in entry.metadata}
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoERecipe:
     """`[moe]`: the sparse feed-forward. Dimensions come with the family and size."""
 
-    num_experts: int
+    num_experts: int = of_size(0)
     """Experts a layer; 0 makes the feed-forward dense."""
-    top_k: int
+    top_k: int = of_size(0)
     """Experts a token is sent to."""
-    hidden_size: int
+    hidden_size: int = of_size(0)
     """Hidden width of one expert."""
-    shared_hidden_size: int
+    shared_hidden_size: int = of_size(0)
     """Hidden width of the shared expert every token passes; 0 for none."""
-    shared_gate: bool
+    shared_gate: bool = of_size(False)
     """Multiply the shared expert's output by a sigmoid gate of the token."""
-    renormalize: bool
+    renormalize: bool = of_size(False)
     """Rescale the chosen experts' probabilities to sum to one."""
-    routed_scaling: float = 1.0
+    routed_scaling: float = of_size(1.0, default=1.0)
     """What the chosen experts' weights are multiplied by."""
-    num_groups: int = 0
+    num_groups: int = of_size(0, default=0)
     """Groups of experts, of consecutive ones each; a token chooses groups first. 0 for none."""
-    top_k_groups: int = 0
+    top_k_groups: int = of_size(0, default=0)
     """Groups a token chooses its experts from: those with the most probable expert."""
-    first_dense_layers: int = 0
+    first_dense_layers: int = of_size(0, default=0)
     """Layers at the bottom whose feed-forward is dense."""
     balance: Literal["loss", "bias", "none"] = "loss"
     """How the load is balanced: an auxiliary loss, a bias on the selection without a loss, or not at all."""
@@ -68,49 +81,50 @@ class ModelRecipe:
     mixer: str = "hgrn2"
     """Token mixer of the `L` layers."""
     layout: str = "L"
-    """`L` (the mixer) and `N` (the family's softmax attention), repeated and cut to `num_layers`."""
+    """`L` (the mixer) and `N` (the family's softmax attention), repeated and cut to `num_layers`; patterns of Mamba-2
+    hybrids, `M` (Mamba-2) and `*` (as `N`), are read too."""
     mixers: tuple[str, ...] = ()
     """One mixer name a layer; takes the place of `layout` when given."""
-    hidden_size: int
+    hidden_size: int = of_size()
     """Model width."""
-    num_layers: int
+    num_layers: int = of_size()
     """Decoder layers."""
-    num_heads: int
+    num_heads: int = of_size()
     """Query heads of the softmax layers."""
-    num_kv_heads: int
+    num_kv_heads: int = of_size()
     """Key and value heads of the softmax layers."""
-    head_dim: int
+    head_dim: int = of_size()
     """Width of a head of the softmax layers."""
-    ffn_hidden_size: int
+    ffn_hidden_size: int = of_size()
     """Hidden width of the dense feed-forward, in layers without experts."""
-    vocab_size: int
+    vocab_size: int = of_size()
     """Rows of the embedding and the output head; at least the tokenizer's size."""
-    max_length: int
+    max_length: int = of_size()
     """Longest sequence a softmax layer keeps keys and values for when decoding, in tokens."""
-    rope_theta: float
+    rope_theta: float = of_size()
     """Base of the rotary frequencies."""
-    rope_scaling: Literal["none", "llama3", "yarn"]
+    rope_scaling: Literal["none", "llama3", "yarn"] = of_size("none")
     """How the softmax layers' rotary frequencies are slowed for contexts beyond the original length: as they are, as in
     Llama 3.1, or YaRN."""
-    rope_factor: float
+    rope_factor: float = of_size(1.0)
     """The longest context over the original one: what slow frequencies are divided by."""
-    rope_original_length: int
+    rope_original_length: int = of_size(4096)
     """Tokens of the contexts the frequencies were made for."""
-    rope_beta_slow: float
+    rope_beta_slow: float = of_size(1.0)
     """Frequencies that turn less often over the original length are divided whole (Llama 3.1: low_freq_factor)."""
-    rope_beta_fast: float
+    rope_beta_fast: float = of_size(32.0)
     """Frequencies that turn more often are left alone (Llama 3.1: high_freq_factor)."""
-    rope_mscale: float
+    rope_mscale: float = of_size(0.0)
     """YaRN: sharpening of attention through the rotated channels; 0 with `rope_mscale_all_dim = 0` for the paper's."""
-    rope_mscale_all_dim: float
+    rope_mscale_all_dim: float = of_size(0.0)
     """YaRN: the part of it that MLA applies to its scores as a whole."""
-    norm_eps: float
+    norm_eps: float = of_size()
     """Epsilon of the RMS norms."""
-    qkv_bias: bool
+    qkv_bias: bool = of_size()
     """Biases on the query, key and value projections of the softmax layers."""
-    tie_embeddings: bool
+    tie_embeddings: bool = of_size()
     """Use the embedding as the output head."""
-    init_std: float
+    init_std: float = of_size()
     """Standard deviation of the initial weights; output projections use it over sqrt(2 num_layers)."""
     attention_backend: str = "auto"
     """Kernel of the softmax layers, a file of `kernels/attention/`: torch SDPA with masks (`sdpa`), FlashAttention over

@@ -7,8 +7,7 @@ import dataclasses
 from torchlinearmoe.errors import RecipeError, divisors, nearest
 from torchlinearmoe.kernels.operator import legal_names
 from torchlinearmoe.mixers import MIXERS
-from torchlinearmoe.mixers.base import Transition
-from torchlinearmoe.recipe.layers import used_mixers
+from torchlinearmoe.models.layer_mixers import LETTERS, used_mixers
 from torchlinearmoe.recipe.schema import ModelRecipe, MoERecipe, Recipe
 
 LIMITS = {
@@ -170,8 +169,8 @@ def _positive(recipe: Recipe) -> None:
 
 def _layers(recipe: Recipe) -> None:
     model = recipe.model
-    if not model.layout or set(model.layout) - {"L", "N"}:
-        raise RecipeError(f"model.layout = '{model.layout}': must be a non-empty string over L and N")
+    if not model.layout or set(model.layout).difference(LETTERS):
+        raise RecipeError(f"model.layout = '{model.layout}': must be a non-empty string over {', '.join(LETTERS)}")
     if model.mixer not in MIXERS:
         raise RecipeError(f"model.mixer = '{model.mixer}': unknown mixer; {nearest(model.mixer, MIXERS.names())}")
     for index, name in enumerate(model.mixers):
@@ -290,7 +289,7 @@ def _context(recipe: Recipe) -> None:
             f"legal: {divisors(length)}"
         )
     for name in used_mixers(model) if parallel.context_attention == "heads" else ():
-        if MIXERS[name].transition is Transition.ATTENTION:
+        if MIXERS[name].keeps_past:
             groups, count = MIXERS[name].head_groups(model.mixer_options[name], model)
             if count % (parallel.context * parallel.tensor):
                 raise RecipeError(

@@ -7,7 +7,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from torchlinearmoe.checkpoint.boxes import Place, slices
+from torchlinearmoe.checkpoint.boxes import Index, slices
 from torchlinearmoe.checkpoint.huggingface.weights import model_shapes
 from torchlinearmoe.checkpoint.stream import SavedWeights, write_weights
 from torchlinearmoe.recipe import dump, resolve
@@ -29,7 +29,7 @@ class Made:
         generator = torch.Generator().manual_seed(list(self.shapes).index(name))
         return torch.randn(self.shapes[name], generator=generator).bfloat16()
 
-    def read(self, name: str, start: Place, shape: Place) -> Tensor:
+    def read(self, name: str, start: Index, shape: Index) -> Tensor:
         box = self.whole(name)[slices(start, shape)]
         box = box if any(start) else box.clone()
         self.most_alive = max(self.most_alive, sum(given() is not None for given in self._given) + 1)
@@ -37,7 +37,7 @@ class Made:
         return box
 
 
-def halves(shape: Place) -> list[tuple[Place, Place]]:
+def halves(shape: Index) -> list[tuple[Index, Index]]:
     """The first two rows and the others, where there are more."""
     zeros = (0,) * len(shape)
     if shape[0] <= 2:

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from definitions.plain import Layer
-from mixer_cases import Case, Dims, Stack, make_stack, random_inputs, relative
+from mixer_cases import Case, Stack, make_stack, random_inputs, relative, small_model
 from torch import Tensor
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.mixers import MIXERS
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 FOLDER = Path(__file__).parent / "definitions"
 LENGTHS = (1, 67, 9)
@@ -56,7 +57,7 @@ def check_stack(
     """Outputs of both layers, and the gradients of a weighted sum of the last by the inputs and all parameters."""
     x_TD.requires_grad_()
     actual = _mixed(stack, x_TD, lengths)
-    parts = [_defined(case, stack, definition, part, Dims(**model)) for part in x_TD.split(list(lengths))]
+    parts = [_defined(case, stack, definition, part, small_model(**model)) for part in x_TD.split(list(lengths))]
     expected = [torch.cat(outputs) for outputs in zip(*parts)]
     for layer, (found, wanted) in enumerate(zip(actual, expected, strict=True)):
         error = relative(found.detach(), wanted.detach())
@@ -79,7 +80,7 @@ def _mixed(stack: Stack, x_TD: Tensor, lengths: Sequence[int]) -> list[Tensor]:
     return outputs
 
 
-def _defined(case: Case, stack: Stack, definition: Definition, x_TD: Tensor, dims: Dims) -> list[Tensor]:
+def _defined(case: Case, stack: Stack, definition: Definition, x_TD: Tensor, dims: ModelRecipe) -> list[Tensor]:
     """The same of one document by the definition."""
     shared = {name: p for module in stack.shared.values() for name, p in module.named_parameters()}
     sections = {name: MIXERS[name].Options() for name in case.mixer.sections(case.options)} | {case.name: case.options}

@@ -9,7 +9,7 @@ Shapes: T tokens, D width, N documents.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -22,32 +22,29 @@ from torchlinearmoe.documents import Documents
 from torchlinearmoe.initialize import initialize
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.base import Carry, Context, Mixer, Place, State
+from torchlinearmoe.recipe import ModelRecipe, resolve
+
+SMALL = resolve(
+    {
+        "model": {
+            "hidden_size": 64,
+            "num_layers": 2,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+            "head_dim": 32,
+            "max_length": 256,
+            "rope_theta": 1e4,
+            "qkv_bias": True,
+            "attention_backend": "sdpa",
+        },
+        "training": {"steps": 1},
+    }
+).model
 
 
-@dataclass(frozen=True)
-class Dims:
-    """The fields of `[model]` that mixers look at."""
-
-    hidden_size: int = 64
-    num_layers: int = 2
-    num_heads: int = 2
-    num_kv_heads: int = 1
-    head_dim: int = 32
-    max_length: int = 256
-    rope_theta: float = 1e4
-    rope_scaling: str = "none"
-    rope_factor: float = 1.0
-    rope_original_length: int = 4096
-    rope_beta_slow: float = 1.0
-    rope_beta_fast: float = 32.0
-    rope_mscale: float = 0.0
-    rope_mscale_all_dim: float = 0.0
-    norm_eps: float = 1e-6
-    qkv_bias: bool = True
-    init_std: float = 0.02
-    attention_backend: str = "sdpa"
-    kernel_backend: str = "auto"
-    mixer_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+def small_model(**changes: Any) -> ModelRecipe:
+    """What the mixers of the tests are built for, with `changes`."""
+    return dataclasses.replace(SMALL, **changes)
 
 
 @dataclass(frozen=True)
@@ -76,14 +73,13 @@ every_mixer = pytest.mark.parametrize("case", CASES, ids=str)
 class Stack(nn.Module):
     """x += mixer(x), twice, with what a decoder gives its mixers."""
 
-    def __init__(self, case: Case, dims: Dims, layers: int = 2) -> None:
+    def __init__(self, case: Case, dims: ModelRecipe, layers: int = 2) -> None:
         super().__init__()
         case.mixer.check(case.options, dims)
-        build: Any = case.mixer
         shared = case.mixer.shared_module(case.options, dims, layers)
         self.name = case.name
         self.shared = nn.ModuleDict({} if shared is None else {case.name: shared})
-        self.mixers = nn.ModuleList(build(case.options, dims, Place(i, i, layers)) for i in range(layers))
+        self.mixers = nn.ModuleList(case.mixer(case.options, dims, Place(i, i, layers)) for i in range(layers))
 
     @property
     def layers(self) -> list[Mixer]:
@@ -133,7 +129,7 @@ class Stack(nn.Module):
 
 def make_stack(case: Case, seed: int = 0, dtype: torch.dtype = torch.float64, **dims: Any) -> Stack:
     """A stack in `dtype` whose parameters are away from their neutral initial values."""
-    stack = Stack(case, dataclasses.replace(Dims(), **dims))
+    stack = Stack(case, small_model(**dims))
     initialize(stack, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():

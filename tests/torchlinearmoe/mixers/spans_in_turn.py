@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchlinearmoe.mixers import attention, spanned
-from torchlinearmoe.parallel import spans, tails
+from torchlinearmoe import spans
+from torchlinearmoe.mixers import attention
+from torchlinearmoe.parallel.exchange import states, tails
 
 
 class Turn:
@@ -84,7 +85,7 @@ def _exchange_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def all_to_all(x: Tensor, turn: Turn) -> Tensor:
         return torch.stack([parts[turn.rank] for parts in turn.take(turn.give(x))])
 
-    for module in (attention, spanned, tails):
+    for module in (attention, states, tails):
         monkeypatch.setattr(module, "start_gather", lambda x, turn: (turn, turn.give(x)))
         monkeypatch.setattr(module, "finish_gather", finish)
     monkeypatch.setattr(attention, "all_to_all", all_to_all)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from mixer_cases import Case, Dims, make_stack
+from mixer_cases import Case, make_stack, small_model
 from torch import Tensor
 
 from torchlinearmoe.errors import RecipeError
@@ -36,4 +36,4 @@ def test_rebased_norms_start_neutral_and_apart():
 def test_queries_need_a_channel(name: str):
     mixer = MIXERS[name]
     with pytest.raises(RecipeError, match=rf"^mixer\.{name}\.feature_dim = 0: must be at least 1$"):
-        mixer.check(mixer.Options(feature_dim=0), Dims())  # pyright: ignore[reportCallIssue]
+        mixer.check(mixer.Options(feature_dim=0), small_model())  # pyright: ignore[reportCallIssue]

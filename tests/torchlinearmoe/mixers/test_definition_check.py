@@ -7,7 +7,6 @@ mixer, which keeps the contract whichever state it reads, because the contract c
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import test_mixer_definitions as every
@@ -16,39 +15,36 @@ from definition_check import NoDefinition, check_definition
 from definitions.plain import Layer, join, recurrence, sigmoid, split
 from mixer_cases import Case
 from torch import Tensor
+from torch.distributed.tensor import Placement, Shard
 from torch.nn import functional as F
 
 from torchlinearmoe.initialize import linear
 from torchlinearmoe.kernels.linear import linear_recurrence_flops
+from torchlinearmoe.layers.convolution import Convolutions
+from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.base import (
     Carry,
     MixerOptions,
-    ModelDims,
     Place,
     StateSpec,
-    TensorWord,
-    Transition,
-    column,
     geometry,
     register,
-    row,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
-from torchlinearmoe.mixers.past import After, Past
 from torchlinearmoe.mixers.recurrence import linear_recurrence
-from torchlinearmoe.mixers.tail import Convolutions, in_float32
+from torchlinearmoe.precision import in_float32
+from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 class Toy(LinearMixer):
     """The right formula."""
 
-    transition = Transition.DIAGONAL
     reads = {"q": ("q_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",), "decay": ("decay_proj",)}
 
-    def __init__(self, options: MixerOptions, model: ModelDims, place: Place) -> None:
-        super().__init__()
+    def __init__(self, options: MixerOptions, model: ModelRecipe, place: Place) -> None:
+        super().__init__(options, model, place)
         self.heads, self.head_dim = geometry(options, model)
         self.backend = model.kernel_backend
         self.convs = Convolutions({}, 0)
@@ -56,17 +52,14 @@ class Toy(LinearMixer):
             setattr(self, name, linear(model.hidden_size, self.heads * self.head_dim, model.init_std))
         self.o_proj = linear(self.heads * self.head_dim, model.hidden_size, model.init_std)
 
-    @classmethod
-    def num_parameters(cls, options: Any, model: ModelDims) -> int:
-        heads, head_dim = geometry(options, model)
-        return 5 * model.hidden_size * heads * head_dim
-
     def state_spec(self) -> dict[str, StateSpec]:
         return {"recurrent": StateSpec((self.heads, self.head_dim, self.head_dim), Carry.RECURRENT)}
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
-        words = {f"{name}.weight": column() for name in ("q_proj", "k_proj", "v_proj", "decay_proj")}
-        return words | {"o_proj.weight": row()}
+    def tensor_parallel(self) -> dict[str, Placement]:
+        placements: dict[str, Placement] = {
+            f"{name}.weight": Shard(0) for name in ("q_proj", "k_proj", "v_proj", "decay_proj")
+        }
+        return placements | {"o_proj.weight": Shard(1)}
 
     def mixing_flops(self, length: int) -> float:
         return linear_recurrence_flops(self.heads, self.head_dim, self.head_dim)

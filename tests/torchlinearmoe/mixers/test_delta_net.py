@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mixer_cases import Case, Dims, make_stack, random_inputs
+from mixer_cases import Case, make_stack, random_inputs, small_model
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
@@ -42,9 +42,10 @@ def test_constant_inputs_that_silence_the_keys_leave_finite_gradients(name: str)
         ),
         ({"expand_k": 0.01}, "mixer.delta_net.expand_k = 0.01: must make whole channels"),
         ({"expand_v": 0.01}, "mixer.delta_net.expand_v = 0.01: must make whole channels"),
+        ({"gate_activation": "sigmoid"}, "mixer.delta_net.gate_activation = 'sigmoid': there is no gate; set "),
     ],
 )
 def test_refuses_in_one_line(wrong, message):
     with pytest.raises(RecipeError) as error:
-        DeltaNet.check(Options(**wrong), Dims())
+        DeltaNet.check(Options(**wrong), small_model())
     assert str(error.value).startswith(message) and "\n" not in str(error.value)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from definitions import linear_attention as definition
 from definitions.plain import split
-from mixer_cases import Case, Dims, make_stack, relative
+from mixer_cases import Case, make_stack, relative, small_model
+from parameter_formulas import feature_map as parameters_of_map
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import initialize
@@ -20,7 +21,6 @@ from torchlinearmoe.mixers.feature_maps import (
     POSITIVE,
     feature_width,
     make_feature_map,
-    num_parameters,
 )
 
 NAMES = (*ELEMENTWISE, "t2r", "hedgehog", "dpfp", "hadamard")
@@ -42,7 +42,7 @@ def test_a_map_is_its_formula_on_every_head(name: str, scale: float):
         features = phi(x)
     assert features.shape == (4, heads, feature_width(name, width, feature_dim, nu))
     torch.testing.assert_close(features, definition.features(name, split(x, width), weight, nu, scale))
-    assert sum(parameter.numel() for parameter in phi.parameters()) == num_parameters(name, width, feature_dim)
+    assert sum(parameter.numel() for parameter in phi.parameters()) == parameters_of_map(name, width, feature_dim)
     assert bool((features >= 0).all()) == (name in POSITIVE)
     assert bool(weight) == (name in LEARNED)
 
@@ -116,11 +116,11 @@ def test_the_recipe_lists_every_map():
 def test_options_that_make_no_sense_are_refused(options: dict, message: str):
     mixer = MIXERS["linear_attention"]
     with pytest.raises(RecipeError) as error:
-        mixer.check(mixer.Options(**options), Dims())
+        mixer.check(mixer.Options(**options), small_model())
     assert str(error.value) == f"mixer.linear_attention.{message}"
 
 
 @pytest.mark.parametrize("name", POSITIVE)
 def test_positive_maps_may_be_normalised(name: str):
     mixer, options = MIXERS["linear_attention"], {"feature_map": name, "normalize": True}
-    mixer.check(mixer.Options(**options), Dims())  # pyright: ignore[reportCallIssue, reportArgumentType]
+    mixer.check(mixer.Options(**options), small_model())  # pyright: ignore[reportCallIssue, reportArgumentType]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from mixer_cases import Case, Dims, make_stack, random_inputs
+from mixer_cases import Case, make_stack, random_inputs, small_model
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.mixers.gla import GLA, Options
@@ -46,5 +46,5 @@ def test_grouped_heads_keep_one_state_a_group():
 )
 def test_refuses_in_one_line(wrong, message):
     with pytest.raises(RecipeError) as error:
-        GLA.check(Options(**wrong), Dims())
+        GLA.check(Options(**wrong), small_model())
     assert str(error.value).startswith(message) and "\n" not in str(error.value)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from mixer_cases import Case, Dims, make_stack, random_inputs
+from mixer_cases import Case, make_stack, random_inputs, small_model
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.mixers.gsa import GSA, Options
@@ -47,5 +47,5 @@ def test_grouped_heads_keep_one_set_of_slots_a_group():
 )
 def test_refuses_in_one_line(wrong, message):
     with pytest.raises(RecipeError) as error:
-        GSA.check(Options(**wrong), Dims())
+        GSA.check(Options(**wrong), small_model())
     assert str(error.value).startswith(message) and "\n" not in str(error.value)

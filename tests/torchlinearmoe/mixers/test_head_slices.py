@@ -12,6 +12,7 @@ import pytest
 import torch
 from mixer_cases import Case, make_stack, random_inputs, relative
 from torch import nn
+from torch.distributed.tensor import Shard
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.mixers.base import Mixer
@@ -25,6 +26,8 @@ CASES = [
     Case("gated_delta_net", {"heads": 2, "head_dim": 16, "value_heads": 4}),
     Case("kda", {"heads": 2, "head_dim": 16, "value_heads": 4}),
     Case("rwkv7", {"heads": 4, "head_dim": 16}),
+    Case("hgrn2", {"heads": 4, "head_dim": 16, "output_norm": "none", "lower_bounds": False}),
+    Case("linear_attention", {"heads": 4, "head_dim": 16, "output_norm": "none", "gate_activation": "sigmoid"}),
 ]
 
 
@@ -47,11 +50,11 @@ def test_slices_of_heads_add_up(case: Case, ranks: int):
 def slice_of(whole: Mixer, rank: int, ranks: int) -> Mixer:
     """The heads of one rank."""
     part = copy.deepcopy(whole)
-    for name, word in whole.tensor_parallel().items():
-        if word.dim is None:
+    for name, placement in whole.tensor_parallel().items():
+        if not isinstance(placement, Shard):
             continue
         path, _, leaf = name.rpartition(".")
-        local = whole.get_parameter(name).detach().chunk(ranks, word.dim)[rank]
+        local = whole.get_parameter(name).detach().chunk(ranks, placement.dim)[rank]
         setattr(part.get_submodule(path), leaf, nn.Parameter(local.clone()))
     if hasattr(part, "first_head"):
         part.first_head = rank * 4 // ranks  # pyright: ignore

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from mixer_cases import Case, Dims, Stack, make_stack, random_inputs
+from mixer_cases import Case, Stack, make_stack, random_inputs, small_model
 from torch.nn import functional as F
 
 from torchlinearmoe.initialize import initialize
@@ -24,7 +24,7 @@ def test_log_decays_are_float32_and_per_channel_beside_bfloat16_activations():
 
 
 def test_rates_and_steps_start_where_the_papers_put_them():
-    stack = Stack(Case("kda", {"heads": 64, "head_dim": 16}), Dims())
+    stack = Stack(Case("kda", {"heads": 64, "head_dim": 16}), small_model())
     initialize(stack, 0)
     decay = stack.layers[0].decay
     assert isinstance(decay, ChannelDecay) and decay.keep_fp32

@@ -1,15 +1,16 @@
-"""Mamba2: its initial values, its geometry, its tensor-parallel words, its refusals."""
+"""Mamba2: its initial values, its geometry, its tensor-parallel placements, its refusals."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from mixer_cases import Case, Dims, make_stack
+from mixer_cases import Case, make_stack, small_model
+from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.nn import functional as F
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import initialize
-from torchlinearmoe.mixers.base import Place, TensorWord
+from torchlinearmoe.mixers.base import Place
 from torchlinearmoe.mixers.mamba2 import Mamba2, Options, StepDecay
 
 
@@ -35,7 +36,7 @@ def test_rates_steps_and_skips_stay_in_float32():
 
 def test_default_geometry_is_heads_of_64_in_twice_the_width():
     def shape(dims: dict, **options) -> tuple[int, ...]:
-        model = Dims(**dims)
+        model = small_model(**dims)
         Mamba2.check(Options(**options), model)
         return Mamba2(Options(**options), model, Place(0, 0, 1)).state_spec()["recurrent"].shape
 
@@ -46,14 +47,15 @@ def test_default_geometry_is_heads_of_64_in_twice_the_width():
 
 
 def test_a_single_groups_b_and_c_are_whole_on_every_rank():
-    def words(groups: int) -> dict[str, TensorWord]:
+    def placements(groups: int) -> dict[str, Placement]:
         return make_stack(Case("mamba2", {"head_dim": 32, "groups": groups})).layers[0].tensor_parallel()
 
     shared = {f"{n}_proj.weight" for n in "bc"} | {f"convs.{n}.{kind}" for n in "bc" for kind in ("weight", "bias")}
-    for groups, kind in ((1, {"replicated_summed"}), (2, {"column", "per_head"})):
-        assert {words(groups)[name].kind for name in shared} == kind
-        others = {name: word.kind for name, word in words(groups).items() if name not in shared}
-        assert set(others.values()) == {"column", "per_head", "row"}
+    for groups, placement in ((1, Replicate()), (2, Shard(0))):
+        assert {placements(groups)[name] for name in shared} == {placement}
+        others = {name: placement for name, placement in placements(groups).items() if name not in shared}
+        assert others.pop("o_proj.weight") == Shard(1)
+        assert set(others.values()) == {Shard(0)}
 
 
 @pytest.mark.parametrize(
@@ -72,5 +74,5 @@ def test_a_single_groups_b_and_c_are_whole_on_every_rank():
 )
 def test_refuses_in_one_line(wrong, message):
     with pytest.raises(RecipeError) as error:
-        Mamba2.check(Options(**wrong), Dims())
+        Mamba2.check(Options(**wrong), small_model())
     assert str(error.value).startswith(message) and "\n" not in str(error.value)

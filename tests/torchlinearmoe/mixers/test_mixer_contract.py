@@ -1,36 +1,28 @@
-"""What a mixer declares about itself is true: parameters, words, initial values, state, FLOPs, precision."""
+"""What a mixer declares about itself is true: parameters, placements, initial values, state, FLOPs, precision."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from mixer_cases import Case, Dims, every_mixer, has_appended_state, make_stack, random_inputs, relative
+from mixer_cases import Case, every_mixer, has_appended_state, make_stack, random_inputs, relative, small_model
 from torch import nn
+from torch.distributed.tensor import Replicate, Shard
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
-from torchlinearmoe.initialize import initialize
+from torchlinearmoe.initialize import initialize, initializers_of
 from torchlinearmoe.mixers import MIXERS
-from torchlinearmoe.mixers.base import Carry, Transition, geometry
-
-WORDS = {
-    "column": {0},
-    "row": {1},
-    "per_head": {0, 1, 2},
-    "replicated": {None},
-    "replicated_summed": {None},
-}
+from torchlinearmoe.mixers.base import Carry, geometry
 
 
 @every_mixer
-def test_every_parameter_has_one_tensor_parallel_word(case: Case):
+def test_every_parameter_has_one_tensor_parallel_placement(case: Case):
     for mixer in make_stack(case).layers:
-        words = mixer.tensor_parallel()
-        assert sorted(words) == sorted(name for name, _ in mixer.named_parameters())
-        for name, word in words.items():
-            assert word.kind in WORDS, name
-            assert word.dim in WORDS[word.kind], name
-            assert word.dim is None or word.dim < mixer.get_parameter(name).dim(), name
+        placements = mixer.tensor_parallel()
+        assert sorted(placements) == sorted(name for name, _ in mixer.named_parameters())
+        for name, placement in placements.items():
+            assert isinstance(placement, (Shard, Replicate)), name
+            assert not isinstance(placement, Shard) or placement.dim < mixer.get_parameter(name).dim(), name
 
 
 @every_mixer
@@ -38,21 +30,12 @@ def test_every_parameter_has_one_initializer_and_is_drawn(case: Case):
     stack = make_stack(case)
     for path, module in stack.named_modules():
         own = {name for name, _ in module.named_parameters(recurse=False)}
-        assert own == set(getattr(module, "initializers", {})) & own, path
+        assert own == set(initializers_of(module)) & own, path
     with torch.no_grad():
         for parameter in stack.parameters():
             parameter.fill_(torch.nan)
     initialize(stack, 0)
     assert all(bool(parameter.isfinite().all()) for parameter in stack.parameters())
-
-
-@every_mixer
-def test_the_closed_form_counts_the_parameters(case: Case):
-    for dims in ({}, {"num_heads": 4, "num_kv_heads": 4, "head_dim": 16, "qkv_bias": False}):
-        stack = make_stack(case, **dims)
-        first, later = (sum(p.numel() for p in mixer.parameters()) for mixer in stack.layers)
-        assert case.mixer.num_parameters(case.options, Dims(**dims)) == later
-        assert case.mixer.parameters_not_in_first(case.options, Dims(**dims)) == later - first
 
 
 @every_mixer
@@ -80,7 +63,7 @@ def test_declared_state_is_the_state_that_comes_back(case: Case):
 @every_mixer
 def test_state_does_not_grow_unless_it_is_appended_to(case: Case):
     stack = make_stack(case)
-    assert case.mixer.transition is Transition.ATTENTION or not has_appended_state(stack)
+    assert case.mixer.keeps_past or not has_appended_state(stack)
 
     def size(max_length: int) -> int:
         return sum(value.numel() for state in stack.empty(1, max_length) for value in state.values())
@@ -94,7 +77,7 @@ def test_flops_are_positive_and_grow_with_the_document_only_for_attention(case: 
     matrices = sum(p.numel() for p in mixer.parameters() if p.dim() == 2)
     assert mixer.flops_per_token(1) > 2 * matrices
     grows = mixer.flops_per_token(4096) > mixer.flops_per_token(64)
-    assert grows == (case.mixer.transition is Transition.ATTENTION)
+    assert grows == case.mixer.keeps_past
 
 
 @every_mixer
@@ -153,12 +136,12 @@ def test_initial_values_keep_the_residual_stream_alive(case: Case):
 
 @pytest.mark.parametrize("name", MIXERS.names())
 def test_negative_counts_and_impossible_heads_are_refused(name: str):
-    mixer, dims = MIXERS[name], Dims()
+    mixer, dims = MIXERS[name], small_model()
     assert mixer.check(mixer.Options(), dims) is None
     for overrides in ({"heads": -1}, {"head_dim": -4}):
         with pytest.raises(RecipeError, match=f"^mixer.{name}.{next(iter(overrides))} = -.*must not be negative$"):
             mixer.check(mixer.Options(**overrides), dims)
-    if mixer.transition is not Transition.ATTENTION:
+    if not mixer.keeps_past:
         with pytest.raises(RecipeError, match=f"^mixer.{name}.heads"):
             mixer.check(mixer.Options(heads=7), dims)
 
@@ -166,7 +149,7 @@ def test_negative_counts_and_impossible_heads_are_refused(name: str):
 def test_default_heads_are_the_familys_where_they_suit_else_heads_of_128():
     def default(width: int, heads: int) -> tuple[int, int]:
         options = MIXERS["hgrn2"].Options()
-        return geometry(options, Dims(hidden_size=width, num_heads=heads))
+        return geometry(options, small_model(hidden_size=width, num_heads=heads))
 
     assert default(1024, 8) == (8, 128)
     assert default(2048, 8) == (8, 256)
@@ -176,7 +159,7 @@ def test_default_heads_are_the_familys_where_they_suit_else_heads_of_128():
     assert default(640, 16) == (5, 128)  # heads of 40
     assert default(896, 10) == (7, 128)  # not whole
     chosen = MIXERS["hgrn2"].Options
-    dims = Dims(hidden_size=1024, num_heads=8)
+    dims = small_model(hidden_size=1024, num_heads=8)
     assert geometry(chosen(heads=4), dims) == (4, 256)
     assert geometry(chosen(head_dim=64), dims) == (16, 64)
     assert geometry(chosen(heads=3, head_dim=64), dims) == (3, 64)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from definition_check import check_stack, definition_of
-from mixer_cases import Case, Dims, make_stack, random_inputs, relative
+from mixer_cases import Case, make_stack, random_inputs, relative, small_model
+from parameter_formulas import LAYER
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.mixers import MIXERS
@@ -72,11 +73,11 @@ def _plain(name: str, memory: str, inner: str) -> str:
 
 
 @pytest.mark.parametrize("inner", INNERS, ids=lambda inner: f"{over(inner)[0].name}-of-{inner}")
-def test_the_closed_form_counts_memories_of_every_inner_mixer(inner: Case) -> None:
+def test_the_formula_counts_memories_of_every_inner_mixer(inner: Case) -> None:
     case, dims = over(inner)
     (_, layer) = make_stack(case, **dims).layers
     counted = sum(parameter.numel() for parameter in layer.parameters())
-    assert case.mixer.num_parameters(case.options, Dims(**dims)) == counted
+    assert LAYER[case.name](case.options, small_model(**dims)) == counted
 
 
 @pytest.mark.parametrize("inner", INNERS, ids=lambda inner: f"{over(inner)[0].name}-of-{inner}")

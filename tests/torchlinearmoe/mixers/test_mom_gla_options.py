@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from mixer_cases import Case, Dims, make_stack, random_inputs, relative
+from mixer_cases import Case, make_stack, random_inputs, relative, small_model
+from parameter_formulas import WRITES
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.base import Mixer
-from torchlinearmoe.mixers.gla import GLA, Options
+from torchlinearmoe.mixers.gla import Options
 from torchlinearmoe.recipe import resolve
 from torchlinearmoe.recipe.parse import dump
 
@@ -47,7 +48,7 @@ def test_all_memories_may_have_the_same_projections() -> None:
 def test_refuses_in_one_line(wrong: dict[str, Any], message: str) -> None:
     mixer = MIXERS["mom_gla"]
     with pytest.raises(RecipeError) as error:
-        mixer.check(mixer.Options(**wrong), Dims())
+        mixer.check(mixer.Options(**wrong), small_model())
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
@@ -70,7 +71,7 @@ def test_an_inner_mixer_is_as_its_own_section_says_and_the_section_is_kept() -> 
 def test_only_the_memories_that_a_token_has_count_as_active() -> None:
     mixer = make_stack(Case("mom_gla", {})).layers[0]
     assert isinstance(mixer, Mixer)
-    written = GLA.write_parameters(Options(), Dims())
+    written = WRITES["gla"](Options(), small_model())
     assert sum(p.numel() for p in mixer.parameters()) - mixer.active_parameters() == 2 * written
     more = make_stack(Case("mom_gla", {"num_memories": 8})).layers[0]
     router = 4 * 64

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from mixer_cases import Case, Dims, make_stack
+from mixer_cases import Case, make_stack, small_model
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.mixers.retention import Options, Retention
@@ -30,6 +30,6 @@ def test_gammas_are_exact_for_many_heads():
 )
 def test_refuses_in_one_line(wrong, message):
     with pytest.raises(RecipeError) as error:
-        Retention.check(Options(**wrong), Dims())
+        Retention.check(Options(**wrong), small_model())
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
-    Retention.check(Options(heads=2, head_dim=9, rope_theta=0.0), Dims())
+    Retention.check(Options(heads=2, head_dim=9, rope_theta=0.0), small_model())

@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from mixer_cases import Case, Dims, make_stack
+from mixer_cases import Case, make_stack, small_model
 from torch import Tensor
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import initialize
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.rwkv6 import Decay, _Recipe
-from torchlinearmoe.optim.groups import parameter_groups
+from torchlinearmoe.optim.build import parameter_groups
 
 
 def test_initial_values_are_the_authors():
@@ -97,4 +97,4 @@ def test_ranks_are_at_least_one(key: str):
     mixer = MIXERS["rwkv6"]
     options: dict = {key: 0}
     with pytest.raises(RecipeError, match=rf"^mixer\.rwkv6\.{key} = 0: must be at least 1$"):
-        mixer.check(mixer.Options(**options), Dims())
+        mixer.check(mixer.Options(**options), small_model())

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from mixer_cases import Case, Dims, make_stack, random_inputs
+from mixer_cases import Case, make_stack, random_inputs, small_model
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
@@ -14,7 +14,7 @@ from torchlinearmoe.initialize import Constant, initialize
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.base import Place
 from torchlinearmoe.mixers.rwkv7 import Decay, LowRank, Options
-from torchlinearmoe.optim.groups import parameter_groups
+from torchlinearmoe.optim.build import parameter_groups
 
 
 def test_only_the_first_layer_of_the_mixer_sets_the_values():
@@ -28,7 +28,7 @@ def test_only_the_first_layer_of_the_mixer_sets_the_values():
         again = stack.layers[1](x_TD, context, None, carried)[2]
     assert again["v_first"] is carried["v_first"]
     for place, sets in ((Place(3, 0, 2), True), (Place(4, 1, 2), False)):
-        names = {name for name, _ in build(Options(), Dims(num_layers=5), place).named_children()}  # pyright: ignore
+        names = {name for name, _ in build(Options(), small_model(num_layers=5), place).named_children()}  # pyright: ignore
         assert ("value_lora" in names) != sets
 
 
@@ -126,7 +126,7 @@ def test_log_decays_are_float32_between_their_bounds():
     [(64, (32, 32, 32, 32)), (768, (64, 64, 32, 128)), (1024, (64, 64, 64, 160)), (4096, (160, 160, 96, 320))],
 )
 def test_default_ranks_grow_with_the_root_of_the_width(width: int, expected: tuple[int, ...]):
-    dims = Dims(hidden_size=width, num_heads=width // 64)
+    dims = small_model(hidden_size=width, num_heads=width // 64)
     with torch.device("meta"):
         mixer = MIXERS["rwkv7"](Options(), dims, Place(1, 1, 2))  # pyright: ignore
     names = ("decay", "rate", "value", "gate")
@@ -136,4 +136,4 @@ def test_default_ranks_grow_with_the_root_of_the_width(width: int, expected: tup
 def test_negative_ranks_are_refused():
     mixer = MIXERS["rwkv7"]
     with pytest.raises(RecipeError, match=r"^mixer\.rwkv7\.gate_rank = -1: must not be negative$"):
-        mixer.check(Options(gate_rank=-1), Dims())
+        mixer.check(Options(gate_rank=-1), small_model())

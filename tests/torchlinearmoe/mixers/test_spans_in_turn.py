@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.mom import MoM
-from torchlinearmoe.parallel.spans import Exchange, cut_spans
+from torchlinearmoe.spans import Exchange, cut_spans
 
 ROW = 512
 # First row: one token, a document over most spans, one that ends with the row. Second row: a document through it all.

@@ -1,12 +1,14 @@
 """Who decays."""
 
+import pytest
 import torch
 from torch import nn
 
+from torchlinearmoe.module import Module
 from torchlinearmoe.optim import parameter_groups
 
 
-class Decay(nn.Module):
+class Decay(Module):
     no_weight_decay = ("A_log",)
 
     def __init__(self):
@@ -44,23 +46,31 @@ def test_matrices_and_embeddings_decay_the_rest_does_not():
     }
 
 
-def test_instance_attribute_exempts_as_well_as_class_attribute():
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    object.__setattr__(model[1], "no_weight_decay", ("weight",))
-    assert names_by_decay(model) == {0.1: ["0.weight"], 0.0: ["0.bias", "1.bias", "1.weight"]}
+class Pair(Module):
+    """Two layers, of which the second is exempt."""
+
+    no_weight_decay = ("second.weight",)
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Linear(3, 3, bias=False) for _ in range(2))
 
 
 def test_a_module_may_exempt_parameters_of_those_in_it():
-    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
-    object.__setattr__(model, "no_weight_decay", ("1.weight",))
-    assert names_by_decay(model) == {0.1: ["0.weight"], 0.0: ["1.weight"]}
+    assert names_by_decay(Pair()) == {0.1: ["first.weight"], 0.0: ["second.weight"]}
 
 
 def test_shared_parameter_is_exempt_when_any_owner_exempts_it():
-    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
-    model[1].weight = model[0].weight
-    object.__setattr__(model[1], "no_weight_decay", ("weight",))
-    assert names_by_decay(model) == {0.0: ["0.weight"]}
+    model = Pair()
+    model.second.weight = model.first.weight
+    assert names_by_decay(model) == {0.0: ["first.weight"]}
+
+
+def test_an_exempt_parameter_that_is_not_there_is_an_error():
+    model = Pair()
+    del model.second
+    with pytest.raises(AttributeError, match="second"):
+        parameter_groups(model, 0.1)
 
 
 def test_every_trainable_parameter_is_in_exactly_one_group():

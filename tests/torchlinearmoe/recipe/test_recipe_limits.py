@@ -12,7 +12,7 @@ import pytest
 
 from torchlinearmoe import MIXERS, load_recipe
 from torchlinearmoe.errors import RecipeError, divisors
-from torchlinearmoe.models.families import FAMILIES
+from torchlinearmoe.families import FAMILIES
 from torchlinearmoe.recipe import resolve
 from torchlinearmoe.recipe.validate import LIMITS
 

@@ -9,8 +9,9 @@ import pytest
 
 from torchlinearmoe import FAMILIES, MIXERS, load_recipe
 from torchlinearmoe.errors import RecipeError
-from torchlinearmoe.models.families.base import Family
-from torchlinearmoe.recipe import dump, layer_mixers, resolve, used_mixers
+from torchlinearmoe.families.base import DIMENSIONS
+from torchlinearmoe.models.layer_mixers import layer_mixers, used_mixers
+from torchlinearmoe.recipe import dump, resolve
 
 ROOT = Path(__file__).parents[3]
 SIZES = [(family, size) for family in FAMILIES for size in FAMILIES[family].presets]
@@ -89,7 +90,7 @@ def test_a_family_or_size_on_the_command_line_drops_the_files_dimensions_only(tm
 
 
 def test_every_family_brings_exactly_the_declared_dimensions():
-    declared = {section: set(keys) for section, keys in Family.dimensions().items()}
+    declared = {section: set(keys) for section, keys in DIMENSIONS.items()}
     for family, size in SIZES:
         brought = FAMILIES[family].preset(size)
         assert set(brought["model"]) | {"head_dim"} == declared["model"]
@@ -159,6 +160,8 @@ def test_a_layout_is_repeated_and_cut():
     assert layers(layout="LLLN", num_layers=6) == ["hgrn2"] * 3 + [attention] + ["hgrn2"] * 2
     assert layers(layout="NL", num_layers=3, mixer="lasp2") == [attention, "linear_attention", attention]
     assert layers(layout="LN", num_layers=1) == ["hgrn2"]
+    assert layers(layout="MMM*", num_layers=8) == (["mamba2"] * 3 + [attention]) * 2
+    assert layers(layout="LM*N", num_layers=4, mixer="gla") == ["gla", "mamba2", attention, attention]
     assert layers(layout="L", num_layers=2, mixer=attention) == [attention] * 2
     assert layers(mixers=["lasp2", attention]) == ["linear_attention", attention]
     model = resolve({"model": {"layout": "LN", "num_layers": 1, "mixer": "gated_delta_net"}, **STEPS}).model

@@ -9,8 +9,8 @@ import torch
 
 from torchlinearmoe import FAMILIES, load_recipe
 from torchlinearmoe.data.tokenizer import check_vocabulary, load_tokenizer
+from torchlinearmoe.models.layer_mixers import layer_mixers
 from torchlinearmoe.planning import plan
-from torchlinearmoe.recipe import layer_mixers
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.toml"))
 

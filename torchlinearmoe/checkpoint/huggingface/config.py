@@ -7,10 +7,11 @@ from typing import Any
 
 from torchlinearmoe.checkpoint.huggingface.directory import CONFIG
 from torchlinearmoe.errors import UserError, nearest
-from torchlinearmoe.models.families import FAMILIES, Family
-from torchlinearmoe.models.families.huggingface import Architecture, Config, Tables
-from torchlinearmoe.recipe import ModelRecipe, Recipe, RecipeError, layer_mixers, resolve
-from torchlinearmoe.run_folder import flatten
+from torchlinearmoe.families import FAMILIES, Family
+from torchlinearmoe.families.huggingface import Architecture, Config, Tables
+from torchlinearmoe.models.layer_mixers import layer_mixers
+from torchlinearmoe.recipe import ModelRecipe, Recipe, RecipeError, resolve
+from torchlinearmoe.recipe.parse import flatten
 
 UNCHANGED = ("size", "mixer", "layout", "mixers", "init_std", "max_length", "attention_backend", "kernel_backend")
 """`[model]` keys that say nothing about what a trained model of softmax layers computes."""

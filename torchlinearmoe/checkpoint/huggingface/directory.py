@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from torchlinearmoe.checkpoint.boxes import Place, slices
+from torchlinearmoe.checkpoint.boxes import Index, slices
 from torchlinearmoe.checkpoint.plain import is_there, plain_file, read_plain
 from torchlinearmoe.errors import UserError
 
@@ -46,7 +46,7 @@ class Directory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = read_config(self.path)
-        self.shapes: dict[str, Place] = {}
+        self.shapes: dict[str, Index] = {}
         """Of every tensor."""
         self.dtypes: dict[str, torch.dtype] = {}
         self._files: dict[str, str] = {}
@@ -58,7 +58,7 @@ class Directory:
             if name not in self.shapes:
                 raise UserError(f"{self.path / file}: holds no '{name}', which {INDEX} says is there")
 
-    def read(self, name: str, start: Place, shape: Place) -> Tensor:
+    def read(self, name: str, start: Index, shape: Index) -> Tensor:
         """A box of a tensor, in the type it is stored in; nothing else is read.
 
         Only the file of the last tensor is kept mapped: what was touched of a mapped file counts as memory.

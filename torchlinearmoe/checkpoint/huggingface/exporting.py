@@ -35,7 +35,7 @@ from torchlinearmoe.checkpoint.nonfinite import is_finite, tell_nonfinite
 from torchlinearmoe.checkpoint.plain import is_there
 from torchlinearmoe.checkpoint.stream import Progress, SavedWeights
 from torchlinearmoe.checkpoint.tokenizer_files import read_tokenizer_file, tokenizer_names
-from torchlinearmoe.models.families.huggingface import Config
+from torchlinearmoe.families.huggingface import Config
 
 SHARD_BYTES = 5 * 10**9
 """Largest weight file, and about what is held in memory."""

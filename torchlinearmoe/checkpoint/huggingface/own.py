@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from torchlinearmoe.checkpoint.boxes import Copy, Place, whole
+from torchlinearmoe.checkpoint.boxes import Copy, Index, whole
 from torchlinearmoe.errors import UserError
+from torchlinearmoe.families.huggingface import Config
 from torchlinearmoe.models.decoder import Decoder
-from torchlinearmoe.models.families.huggingface import Config
+from torchlinearmoe.module import traits
 from torchlinearmoe.recipe import ModelRecipe, Recipe, RecipeError, dump, resolve
 
 MODELING = "modeling_torchlinearmoe.py"
@@ -63,7 +64,7 @@ def own_recipe(where: Path, config: Config) -> Recipe:
         raise RecipeError(f"{where}: {error}") from None
 
 
-def own_copies(shapes: Mapping[str, Place]) -> dict[str, list[Copy]]:
+def own_copies(shapes: Mapping[str, Index]) -> dict[str, list[Copy]]:
     """Every tensor is one of the directory's."""
     return {name: [whole(PREFIX + name, shape)] for name, shape in shapes.items()}
 
@@ -74,6 +75,6 @@ def float32_names(model: ModelRecipe) -> set[str]:
         decoder = Decoder(model)
     names = {name for name, _ in decoder.named_buffers()}
     for path, module in decoder.named_modules():
-        if getattr(module, "keep_fp32", False):
+        if traits(module).keep_fp32:
             names |= {f"{path}.{name}" for name, _ in module.named_parameters()}
     return names

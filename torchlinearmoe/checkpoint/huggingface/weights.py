@@ -9,27 +9,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchlinearmoe.checkpoint.boxes import Copy, Place, read_box
+from torchlinearmoe.checkpoint.boxes import Copy, Index, read_box
 from torchlinearmoe.checkpoint.huggingface.config import architecture_of, read_recipe
 from torchlinearmoe.checkpoint.huggingface.directory import CONFIG, Directory
 from torchlinearmoe.checkpoint.huggingface.own import ARCHITECTURE, own_copies, own_recipe
 from torchlinearmoe.errors import UserError
+from torchlinearmoe.families.huggingface import Architecture, Name
 from torchlinearmoe.models.decoder import Decoder
-from torchlinearmoe.models.families.huggingface import Architecture, Name
 from torchlinearmoe.recipe import ModelRecipe
 
-IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
+NOT_READ = re.compile(r".*\.rotary_emb\.inv_freq")
 """Tensors of old directories that hold nothing learnt."""
 
 
-def model_shapes(model: ModelRecipe) -> dict[str, Place]:
+def model_shapes(model: ModelRecipe) -> dict[str, Index]:
     """Shape of every parameter and persistent buffer of a model, by name."""
     with torch.device("meta"):
         decoder = Decoder(model)
     return {name: tuple(value.shape) for name, value in decoder.state_dict().items()}
 
 
-def name_copies(architecture: Architecture, shapes: Mapping[str, Place]) -> dict[str, list[Copy]]:
+def name_copies(architecture: Architecture, shapes: Mapping[str, Index]) -> dict[str, list[Copy]]:
     """For every tensor of ours, the boxes of it that are tensors of theirs.
 
     Raises UserError for a tensor that the architecture has no name for.
@@ -48,7 +48,7 @@ def name_copies(architecture: Architecture, shapes: Mapping[str, Place]) -> dict
     return copies
 
 
-def _parts(name: Name, theirs: str, shape: Place) -> Iterator[Copy]:
+def _parts(name: Name, theirs: str, shape: Index) -> Iterator[Copy]:
     """The copies that one name stands for."""
     if "{expert}" not in theirs:
         yield Copy(theirs, (0,) * len(shape), shape, (0,) * len(shape))
@@ -85,7 +85,7 @@ class PublishedWeights:
         self._check()
         self.dtypes = {name: self._dtype(copies) for name, copies in self.copies.items()}
 
-    def read(self, name: str, start: Place, shape: Place) -> Tensor:
+    def read(self, name: str, start: Index, shape: Index) -> Tensor:
         """A box of our tensor `name`, in the directory's type."""
         return read_box(self.copies[name], start, shape, self.dtypes[name], self.directory.read)
 
@@ -118,6 +118,6 @@ class PublishedWeights:
                 )
         tied = {"lm_head.weight"} if self.recipe.model.tie_embeddings else set()
         surplus = sorted(name for name in found if name not in wanted and name not in tied)
-        surplus = [name for name in surplus if not IGNORED.fullmatch(name)]
+        surplus = [name for name in surplus if not NOT_READ.fullmatch(name)]
         if surplus:
             raise UserError(f"{self.path}: holds '{surplus[0]}', which no model of its config.json has")

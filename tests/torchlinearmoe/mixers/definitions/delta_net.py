@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from definitions.plain import Layer, gated_heads, join, recurrence, rms, sigmoid, split, spread, swish, unit
+from definitions.plain import Layer, gated_heads, join, normed, recurrence, sigmoid, split, spread, swish, unit
 from torch import Tensor
 
 
@@ -18,7 +18,7 @@ def definition(layer: Layer, x: Tensor) -> Tensor:
     o = recurrence(step, q / math.sqrt(width), k, v, beta)
     if options.gate:
         return gated_heads(layer, o, x)
-    return layer.linear("o_proj", join(rms(o, layer.model.norm_eps) * layer.weights["norm.weight"]))
+    return layer.linear("o_proj", join(normed(layer, o)))
 
 
 def step(S: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from definitions.plain import Layer, join, rms, sigmoid, softmax, split, spread, swish, zeros
+from definitions.plain import Layer, join, normed, sigmoid, softmax, split, spread, swish, zeros
 from torch import Tensor
 
 
@@ -25,5 +25,4 @@ def definition(layer: Layer, x: Tensor) -> Tensor:
             values = a * values + (1 - a) * v[t, h]
             o.append(values.T @ softmax(keys @ q[t, h]))
         heads.append(torch.stack(o))
-    y = rms(swish(join(torch.stack(heads, 1))), layer.model.norm_eps) * layer.weights["norm.weight"]
-    return layer.linear("o_proj", y)
+    return layer.linear("o_proj", normed(layer, swish(join(torch.stack(heads, 1)))))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from definitions.plain import Layer, join, recurrence, rms, sigmoid, split, swish, zeros
+from definitions.plain import Layer, join, normed, recurrence, sigmoid, split, swish, zeros
 from torch import Tensor
 
 
@@ -15,7 +15,7 @@ def definition(layer: Layer, x: Tensor) -> Tensor:
     forget = split(gamma + (1 - gamma) * sigmoid(f), layer.width)
     q = split(swish(q), layer.width) / math.sqrt(layer.width)
     o = join(recurrence(step, q, 1 - forget, split(i, layer.width), forget))
-    return layer.linear("o_proj", rms(o, layer.model.norm_eps) * layer.weights["norm.weight"])
+    return layer.linear("o_proj", normed(layer, o))
 
 
 def lower_bound(table: Tensor, index: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from definitions.plain import Layer, eye, join, recurrence, rms, sigmoid, split, spread, swish, unit
+from definitions.plain import Layer, activated, eye, join, normed, recurrence, sigmoid, split, spread, swish, unit
 from torch import Tensor
 
 
@@ -20,7 +20,7 @@ def definition(layer: Layer, x: Tensor) -> Tensor:
     alpha = (1 + torch.exp(logits)) ** -torch.exp(weights["decay.A_log"])[:, None]
     o = recurrence(step, q / math.sqrt(width), k, v, beta, alpha)
     gate = split(layer.linear("gate_up", layer.linear("gate_down", x)), v.shape[2])
-    return layer.linear("o_proj", join(rms(o, layer.model.norm_eps) * weights["norm.weight"] * sigmoid(gate)))
+    return layer.linear("o_proj", join(normed(layer, o) * activated(layer, gate)))
 
 
 def step(S: Tensor, k: Tensor, v: Tensor, beta: Tensor, alpha: Tensor) -> Tensor:

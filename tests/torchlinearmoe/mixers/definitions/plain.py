@@ -100,7 +100,17 @@ def recurrence(step: Callable[..., Tensor], q: Tensor, *written: Tensor) -> Tens
 def gated_heads(layer: Layer, o: Tensor, x: Tensor) -> Tensor:
     """W_o (RMSNorm(o) * swish(W_g x)), a norm a head with the same weight for all: a common way out."""
     gate = split(layer.linear("g_proj", x), o.shape[2])
-    return layer.linear("o_proj", join(rms(o, layer.model.norm_eps) * layer.weights["norm.weight"] * swish(gate)))
+    return layer.linear("o_proj", join(normed(layer, o) * activated(layer, gate)))
+
+
+def normed(layer: Layer, o: Tensor) -> Tensor:
+    """RMSNorm(o), or o itself where the layer has no norm."""
+    return o if layer.options.output_norm == "none" else rms(o, layer.model.norm_eps) * layer.weights["norm.weight"]
+
+
+def activated(layer: Layer, gate: Tensor) -> Tensor:
+    """swish of the gate, or its sigmoid."""
+    return {"swish": swish, "sigmoid": sigmoid}[layer.options.gate_activation](gate)
 
 
 def turned(a: Tensor, b: Tensor, theta: float) -> tuple[Tensor, Tensor]:

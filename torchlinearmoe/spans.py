@@ -19,14 +19,11 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from torchlinearmoe.documents import Documents
 
 T = TypeVar("T")
 
@@ -90,12 +87,6 @@ class Spans:
     def one_rank_back(self, window: int) -> bool:
         """A window of so many tokens, 0 for none, that reaches no further than the rank before."""
         return 0 < window <= self.length + 1
-
-    @property
-    def whole(self) -> Documents:
-        """The documents of the whole rows."""
-        make = partial(Documents.packed, self.whole_borders, self.size * self.length, self.positions.device)
-        return self._cached("whole", make)
 
     def in_first(self, ids: Tensor) -> Tensor:
         """bool [T]: tokens of the document that their row's span begins with; ids: [T]."""

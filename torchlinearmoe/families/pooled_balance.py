@@ -22,7 +22,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
-from torchlinearmoe.models.families.huggingface import Config, Tables
+from torchlinearmoe.families.huggingface import Config, Tables
 
 KEY = "router_aux_loss_coef"
 

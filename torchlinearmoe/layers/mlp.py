@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import Placement, Shard
 
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.mixers.base import TensorWord, column, row
+from torchlinearmoe.module import Module
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(Module):
     """down(silu(gate(x)) * up(x)), D -> F -> D."""
 
     def __init__(self, width: int, hidden: int, std: float, out_std: float) -> None:
@@ -18,9 +19,9 @@ class SwiGLU(nn.Module):
         self.up_proj = linear(width, hidden, std)
         self.down_proj = linear(hidden, width, out_std)
 
-    def tensor_parallel(self) -> dict[str, TensorWord]:
+    def tensor_parallel(self) -> dict[str, Placement]:
         """Hidden channels are split."""
-        return {"gate_proj.weight": column(), "up_proj.weight": column(), "down_proj.weight": row()}
+        return {"gate_proj.weight": Shard(0), "up_proj.weight": Shard(0), "down_proj.weight": Shard(1)}
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""

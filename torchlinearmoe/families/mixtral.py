@@ -6,8 +6,8 @@ softmax over the two chosen logits.
 
 from __future__ import annotations
 
-from torchlinearmoe.models.families.base import FAMILIES, Family, model_size, moe_size
-from torchlinearmoe.models.families.huggingface import (
+from torchlinearmoe.families.base import FAMILIES, Family, model_size, moe_size
+from torchlinearmoe.families.huggingface import (
     ATTENTION,
     MODEL_DEFAULTS,
     MODEL_FIXED,
@@ -17,7 +17,7 @@ from torchlinearmoe.models.families.huggingface import (
     Name,
     experts,
 )
-from torchlinearmoe.models.families.pooled_balance import read_pooled_balance, write_pooled_balance
+from torchlinearmoe.families.pooled_balance import read_pooled_balance, write_pooled_balance
 
 
 def _eight(hidden: int):

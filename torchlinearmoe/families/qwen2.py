@@ -7,8 +7,8 @@ probabilities not rescaled.
 
 from __future__ import annotations
 
-from torchlinearmoe.models.families.base import DENSE, FAMILIES, Family, model_size, moe_size
-from torchlinearmoe.models.families.huggingface import (
+from torchlinearmoe.families.base import FAMILIES, Family, model_size, moe_size, plain
+from torchlinearmoe.families.huggingface import (
     ATTENTION,
     MODEL_DEFAULTS,
     MODEL_FIXED,
@@ -19,7 +19,7 @@ from torchlinearmoe.models.families.huggingface import (
     experts,
     swiglu,
 )
-from torchlinearmoe.models.families.pooled_balance import read_pooled_balance, write_pooled_balance
+from torchlinearmoe.families.pooled_balance import read_pooled_balance, write_pooled_balance
 
 PRESETS = {
     "debug": (model_size(64, 4, 4, 2, 160, 1024, max_length=1024, rope_theta=1e4, init_std=0.02), moe_size(4, 2, 64)),
@@ -43,7 +43,7 @@ DENSE_MODEL = Architecture(
     names=(*OUTER, *ATTENTION, *swiglu("ffn", "mlp")),
     defaults=MODEL_DEFAULTS,
     fixed=FIXED,
-    implied={"model.qkv_bias": True, **{f"moe.{key}": value for key, value in DENSE.items()}},
+    implied={"model.qkv_bias": True, **{f"moe.{key}": value for key, value in plain("moe").items()}},
 )
 MOE_MODEL = Architecture(
     name="Qwen2MoeForCausalLM",

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from torchlinearmoe.families import FAMILIES
 from torchlinearmoe.mixers import MIXERS
-from torchlinearmoe.models.families import FAMILIES
 from torchlinearmoe.recipe.schema import ModelRecipe
+
+ATTENTION = ("N", "*")
+"""Letters of `model.layout` for the family's own softmax attention; `L` is `model.mixer`."""
+MAMBA = "mamba2"
+"""What `M` is: patterns of Mamba-2 hybrids, such as `MMM*`, mean the same as in Megatron."""
+LETTERS = ("L", *ATTENTION, "M")
 
 
 def layer_mixers(model: ModelRecipe) -> list[str]:
@@ -27,6 +33,6 @@ def used_sections(model: ModelRecipe) -> list[str]:
 def _period(model: ModelRecipe) -> list[str]:
     """The registered names that the layers repeat: aliases resolved, softmax attention in the family's form."""
     attention = FAMILIES[model.family].attention
-    letters = {"L": model.mixer, "N": attention}
+    letters = {"L": model.mixer, "M": MAMBA, **dict.fromkeys(ATTENTION, attention)}
     names = [MIXERS.canonical(name) for name in model.mixers or (letters[letter] for letter in model.layout)]
     return [attention if name == "softmax_attention" else name for name in names]

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from torchlinearmoe.models.families import FAMILIES
+from torchlinearmoe.families import FAMILIES
 
 
 def test_a_size_without_a_dimension_is_refused():

@@ -14,7 +14,7 @@ from torchlinearmoe import build_model
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.moe.router import Router
-from torchlinearmoe.parallel.checkpointing import checkpoint_blocks, selective_contexts
+from torchlinearmoe.parallel.activation_checkpointing import checkpoint_blocks, selective_contexts
 from torchlinearmoe.planning import plan
 from torchlinearmoe.recipe import Recipe, resolve
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from torchlinearmoe.documents import Documents
+from torchlinearmoe.layers.rope import RopeScaling, frequencies, rotate, rotate_interleaved
 from torchlinearmoe.mixers.base import Context
-from torchlinearmoe.models.rope import RopeScaling, frequencies, rotate, rotate_interleaved
 
 LLAMA = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 YARN = {"factor": 40.0, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096}

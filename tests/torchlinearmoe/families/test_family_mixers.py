@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from torchlinearmoe import FAMILIES, MIXERS, build_model
 from torchlinearmoe.models.decoder import Decoder
+from torchlinearmoe.models.layer_mixers import layer_mixers
 from torchlinearmoe.optim.build import build_optimizer
-from torchlinearmoe.recipe import layer_mixers, resolve
+from torchlinearmoe.recipe import resolve
 
 CELLS = [(family, mixer) for family in FAMILIES for mixer in MIXERS.names()]
 VOCAB = 61

@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from torchlinearmoe.models.families.base import FAMILIES, Family
+from torchlinearmoe.families.base import FAMILIES, Family
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

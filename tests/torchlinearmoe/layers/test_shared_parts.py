@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from torchlinearmoe.initialize import initialize
+from torchlinearmoe.initialize import initialize, inverse_softplus_of_exp
 from torchlinearmoe.kernels.heads import repeat_heads
-from torchlinearmoe.mixers.past import Empty, Resumed, State
-from torchlinearmoe.mixers.tail import Convolutions, GroupedRMSNorm, inverse_softplus_of_exp
+from torchlinearmoe.layers.convolution import Convolutions
+from torchlinearmoe.layers.norm import GroupedRMSNorm
+from torchlinearmoe.layers.past import Empty, Resumed, State
 from torchlinearmoe.segments import Segments
 
 

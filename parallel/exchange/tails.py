@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from torchlinearmoe.kernels.operator import outside_graphs
-from torchlinearmoe.parallel.gather import finish_gather, start_gather
-from torchlinearmoe.parallel.spans import Spans
+from torchlinearmoe.parallel.exchange.gather import finish_gather, start_gather
+from torchlinearmoe.spans import Spans
 
 
 @outside_graphs

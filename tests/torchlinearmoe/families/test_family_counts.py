@@ -6,17 +6,13 @@ are from the papers where these give more than two digits; else the published to
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
-from torchlinearmoe.mixers import MIXERS
-from torchlinearmoe.mixers.base import Place
+from torchlinearmoe.families import FAMILIES
 from torchlinearmoe.models.decoder import Decoder
-from torchlinearmoe.models.families import FAMILIES
 from torchlinearmoe.planning.layers import count_parameters
-from torchlinearmoe.recipe import layer_mixers, resolve
+from torchlinearmoe.recipe import resolve
 
 PUBLISHED: dict[tuple[str, str], tuple[float, float]] = {
     ("qwen2", "0.5B"): (494_032_768, 494_032_768),
@@ -67,16 +63,3 @@ def test_linear_models_have_the_parameters_of_their_preset(family: str, size: st
 def test_every_size_is_compared():
     sizes = {(family, size) for family in FAMILIES for size in FAMILIES[family].presets if size != "debug"}
     assert {*PUBLISHED, *LINEAR_MOE} == sizes
-
-
-@pytest.mark.parametrize(("family", "size"), [*PUBLISHED, *LINEAR_MOE])
-def test_every_mixer_fits_every_size_as_its_closed_form_counts(family: str, size: str):
-    names = MIXERS.names()
-    model = {"family": family, "size": size, "mixers": names}
-    recipe = resolve({"model": model, "training": {"steps": 1}}).model
-    for name in dict.fromkeys(layer_mixers(recipe)):
-        build: Any = MIXERS[name]
-        with torch.device("meta"):
-            mixer = build(recipe.mixer_options[name], recipe, Place(1, 1, 2))
-        counted = sum(parameter.numel() for parameter in mixer.parameters())
-        assert mixer.num_parameters(recipe.mixer_options[name], recipe) == counted, name

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchlinearmoe.parallel.spans import Spans
+from torchlinearmoe.spans import Spans
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

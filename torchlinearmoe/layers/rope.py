@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchlinearmoe.precision import wide_type
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -81,7 +83,7 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
     x: [T, H, d]; cosines, sines: [T, d/2]. Computed in float32 (float64 stays), returned in x's type.
     """
-    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    kind = wide_type(x.dtype)
     first, second = x.to(kind).chunk(2, dim=-1)
     cosines, sines = cosines.to(kind)[:, None], sines.to(kind)[:, None]
     return torch.cat([first * cosines - second * sines, second * cosines + first * sines], dim=-1).to(x.dtype)
@@ -92,7 +94,7 @@ def rotate_interleaved(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
     Shapes and types as in `rotate`.
     """
-    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    kind = wide_type(x.dtype)
     first, second = x.to(kind).unflatten(-1, (-1, 2)).unbind(-1)
     cosines, sines = cosines.to(kind)[:, None], sines.to(kind)[:, None]
     pairs = torch.stack([first * cosines - second * sines, second * cosines + first * sines], dim=-1)

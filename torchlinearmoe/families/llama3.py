@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torchlinearmoe.models.families.base import DENSE, FAMILIES, Family, model_size
-from torchlinearmoe.models.families.huggingface import (
+from torchlinearmoe.families.base import FAMILIES, Family, model_size, plain
+from torchlinearmoe.families.huggingface import (
     ATTENTION,
     MODEL_DEFAULTS,
     MODEL_FIXED,
@@ -50,7 +50,7 @@ PUBLISHED = Architecture(
     names=(*OUTER, *ATTENTION, *swiglu("ffn", "mlp")),
     defaults=MODEL_DEFAULTS,
     fixed={**MODEL_FIXED, "attention_bias": False, "mlp_bias": False},
-    implied={"model.qkv_bias": False, **{f"moe.{key}": value for key, value in DENSE.items()}},
+    implied={"model.qkv_bias": False, **{f"moe.{key}": value for key, value in plain("moe").items()}},
 )
 
 FAMILIES.add(

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 
 from torchlinearmoe.documents import Documents
-from torchlinearmoe.parallel.spans import Exchange, Spans, cut_spans
-from torchlinearmoe.parallel.tails import _sources
+from torchlinearmoe.parallel.exchange.tails import _sources
 from torchlinearmoe.planning.world import pretended_world
+from torchlinearmoe.spans import Exchange, Spans, cut_spans
 
 
 def spans_of(borders: list[int], row_length: int, size: int, exchange: Exchange | None = None) -> list[Spans]:

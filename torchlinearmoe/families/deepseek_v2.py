@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from torchlinearmoe.errors import RecipeError
-from torchlinearmoe.models.families.base import FAMILIES, Family, model_size, moe_size
-from torchlinearmoe.models.families.huggingface import (
+from torchlinearmoe.families.base import FAMILIES, Family, model_size, moe_size
+from torchlinearmoe.families.huggingface import (
     MODEL_DEFAULTS,
     MODEL_FIXED,
     MODEL_KEYS,

@@ -1,26 +1,32 @@
 """What the tokens of a stream find before them: nothing, a state, or other ranks' tokens.
 
-A mixer hands its `Past` to the entries of `recurrence.py` and `tail.py` and says each of them once, with the part of
-the state that goes in; they decide how it is computed, and give back the part that comes out. A `Past` belongs to one
-call of one layer.
+A mixer hands its `Past` to convolutions, token shifts and recurrences and says each of them once, with the part of the
+state that goes in; they decide how it is computed, and give back the part that comes out. A `Past` belongs to one call
+of one layer.
 
 Shapes: T tokens, N documents.
 """
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from torchlinearmoe.parallel.spans import Spans
 from torchlinearmoe.segments import Segments
+from torchlinearmoe.spans import Spans
 
 State = dict[str, Tensor]
 """Named state of one layer; dim 0 is the document (or the sequence being decoded)."""
-After = dict[str, Any]
+After = dict[str, Tensor | None]
 """The state after the last token of each document, by name: tensors, or None where none went in."""
+
+
+def complete(after: After) -> State:
+    """The state that comes out where one went in."""
+    return {name: part for name, part in after.items() if part is not None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,3 +61,22 @@ class Spanned:
 
 
 Past = Empty | Resumed | Spanned
+
+
+class Carry(enum.Enum):
+    """How a part of the state passes from one span of tokens to the next."""
+
+    RECURRENT = "S_out = A S_in + B"
+    LAST_TOKENS = "the last n inputs of the document"
+    APPEND = "one entry a token"
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One named part of a layer's state."""
+
+    shape: tuple[int, ...]
+    """Shape of one document's entry; for APPEND the shape of one token's entry."""
+    carry: Carry
+    fp32: bool = True
+    """Kept in float32 (else in the compute type)."""
