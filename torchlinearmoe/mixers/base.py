@@ -100,7 +100,7 @@ def rope_scaling(model: ModelRecipe) -> RopeScaling | None:
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerPlace:
     """Where a layer stands in the model."""
 
     layer: int
@@ -179,7 +179,7 @@ class Mixer(Module, Generic[O]):
     write_rows: int = 1
     """How often a token is written: more than once in a mixture of memories."""
 
-    def __init__(self, options: O, model: ModelRecipe, place: Place) -> None:
+    def __init__(self, options: O, model: ModelRecipe, place: LayerPlace) -> None:
         """A layer of a model, standing at `place`; the weights are not filled."""
         super().__init__()
 

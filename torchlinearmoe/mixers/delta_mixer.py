@@ -30,7 +30,7 @@ from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
     Context,
-    Place,
+    LayerPlace,
     StateSpec,
     expanded,
     geometry,
@@ -73,7 +73,7 @@ class DeltaMixer(LinearMixer[D]):
     gate_kind: ClassVar[str]
     """Of the decay, as in `kernels.delta.kinds`."""
 
-    def __init__(self, options: D, model: ModelRecipe, place: Place) -> None:
+    def __init__(self, options: D, model: ModelRecipe, place: LayerPlace) -> None:
         super().__init__(options, model, place)
         self.heads, self.key_dim, self.value_heads, self.value_dim = self.dims(options, model)
         self.top = 2.0 if options.negative_eigenvalues else 1.0

@@ -14,7 +14,7 @@ from torch.distributed.tensor import Placement, Shard
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
-from torchlinearmoe.mixers.base import Place, expanded, geometry, register
+from torchlinearmoe.mixers.base import LayerPlace, expanded, geometry, register
 from torchlinearmoe.mixers.delta_mixer import DeltaMixer, DeltaOptions
 from torchlinearmoe.recipe.schema import ModelRecipe
 
@@ -42,7 +42,7 @@ class DeltaNet(DeltaMixer[Options]):
         {"gate": True, "output_norm": "none", "gate_activation": "sigmoid"},
     )
 
-    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: LayerPlace) -> None:
         super().__init__(options, model, place)
         self.gated = options.gate
         self.decay = None

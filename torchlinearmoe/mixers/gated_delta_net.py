@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Shard
 
 from torchlinearmoe.initialize import Uniform, inverse_softplus_of_exp, linear, set_initializers
-from torchlinearmoe.mixers.base import Place, register
+from torchlinearmoe.mixers.base import LayerPlace, register
 from torchlinearmoe.mixers.delta_mixer import DeltaMixer, DeltaOptions
 from torchlinearmoe.module import Module
 from torchlinearmoe.recipe.schema import ModelRecipe
@@ -70,7 +70,7 @@ class GatedDeltaNet(DeltaMixer[Options]):
         {"output_norm": "none", "gate_activation": "sigmoid"},
     )
 
-    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: LayerPlace) -> None:
         super().__init__(options, model, place)
         width, std = model.hidden_size, model.init_std
         self.g_proj = linear(width, self.value_heads * self.value_dim, std)

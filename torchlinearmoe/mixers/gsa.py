@@ -32,7 +32,7 @@ from torchlinearmoe.layers.convolution import Convolutions
 from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
-    Place,
+    LayerPlace,
     StateSpec,
     expanded,
     geometry,
@@ -85,7 +85,7 @@ class GSA(LinearMixer[Options]):
     reads = {"q": ("q_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",), "f": ("f_proj",)}
 
-    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: LayerPlace) -> None:
         super().__init__(options, model, place)
         self.heads, self.kv_heads, self.key_dim, self.value_dim = _dims(options, model)
         self.slots = options.slots

@@ -29,7 +29,7 @@ from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
     Context,
-    Place,
+    LayerPlace,
     SharedModule,
     StateSpec,
     geometry,
@@ -96,7 +96,7 @@ class HGRN2(LinearMixer[Options]):
     reads = {"q": ("q_proj",)}
     writes = {"f": ("f_proj",), "i": ("i_proj",)}
 
-    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: LayerPlace) -> None:
         super().__init__(options, model, place)
         self.heads, self.head_dim = geometry(options, model)
         self.ordinal = place.ordinal

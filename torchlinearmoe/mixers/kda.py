@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchlinearmoe.initialize import Uniform, inverse_softplus_of_exp, linear, set_initializers
-from torchlinearmoe.mixers.base import Place, register
+from torchlinearmoe.mixers.base import LayerPlace, register
 from torchlinearmoe.mixers.delta_mixer import DeltaMixer, DeltaOptions
 from torchlinearmoe.module import Module
 from torchlinearmoe.recipe.schema import ModelRecipe
@@ -79,7 +79,7 @@ class KDA(DeltaMixer[Options]):
         {"gate_activation": "swish"},
     )
 
-    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: LayerPlace) -> None:
         super().__init__(options, model, place)
         width, std = model.hidden_size, model.init_std
         decay_rank, gate_rank = (rank or self.value_dim for rank in (options.decay_rank, options.gate_rank))

@@ -33,8 +33,8 @@ from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
+    LayerPlace,
     MixerOptions,
-    Place,
     StateSpec,
     geometry,
     register,
@@ -84,7 +84,7 @@ class LightningAttention(LinearMixer[Options]):
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",)}
 
-    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: LayerPlace) -> None:
         super().__init__(options, model, place)
         self.heads, self.head_dim = geometry(options, model)
         self.depth_factor = 1.0

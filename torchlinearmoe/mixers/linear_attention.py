@@ -29,7 +29,7 @@ from torchlinearmoe.layers.convolution import Convolutions
 from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
-    Place,
+    LayerPlace,
     StateSpec,
     expanded,
     geometry,
@@ -94,7 +94,7 @@ class LinearAttention(LinearMixer[Options]):
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",)}
 
-    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: LayerPlace) -> None:
         super().__init__(options, model, place)
         self.heads, self.head_dim = geometry(options, model)
         self.value_dim = expanded(self.head_dim, options.expand_v)

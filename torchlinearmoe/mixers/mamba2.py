@@ -36,9 +36,9 @@ from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
     Context,
+    LayerPlace,
     Mixer,
     MixerOptions,
-    Place,
     StateSpec,
     expanded,
     register,
@@ -111,7 +111,7 @@ class Mamba2(Mixer[Options]):
     )
     regions = ("project", "mix")
 
-    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: LayerPlace) -> None:
         super().__init__(options, model, place)
         self.heads, self.head_dim = _dims(options, model)
         self.groups, self.state = options.groups, options.state

@@ -41,9 +41,9 @@ from torchlinearmoe.mixers.attention import attend, attend_to_history, with_hist
 from torchlinearmoe.mixers.base import (
     Carry,
     Context,
+    LayerPlace,
     Mixer,
     MixerOptions,
-    Place,
     StateSpec,
     register,
     rope_scaling,
@@ -84,7 +84,7 @@ class MLA(Mixer[Options]):
     )
     regions = ("project", "expand", "output")
 
-    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: LayerPlace) -> None:
         super().__init__(options, model, place)
         self.heads = options.heads or model.num_heads
         self.key_dim, self.rope_dim, self.value_dim = options.head_dim, options.qk_rope_head_dim, options.v_head_dim

@@ -46,9 +46,9 @@ from torchlinearmoe.layers.past import After, Empty, Past, Resumed, Spanned, com
 from torchlinearmoe.mixers.base import (
     MIXERS,
     Context,
+    LayerPlace,
     Mixer,
     MixerOptions,
-    Place,
     SharedModule,
     StateSpec,
 )
@@ -97,7 +97,7 @@ class MoM(Mixer[M]):
     projections = {"q": "inner.q_proj", "o": "inner.o_proj"}
     regions = ("query", "write", "inner.read", "inner.output", "dispatcher.dispatch", "dispatcher.combine")
 
-    def __init__(self, options: M, model: ModelRecipe, place: Place) -> None:
+    def __init__(self, options: M, model: ModelRecipe, place: LayerPlace) -> None:
         super().__init__(options, model, place)
         mixer, inner_options = self.inner_of(options, model)
         self.inner: LinearMixer = mixer(inner_options, model, place)

@@ -31,9 +31,9 @@ from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
     Context,
+    LayerPlace,
     Mixer,
     MixerOptions,
-    Place,
     StateSpec,
     geometry,
 )
@@ -65,7 +65,7 @@ class QuadraticAttention(Mixer[Q]):
     epsilon: ClassVar[float]
     """Added to the denominator."""
 
-    def __init__(self, options: Q, model: ModelRecipe, place: Place) -> None:
+    def __init__(self, options: Q, model: ModelRecipe, place: LayerPlace) -> None:
         super().__init__(options, model, place)
         self.heads, self.value_dim = geometry(options, model)
         self.feature_dim = options.feature_dim

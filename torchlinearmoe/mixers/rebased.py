@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Replicate
 
 from torchlinearmoe.initialize import ONES, ZEROS, set_initializers
-from torchlinearmoe.mixers.base import Place, register
+from torchlinearmoe.mixers.base import LayerPlace, register
 from torchlinearmoe.mixers.quadratic import QuadraticAttention, QuadraticOptions
 from torchlinearmoe.module import Module
 from torchlinearmoe.precision import in_float32
@@ -61,7 +61,7 @@ class Rebased(QuadraticAttention[Options]):
     kind = "square"
     epsilon = 1e-5
 
-    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: LayerPlace) -> None:
         super().__init__(options, model, place)
         self.q_norm = HeadLayerNorm(options.feature_dim, model.norm_eps)
         self.k_norm = None if options.tie_norms else HeadLayerNorm(options.feature_dim, model.norm_eps)

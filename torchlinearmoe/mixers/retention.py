@@ -31,7 +31,7 @@ from torchlinearmoe.layers.rope import rotate
 from torchlinearmoe.mixers.base import (
     Carry,
     Context,
-    Place,
+    LayerPlace,
     StateSpec,
     expanded,
     geometry,
@@ -71,7 +71,7 @@ class Retention(LinearMixer[Options]):
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",)}
 
-    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: LayerPlace) -> None:
         super().__init__(options, model, place)
         self.heads, self.head_dim = geometry(options, model)
         self.value_dim = expanded(self.head_dim, options.expand_v)

@@ -36,9 +36,9 @@ from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
     Carry,
     Context,
+    LayerPlace,
     Mixer,
     MixerOptions,
-    Place,
     StateSpec,
     geometry,
     register,
@@ -141,7 +141,7 @@ class RWKV6(Mixer[Options]):
     regions = ("project", "mix")
     no_weight_decay = ("decay_down.weight", "decay_up.weight")
 
-    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: LayerPlace) -> None:
         super().__init__(options, model, place)
         self.heads, self.head_dim = geometry(options, model)
         self.backend = model.kernel_backend

@@ -40,9 +40,9 @@ from torchlinearmoe.mixers.base import (
     Carried,
     Carry,
     Context,
+    LayerPlace,
     Mixer,
     MixerOptions,
-    Place,
     State,
     StateSpec,
     geometry,
@@ -177,7 +177,7 @@ class RWKV7(Mixer[Options]):
     )
     regions = ("project", "mix")
 
-    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: LayerPlace) -> None:
         super().__init__(options, model, place)
         self.heads, self.head_dim = geometry(options, model)
         self.backend = model.kernel_backend

@@ -32,9 +32,9 @@ from torchlinearmoe.mixers.attention import attend
 from torchlinearmoe.mixers.base import (
     Carry,
     Context,
+    LayerPlace,
     Mixer,
     MixerOptions,
-    Place,
     State,
     StateSpec,
     register,
@@ -78,7 +78,7 @@ class SoftmaxAttention(Mixer[Options]):
     )
     regions = ("project", "place", "output")
 
-    def __init__(self, options: Options, model: ModelRecipe, place: Place) -> None:
+    def __init__(self, options: Options, model: ModelRecipe, place: LayerPlace) -> None:
         super().__init__(options, model, place)
         self.heads, self.kv_heads, self.head_dim = _heads(options, model)
         self.window = options.window

@@ -21,7 +21,7 @@ from torchlinearmoe.initialize import Normal, initialize, set_initializers
 from torchlinearmoe.kernels.cross_entropy import chunk_loss, linear_cross_entropy
 from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.mixers import MIXERS
-from torchlinearmoe.mixers.base import Carried, Carry, Context, Mixer, Place, State
+from torchlinearmoe.mixers.base import Carried, Carry, Context, LayerPlace, Mixer, State
 from torchlinearmoe.models.block import Block
 from torchlinearmoe.models.layer_mixers import layer_mixers
 from torchlinearmoe.module import Module
@@ -98,7 +98,7 @@ class Decoder(Module):
         self.layers = nn.ModuleDict()
         for index in layers:
             name = names[index]
-            place = Place(index, names[:index].count(name), counts[name])
+            place = LayerPlace(index, names[:index].count(name), counts[name])
             self.layers[str(index)] = Block(recipe, _build_mixer(name, recipe, place), index)
         self.register_module("norm", None)
         self.register_module("head", None)
@@ -227,7 +227,7 @@ class Decoder(Module):
         return [layer for layer in self.layers.values() if isinstance(layer, Block)]
 
 
-def _build_mixer(name: str, recipe: ModelRecipe, place: Place) -> Mixer:
+def _build_mixer(name: str, recipe: ModelRecipe, place: LayerPlace) -> Mixer:
     return MIXERS[name](recipe.mixer_options[name], recipe, place)
 
 

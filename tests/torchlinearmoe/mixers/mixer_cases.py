@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.initialize import initialize
 from torchlinearmoe.mixers import MIXERS
-from torchlinearmoe.mixers.base import Carry, Context, Mixer, Place, State
+from torchlinearmoe.mixers.base import Carry, Context, LayerPlace, Mixer, State
 from torchlinearmoe.recipe import ModelRecipe, resolve
 
 SMALL = resolve(
@@ -79,7 +79,7 @@ class Stack(nn.Module):
         shared = case.mixer.shared_module(case.options, dims, layers)
         self.name = case.name
         self.shared = nn.ModuleDict({} if shared is None else {case.name: shared})
-        self.mixers = nn.ModuleList(case.mixer(case.options, dims, Place(i, i, layers)) for i in range(layers))
+        self.mixers = nn.ModuleList(case.mixer(case.options, dims, LayerPlace(i, i, layers)) for i in range(layers))
 
     @property
     def layers(self) -> list[Mixer]:

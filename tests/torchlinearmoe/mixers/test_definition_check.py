@@ -25,8 +25,8 @@ from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.base import (
     Carry,
+    LayerPlace,
     MixerOptions,
-    Place,
     StateSpec,
     geometry,
     register,
@@ -43,7 +43,7 @@ class Toy(LinearMixer):
     reads = {"q": ("q_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",), "decay": ("decay_proj",)}
 
-    def __init__(self, options: MixerOptions, model: ModelRecipe, place: Place) -> None:
+    def __init__(self, options: MixerOptions, model: ModelRecipe, place: LayerPlace) -> None:
         super().__init__(options, model, place)
         self.heads, self.head_dim = geometry(options, model)
         self.backend = model.kernel_backend

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import initialize
-from torchlinearmoe.mixers.base import Place
+from torchlinearmoe.mixers.base import LayerPlace
 from torchlinearmoe.mixers.mamba2 import Mamba2, Options, StepDecay
 
 
@@ -38,7 +38,7 @@ def test_default_geometry_is_heads_of_64_in_twice_the_width():
     def shape(dims: dict, **options) -> tuple[int, ...]:
         model = small_model(**dims)
         Mamba2.check(Options(**options), model)
-        return Mamba2(Options(**options), model, Place(0, 0, 1)).state_spec()["recurrent"].shape
+        return Mamba2(Options(**options), model, LayerPlace(0, 0, 1)).state_spec()["recurrent"].shape
 
     assert shape({}) == (2, 128, 64)
     assert shape({"hidden_size": 256, "num_heads": 16}) == (8, 128, 64)

@@ -9,7 +9,7 @@ from parameter_formulas import LAYER, NOT_IN_FIRST, WRITES
 
 from torchlinearmoe.families import FAMILIES
 from torchlinearmoe.mixers import MIXERS
-from torchlinearmoe.mixers.base import Place
+from torchlinearmoe.mixers.base import LayerPlace
 from torchlinearmoe.mixers.linear_mixer import LinearMixer
 from torchlinearmoe.models.layer_mixers import layer_mixers
 from torchlinearmoe.recipe import resolve
@@ -45,5 +45,5 @@ def test_every_mixer_fits_every_size_as_its_formula_counts(family: str, size: st
     recipe = resolve({"model": model, "training": {"steps": 1}}).model
     for name in dict.fromkeys(layer_mixers(recipe)):
         with torch.device("meta"):
-            mixer = MIXERS[name](recipe.mixer_options[name], recipe, Place(1, 1, 2))
+            mixer = MIXERS[name](recipe.mixer_options[name], recipe, LayerPlace(1, 1, 2))
         assert name not in LAYER or of_layer(mixer) == LAYER[name](recipe.mixer_options[name], recipe), name

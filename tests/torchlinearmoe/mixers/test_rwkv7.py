@@ -12,7 +12,7 @@ from torchlinearmoe.documents import Documents
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import Constant, initialize
 from torchlinearmoe.mixers import MIXERS
-from torchlinearmoe.mixers.base import Place
+from torchlinearmoe.mixers.base import LayerPlace
 from torchlinearmoe.mixers.rwkv7 import Decay, LowRank, Options
 from torchlinearmoe.optim.build import parameter_groups
 
@@ -27,7 +27,7 @@ def test_only_the_first_layer_of_the_mixer_sets_the_values():
         assert carried.keys() == {"v_first", "other"} and carried["other"] is other
         again = stack.layers[1](x_TD, context, None, carried)[2]
     assert again["v_first"] is carried["v_first"]
-    for place, sets in ((Place(3, 0, 2), True), (Place(4, 1, 2), False)):
+    for place, sets in ((LayerPlace(3, 0, 2), True), (LayerPlace(4, 1, 2), False)):
         names = {name for name, _ in build(Options(), small_model(num_layers=5), place).named_children()}  # pyright: ignore
         assert ("value_lora" in names) != sets
 
@@ -128,7 +128,7 @@ def test_log_decays_are_float32_between_their_bounds():
 def test_default_ranks_grow_with_the_root_of_the_width(width: int, expected: tuple[int, ...]):
     dims = small_model(hidden_size=width, num_heads=width // 64)
     with torch.device("meta"):
-        mixer = MIXERS["rwkv7"](Options(), dims, Place(1, 1, 2))  # pyright: ignore
+        mixer = MIXERS["rwkv7"](Options(), dims, LayerPlace(1, 1, 2))  # pyright: ignore
     names = ("decay", "rate", "value", "gate")
     assert tuple(mixer.get_parameter(f"{name}_lora.up.weight").shape[1] for name in names) == expected
 
