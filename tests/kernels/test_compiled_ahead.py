@@ -27,7 +27,7 @@ def compile_families(chip: str) -> list[str]:
     from fake_gpu import FakeGPU
 
     gpu = FakeGPU(*CHIPS[chip]).install()
-    for kind in ("identity", "scalar", "diagonal", "bonus"):
+    for kind in ("identity", "scalar", "diagonal", "bonus", "slots"):
         for states in ("", "in out"):
             case = FAMILIES[kind]((1100, 30), states, H=1, K=128, V=128)
             forced(case.operator, "triton", lambda case=case: case.run("triton", torch.bfloat16))
