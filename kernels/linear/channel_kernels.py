@@ -95,9 +95,10 @@ def _only(seen, x):
 @triton.jit
 def prepare_channels(
     q, k, c, bonus, queries, keys, totals, scores, start, end, scale, q_t, q_h, k_t, k_h, H, K,
-    C: tl.constexpr, B: tl.constexpr, BONUS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, B: tl.constexpr, BONUS: tl.constexpr, WANT_SCORES: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """scale q e^{c'}, k e^{c_C - c}, e^{c_C} and the scores. Grid: M, H."""
+    """k e^{c_C - c} and e^{c_C}, and where they are wanted the scores and scale q e^{c'}. Grid: M, H."""
     m, h = tl.program_id(0), tl.program_id(1)
     place = tl.arange(0, C)
     token = tl.load(start + m).to(tl.int64)
@@ -112,47 +113,49 @@ def prepare_channels(
     own = tl.zeros([C], dtype=tl.float32)
     for i in range(tl.cdiv(K, B)):
         columns = i * B + tl.arange(0, B)
-        qs = rows_of(q, tokens, inside, q_t, q_h, h, K, columns).to(tl.float32)
         ks = rows_of(k, tokens, inside, k_t, k_h, h, K, columns).to(tl.float32)
         sums = _sums_at(c, token, place, last, stride, columns, K)
-        read = _sums_read(sums, c, token, place, last, stride, columns, K, BONUS)
         total = tl.load(c + (token + last) * stride + columns, mask=columns < K, other=0.0)
         places = (tokens[:, None] * H + h) * K + columns[None, :]
         mask = inside[:, None] & (columns < K)[None, :]
-        tl.store(queries + places, (qs * (tl.exp2(read) * scale)).to(queries.dtype.element_ty), mask=mask)
         tl.store(keys + places, (ks * tl.exp2(total[None, :] - sums)).to(keys.dtype.element_ty), mask=mask)
         tl.store(totals + (m.to(tl.int64) * H + h) * K + columns, tl.exp2(total), mask=columns < K)
-        for level in tl.static_range(3):
-            weights = _half_weights(sums, read, c, token, place, last, stride, columns, K, 32 >> level)
+        if WANT_SCORES:
+            qs = rows_of(q, tokens, inside, q_t, q_h, h, K, columns).to(tl.float32)
+            read = _sums_read(sums, c, token, place, last, stride, columns, K, BONUS)
+            tl.store(queries + places, (qs * (tl.exp2(read) * scale)).to(queries.dtype.element_ty), mask=mask)
+            for level in tl.static_range(3):
+                weights = _half_weights(sums, read, c, token, place, last, stride, columns, K, 32 >> level)
+                product = tl.dot(
+                    (qs * weights).to(OPERAND), tl.trans((ks * weights).to(OPERAND)), input_precision=PRECISION
+                )
+                pairs += _only(_half_pairs(place, 32 >> level), product)
+            middle = _sums_at(c, token, place // BLOCK * BLOCK + MIDDLE, last, stride, columns, K)
             product = tl.dot(
-                (qs * weights).to(OPERAND), tl.trans((ks * weights).to(OPERAND)), input_precision=PRECISION
+                (qs * tl.exp2(read - middle)).to(OPERAND),
+                tl.trans((ks * tl.exp2(middle - sums)).to(OPERAND)),
+                input_precision=PRECISION,
             )
-            pairs += _only(_half_pairs(place, 32 >> level), product)
-        middle = _sums_at(c, token, place // BLOCK * BLOCK + MIDDLE, last, stride, columns, K)
-        product = tl.dot(
-            (qs * tl.exp2(read - middle)).to(OPERAND),
-            tl.trans((ks * tl.exp2(middle - sums)).to(OPERAND)),
-            input_precision=PRECISION,
-        )
-        pairs += _only(_block_pairs(place, BONUS), product)
+            pairs += _only(_block_pairs(place, BONUS), product)
+            if BONUS:
+                extra = tl.load(bonus + h * K + columns, mask=columns < K, other=0.0)
+                own += tl.sum(qs * ks * extra[None, :], 1)
+    if WANT_SCORES:
         if BONUS:
-            extra = tl.load(bonus + h * K + columns, mask=columns < K, other=0.0)
-            own += tl.sum(qs * ks * extra[None, :], 1)
-    if BONUS:
-        pairs += tl.where(place[:, None] == place[None, :], own[:, None], 0.0)
-    pairs *= scale
-    places = (tokens[:, None] * H + h) * C + place[None, :]
-    tl.store(scores + places, pairs.to(scores.dtype.element_ty), mask=inside[:, None])
+            pairs += tl.where(place[:, None] == place[None, :], own[:, None], 0.0)
+        pairs *= scale
+        places = (tokens[:, None] * H + h) * C + place[None, :]
+        tl.store(scores + places, pairs.to(scores.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
 def channel_gradients(
     q, k, c, bonus, dpairs, dqueries, dkeys, passing, dq, dk, dg, dbonus, start, end, scale,
     q_t, q_h, k_t, k_h, H, K,
-    C: tl.constexpr, B: tl.constexpr, BONUS: tl.constexpr, WANT_DG: tl.constexpr,
+    C: tl.constexpr, B: tl.constexpr, BONUS: tl.constexpr, WANT_DK: tl.constexpr, WANT_DG: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk, dg and the sums of dbonus over each chunk, [M, H, K]. Grid: tiles of K, M, H.
+    """dq and, where they are wanted, dk, dg and the sums of dbonus over each chunk, [M, H, K]. Grid: tiles of K, M, H.
 
     dpairs: do v^T inside chunks, [T, H, C]; dqueries, dkeys: of what `prepare_channels` made, without the scores;
     passing: [M, H, K], the sums over V of the state that leaves the chunk and its gradient.
@@ -180,16 +183,20 @@ def channel_gradients(
     since, until = tl.exp2(read - middle), tl.exp2(middle - sums)
     seen = _only(_block_pairs(place, BONUS), dscores).to(OPERAND)
     dqs = since * tl.dot(seen, (ks * until).to(OPERAND), input_precision=PRECISION)
-    dks = until * tl.dot(tl.trans(seen), (qs * since).to(OPERAND), input_precision=PRECISION)
+    if WANT_DK:
+        dks = until * tl.dot(tl.trans(seen), (qs * since).to(OPERAND), input_precision=PRECISION)
     for level in tl.static_range(3):
         weights = _half_weights(sums, read, c, token, place, last, stride, columns, K, 32 >> level)
         seen = _only(_half_pairs(place, 32 >> level), dscores).to(OPERAND)
         dqs += weights * tl.dot(seen, (ks * weights).to(OPERAND), input_precision=PRECISION)
-        dks += weights * tl.dot(tl.trans(seen), (qs * weights).to(OPERAND), input_precision=PRECISION)
-    total = tl.load(c + (token + last) * stride + columns, mask=columns < K, other=0.0)
+        if WANT_DK:
+            dks += weights * tl.dot(tl.trans(seen), (qs * weights).to(OPERAND), input_precision=PRECISION)
     dqs += tl.load(dqueries + places, mask=mask, other=0.0).to(tl.float32) * tl.exp2(read)
     dqs *= scale
-    dks = dks * scale + tl.load(dkeys + places, mask=mask, other=0.0).to(tl.float32) * tl.exp2(total[None, :] - sums)
+    if WANT_DK:
+        total = tl.load(c + (token + last) * stride + columns, mask=columns < K, other=0.0)
+        dks *= scale
+        dks += tl.load(dkeys + places, mask=mask, other=0.0).to(tl.float32) * tl.exp2(total[None, :] - sums)
     if WANT_DG:
         later = tl.load(passing + (m.to(tl.int64) * H + h) * K + columns, mask=columns < K, other=0.0)
         writes = ks * dks
@@ -204,7 +211,8 @@ def channel_gradients(
         dqs += own[:, None] * extra[None, :] * ks
         dks += own[:, None] * extra[None, :] * qs
     tl.store(dq + places, dqs.to(dq.dtype.element_ty), mask=mask)
-    tl.store(dk + places, dks.to(dk.dtype.element_ty), mask=mask)
+    if WANT_DK:
+        tl.store(dk + places, dks.to(dk.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -55,7 +55,7 @@ def per_channel(
     """
     q, k, v = rows_ready(q), rows_ready(k), rows_ready(v)
     stream = Stream(start, end, segment, first)
-    c = _cumulated(g, stream)
+    c = cumulated(g, stream)
     made = _prepare(q, k, c, bonus, stream, scale)
     walk = Walk(stream, 1.0, decay=2, totals=made.totals, enter=contiguous(initial))
     entered = walk.states(made.keys, v)
@@ -123,13 +123,14 @@ def per_channel_backward(
     channel_kernels().channel_gradients[-(-K // B), M, H](
         q, k, c, given(contiguous(bonus), q), dpairs, dqueries, dkeys, given(passing, q), dq, dk, given(dg, q),
         given(dbonus, q), start, end, scale, *strides(q), *strides(k), H, K, C=CHUNK, B=B, BONUS=bonus is not None,
-        WANT_DG=want_dg, OPERAND=_operand(q), PRECISION=precision(q), num_warps=4, num_stages=1,
+        WANT_DK=True, WANT_DG=want_dg, OPERAND=operand(q), PRECISION=precision(q), num_warps=4, num_stages=1,
     )  # fmt: skip
     summed = None if dbonus is None else dbonus.sum(0)
     return dq, dk, dv, or_nothing(dg, q), or_nothing(summed, q), or_nothing(dinitial, q)
 
 
-def _cumulated(g: Tensor, stream: Stream) -> Tensor:
+def cumulated(g: Tensor, stream: Stream) -> Tensor:
+    """Sums of log decays g [T, H, K] in chunks, in base 2."""
     c = torch.empty(g.shape, dtype=torch.float32, device=g.device)
     D = g.shape[1] * g.shape[2]
     B = tile(D, 64)
@@ -162,12 +163,13 @@ def _prepare(q: Tensor, k: Tensor, c: Tensor, bonus: Tensor | None, stream: Stre
     channel_kernels().prepare_channels[M, H](
         q, k, c, given(contiguous(bonus), q), made.queries, made.keys, made.totals, made.scores,
         stream.start, stream.end, scale, *strides(q), *strides(k), H, K, C=CHUNK, B=tile(K, 32),
-        BONUS=bonus is not None, OPERAND=_operand(q), PRECISION=precision(q), num_warps=4, num_stages=1,
+        BONUS=bonus is not None, WANT_SCORES=True, OPERAND=operand(q), PRECISION=precision(q), num_warps=4,
+        num_stages=1,
     )  # fmt: skip
     return made
 
 
-def _operand(x: Tensor) -> Any:
+def operand(x: Tensor) -> Any:
     """The type of products of what is scaled up and down: float16 has not the range."""
     import triton.language as tl
 

@@ -121,19 +121,20 @@ class Walk:
         leave: Tensor | None = None,
         sums_with: Tensor | None = None,
         sums: Literal["tokens", "chunks"] = "tokens",
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """y [T, H, U], and the sums of y times `sums_with` [T, H, U]: by token, [tiles, T, H], or chunk, [M, H, U].
 
         x, w: [T, H, X]; u: [T, H, U]; entered: of `states`; transposed: states are [.., U, X]; inside: what tokens
         of a chunk read of each other, by the products of x and w, by scores [T, H, C], not at all, or not at all but
-        with scores set to the products; leave: [N, H, X, U] gets
-        the states at the other side of the segments that have tokens.
+        with scores set to the products; leave: [N, H, X, U] gets the states at the other side of the segments that have
+        tokens; dtype: of y, u's by default.
         """
         stream, (T, H, X), U = self.stream, x.shape, u.shape[2]
         BX, BU = tile(X, 128), tile(U, 64)
         assert X <= BX, "wider states go in parts"
         grid = -(-U // BU), H, stream.stretches
-        y = torch.empty(T, H, U, dtype=u.dtype, device=u.device)
+        y = torch.empty(T, H, U, dtype=dtype or u.dtype, device=u.device)
         total, mode = None, 0
         if sums_with is not None:
             mode = 1 if sums == "tokens" else 2

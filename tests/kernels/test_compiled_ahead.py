@@ -1,0 +1,42 @@
+"""Our Triton kernels compile, and their tiles fit, on chips that this machine does not have.
+
+The interpreter takes what the compiler refuses: a name that changes its shape in a loop, a constant that is none.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+from cases import forced
+from cases.families import FAMILIES
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton"),
+]
+CHIPS = {"A100": (80, 166912), "RTX 4090": (89, 101376), "H100": (90, 232448)}
+"""Capability and bytes of shared memory a block."""
+
+
+def compile_families(chip: str) -> list[str]:
+    """Forward and backward of every kind, with and without states, at the width of models."""
+    from fake_gpu import FakeGPU
+
+    gpu = FakeGPU(*CHIPS[chip]).install()
+    for kind in ("identity", "scalar", "diagonal", "bonus", "slots"):
+        for states in ("", "in out"):
+            case = FAMILIES[kind]((1100, 30), states, H=1, K=128, V=128)
+            forced(case.operator, "triton", lambda case=case: case.run("triton", torch.bfloat16))
+    return gpu.compiled
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_linear_recurrences_compile_for(chip: str) -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # Triton keeps its driver
+        names = pool.submit(compile_families, chip).result()
+    expected = {"summarize", "join", "walk", "decay_gradients", "cumulate", "prepare_channels", "channel_gradients"}
+    assert expected | {"passing_of_chunks"} <= set(names)
