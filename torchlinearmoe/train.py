@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torchlinearmoe.commands import Failure, failures_on_one_line
-from torchlinearmoe.errors import visible
+from torchlinearmoe.errors import RecipeError, visible
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +48,13 @@ def _train(path: str, overrides: Sequence[str]) -> int:
         recipe = resolved(recipe, degrees)
     device = choose_device(recipe.training)
     with process_group(device), locked(Path(recipe.training.output_dir)):
-        recipe = resolved(on_rank_0(lambda: with_saved_tokens_per_step(recipe)), degrees)
+        given, recipe = recipe, on_rank_0(lambda: with_saved_tokens_per_step(recipe))
+        try:
+            recipe = resolved(recipe, degrees)
+        except RecipeError as error:
+            if recipe == given:
+                raise
+            raise RecipeError(f"{error}; it is the checkpoint's: take a smaller micro-batch, or fewer ranks") from None
         import torch.distributed as dist
 
         from torchlinearmoe.trainer import Diverged, Finished, Trainer

@@ -163,7 +163,8 @@ def test_a_run_that_says_no_tokens_a_step_keeps_those_of_its_checkpoint(
     lines = command("--training.steps=3")
     assert [(line["step"], line["tokens"]) for line in lines] == [(1, 96), (2, 192), (3, 288)]
     assert load_recipe(command.folder / "recipe.toml").training.tokens_per_step == 96
-    assert "tokens_per_step = 96: must be a multiple of" in command.refused("--training.micro_batch_size=4")
+    told = command.refused("--training.micro_batch_size=4")
+    assert "tokens_per_step = 96: must be a multiple of" in told and "it is the checkpoint's: take a smaller" in told
 
 
 def test_a_finished_run_says_so_and_touches_nothing(command: Command) -> None:

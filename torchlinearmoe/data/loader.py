@@ -186,4 +186,7 @@ def _read(batches: Dataset[MicroBatch], indices: Iterable[int], workers: int, pi
             # The loader's own state is not used: it would tie a checkpoint to the number of workers.
             snapshot_every_n_steps=1 << 30,
         )
-    return iter(loader)
+    try:
+        yield from loader
+    except UserError as error:  # from another process it comes with that one's stack
+        raise UserError(str(error).rpartition("errors.UserError: ")[2]) from None

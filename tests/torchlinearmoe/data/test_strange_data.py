@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from torchlinearmoe.data.conversations import read_conversations
+from torchlinearmoe.data.loader import build_validation_loader
 from torchlinearmoe.data.sources import find_sources, read_documents
 from torchlinearmoe.data.splits import open_splits
 from torchlinearmoe.data.store import TokenStore, cached_store, write_store
@@ -158,6 +159,12 @@ def test_an_id_that_the_tokenizer_does_not_have_is_named(tmp_path, letters):
     samples = open_splits([folder], tokenizer=letters, validation_fraction=0).train.samples(7)
     with pytest.raises(UserError, match="own: damaged: 300 is none of its 27 ids; make it again"):
         samples[0]
+    stream = open_splits([folder], tokenizer=letters, validation_fraction=0).train
+    for workers in (0, 1):
+        loader = build_validation_loader(stream, sequence_length=7, micro_batch_size=1, workers=workers)
+        with pytest.raises(UserError) as caught:
+            list(loader)
+        assert str(caught.value) == f"{folder}: damaged: 300 is none of its 27 ids; make it again"
 
 
 def test_what_killed_writers_left_is_removed(tmp_path, letters):
