@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from torchlinearmoe.data.packing import IGNORED, Samples, collate
+from torchlinearmoe.data.packing import IGNORED, collate
+from torchlinearmoe.data.stream import Samples
 from torchlinearmoe.documents import Documents
 
 

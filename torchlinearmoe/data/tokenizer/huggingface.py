@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torchlinearmoe.data.tokenizer import END_OF_TEXT, Tokenizer, read_file
+from torchlinearmoe.data.tokenizer.base import END_OF_TEXT, Tokenizer, read_file
 from torchlinearmoe.errors import UserError
 
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>", "<|im_end|>")

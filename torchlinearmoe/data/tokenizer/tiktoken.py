@@ -1,9 +1,6 @@
-"""Text to ids and back.
+"""tiktoken's files, `base64 rank` lines.
 
-Two kinds of file are read: tiktoken's (`base64 rank` lines) and Hugging Face's `tokenizer.json`. The rest of the
-project sees only `Tokenizer`.
-
-A tiktoken file holds ranks and nothing else. How text is cut before merging, and the special tokens, come from an
+Such a file holds ranks and nothing else. How text is cut before merging, and the special tokens, come from an
 optional neighbour `NAME.tiktoken.json`:
 
     {"pattern": "<regular expression>", "special_tokens": {"<|endoftext|>": 50256}, "end_of_text": "<|endoftext|>",
@@ -19,22 +16,18 @@ import base64
 import binascii
 import hashlib
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchlinearmoe.disk import expanded
+from torchlinearmoe.data.tokenizer.base import END_OF_TEXT, Tokenizer, read_file
 from torchlinearmoe.errors import UserError
 
 if TYPE_CHECKING:
     import tiktoken
 
-END_OF_TEXT = "<|endoftext|>"
 LAST_RANK = 2**31 - 1
-DEFAULT_TOKENIZER = Path(__file__).parent / "corpus" / "bpe-1024.tiktoken"
 
 DEFAULT_PATTERN = "|".join(
     [
@@ -46,65 +39,6 @@ DEFAULT_PATTERN = "|".join(
         r"\s+",
     ]
 )
-
-
-class Tokenizer(ABC):
-    """Ids 0 .. vocab_size - 1, one of them `end_of_text`, which no text encodes to."""
-
-    path: Path
-    """The file it was read from."""
-    vocab_size: int
-    """The largest id plus one, special tokens included."""
-    end_of_text: int
-    """The id that ends every document, and starts the next where there is no other for that."""
-    begin_of_text: int | None = None
-    """The id that its own files put before a text, if it is another one; every document starts with it then."""
-    padding: int | None = None
-    """The id that its own files fill up with, if they name one."""
-    special_tokens: Mapping[str, int] = {}
-    """Tokens that no text encodes to, by their spelling."""
-    fingerprint: str
-    """Hash of everything that decides ids; part of the name of cached tokens."""
-    files: Mapping[str, bytes] = {}
-    """What was read, by file name: the same bytes go into checkpoints, whatever lies at `path` by then."""
-
-    @property
-    def start(self) -> int:
-        """The id that starts every document."""
-        return self.end_of_text if self.begin_of_text is None else self.begin_of_text
-
-    def starting(self, begins: bool | None) -> Tokenizer:
-        """The same, with documents that start with `begin_of_text` or do not; None: with it where there is one.
-
-        Raises UserError when they must and there is none.
-        """
-        if begins and self.begin_of_text is None:
-            raise UserError(f"data.begin_of_text = true: {self.path} names no token that begins a text; leave it out")
-        if begins is not False or self.begin_of_text is None:
-            return self
-        plain = copy(self)
-        plain.begin_of_text = None
-        return plain
-
-    @abstractmethod
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`. Special tokens spelled out in it are encoded as the plain text they are there."""
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on several threads where that is faster."""
-        return [self.encode(text) for text in texts]
-
-    @abstractmethod
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of `ids`, one token's after the other's: decode_bytes(a + b) == decode_bytes(a) + decode_bytes(b).
-
-        A token may end inside a UTF-8 character, so a stream is shown through `codecs.getincrementaldecoder("utf-8")`.
-        Ids without a token (a model's vocabulary may be padded) have no bytes.
-        """
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -211,45 +145,6 @@ def parse_ranks(content: bytes, path: Path) -> dict[bytes, int]:
                 "own; get the file again"
             )
     return ranks
-
-
-def read_file(path: Path) -> bytes:
-    """The bytes of a tokenizer's file. Raises UserError when they cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"data.tokenizer: cannot read '{path}': {error.strerror}") from None
-
-
-def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
-    """The tokenizer in `path`: a tiktoken file, a `tokenizer.json`, or a folder that holds a `tokenizer.json`.
-
-    None or an empty string is the tokenizer that ships with the project. Raises UserError, one line that names the
-    file: when it is missing, of neither kind, or names no end-of-text token.
-    """
-    path = expanded(path, "data.tokenizer") if path else DEFAULT_TOKENIZER
-    if path.is_dir():
-        folder, path = path, path / "tokenizer.json"
-        if not path.is_file():
-            raise UserError(f"data.tokenizer = '{folder}': the folder holds no tokenizer.json")
-    if not path.is_file():
-        raise UserError(
-            f"data.tokenizer = '{path}': no such file; give a tiktoken file or a Hugging Face tokenizer.json"
-        )
-    if path.suffix == ".json":
-        from torchlinearmoe.data.huggingface_tokenizer import HuggingFaceTokenizer
-
-        return HuggingFaceTokenizer(path)
-    return TiktokenTokenizer(path)
-
-
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises UserError when a model of `vocab_size` ids is too small for the tokenizer."""
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"model.vocab_size = {vocab_size} is smaller than the {tokenizer.vocab_size} ids of {tokenizer.path}; "
-            f"set model.vocab_size to at least {tokenizer.vocab_size}"
-        )
 
 
 def _read_options(path: Path) -> tuple[dict[str, Any], Path, dict[str, bytes]]:
