@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import shlex
 import signal
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,11 +22,9 @@ from torchlinearmoe.checkpoint.initial import InitialWeights
 from torchlinearmoe.checkpoint.manager import CheckpointManager
 from torchlinearmoe.checkpoint.model import begins_as_trained, model_files
 from torchlinearmoe.data.baselines import Baselines, baseline_losses
-from torchlinearmoe.data.chat_template import load_template
 from torchlinearmoe.data.fingerprint import DataState, fingerprint, follow
 from torchlinearmoe.data.loader import build_loader, build_validation_loader
 from torchlinearmoe.data.open import open_data
-from torchlinearmoe.data.opening import opening_of_messages, opening_of_text
 from torchlinearmoe.data.packing import MicroBatch
 from torchlinearmoe.data.splits import Splits
 from torchlinearmoe.data.tokenizer import check_vocabulary, load_tokenizer
@@ -35,16 +32,14 @@ from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.evaluation import first_bad_layer, held_out_loss, silent_mixers
 from torchlinearmoe.kernels.choose import check_modules
 from torchlinearmoe.late import LateNumbers, to_device
-from torchlinearmoe.metrics.console import format_number
+from torchlinearmoe.metrics import report
 from torchlinearmoe.metrics.logger import MetricsLogger
 from torchlinearmoe.metrics.meter import Meter, peak_memory_gib
 from torchlinearmoe.metrics.mfu import mfu, peak_flops
 from torchlinearmoe.metrics.profiling import MemorySnapshot, StepProfiler
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.models.flops import training_flops_per_token
-from torchlinearmoe.moe.balance import counting_pass, forget_global_counts, needs_counting_pass, update_bias
-from torchlinearmoe.moe.layer import MoE
-from torchlinearmoe.moe.statistics import expert_load, gather_statistics, load_figures
+from torchlinearmoe.moe.routers import Routers
 from torchlinearmoe.moe.totals import StepTotals
 from torchlinearmoe.optim.build import build_optimizer
 from torchlinearmoe.optim.schedule import scheduled, set_learning_rate
@@ -56,13 +51,9 @@ from torchlinearmoe.parallel.inputs import Inputs
 from torchlinearmoe.parallel.mesh import Degrees, Meshes
 from torchlinearmoe.parallel.tensor import sum_partial_gradients
 from torchlinearmoe.recipe import Recipe
-from torchlinearmoe.recipe.remarks import remarks
 from torchlinearmoe.resume import counts_of, go_on
 from torchlinearmoe.run_folder import with_begin_of_text, write_recipe
 from torchlinearmoe.runtime import StopSignal, choose_dtype, on_rank_0
-
-MANY_EPOCHS = 4
-"""Up to about so many, repeated text is worth as much as new (Muennighoff et al. 2023, arXiv 2305.16264)."""
 
 
 class Diverged(RuntimeError):
@@ -109,7 +100,9 @@ class Trainer:
         built = build_parallel_model(recipe, self.meshes, device, self.dtype)
         self.parts, self.passes, self.shared = built.parts, built.passes, built.shared
         self.modules = nn.ModuleList(self.parts)
-        self.moe_layers = [module for module in self.modules.modules() if isinstance(module, MoE)]
+        self.routers = Routers(
+            self.whole, self.parts, tokens=self.meshes.tokens_group, stages=self.meshes.pipeline_group
+        )
         self.optimizer = build_optimizer(
             self.parts,
             name=recipe.optimizer.name,
@@ -162,7 +155,6 @@ class Trainer:
         self.resumed_from = source
         self.stop_signal = 0
         self._pending: LateNumbers | None = None
-        self._logged_step = self.step
 
     @property
     def model(self) -> Decoder:
@@ -237,7 +229,7 @@ class Trainer:
         """
         self.modules.train()
         batches = [self._own(batch) for batch in batches]
-        group, tokens_group = self.meshes.loss_group, self.meshes.tokens_group
+        group = self.meshes.loss_group
         valid, counted = (sum(counts) for counts in zip(*((b.valid_tokens, b.counted_tokens) for b in batches)))
         counts = to_device(torch.tensor([valid, counted, received or 0], dtype=torch.float64), self.device)
         dist.all_reduce(counts[:2], group=group)
@@ -247,9 +239,7 @@ class Trainer:
         padded = any(batch.filled is not None for batch in batches)
         totals = replace(self.totals, without_padding=counts[1].clamp(min=1)) if padded else self.totals
         inputs = [self._inputs(batch, totals) for batch in batches]
-        if len(batches) > 1 and needs_counting_pass(self.whole):
-            with counting_pass(self.modules, tokens_group):
-                self.passes.forward(inputs)
+        self.routers.count_first(lambda: self.passes.forward(inputs), len(batches))
         total = self.passes.forward_backward(inputs, tokens)
         dist.all_reduce(total, group=group)
         mean = total / tokens
@@ -260,8 +250,7 @@ class Trainer:
         finite_norm = grad_norm + 0.0 * mean.to(grad_norm.dtype)
         skipped = step_if_finite(self.optimizer, finite_norm, self.recipe.optimizer.clip_norm)
         self.optimizer.zero_grad(set_to_none=True)
-        update_bias(self.moe_layers, tokens_group, skipped)
-        forget_global_counts(self.modules)
+        self.routers.end_step(skipped)
 
         # What happened in a step is read one step later, when it is known without waiting for the device.
         previous, self._pending = self._pending, LateNumbers(torch.stack([skipped.double(), counts[2]]))
@@ -348,47 +337,23 @@ class Trainer:
         return follow(extra.get("data", {}), now, self.recipe.data.on_change, next_sample)
 
     def _begin(self) -> Baselines | None:
-        parameters = sum(p.numel() for p in self.whole.parameters())
-        degrees = self.meshes.degrees
-        self.metrics.message(
-            f"{parameters / 1e6:.1f}M parameters, {self.flops_per_token / 1e9:.3f} GFLOP a token, "
-            f"{self.tokens_per_step} tokens a step, {self.total_steps} steps on {degrees.world_size} x "
-            f"{self.device.type} in {str(self.dtype).removeprefix('torch.')}"
-        )
-        train, length = self.splits.train, self.recipe.training.sequence_length
-        epochs = self.total_steps * (self.tokens_per_step // length) / len(train.samples(length))
-        self.metrics.message(
-            f"{train.num_documents} documents of {format_number(len(train))} tokens, {epochs:.2g} epochs; tokenizer "
-            f"{self.tokenizer.path.name}; in {self.folder}"
-        )
-        if epochs > MANY_EPOCHS:
-            self.metrics.message(
-                f"the data are read {epochs:.3g} times: beyond {MANY_EPOCHS} epochs repeated text teaches less; bring "
-                "more in data.paths, or take fewer steps"
-            )
-        if self.resumed_from is not None:
-            self.metrics.message(f"resumed from {self.resumed_from} after step {self.step}")
-        lines = [
-            *self.resume_notes,
-            *remarks(self.recipe),
-            *(self.initial_weights.describe() if self.initial_weights else []),
-        ]
-        for line in filter(
-            None, [self.data_note, *lines, self.splits.train.note(self.recipe.training.sequence_length)]
+        degrees, source = self.meshes.degrees, self.resumed_from
+        for line in report.beginning(
+            self.recipe,
+            self.splits,
+            self.tokenizer,
+            parameters=sum(p.numel() for p in self.whole.parameters()),
+            flops_per_token=self.flops_per_token,
+            devices=f"{degrees.world_size} x {self.device.type}",
+            dtype=self.dtype,
+            resumed=[source and f"resumed from {source} after step {self.step}", self.data_note, *self.resume_notes],
+            weights=self.initial_weights.describe() if self.initial_weights else [],
         ):
             self.metrics.message(line)
-        if left_out := self.splits.left_out:
-            self.metrics.message(f"data.paths: not read is what training wrote in {', '.join(map(str, left_out))}")
-        if unknown := self.splits.unknown:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(unknown).most_common(8))
-            self.metrics.message(f"data.paths: {sum(unknown.values())} files of no known kind are not read: {kinds}")
         if not self.recipe.metrics.baselines or not len(self.splits.validation) or self.rank != 0:
             return None
         found = baseline_losses(self.splits.train, self.splits.validation, self.tokenizer.vocab_size)
-        self.metrics.message(
-            f"held-out loss of count models: uniform {found.uniform:.4f}, unigram {found.unigram:.4f}, "
-            f"interpolated bigram {found.bigram:.4f} nats a token"
-        )
+        self.metrics.message(report.count_models(found))
         return found
 
     def _held_out_loss(self, limit: int = 0) -> float:
@@ -413,9 +378,7 @@ class Trainer:
 
     def _log(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         """One line of metrics; every rank takes part in the sums."""
-        packed = gather_statistics(self.parts, self.meshes.tokens_group, self.meshes.pipeline_group)
-        figures = load_figures(packed, steps=max(self.step - self._logged_step, 1))
-        self._logged_step = self.step
+        figures, expert_load = self.routers.figures()
         values = {
             "loss": loss.item(),
             "grad_norm": grad_norm.item(),
@@ -430,9 +393,9 @@ class Trainer:
                 reading.tokens_per_second, self.flops_per_token, self.peak, devices=self.meshes.degrees.world_size
             ),
             "memory_gib": peak_memory_gib(self.device),
-            **{key: value for key, value in figures.items() if key.count("/") == 1},
+            **figures,
         }
-        self.metrics.log(self.step, values, expert_load=expert_load(packed), seconds_left=reading.seconds_left)
+        self.metrics.log(self.step, values, expert_load=expert_load, seconds_left=reading.seconds_left)
 
     def _save(self, *, blocking: bool) -> None:
         with self.meter.paused():
@@ -466,10 +429,7 @@ class Trainer:
             loss = self._held_out_loss()
             self.metrics.message(f"held-out loss of the model: {loss:.4f} nats a token")
             if baselines is not None:
-                self.metrics.message(
-                    f"  below uniform by {baselines.uniform - loss:.4f}, unigram by {baselines.unigram - loss:.4f}, "
-                    f"interpolated bigram by {baselines.bigram - loss:.4f}"
-                )
+                self.metrics.message(report.below(baselines, loss))
             if metrics.mixer_ablation:
                 with silent_mixers(self.modules):
                     silent = self._held_out_loss()
@@ -477,19 +437,5 @@ class Trainer:
         last = self.checkpoints.directory / f"step-{self.step}"
         if self.skipped_in_a_row:
             self.metrics.message("the last step had a loss or gradient that is not finite, and changed nothing")
-        curves = f"{self.folder / 'metrics.jsonl'}"
-        if metrics.tensorboard:
-            curves += f", tensorboard --logdir {self.folder / 'tensorboard'}"
-        self.metrics.message(f"checkpoint: {last}")
-        self.metrics.message(f"curves: {curves}")
-        told = [shlex.quote(str(last)), *self._prompt()]
-        self.metrics.message(f"next: python -m torchlinearmoe.generate {' '.join(told)}")
-
-    def _prompt(self) -> list[str]:
-        """Options of `generate` that ask the model for something like its data."""
-        data, train = self.recipe.data, self.splits.train
-        if data.format == "messages":
-            text = opening_of_messages(train, self.tokenizer, load_template(data.chat_template))
-            return ["--chat", "--prompt", shlex.quote(text or "Hello.")]
-        text = opening_of_text(train, self.tokenizer)
-        return ["--prompt", shlex.quote(text)] if text else []
+        for line in report.where_it_is(self.recipe, self.splits, self.tokenizer, last):
+            self.metrics.message(line)
