@@ -3,8 +3,7 @@
     tokenizer/     text <-> ids                         sources.py   files -> documents
     store.py       documents -> a folder of token ids   splits.py    training and held-out token streams
     shared.py      one rank's token folders, read by all
-    stream.py      a split's ids -> samples             packing.py   samples -> micro-batches
-    order.py     which sample comes when
+    packing.py     stream -> samples -> micro-batches   order.py     which sample comes when
     conversations.py, chat_template.py                  the same from messages: packed whole, responses trained
     loader.py      the micro-batches of one data rank   baselines.py what a count of bigrams would score
 

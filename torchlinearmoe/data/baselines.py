@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from torchlinearmoe.data.stream import TokenStream
+from torchlinearmoe.data.splits import TokenStream
 from torchlinearmoe.errors import UserError
 
 DISCOUNTS = tuple(np.arange(0.05, 1.0, 0.05).round(2).tolist())

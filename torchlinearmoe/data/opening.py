@@ -6,7 +6,7 @@ from itertools import takewhile
 
 from torchlinearmoe.data.chat_template import END, ChatTemplate
 from torchlinearmoe.data.conversations import Conversations
-from torchlinearmoe.data.stream import TokenStream
+from torchlinearmoe.data.splits import TokenStream
 from torchlinearmoe.data.tokenizer import Tokenizer
 
 TOKENS = 60

@@ -1,4 +1,12 @@
-"""Samples of one length, and micro-batches of them.
+"""A stream of tokens cut into samples, and samples into micro-batches.
+
+Sample i of a stream is its ids i * L .. i * L + L: the first L are the inputs, the last L the labels, so every input
+has the next id of the stream as its label. With L = 4 and `^` for the start marker, the end of text here:
+
+    stream            ^ a b c ^ d e f g ^        two documents, "abc" and "defg"
+    sample 0  inputs  ^ a b c                    labels  a b c ^
+    sample 1  inputs  ^ d e f                    labels  d e f g
+    sample 2  inputs  g . . .                    labels  ^ . . .      only where the tail is asked for
 
 Within a sample a document starts at the sample's first token and at every marker. What a sample cuts off goes on in the
 next one as a document of its own: its positions and states start afresh.
@@ -42,6 +50,53 @@ class SampleSource(Protocol):
     def ignored(self) -> Sample:
         """A sample that counts for nothing."""
         ...
+
+
+class Ids(Protocol):
+    """What samples read of a stream."""
+
+    start: int
+    """The id that starts a document."""
+    padding: int
+    """The id that fills up."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """int64 [stop - start]: the ids at places start .. stop - 1."""
+        ...
+
+
+class Samples:
+    """The samples of `length` tokens of a stream, by number.
+
+    A last, shorter piece of the stream is left out, or with `tail` filled up by ignored ids.
+    """
+
+    def __init__(self, stream: Ids, length: int, tail: bool = False) -> None:
+        self.stream = stream
+        self.length = length
+        num_targets = max(len(stream) - 1, 0)
+        self._len = -(-num_targets // length) if tail else num_targets // length
+
+    def __len__(self) -> int:
+        return self._len
+
+    def __getitem__(self, index: int) -> Sample:
+        start = index * self.length
+        ids = self.stream.read(start, min(start + self.length + 1, len(self.stream)))
+        num_targets = len(ids) - 1
+        tokens = np.full(self.length, self.stream.padding, dtype=np.int64)
+        labels = np.full(self.length, IGNORED, dtype=np.int64)
+        tokens[:num_targets], labels[:num_targets] = ids[:-1], ids[1:]
+        starts = [0, *(1 + np.flatnonzero(ids[1:-1] == self.stream.start)).tolist()]
+        if num_targets == self.length:
+            return Sample(tokens, labels, starts)
+        return Sample(tokens, labels, [*starts, num_targets], num_targets)
+
+    def ignored(self) -> Sample:
+        """A sample that counts for nothing."""
+        return ignored_sample(self.length, self.stream.padding)
 
 
 def ignored_sample(length: int, padding: int) -> Sample:

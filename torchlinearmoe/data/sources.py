@@ -21,7 +21,7 @@ from importlib import import_module
 from pathlib import Path
 
 from torchlinearmoe.data.store import is_cached, is_store
-from torchlinearmoe.data.tokenizer.base import END_OF_TEXT
+from torchlinearmoe.data.tokenizer import END_OF_TEXT
 from torchlinearmoe.disk import expanded
 from torchlinearmoe.errors import UserError
 from torchlinearmoe.written import RUN_PARTS, is_checkpoint, is_run

@@ -3,7 +3,7 @@
 python -m torchlinearmoe.data.train_tokenizer [TEXT ...] --output NAME.tiktoken [--vocab-size 1024]
 
 Without TEXT it trains on the corpus that ships. All 256 bytes are tokens, so every text can be encoded; the last id,
-`vocab_size - 1`, is kept for `<|endoftext|>` and has no line in the file. Text is cut by `DEFAULT_PATTERN`.
+`vocab_size - 1`, is kept for `<|endoftext|>` and has no line in the file. Text is cut by `tokenizer.DEFAULT_PATTERN`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from torchlinearmoe.data.sources import find_sources, read_documents
+from torchlinearmoe.data.tokenizer import DEFAULT_PATTERN
 from torchlinearmoe.data.tokenizer.huggingface import byte_level_alphabet, import_tokenizers
-from torchlinearmoe.data.tokenizer.tiktoken import DEFAULT_PATTERN
 from torchlinearmoe.errors import UserError
 
 

@@ -8,9 +8,8 @@ import pytest
 tokenizers = pytest.importorskip("tokenizers")
 
 from torchlinearmoe.data.sources import find_sources, read_documents  # noqa: E402
-from torchlinearmoe.data.tokenizer import load_tokenizer  # noqa: E402
+from torchlinearmoe.data.tokenizer import DEFAULT_PATTERN, load_tokenizer  # noqa: E402
 from torchlinearmoe.data.tokenizer.huggingface import byte_level_alphabet  # noqa: E402
-from torchlinearmoe.data.tokenizer.tiktoken import DEFAULT_PATTERN  # noqa: E402
 
 TEXTS = ["And the light shineth in darkness;", "naïve 日本語 🜂", " two  spaces\n\nlines", "<|endoftext|>", "<eos> x"]
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from torchlinearmoe.data.packing import IGNORED, collate
-from torchlinearmoe.data.stream import Samples
+from torchlinearmoe.data.packing import IGNORED, Samples, collate
 from torchlinearmoe.documents import Documents
 
 

@@ -9,8 +9,7 @@ import tempfile
 import pytest
 import tiktoken
 
-from torchlinearmoe.data.tokenizer import DEFAULT_TOKENIZER, check_vocabulary, load_tokenizer
-from torchlinearmoe.data.tokenizer.base import END_OF_TEXT
+from torchlinearmoe.data.tokenizer import DEFAULT_TOKENIZER, END_OF_TEXT, check_vocabulary, load_tokenizer
 from torchlinearmoe.errors import UserError
 
 TEXTS = [

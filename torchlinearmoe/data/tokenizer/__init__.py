@@ -8,11 +8,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torchlinearmoe.data.tokenizer.base import Tokenizer
+from torchlinearmoe.data.tokenizer.base import END_OF_TEXT, Tokenizer
 from torchlinearmoe.data.tokenizer.huggingface import HuggingFaceTokenizer
-from torchlinearmoe.data.tokenizer.tiktoken import TiktokenTokenizer
+from torchlinearmoe.data.tokenizer.tiktoken import DEFAULT_PATTERN, TiktokenTokenizer
 from torchlinearmoe.disk import expanded
 from torchlinearmoe.errors import UserError
+
+__all__ = [
+    "DEFAULT_PATTERN",
+    "DEFAULT_TOKENIZER",
+    "END_OF_TEXT",
+    "TiktokenTokenizer",
+    "Tokenizer",
+    "check_vocabulary",
+    "load_tokenizer",
+]
 
 DEFAULT_TOKENIZER = Path(__file__).parents[1] / "corpus" / "bpe-1024.tiktoken"
 
