@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from torchlinearmoe.precision import wide_type
 from torchlinearmoe.segments import Segments
 
 
@@ -29,4 +29,4 @@ def checked_state(x: Tensor | None, shape: tuple[int, ...], segments: Segments, 
     if x is None:
         return None
     check_shape("initial_state", x, (segments.count, *shape))
-    return x.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+    return x.to(wide_type(like.dtype))

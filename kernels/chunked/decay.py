@@ -21,11 +21,6 @@ FLOOR = -1000.0
 """Log decays are clamped here: e^-1000 is zero in fp64 too, and sums over a chunk stay finite (-inf would not)."""
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of decays and states: fp64 for fp64 inputs, else fp32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def running_sum(log_decay: Tensor, dim: int) -> Tensor:
     """The inclusive running sum of log decays (clamped to FLOOR) over `dim`, in fp64."""
     return log_decay.double().clamp(min=FLOOR).cumsum(dim)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchlinearmoe.kernels.chunked.decay import compute_dtype
 from torchlinearmoe.kernels.operator import Backend
+from torchlinearmoe.precision import wide_type
 from torchlinearmoe.segments import Segments
 
 
@@ -23,7 +23,7 @@ def short_convolution(
 ) -> tuple[Tensor, Tensor | None]:
     """As `definition.short_convolution`."""
     W = weight.shape[1]
-    dtype = compute_dtype(x)
+    dtype = wide_type(x.dtype)
     wide, taps = x.to(dtype), weight.to(dtype).t()
     masks = segments.view(f"lags_{W}_{dtype.itemsize}", lambda segments: _lag_masks(segments.ids, W, dtype))
     y: Tensor = _ShiftedProducts.apply(F.pad(wide, (0, 0, W - 1, 0)), taps, masks)  # pyright: ignore

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from torchlinearmoe.kernels.operator import Backend
 from torchlinearmoe.kernels.tokens import documents_of
+from torchlinearmoe.precision import wide_type
 from torchlinearmoe.segments import Segments
 
 
@@ -23,7 +24,7 @@ def short_convolution(
 ) -> tuple[Tensor, Tensor | None]:
     """y_t = activation(bias + sum_j weight[:, j] x_{t - (W - 1) + j}); earlier inputs are the state."""
     W = weight.shape[1]
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = wide_type(x.dtype)
     outputs, finals = [], []
     for document, (start, end) in enumerate(documents_of(segments)):
         before = x.new_zeros(W - 1, x.shape[1]) if initial_state is None else initial_state[document].to(x.dtype)

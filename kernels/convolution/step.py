@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchlinearmoe.kernels.operator import Backend
+from torchlinearmoe.precision import wide_type
 from torchlinearmoe.segments import Segments
 
 
@@ -18,7 +19,7 @@ def convolution_step(
     want_final: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """As the operator, with T = N; the new state leaves the old one alone."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = wide_type(x.dtype)
     window = torch.cat([initial_state.to(x.dtype), x.unsqueeze(1)], 1)
     y = (window.to(dtype) * weight.t().to(dtype)).sum(1)
     y = y if bias is None else y + bias.to(dtype)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchlinearmoe.kernels.choose import choose
 from torchlinearmoe.kernels.operator import Budget, Call, Operator
+from torchlinearmoe.precision import in_float32
 
 OPERATOR = Operator("cross_entropy", ("cross_entropy",))
 
@@ -26,7 +27,7 @@ def chunk_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     logits: [C, V]; labels: int64 [C]. Computed in float32 (float64 stays); the gradient comes in the logits' type.
     """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    wide = in_float32(logits)
     valid = labels != IGNORED
     target = labels.clamp(min=0)[:, None]
     log_total = wide.logsumexp(-1, keepdim=True)

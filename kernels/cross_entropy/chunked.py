@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from torchlinearmoe.kernels.cross_entropy import ChunkKernel
 from torchlinearmoe.kernels.operator import Backend
+from torchlinearmoe.precision import wide_type
 
 CHUNK_ELEMENTS = 2**28
 """Logits of one chunk."""
@@ -38,7 +39,7 @@ def chunk_rows(tokens: int, vocab_size: int) -> int:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, kernel: ChunkKernel) -> Tensor:
-        kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        kind = wide_type(hidden.dtype)
         rows = chunk_rows(hidden.shape[0], weight.shape[0])
         loss = torch.zeros((), dtype=kind, device=hidden.device)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from torchlinearmoe.kernels.chunked.carry import Chunks, carry
 from torchlinearmoe.kernels.chunked.channels import Reader, score_channels
-from torchlinearmoe.kernels.chunked.decay import compute_dtype
 from torchlinearmoe.kernels.chunked.layout import CHUNK_SIZE, Layout, layout_of, prepare
 from torchlinearmoe.kernels.chunked.scalar_decay import scalar_decay
 from torchlinearmoe.kernels.chunked.solve import solve_unit_lower
 from torchlinearmoe.kernels.delta.kinds import KINDS
 from torchlinearmoe.kernels.heads import repeat_heads
 from torchlinearmoe.kernels.operator import Backend
+from torchlinearmoe.precision import wide_type
 from torchlinearmoe.segments import Segments
 
 
@@ -39,7 +39,7 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """As `definition.delta_rule`."""
     layout = layout_of(segments, CHUNK_SIZE, initial_state is not None or want_final)
-    dtype = compute_dtype(q)
+    dtype = wide_type(q.dtype)
     beta_C1 = layout.split(beta.to(dtype)).unsqueeze(-1)
     if log_decay is not None and log_decay.dim() == 3:
         scores, chunks = per_channel(q, k, v, beta_C1, log_decay, layout)
@@ -53,7 +53,7 @@ def per_head(
     q: Tensor, k: Tensor, v: Tensor, beta_C1: Tensor, log_decay: Tensor | None, layout: Layout
 ) -> tuple[Tensor, Chunks]:
     """Scores, effective queries and keys, and writes for log_decay None or [T, HV]."""
-    dtype = compute_dtype(q)
+    dtype = wide_type(q.dtype)
     decay = scalar_decay(layout, log_decay, q.device, dtype)
     q_C, k_C, v_C = grouped(layout.split(q), layout.split(k), layout.split(v))
     scores = decay.apply(torch.matmul(q_C, k_C.transpose(-1, -2)))
@@ -77,7 +77,7 @@ def per_channel(
     q: Tensor, k: Tensor, v: Tensor, beta_C1: Tensor, log_decay: Tensor, layout: Layout
 ) -> tuple[Tensor, Chunks]:
     """The same for log_decay [T, HV, K]."""
-    dtype, low = compute_dtype(q), q.dtype
+    dtype, low = wide_type(q.dtype), q.dtype
     q_C, k_C, v_C = grouped(layout.split(q.to(dtype)), layout.split(k.to(dtype)), layout.split(v))
     parts = score_channels(layout, [Reader(q_C), Reader(k_C)], [k_C], layout.split(log_decay.to(dtype)), dtype)
     ((scores,), (overlap,)), (q_in, k_in), (k_out,) = parts.scores, parts.entered, parts.leaving

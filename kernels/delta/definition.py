@@ -9,6 +9,7 @@ from torch import Tensor
 from torchlinearmoe.kernels.delta.kinds import KINDS
 from torchlinearmoe.kernels.operator import Backend
 from torchlinearmoe.kernels.tokens import documents_of, tokens_of
+from torchlinearmoe.precision import wide_type
 from torchlinearmoe.segments import Segments
 
 
@@ -30,7 +31,7 @@ def delta_rule(
     """
     T, H, K = q.shape
     HV, V = v.shape[-2:]
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = wide_type(q.dtype)
     q_THK, k_THK = (x.to(dtype).repeat_interleave(HV // H, 1) for x in (q, k))
     v_THV, beta_TH = v.to(dtype), beta.to(dtype)
     decay = torch.ones_like(beta_TH) if log_decay is None else log_decay.to(dtype).exp()

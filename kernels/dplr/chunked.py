@@ -11,10 +11,10 @@ from torch import Tensor
 
 from torchlinearmoe.kernels.chunked.carry import Chunks, carry
 from torchlinearmoe.kernels.chunked.channels import Reader, score_channels
-from torchlinearmoe.kernels.chunked.decay import compute_dtype
 from torchlinearmoe.kernels.chunked.layout import CHUNK_SIZE, layout_of, prepare
 from torchlinearmoe.kernels.chunked.solve import solve_unit_lower
 from torchlinearmoe.kernels.operator import Backend
+from torchlinearmoe.precision import wide_type
 from torchlinearmoe.segments import Segments
 
 
@@ -33,7 +33,7 @@ def dplr_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """As `definition.dplr_rule`."""
     layout = layout_of(segments, CHUNK_SIZE, initial_state is not None or want_final)
-    dtype, low = compute_dtype(q), q.dtype
+    dtype, low = wide_type(q.dtype), q.dtype
     V, K = v.shape[-1], k.shape[-1]
     q_C, k_C, a_C, b_C, log_C = (layout.split(x.to(dtype)) for x in (q, k, a, b, log_decay))
     v_C = layout.split(v)

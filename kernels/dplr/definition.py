@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torchlinearmoe.kernels.operator import Backend
 from torchlinearmoe.kernels.tokens import documents_of, tokens_of
+from torchlinearmoe.precision import wide_type
 from torchlinearmoe.segments import Segments
 
 
@@ -29,7 +30,7 @@ def dplr_rule(
     Source: RWKV-7 (Peng et al. 2025, arXiv:2503.14456, eq. 17), where a = -kappa and b = kappa * eta.
     """
     H, K = q.shape[1:]
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = wide_type(q.dtype)
     q_THK1, k_THK1, a_THK1, b_THK1, log_THK1 = (x.to(dtype).unsqueeze(-1) for x in (q, k, a, b, log_decay))
     v_TH1V, decay_THK1 = v.to(dtype).unsqueeze(-2), log_THK1.exp()
     outputs, finals = [], []

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from torchlinearmoe.kernels.chunked.carry import Chunks, carry
 from torchlinearmoe.kernels.chunked.channels import Reader, score_channels
-from torchlinearmoe.kernels.chunked.decay import compute_dtype
 from torchlinearmoe.kernels.chunked.layout import CHUNK_SIZE, Layout, layout_of, prepare
 from torchlinearmoe.kernels.chunked.scalar_decay import scalar_decay
 from torchlinearmoe.kernels.linear.kinds import KINDS
 from torchlinearmoe.kernels.operator import Backend
+from torchlinearmoe.precision import wide_type
 from torchlinearmoe.segments import Segments
 
 
@@ -42,7 +42,7 @@ def linear_recurrence(
 
 def per_head(q: Tensor, k: Tensor, v_C: Tensor, log_decay: Tensor | None, layout: Layout) -> tuple[Tensor, Chunks]:
     """Scores and effective queries and keys for log_decay None, [H] or [T, H]."""
-    decay = scalar_decay(layout, log_decay, q.device, compute_dtype(q))
+    decay = scalar_decay(layout, log_decay, q.device, wide_type(q.dtype))
     q_C, k_C = layout.split(q), layout.split(k)
     scores = decay.apply(torch.matmul(q_C, k_C.transpose(-1, -2)))
     q_in = q_C if decay.prefix is None else q_C * decay.prefix.to(q_C.dtype)
@@ -55,7 +55,7 @@ def per_channel(
     q: Tensor, k: Tensor, v_C: Tensor, log_decay: Tensor, bonus: Tensor | None, layout: Layout
 ) -> tuple[Tensor, Chunks]:
     """The same for log_decay [T, H, K]."""
-    dtype = compute_dtype(q)
+    dtype = wide_type(q.dtype)
     q_C, k_C = layout.split(q.to(dtype)), layout.split(k.to(dtype))
     own = None if bonus is None else ((q_C * k_C * bonus.to(dtype)[:, None, None]).sum(-1),)
     parts = score_channels(layout, [Reader(q_C, own)], [k_C], layout.split(log_decay.to(dtype)), v_C.dtype)

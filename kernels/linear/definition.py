@@ -9,6 +9,7 @@ from torch import Tensor
 from torchlinearmoe.kernels.linear.kinds import KINDS
 from torchlinearmoe.kernels.operator import Backend
 from torchlinearmoe.kernels.tokens import documents_of, tokens_of
+from torchlinearmoe.precision import wide_type
 from torchlinearmoe.segments import Segments
 
 
@@ -28,7 +29,7 @@ def linear_recurrence(
     With `bonus` (RWKV6, Peng et al. 2024, eq. 17) the output reads the state before the write:
     o_t = scale * q_t^T (S_{t-1} + diag(bonus) k_t v_t^T). States are fp32, fp64 for fp64 inputs.
     """
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = wide_type(q.dtype)
     q_THK, k_THK, v_THV = q.to(dtype), k.to(dtype), v.to(dtype)
     decay_THK = _decay_THK(log_decay, q_THK)
     outputs, finals = [], []

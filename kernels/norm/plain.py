@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchlinearmoe.kernels.operator import Backend
+from torchlinearmoe.precision import in_float32
 
 
 def norm(
@@ -19,7 +20,7 @@ def norm(
     mean_square: Tensor | None,
 ) -> Tensor:
     """As `rms_norm`."""
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = in_float32(x)
     if mean_square is None:
         mean_square = wide.square().mean(-1, keepdim=True)
     normed = wide * torch.rsqrt(mean_square + eps) * weight.to(wide.dtype)

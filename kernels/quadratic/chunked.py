@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchlinearmoe.kernels.chunked.decay import compute_dtype
 from torchlinearmoe.kernels.chunked.layout import Layout, layout_of, prepare
 from torchlinearmoe.kernels.operator import Backend
 from torchlinearmoe.kernels.quadratic.features import KINDS, QuadraticFeatures
+from torchlinearmoe.precision import in_float32, wide_type
 from torchlinearmoe.segments import Segments
 
 CHUNK_SIZE = 128
@@ -50,7 +50,7 @@ def quadratic_attention(
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     o, final = quadratic_recurrence(q, k, v, kind, scale, segments, initial_state, want_final, group)
     if normalize:
-        wide = o.to(compute_dtype(o))
+        wide = in_float32(o)
         o = (wide[..., :-1] / (wide[..., -1:] + eps)).to(q.dtype)
     return o, final
 
@@ -148,7 +148,7 @@ class _Group:
 
 def _groups(phi, q, k, v, mask, carried, last, place, number, size: int) -> list[_Group]:
     """Cut the arguments of `_Groups` into groups of `size` chunks."""
-    groups, dtype = [], compute_dtype(q)
+    groups, dtype = [], wide_type(q.dtype)
     for first in range(0, q.shape[2], size):
         g = slice(first, min(first + size, q.shape[2]))
         count = g.stop - first
@@ -186,7 +186,7 @@ class _Groups(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, initial, mask, carried, last, place, number, count, kind, scale, size):
         phi = QuadraticFeatures(kind, q.shape[-1], scale, q.device)
-        state = torch.zeros(*q.shape[:2], phi.count, v.shape[-1], device=q.device, dtype=compute_dtype(q))
+        state = torch.zeros(*q.shape[:2], phi.count, v.shape[-1], device=q.device, dtype=wide_type(q.dtype))
         written = state.new_zeros(0 if number is None else count, *state.shape[1:])
         outputs, entered = [], []
         for group in _groups(phi, q, k, v, mask, carried, last, place, number, size):

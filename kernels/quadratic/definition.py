@@ -11,6 +11,7 @@ from torch import Tensor
 from torchlinearmoe.kernels.operator import Backend
 from torchlinearmoe.kernels.quadratic.features import KINDS
 from torchlinearmoe.kernels.tokens import documents_of, tokens_of
+from torchlinearmoe.precision import wide_type
 from torchlinearmoe.segments import Segments
 
 
@@ -47,7 +48,7 @@ def quadratic_attention(
     division: o_t = S_t^T phi(q_t).
     """
     root = math.sqrt(scale)
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = wide_type(q.dtype)
     q_THF, k_THF = (second_order_features(root * x.to(dtype), kind) for x in (q, k))
     v_THY = v.to(dtype)
     if normalize:

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from torchlinearmoe.kernels.chunked.decay import compute_dtype
+from torchlinearmoe.precision import in_float32
 
 KINDS = ("taylor", "square")
 
@@ -39,7 +39,7 @@ class QuadraticFeatures:
 
     def features(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., F] in x's dtype; the products are made in fp32 (fp64 for fp64)."""
-        wide = x.to(compute_dtype(x)) * math.sqrt(self.scale)
+        wide = in_float32(x) * math.sqrt(self.scale)
         pairs = wide[..., self.left] * self.weight.to(wide.dtype) * wide[..., self.right]
         if self.kind == "square":
             return pairs.to(x.dtype)
@@ -47,7 +47,7 @@ class QuadraticFeatures:
 
     def gradient(self, x: Tensor, d_features: Tensor) -> Tensor:
         """The gradient by x [..., K] of what has the gradient d_features [..., F], in fp32 (fp64)."""
-        wide = x.to(compute_dtype(x)) * math.sqrt(self.scale)
+        wide = in_float32(x) * math.sqrt(self.scale)
         d_pairs = d_features[..., -self.weight.shape[0] :].to(wide.dtype) * self.weight.to(wide.dtype)
         # d x_i = sum_j (d_ij + d_ji) x_j: every entry (i, j) of a square looks up its pair, the diagonal counts twice.
         lookup = torch.empty(self.width, self.width, dtype=torch.long, device=x.device)
@@ -62,10 +62,10 @@ class QuadraticFeatures:
 
     def score(self, s: Tensor) -> Tensor:
         """The polynomial of scale * s, in fp32 (fp64)."""
-        s = s.to(compute_dtype(s)) * self.scale
+        s = in_float32(s) * self.scale
         return s * s if self.kind == "square" else 1 + s * (1 + s / 2)
 
     def slope(self, s: Tensor) -> Tensor:
         """The derivative of `score` by s."""
-        s = s.to(compute_dtype(s)) * self.scale
+        s = in_float32(s) * self.scale
         return self.scale * (2 * s if self.kind == "square" else 1 + s)

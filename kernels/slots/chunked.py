@@ -16,11 +16,12 @@ from torch import Tensor
 
 from torchlinearmoe.kernels.chunked.blocks import blocks_below
 from torchlinearmoe.kernels.chunked.channels import document_decays
-from torchlinearmoe.kernels.chunked.decay import FLOOR, compute_dtype, decay_factor, drop_negligible, shrink_negligible
+from torchlinearmoe.kernels.chunked.decay import FLOOR, decay_factor, drop_negligible, shrink_negligible
 from torchlinearmoe.kernels.chunked.layout import CHUNK_SIZE, Layout, layout_of, prepare
 from torchlinearmoe.kernels.chunked.scan import scan_decay
 from torchlinearmoe.kernels.linear.chunked import linear_recurrence
 from torchlinearmoe.kernels.operator import Backend
+from torchlinearmoe.precision import wide_type
 from torchlinearmoe.segments import Segments
 
 
@@ -54,7 +55,7 @@ def slot_scores(
     layout: Layout,
 ) -> tuple[Tensor, Tensor | None]:
     """Every token's query times the slot keys after its write, [T, H, S] in fp32 (fp64), and the final slot keys."""
-    dtype = compute_dtype(q)
+    dtype = wide_type(q.dtype)
     q_C, k_C, w_C, log_C = layout.split(q), layout.split(k), layout.split(s.to(dtype)), layout.split(log_decay)
     log_C = log_C.to(dtype)
     products = torch.matmul(q_C, k_C.transpose(-1, -2)) * layout.documents.same_MCC

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torchlinearmoe.kernels.operator import Backend
 from torchlinearmoe.kernels.tokens import documents_of, tokens_of
+from torchlinearmoe.precision import wide_type
 from torchlinearmoe.segments import Segments
 
 
@@ -29,7 +30,7 @@ def slot_attention(
     """
     H, K = q.shape[1:]
     S, V = s.shape[-1], v.shape[-1]
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = wide_type(q.dtype)
     q_THK, k_THK, v_THV, s_THS = (x.to(dtype) for x in (q, k, v, s))
     decay_THS = log_decay.to(dtype).exp()
     outputs, keys, values = [], [], []

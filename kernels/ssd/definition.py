@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torchlinearmoe.kernels.operator import Backend
 from torchlinearmoe.kernels.tokens import documents_of, tokens_of
+from torchlinearmoe.precision import wide_type
 from torchlinearmoe.segments import Segments
 
 
@@ -24,7 +25,7 @@ def ssd(
     """S_t = e^{dt_t A} S_{t-1} + B_t (dt_t x_t)^T and y_t = C_t^T S_t; head h reads group h // (H // G)."""
     H, V = x.shape[1:]
     G, K = B.shape[1:]
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = wide_type(x.dtype)
     B_THK, C_THK = (part.to(dtype).repeat_interleave(H // G, 1) for part in (B, C))
     x_THV, dt_TH, A_H = x.to(dtype), dt.to(dtype), A.to(dtype)
     outputs, finals = [], []
