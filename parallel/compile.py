@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchlinearmoe.module import traits
+
 
 def compile_regions(model: nn.Module, backend: str) -> int:
     """Compile every region of `model` in place; returns how many."""
@@ -33,7 +35,7 @@ def compile_regions(model: nn.Module, backend: str) -> int:
     compiled = 0
     for module in model.modules():
         sizes = tuple(tuple(x.shape) for x in chain(module.parameters(recurse=False), module.buffers(recurse=False)))
-        for path in getattr(module, "regions", ()):
+        for path in traits(module).regions:
             *owners, name = path.split(".")
             owner = reduce(getattr, owners, module)
             # Of a module the compiler takes whole numbers as they are, of another object they may change.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
+from torchlinearmoe.module import Module
 from torchlinearmoe.moe.balance import Balance
 from torchlinearmoe.moe.dispatch import LocalDispatch
 from torchlinearmoe.moe.router import Router
@@ -18,7 +19,7 @@ from torchlinearmoe.parallel.compile import compile_regions
 D, T = 6, 8
 
 
-class Layer(nn.Module):
+class Layer(Module):
     """A router of some width and its rows, with all that is counted."""
 
     regions = ("dispatcher.dispatch", "dispatcher.combine")
