@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchlinearmoe.documents import Documents
-from torchlinearmoe.kernels.attention.layout import layout_of
+from torchlinearmoe.kernels.attention.rows import query_rows
 from torchlinearmoe.kernels.choose import choose
 from torchlinearmoe.kernels.operator import Budget, Call, Operator
 
@@ -44,10 +44,10 @@ def packed_attention(
     row r started history[r] keys before it; keys and values then lie row after row, those before a row's own first:
     S = T + all history. Returns [T, H, v].
     """
-    layout = layout_of(documents, history)
-    window = 0 if window >= layout.longest[1] else window
+    rows = query_rows(documents, history)
+    window = 0 if window >= rows.longest[1] else window
     chosen = choose(OPERATOR, backend, call(window, q.shape[-1], q.device.type, q.dtype))
-    return chosen.run(q, k, v, layout, scale, window)
+    return chosen.run(q, k, v, rows, scale, window)
 
 
 def budget(

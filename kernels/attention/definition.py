@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchlinearmoe.kernels.attention.layout import Layout
+from torchlinearmoe.kernels.attention.rows import QueryRows
 from torchlinearmoe.kernels.operator import Backend
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int) -> Tensor:
-    """As `packed_attention`; k and v have the keys of `layout`."""
-    pieces, seen = (borders.diff().tolist() for borders in layout.borders)
+def attend(q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, scale: float, window: int) -> Tensor:
+    """As `packed_attention`; k and v have the keys of `rows`."""
+    pieces, seen = (borders.diff().tolist() for borders in rows.borders)
     documents = zip(q.split(pieces), k.split(seen), v.split(seen))
     return torch.cat([_document(*document, scale, window) for document in documents])
 

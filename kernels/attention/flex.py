@@ -9,19 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchlinearmoe.kernels.attention.layout import Layout, by_rows
+from torchlinearmoe.kernels.attention.rows import QueryRows, by_rows
 from torchlinearmoe.kernels.operator import NARROW, Backend
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int) -> Tensor:
-    """As `packed_attention`; k and v have the keys of `layout`."""
+def attend(q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, scale: float, window: int) -> Tensor:
+    """As `packed_attention`; k and v have the keys of `rows`."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     grouped, value_width = k.shape[1] != q.shape[1], v.shape[-1]
     # Its products are of at least 16 channels. Those of zeros change no score and come back as zeros.
     q, k, v = (F.pad(x, (0, 16 - x.shape[-1])) if x.shape[-1] < 16 else x for x in (q, k, v))
 
-    def rows(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, key_ids: Tensor) -> Tensor:
+    def of_rows(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, key_ids: Tensor) -> Tensor:
         (count, length), keys = ids.shape, key_ids.shape[1]
         earlier = keys - length
 
@@ -34,7 +34,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window
         assert isinstance(out, Tensor)
         return out
 
-    return by_rows(rows, q, k, v, layout)[..., :value_width]
+    return by_rows(of_rows, q, k, v, rows)[..., :value_width]
 
 
 def _options(q: Tensor) -> Any:

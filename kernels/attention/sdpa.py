@@ -6,21 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchlinearmoe.kernels.attention.layout import Layout, by_rows
+from torchlinearmoe.kernels.attention.rows import QueryRows, by_rows
 from torchlinearmoe.kernels.operator import Backend
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int) -> Tensor:
-    """As `packed_attention`; k and v have the keys of `layout`."""
+def attend(q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, scale: float, window: int) -> Tensor:
+    """As `packed_attention`; k and v have the keys of `rows`."""
     grouped = k.shape[1] != q.shape[1]
 
-    def rows(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, key_ids: Tensor) -> Tensor:
-        if layout.plain_rows and not window:
+    def of_rows(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, key_ids: Tensor) -> Tensor:
+        if rows.plain_rows and not window:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
         mask = _mask(ids, key_ids, window)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
-    return by_rows(rows, q, k, v, layout)
+    return by_rows(of_rows, q, k, v, rows)
 
 
 def _mask(ids: Tensor, key_ids: Tensor, window: int) -> Tensor:

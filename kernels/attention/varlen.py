@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchlinearmoe.kernels.attention.layout import Layout
+from torchlinearmoe.kernels.attention.rows import QueryRows
 from torchlinearmoe.kernels.operator import Backend, Call
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int) -> Tensor:
-    """As `packed_attention`; k and v have the keys of `layout`."""
+def attend(q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, scale: float, window: int) -> Tensor:
+    """As `packed_attention`; k and v have the keys of `rows`."""
     from torch.nn.attention.varlen import varlen_attn
 
     knows, value_width = parameters(), v.shape[-1]
@@ -30,7 +30,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window
         options["scale"] = scale
     else:
         q = q * (scale * q.shape[-1] ** 0.5)
-    out = varlen_attn(q, k, v, *layout.borders, *layout.longest, **options)  # pyright: ignore
+    out = varlen_attn(q, k, v, *rows.borders, *rows.longest, **options)  # pyright: ignore
     assert isinstance(out, Tensor)
     return out[..., :value_width]
 

@@ -19,7 +19,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Layout:
+class QueryRows:
     """The T queries and their keys; the last keys of a document are its queries' own."""
 
     ids: Tensor
@@ -39,16 +39,16 @@ class Layout:
         return self.borders[0].shape[0] - 1 == len(self.history) and not any(self.history)
 
 
-def layout_of(documents: Documents, history: tuple[int, ...] = ()) -> Layout:
-    """The layout of a stream whose rows go on from `history` keys each, made once for all layers that share it."""
+def query_rows(documents: Documents, history: tuple[int, ...] = ()) -> QueryRows:
+    """Those of a stream whose rows go on from `history` keys each, made once for all layers that share it."""
     if any(history):
         return documents.segments.view(f"attention_{history}", lambda _: _continued(documents, history))
     borders, longest = documents.cu_seqlens, documents.max_length
     none = (0,) * documents.num_rows
-    return Layout(documents.ids, documents.row_length, none, (borders, borders), (longest, longest))
+    return QueryRows(documents.ids, documents.row_length, none, (borders, borders), (longest, longest))
 
 
-def _continued(documents: Documents, history: tuple[int, ...]) -> Layout:
+def _continued(documents: Documents, history: tuple[int, ...]) -> QueryRows:
     # What follows a document's border may see its own tokens and, in a row's first document, the history.
     first = {row * documents.row_length: keys for row, keys in enumerate(history)}
     starts = accumulate(documents.lengths, initial=0)
@@ -56,26 +56,24 @@ def _continued(documents: Documents, history: tuple[int, ...]) -> Layout:
     host = torch.tensor([0, *accumulate(seen)], dtype=torch.int32)
     host = host.pin_memory() if documents.ids.device.type == "cuda" else host
     borders = (documents.cu_seqlens, host.to(documents.ids.device, non_blocking=True))
-    return Layout(documents.ids, documents.row_length, history, borders, (documents.max_length, max(seen)))
+    return QueryRows(documents.ids, documents.row_length, history, borders, (documents.max_length, max(seen)))
 
 
-def by_rows(attend: Attend, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+def by_rows(attend: Attend, q: Tensor, k: Tensor, v: Tensor, rows: QueryRows) -> Tensor:
     """`attend(q, k, v, ids, key_ids)` over rows, all at once where none has a history, else one after the other.
 
     It is given q: [R, H, L, d], k: [R, G, M, d], v: [R, G, M, v], ids: [R, L] and key_ids: [R, M], the documents of
     queries and keys, of which the last L are the queries' own, and returns [R, H, L, v].
     """
-    length = layout.row_length
-    if not any(layout.history):
+    length = rows.row_length
+    if not any(rows.history):
         q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
-        ids = layout.ids.unflatten(0, (-1, length))
+        ids = rows.ids.unflatten(0, (-1, length))
         return attend(q, k, v, ids, ids).transpose(1, 2).flatten(0, 1)
-    keys = [length + earlier for earlier in layout.history]
-    rows = []
-    for *qkv, ids, earlier in zip(
-        q.split(length), k.split(keys), v.split(keys), layout.ids.split(length), layout.history
-    ):
+    keys = [length + earlier for earlier in rows.history]
+    outputs = []
+    for *qkv, ids, earlier in zip(q.split(length), k.split(keys), v.split(keys), rows.ids.split(length), rows.history):
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in qkv)
         key_ids = torch.cat([ids[:1].expand(earlier), ids])
-        rows.append(attend(q, k, v, ids[None], key_ids[None]).squeeze(0).transpose(0, 1))
-    return torch.cat(rows)
+        outputs.append(attend(q, k, v, ids[None], key_ids[None]).squeeze(0).transpose(0, 1))
+    return torch.cat(outputs)
