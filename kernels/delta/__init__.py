@@ -3,14 +3,15 @@
 Legend: T tokens of the stream, H query/key heads, HV value heads, K/V key/value head dim, N segments.
 """
 
+import torch
 from torch import Tensor
 
 from torchlinearmoe.kernels.choose import choose
 from torchlinearmoe.kernels.delta.kinds import KINDS, delta_kind
-from torchlinearmoe.kernels.delta.normalize import l2_normalize
 from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Budget, Call, Operator
 from torchlinearmoe.kernels.states import check_segments, check_shape, checked_state, facts_of
+from torchlinearmoe.precision import in_float32
 from torchlinearmoe.segments import Segments
 
 OPERATOR = Operator("delta", KINDS, key="model.kernel_backend")
@@ -54,6 +55,12 @@ def delta_rule(
     chosen = choose(OPERATOR, backend, Call(delta_kind(log_decay), q.device.type, q.dtype, K, **facts))
     factor = K**-0.5 if scale is None else scale
     return chosen.run(q, k, v, beta, log_decay, factor, segments, initial_state, want_final)
+
+
+def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(|x|^2 + eps) over the last dim, computed in fp32 (fp64 for fp64) and returned in x's dtype."""
+    wide = in_float32(x)
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def delta_rule_flops(value_heads: int, key_dim: int, value_dim: int, chunk_size: int = 64) -> float:

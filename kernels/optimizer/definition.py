@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchlinearmoe.kernels.optimizer.halves import join_halves, split_halves
-from torchlinearmoe.kernels.optimizer.rounding import random_bits, round_by_chance
+from torchlinearmoe.kernels.optimizer.rounding import join_halves, random_bits, round_by_chance, split_halves
 
 ELEMENTS = 2**24
 """Worked on at a time, so that what is held beside the tensors stays small."""

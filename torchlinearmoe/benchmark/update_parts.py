@@ -16,7 +16,7 @@ from torchlinearmoe.benchmark.rates import copy_rate
 from torchlinearmoe.benchmark.timing import time_steps
 from torchlinearmoe.kernels.optimizer import definition
 from torchlinearmoe.kernels.optimizer.definition import Place, Slot
-from torchlinearmoe.kernels.optimizer.halves import join_halves
+from torchlinearmoe.kernels.optimizer.rounding import join_halves
 
 SLICE = 5000
 """Elements of a tensor that are checked."""

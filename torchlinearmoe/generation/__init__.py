@@ -3,8 +3,7 @@
 Nothing here knows about tokenizers, files or terminals; the command `torchlinearmoe/generate.py` does.
 """
 
-from torchlinearmoe.generation.decode import Generation, generate, state_bytes
+from torchlinearmoe.generation.decode import Generation, cast_weights, generate, state_bytes
 from torchlinearmoe.generation.sampling import GREEDY, Sampling
-from torchlinearmoe.generation.weights import cast_weights
 
 __all__ = ["GREEDY", "Generation", "Sampling", "cast_weights", "generate", "state_bytes"]

@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchlinearmoe.errors import UserError
 from torchlinearmoe.generation.sampling import GREEDY, Sampling, choose
 from torchlinearmoe.mixers.base import Carry, Mixer
 from torchlinearmoe.models.decoder import Decoder, DecodeState
+from torchlinearmoe.module import traits
 
 PREFILL_LOGITS = 2**27
 """Logits of one piece of the prompts: prefill gives them for every position, of which only the last is used."""
@@ -137,3 +138,16 @@ def grows(model: Decoder) -> bool:
 def state_bytes(state: DecodeState) -> int:
     """Memory of all layers' states, in bytes; softmax layers count the room they have."""
     return sum(value.numel() * value.element_size() for layer in state.layers for value in layer.values())
+
+
+def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the parameters of `module` to `dtype` in place, all but those inside modules marked `keep_fp32`.
+
+    Those are the decays, routers and lower bounds that training computes in float32 as well. Buffers keep their types.
+    """
+    if traits(module).keep_fp32:
+        return
+    for parameter in module.parameters(recurse=False):
+        parameter.data = parameter.data.to(dtype)
+    for child in module.children():
+        cast_weights(child, dtype)

@@ -1,13 +1,16 @@
-"""The one entry of softmax attention over packed documents, on one rank or on spans of them (context parallelism).
+"""What softmax mixers share: attention over packed documents, and the cache of tokens that they keep while decoding.
 
-Two ways to see the tokens of earlier ranks:
+Over spans of documents (context parallelism) there are two ways to see the tokens of earlier ranks:
 
     gather   every rank gathers keys and values of all (LASP-2H, arXiv 2502.07563, section 3.5) and attends with its own
              queries, causal from where its span begins; later ranks have more to do
     heads    an all-to-all trades spans of all heads for whole rows of some heads (arXiv 2309.14509), another trades the
              outputs back; all ranks have the same to do, and the key-value heads must divide
 
-Letters: T tokens of this rank, W ranks, R rows, L tokens of a span, H query heads, G key-value heads, d head width.
+The cache has one entry a token, [B, room, ...] a part, written in place.
+
+Letters: T tokens of this rank, W ranks, R rows, L tokens of a span, H query heads, G key-value heads, d head width; B
+sequences decoded, M tokens of the longest context.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.kernels.attention import packed_attention
+from torchlinearmoe.mixers.base import Context, State
 from torchlinearmoe.parallel.exchange.gather import all_to_all, finish_gather, start_gather
 from torchlinearmoe.spans import Spans
 
@@ -90,3 +94,22 @@ def _own_spans(o: Tensor, spans: Spans) -> Tensor:
 
 def _whole(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, backend: str, window: int) -> Tensor:
     return packed_attention(q, k, v, documents, scale=scale, window=window, backend=backend)
+
+
+def append_to_cache(state: State, context: Context, **new: Tensor) -> list[Tensor]:
+    """Write the new tokens' parts [T, ...] into the state, and read each back as [B, M, ...], in the given order."""
+    ids = context.documents.ids.long()
+    for name, part in new.items():
+        state[name][ids, context.positions] = part.to(state[name].dtype)
+    return [state[name][:, : context.history].to(part.dtype) for name, part in new.items()]
+
+
+def padded_queries(q: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    """Packed queries [T, ...] as rows [B, L, ...] and their positions [B, L]; padding asks at position 0."""
+    documents = context.documents
+    ids, batch, longest = documents.ids.long(), len(documents.lengths), max(documents.lengths)
+    rows = q.new_zeros(batch, longest, *q.shape[1:])
+    positions = torch.zeros(batch, longest, dtype=torch.long, device=q.device)
+    rows[ids, documents.positions] = q
+    positions[ids, documents.positions] = context.positions
+    return rows, positions

@@ -37,7 +37,7 @@ from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.layers.past import After, Past, Resumed
 from torchlinearmoe.layers.rope import rotate_interleaved
-from torchlinearmoe.mixers.attention import attend, attend_to_history, with_history
+from torchlinearmoe.mixers.attention import append_to_cache, attend, attend_to_history, padded_queries, with_history
 from torchlinearmoe.mixers.base import (
     Carry,
     Context,
@@ -48,7 +48,6 @@ from torchlinearmoe.mixers.base import (
     register,
     rope_scaling,
 )
-from torchlinearmoe.mixers.cache import append_to_cache, padded_queries
 from torchlinearmoe.recipe.schema import ModelRecipe
 
 LATENT_EPS = 1e-6

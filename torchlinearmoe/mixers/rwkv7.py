@@ -31,7 +31,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchlinearmoe.initialize import Constant, Initializer, Orthogonal, Rows, linear, orthogonal, set_initializers
 from torchlinearmoe.kernels.choose import KernelCall
-from torchlinearmoe.kernels.delta.normalize import l2_normalize
+from torchlinearmoe.kernels.delta import l2_normalize
 from torchlinearmoe.kernels.dplr import OPERATOR, dplr_rule_flops
 from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.layers.convolution import token_shift

@@ -28,7 +28,7 @@ from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.layers.convolution import Convolutions
 from torchlinearmoe.layers.past import After, Past, Resumed
 from torchlinearmoe.layers.rope import rotate
-from torchlinearmoe.mixers.attention import attend
+from torchlinearmoe.mixers.attention import append_to_cache, attend, padded_queries
 from torchlinearmoe.mixers.base import (
     Carry,
     Context,
@@ -40,7 +40,6 @@ from torchlinearmoe.mixers.base import (
     register,
     rope_scaling,
 )
-from torchlinearmoe.mixers.cache import append_to_cache, padded_queries
 from torchlinearmoe.recipe.schema import ModelRecipe
 
 
@@ -76,7 +75,7 @@ class SoftmaxAttention(Mixer[Options]):
         {"window": 5, "heads": 4, "head_dim": 16, "kv_heads": 2},
         {"window": 65, "heads": 3, "head_dim": 10, "kv_heads": 1},
     )
-    regions = ("project", "place", "output")
+    regions = ("project", "rotate_heads", "output")
 
     def __init__(self, options: Options, model: ModelRecipe, place: LayerPlace) -> None:
         super().__init__(options, model, place)
@@ -134,7 +133,9 @@ class SoftmaxAttention(Mixer[Options]):
         """Raw queries q [T, H d], keys k and values v [T, G d]."""
         return {"q": self.q_proj(x_TD), "k": self.k_proj(x_TD), "v": self.v_proj(x_TD)}
 
-    def place(self, q: Tensor, k: Tensor, v: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def rotate_heads(
+        self, q: Tensor, k: Tensor, v: Tensor, cosines: Tensor, sines: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [T, H, d], rotated keys and values [T, G, d]."""
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
         return rotate(q, cosines, sines), rotate(k, cosines, sines), v
@@ -146,7 +147,7 @@ class SoftmaxAttention(Mixer[Options]):
     def run(self, x_TD: Tensor, context: Context, past: Past) -> tuple[Tensor, After]:
         parts, after = self.convs(self.project(x_TD), past)
         tables = context.rotary(self.head_dim, self.theta, x_TD.dtype, self.scaling)
-        q, k, v = self.place(parts["q"], parts["k"], parts["v"], *tables)
+        q, k, v = self.rotate_heads(parts["q"], parts["k"], parts["v"], *tables)
         if not isinstance(past, Resumed):
             scale = self.head_dim**-0.5
             o = attend(q, k, v, context.documents, scale=scale, backend=self.backend, window=self.window)

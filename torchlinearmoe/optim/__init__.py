@@ -1,6 +1,6 @@
 """The optimizer's room: which parameters decay, which optimizer runs, what the learning rate is at a step.
 
-    adamw.py      the optimizer; launches.py, places.py: its one launch over all parameters of a kind
+    adamw.py      the optimizer; launches.py: its one launch over all parameters of a kind
     masters.py    float32 masters behind bfloat16 weights
     sums.py       gradients of several micro-batches
     step.py       clip, and skip what is broken

@@ -11,20 +11,22 @@ host does not wait for a GPU, but in the last of the forms below. State entries 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from torchlinearmoe.initialize import local_boxes
 from torchlinearmoe.kernels.optimizer import definition
-from torchlinearmoe.kernels.optimizer.definition import Slot
+from torchlinearmoe.kernels.optimizer.definition import Place, Slot
 from torchlinearmoe.kernels.optimizer.rounding import tensor_key
 from torchlinearmoe.optim.gradients import KERNEL_TYPES, clear_gradients, gradient_parts, summed, types_of
 from torchlinearmoe.optim.launches import Launch
 from torchlinearmoe.optim.masters import local_part, rest_of
-from torchlinearmoe.optim.places import place_of
 
 STATES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Legal values of `optimizer.states`."""
@@ -184,3 +186,24 @@ class AdamW(Optimizer):
                 eps=group["eps"],
                 factor=factor,
             )
+
+
+def place_of(parameter: Tensor) -> Place:
+    """The `Place` of the local part of a plain tensor or DTensor.
+
+    Part [2:4, 0:3] of [4, 6]: elements 12 13 14 and 18 19 20, so base 12, inner 3, stride 6.
+    """
+    if not isinstance(parameter, DTensor):
+        return Place()
+    boxes = list(local_boxes(parameter))
+    if not boxes:
+        return Place()
+    ((region, start),) = boxes
+    shape, sizes = tuple(parameter.shape), tuple(r.stop - r.start for r in region)
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    base = sum(s * stride for s, stride in zip(start, strides))
+    cut = max((dim for dim in range(len(shape)) if sizes[dim] != shape[dim]), default=0)
+    if math.prod(sizes[:cut]) == 1:
+        return Place(base)
+    assert sizes[1:cut] == shape[1:cut], "a part is cut along dim 0 and one other"
+    return Place(base, math.prod(sizes[cut:]), strides[cut - 1])

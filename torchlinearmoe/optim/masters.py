@@ -2,7 +2,7 @@
 
 A parameter that FSDP shards keeps its float32 master in its shard and is cast when it is gathered. One that is nowhere
 sharded computes from a bfloat16 weight as it lies; the 16 bits that this lacks of its master lie beside it, the two
-making 4 bytes (`kernels.optimizer.halves`). Who saves, loads or draws such a parameter asks here for its master.
+making 4 bytes (`kernels.optimizer.rounding`). Who saves, loads or draws such a parameter asks here for its master.
 
 Gradients arrive in bfloat16; several micro-batches are summed in float32, so `.grad` may be of either type.
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from torchlinearmoe.kernels.optimizer.halves import join_halves, split_halves
+from torchlinearmoe.kernels.optimizer.rounding import join_halves, split_halves
 from torchlinearmoe.module import traits
 
 SHARDING_AXES = {"fsdp", "efsdp", "data_replicate"}

@@ -3,8 +3,13 @@
 import torch
 
 from torchlinearmoe.kernels.optimizer.definition import Place
-from torchlinearmoe.kernels.optimizer.halves import join_halves, split_halves
-from torchlinearmoe.kernels.optimizer.rounding import random_bits, round_by_chance, tensor_key
+from torchlinearmoe.kernels.optimizer.rounding import (
+    join_halves,
+    random_bits,
+    round_by_chance,
+    split_halves,
+    tensor_key,
+)
 
 
 def test_halves_give_every_master_back_and_the_weight_is_the_nearest():

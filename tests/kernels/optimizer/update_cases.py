@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchlinearmoe.kernels.optimizer import definition
 from torchlinearmoe.kernels.optimizer.definition import Place, Slot
-from torchlinearmoe.kernels.optimizer.halves import join_halves, split_halves
+from torchlinearmoe.kernels.optimizer.rounding import join_halves, split_halves
 from torchlinearmoe.optim.gradients import for_launch, summed
 from torchlinearmoe.optim.launches import Launch
 

@@ -6,7 +6,7 @@ import torch
 from torchlinearmoe.benchmark.update_parts import BETAS, EPS, LR, SLICE, Expected, chosen
 from torchlinearmoe.kernels.optimizer import definition
 from torchlinearmoe.kernels.optimizer.definition import Slot
-from torchlinearmoe.kernels.optimizer.halves import split_halves
+from torchlinearmoe.kernels.optimizer.rounding import split_halves
 
 
 def _slot(states: torch.dtype) -> tuple[Slot, torch.Tensor]:
