@@ -14,11 +14,13 @@ Forking is the same: `checkpoint.resume` names a checkpoint, `training.output_di
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from torchlinearmoe.checkpoint.folder import candidates
+from torchlinearmoe.checkpoint.folder import candidates, read_extra
+from torchlinearmoe.checkpoint.manager import CheckpointManager
 from torchlinearmoe.checkpoint.model import checkpoint_recipe, checkpoint_template, checkpoint_tokenizer
 from torchlinearmoe.data.chat_template import load_template
 from torchlinearmoe.data.tokenizer import Tokenizer
@@ -40,6 +42,36 @@ TOLD_KEYS = {
     *("optimizer.lr", "optimizer.min_lr", "optimizer.schedule", "optimizer.decay_fraction", "optimizer.clip_norm"),
     *("optimizer.warmup_steps", "optimizer.warmup_tokens"),
 }
+
+
+class Finished(Exception):
+    """There is nothing to do: the run was at its end before. Says so in a few lines."""
+
+
+def choose_checkpoint(
+    recipe: Recipe, checkpoints: CheckpointManager, tokenizer: Tokenizer
+) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, made by a recipe that this one may follow, and lines to say.
+
+    Raises Finished where it is that of the last step.
+    """
+    choice, folder = recipe.checkpoint.resume, Path(recipe.training.output_dir)
+    if choice == "never" and (folder / "metrics.jsonl").exists():
+        raise RecipeError(
+            f"checkpoint.resume = 'never': {folder} was used by another run; "
+            "choose another training.output_dir or checkpoint.resume = 'latest'"
+        )
+    source = checkpoints.resume_from(choice)
+    if source is None:
+        return None, []
+    extra, total = read_extra(source), recipe.training.total_steps
+    notes = go_on(source, recipe, tokenizer, step=extra["step"], data_known="fingerprint" in extra.get("data", {}))
+    if extra["step"] >= total:
+        raise Finished(
+            f"all {total} steps are done; more of them, training.steps or training.tokens, go on from "
+            f"here\ncheckpoint: {source}\nnext: python -m torchlinearmoe.generate {shlex.quote(str(source))}"
+        )
+    return source, notes
 
 
 def go_on(source: Path, recipe: Recipe, tokenizer: Tokenizer, *, step: int, data_known: bool) -> list[str]:

@@ -29,7 +29,7 @@ def _train(path: str, overrides: Sequence[str]) -> int:
     from torchlinearmoe.parallel.pipeline import check_micro_batches
     from torchlinearmoe.recipe import Recipe, load_recipe
     from torchlinearmoe.recipe.validate import check_steps
-    from torchlinearmoe.resume import with_saved_tokens_per_step
+    from torchlinearmoe.resume import Finished, with_saved_tokens_per_step
     from torchlinearmoe.run_folder import with_tokenizer, with_tokens_per_step
     from torchlinearmoe.run_lock import locked
     from torchlinearmoe.runtime import choose_device, on_rank_0, process_group, world_size
@@ -57,7 +57,7 @@ def _train(path: str, overrides: Sequence[str]) -> int:
             raise RecipeError(f"{error}; it is the checkpoint's: take a smaller micro-batch, or fewer ranks") from None
         import torch.distributed as dist
 
-        from torchlinearmoe.trainer import Diverged, Finished, Trainer
+        from torchlinearmoe.trainer import Diverged, Trainer
 
         try:
             stopped = Trainer(recipe, degrees, device).run()

@@ -7,7 +7,6 @@ finite, log. Everything around it (validation, checkpoints, signals, the end) ha
 from __future__ import annotations
 
 import gc
-import shlex
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,6 @@ from torchlinearmoe.data.open import open_data
 from torchlinearmoe.data.packing import MicroBatch
 from torchlinearmoe.data.splits import Splits
 from torchlinearmoe.data.tokenizer import check_vocabulary, load_tokenizer
-from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.evaluation import first_bad_layer, held_out_loss, silent_mixers
 from torchlinearmoe.kernels.choose import check_modules
 from torchlinearmoe.late import LateNumbers, to_device
@@ -51,7 +49,7 @@ from torchlinearmoe.parallel.inputs import Inputs
 from torchlinearmoe.parallel.mesh import Degrees, Meshes
 from torchlinearmoe.parallel.tensor import sum_partial_gradients
 from torchlinearmoe.recipe import Recipe
-from torchlinearmoe.resume import counts_of, go_on
+from torchlinearmoe.resume import choose_checkpoint, counts_of
 from torchlinearmoe.run_folder import with_begin_of_text, write_recipe
 from torchlinearmoe.runtime import StopSignal, choose_dtype, on_rank_0
 
@@ -60,14 +58,10 @@ class Diverged(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
 
 
-class Finished(Exception):
-    """There is nothing to do: the run was at its end before. Says so in a few lines."""
-
-
 class Trainer:
     """One run of a recipe on this rank. Needs a process group; `recipe.training.tokens_per_step` is resolved.
 
-    Raises Finished, before anything is written, where the checkpoint to go on from is that of the last step.
+    Raises `resume.Finished`, before anything is written, where the checkpoint to go on from is that of the last step.
     """
 
     def __init__(self, recipe: Recipe, degrees: Degrees, device: torch.device) -> None:
@@ -89,7 +83,7 @@ class Trainer:
         self.tokenizer = load_tokenizer(recipe.data.tokenizer)
         check_vocabulary(self.tokenizer, recipe.model.vocab_size)
         self.checkpoints = CheckpointManager(self.folder / "checkpoints", recipe.checkpoint.keep)
-        source, self.resume_notes = self._choose_checkpoint()
+        source, self.resume_notes = choose_checkpoint(recipe, self.checkpoints, self.tokenizer)
         self.checkpoints.clear()
         fresh = source is None and recipe.checkpoint.init_from
         self.initial_weights = InitialWeights(recipe) if fresh else None
@@ -298,27 +292,6 @@ class Trainer:
 
     # -----------------------------------------------------------------------------------------------------------------
     # before, around and after
-
-    def _choose_checkpoint(self) -> tuple[Path | None, list[str]]:
-        """The checkpoint to go on from, made by a recipe that this one may follow, and lines to say."""
-        choice = self.recipe.checkpoint.resume
-        if choice == "never" and (self.folder / "metrics.jsonl").exists():
-            raise RecipeError(
-                f"checkpoint.resume = 'never': {self.folder} was used by another run; "
-                "choose another training.output_dir or checkpoint.resume = 'latest'"
-            )
-        source = self.checkpoints.resume_from(choice)
-        if source is None:
-            return None, []
-        extra = read_extra(source)
-        data_known = "fingerprint" in extra.get("data", {})
-        notes = go_on(source, self.recipe, self.tokenizer, step=extra["step"], data_known=data_known)
-        if extra["step"] >= self.total_steps:
-            raise Finished(
-                f"all {self.total_steps} steps are done; more of them, training.steps or training.tokens, go on from "
-                f"here\ncheckpoint: {source}\nnext: python -m torchlinearmoe.generate {shlex.quote(str(source))}"
-            )
-        return source, notes
 
     def _open_data(self, source: Path | None) -> Splits:
         """The data, found and tokenised by rank 0 while the others wait; documents start as the weights know them."""
