@@ -22,17 +22,16 @@ def test_traits_are_inherited_and_read_off_the_module():
     assert traits(nn.Linear(2, 2)) is PLAIN and not PLAIN.keep_fp32
 
 
-@pytest.mark.parametrize(
-    "name, told", [("keep_fp_32", "did you mean 'keep_fp32'?"), ("zzz", "legal: keep_fp32, no_weight_decay, regions")]
-)
+@pytest.mark.parametrize("name, told", [("keep_fp_32", "did you mean 'keep_fp32'? "), ("zzz", "")])
 def test_a_mistyped_trait_is_an_error_where_the_class_is_made(name: str, told: str):
     with pytest.raises(TypeError) as error:
         type("Decay", (Module,), {name: True})
-    assert str(error.value) == f"Decay.{name}: no trait of that name; {told}"
+    legal = "legal: keep_fp32, no_weight_decay, regions"
+    assert str(error.value) == f"Decay.{name}: no trait of that name; {told}{legal}"
 
 
 def test_a_mistyped_declaration_of_a_mixer_names_the_right_one():
-    with pytest.raises(TypeError, match=r"^Wrong.varients: no trait of that name; did you mean 'variants'\?$"):
+    with pytest.raises(TypeError, match=r"^Wrong.varients: no trait of that name; did you mean 'variants'\? legal: "):
         type("Wrong", (Mixer,), {"varients": ()})
 
 
