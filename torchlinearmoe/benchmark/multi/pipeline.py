@@ -1,0 +1,31 @@
+"""Pipeline parallelism over all ranks, in every schedule of the recipe: losses of one rank, and speed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torchlinearmoe.benchmark.multi.host import Host
+from torchlinearmoe.benchmark.multi.models import small, timed
+from torchlinearmoe.benchmark.multi.rows import Row, compared, rated
+from torchlinearmoe.benchmark.multi.shapes import batch_of, steps_of
+
+LIMIT = 240
+SCHEDULES = ("1f1b", "interleaved", "zero_bubble")
+
+
+def run(host: Host) -> Iterator[Row]:
+    """Losses of all schedules first, then their speeds: twice as many micro-batches as ranks."""
+    sequences, length = batch_of(host)
+    (alone,) = host.measure([{"kind": "losses", "recipe": small(host)}], ranks=1)
+    layouts = [{"data_shard": 1, "pipeline": host.ranks, "pipeline_schedule": name} for name in SCHEDULES]
+    found = host.measure([{"kind": "losses", "recipe": small(host, parallel=parallel)} for parallel in layouts])
+    for name, losses in zip(SCHEDULES, found):
+        yield compared(name, losses, alone, host.cuda)
+    # Two stages a rank want as many layers.
+    layers = {"num_layers": 16} if host.ranks == 8 else {}
+    shape = {"length": length, "sequences": sequences // 2, "micro_batches": 2 * host.ranks, "model": layers}
+    speeds = host.measure(
+        [{"kind": "speed", "recipe": timed(host, **shape, **parallel), "steps": steps_of(host)} for parallel in layouts]
+    )
+    for name, speed in zip(SCHEDULES, speeds):
+        yield rated(f"{name}, speed", speed, speeds[0], SCHEDULES[0])
