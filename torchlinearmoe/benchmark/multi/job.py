@@ -19,9 +19,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from torchlinearmoe.benchmark.multi.host import read_lines
 from torchlinearmoe.benchmark.multi.overlap import gathers
+from torchlinearmoe.benchmark.multi.unsettle import unsettle
 from torchlinearmoe.benchmark.timing import time_steps
 from torchlinearmoe.benchmark.trace import device_pieces, load_events
 from torchlinearmoe.benchmark.train_ours import synthetic_batch
@@ -40,14 +43,19 @@ PROFILED = 2
 
 
 def losses(run: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Loss and gradient norm of every step on the recipe's data, and the load of its fullest expert."""
+    """Loss of every step on the recipe's data, from moved values; the first step's gradients, as the norm of each
+    parameter's; the load of the fullest expert."""
     trainer = build(run, device)
-    steps = [trainer.train_step(batches)[:2] for batches in trainer.loader]
+    for part in trainer.parts:
+        unsettle(part)
+    gradients: dict[str, float] = {}
+    with first_gradients(trainer, gradients):
+        steps = [trainer.train_step(batches)[0] for batches in trainer.loader]
     packed = gather_statistics(trainer.parts, trainer.meshes.tokens_group, trainer.meshes.pipeline_group)
     figures = load_figures(packed, steps=len(steps))
     return {
-        "losses": [loss.item() for loss, _ in steps],
-        "grad_norms": [norm.item() for _, norm in steps],
+        "losses": [loss.item() for loss in steps],
+        "gradients": gradients,
         "max_load": figures.get("moe/max_load"),
     }
 
@@ -124,6 +132,29 @@ def build(run: dict[str, Any], device: torch.device) -> Trainer:
     recipe = with_tokens_per_step(recipe, tokens_per_step(recipe.training, degrees))
     check_micro_batches(recipe, degrees)
     return Trainer(recipe, degrees, device)
+
+
+@contextmanager
+def first_gradients(trainer: Trainer, gradients: dict[str, float]) -> Iterator[None]:
+    """Fill `gradients` with the norms of the first step inside, by parameter, those of all pipeline stages."""
+    complete = trainer._gradient_norm
+
+    def watched() -> Tensor:
+        norm = complete()
+        if not gradients:
+            for part in trainer.parts:
+                for name, parameter in part.named_parameters():
+                    grad = parameter.grad
+                    assert grad is not None, name
+                    gradients[name] = float((grad.full_tensor() if isinstance(grad, DTensor) else grad).norm())
+            stages: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(stages, gradients)
+            for stage in stages:
+                gradients.update(stage)
+        return norm
+
+    trainer._gradient_norm = watched
+    yield
 
 
 def synthetic_step(trainer: Trainer) -> list[MicroBatch]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 Row = dict[str, Any]
 Figures = dict[str, Any]
 
-TOLERANCES = {True: (1e-3, 1e-2), False: (1e-5, 1e-4)}
-"""Relative, of losses and of gradient norms, in float32: on GPUs, whose kernels multiply in TF32, and on CPUs."""
-FALLS = 0.05
-"""By so many nats the loss must have fallen where it is compared: weights that stand still are equal on any layout."""
+TOLERANCES = {True: (2e-3, 1e-2), False: (1e-3, 1e-4)}
+"""Relative, of the losses and of the first step's gradients, in float32: on GPUs, which may multiply in TF32, and on
+CPUs. A rounding that sends a token to another expert moves later losses by 1e-4 and more, whatever the layout; the
+gradients before any of that tell what is wrong."""
+NEGLIGIBLE = 1e-4
+"""Of all gradients' norm: so much is added to each, as rounding is of what cancels."""
 
 
 def failed(case: str, error: str) -> Row:
@@ -25,25 +29,26 @@ def left_out(case: str, why: str) -> Row:
 
 
 def compared(case: str, found: Figures, expected: Figures, cuda: bool, start: int = 0) -> Row:
-    """Losses and gradient norms of every step, beside those of another run from its step `start` on."""
+    """Losses and the first gradients, beside those of another run from its step `start` on."""
     for figures in (found, expected):
         if "error" in figures:
             return failed(case, figures["error"])
-    pairs = [(found[key], expected[key][start:]) for key in ("losses", "grad_norms")]
-    if not pairs[0][0] or any(len(a) != len(b) for a, b in pairs):
-        return failed(case, f"{len(pairs[0][0])} steps where {len(pairs[0][1])} were expected")
-    differences = [_furthest(a, b) for a, b in pairs]
-    row: Row = {"case": case, "loss_difference": differences[0], "grad_norm_difference": differences[1]}
+    losses = expected["losses"][start:]
+    if not losses or len(found["losses"]) != len(losses):
+        return failed(case, f"{len(found['losses'])} steps where {len(losses)} were expected")
+    loss = max(_difference(a, b) for a, b in zip(found["losses"], losses))
+    if "gradients" in found:
+        gradient, name = _furthest(found["gradients"], expected["gradients"])
+    else:
+        gradient, name = _difference(found["grad_norms"][0], expected["grad_norms"][start]), "all parameters"
+    row: Row = {"case": case, "loss_difference": loss, "gradient_difference": gradient}
     if found.get("max_load") is not None:
         row["max_load"] = found["max_load"]
     limits = TOLERANCES[cuda]
-    if not all(difference <= limit for difference, limit in zip(differences, limits)):
-        error = "losses differ by {:.1e} and gradient norms by {:.1e}, at most {:.0e} and {:.0e} may be"
-        return row | {"result": "failed", "error": error.format(*differences, *limits)}
-    losses = expected["losses"]
-    if losses[0] - losses[-1] < FALLS:
-        return row | {"result": "failed", "error": f"the loss only went from {losses[0]:.3f} to {losses[-1]:.3f}"}
-    return row | {"result": "equal"}
+    if loss <= limits[0] and gradient <= limits[1]:
+        return row | {"result": "equal"}
+    error = f"losses differ by {loss:.1e}, the first gradient of {name} by {gradient:.1e}; {limits[0]:.0e} and "
+    return row | {"result": "failed", "error": error + f"{limits[1]:.0e} may be"}
 
 
 def rated(case: str, found: Figures, against: Figures | None = None, name: str = "") -> Row:
@@ -57,7 +62,16 @@ def rated(case: str, found: Figures, against: Figures | None = None, name: str =
     return row | {"share": found[key] / against[key], "of": name}
 
 
-def _furthest(found: Sequence[float], expected: Sequence[float]) -> float:
-    """The largest relative difference; infinite where a number is not finite."""
-    differences = [abs(a - b) / abs(b) if b else float("inf") for a, b in zip(found, expected)]
-    return max(difference if difference == difference else float("inf") for difference in differences)
+def _furthest(found: Mapping[str, float], expected: Mapping[str, float]) -> tuple[float, str]:
+    """The largest relative difference of norms, and whose."""
+    if missing := found.keys() ^ expected.keys():
+        return math.inf, min(missing)
+    least = NEGLIGIBLE * math.hypot(*expected.values())
+    return max((_difference(found[name], norm, least), name) for name, norm in expected.items())
+
+
+def _difference(found: float, expected: float, least: float = 0.0) -> float:
+    """Relative; infinite where a number is not finite."""
+    if not (math.isfinite(found) and math.isfinite(expected)):
+        return math.inf
+    return abs(found - expected) / max(abs(expected) + least, sys.float_info.min)
