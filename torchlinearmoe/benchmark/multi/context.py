@@ -19,38 +19,58 @@ from torchlinearmoe.mixers import MIXERS
 LIMIT = 420
 QUICK_MIXERS = ("linear_attention", "gla", "mamba2", "gated_delta_net")
 """One of each way to decay."""
-GATHER = "gather"
 
 
 def run(host: Host) -> Iterator[Row]:
     """What matters most comes first: the limit may end the rest."""
-    yield from _speeds(host)
-    yield from _losses(host)
+    speeds, models = _speeds(host), _models(host)
+    checked = [
+        {"kind": "losses", "recipe": small(host, model=model, parallel=parallel)} for model, parallel in models.values()
+    ]
+    dp, cp, profile, hybrid, *spread = host.measure([*speeds, *checked])
+    yield rated("data parallel", dp)
+    yield rated("LASP-2, speed", cp, dp, "data parallel")
+    yield failed("LASP-2, gather", profile["error"]) if "error" in profile else _hidden(profile)
+    yield rated("LASP-2H, speed", hybrid)
+    alone = host.measure([{"kind": "losses", "recipe": small(host, model=model)} for model, _ in models.values()], 1)
+    for name, found, expected in zip(models, spread, alone):
+        yield compared(name, found, expected, host.cuda)
     if not host.quick:
         yield from _longest(host)
 
 
-def _speeds(host: Host) -> Iterator[Row]:
-    span = span_of(host)
+def _speeds(host: Host) -> list[dict[str, Any]]:
+    """Runs: data parallel, LASP-2, its profile, LASP-2H."""
+    span, steps = span_of(host), steps_of(host)
     linear, hybrid = {"layout": "L"}, {"layout": "LLLN"}
-    data = {"data_shard": host.ranks}
-    context = {"data_shard": 1, "context": host.ranks, "context_attention": GATHER}
-    dp = timed(host, length=span, sequences=1, model=linear, **data)
-    cp = timed(host, length=span * host.ranks, sequences=1, model=linear, **_linear(context))
-    lasp2h = timed(host, length=span * host.ranks, sequences=1, model=hybrid, **context)
-    steps = steps_of(host)
-    alone, spread, profile, mixed = host.measure(
-        [
-            {"kind": "speed", "recipe": dp, "steps": steps},
-            {"kind": "speed", "recipe": cp, "steps": steps},
-            {"kind": "overlap", "recipe": cp, "steps": 3},
-            {"kind": "speed", "recipe": lasp2h, "steps": steps},
-        ]
-    )
-    yield rated("data parallel", alone)
-    yield rated("LASP-2, speed", spread, alone, "data parallel")
-    yield failed("LASP-2, gather", profile["error"]) if "error" in profile else _hidden(profile)
-    yield rated("LASP-2H, speed", mixed)
+    dp = timed(host, length=span, sequences=1, model=linear, data_shard=host.ranks)
+    cp = timed(host, length=span * host.ranks, sequences=1, model=linear, **linear_only(host))
+    lasp2h = timed(host, length=span * host.ranks, sequences=1, model=hybrid, **gathered(host))
+    return [
+        {"kind": "speed", "recipe": dp, "steps": steps},
+        {"kind": "speed", "recipe": cp, "steps": steps},
+        {"kind": "overlap", "recipe": cp, "steps": 3},
+        {"kind": "speed", "recipe": lasp2h, "steps": steps},
+    ]
+
+
+def _models(host: Host) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Models whose losses are compared, each with the degrees it is spread by."""
+    names = QUICK_MIXERS if host.quick else [name for name in MIXERS if not MIXERS[name].keeps_past]
+    models: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"LASP-2H": ({}, gathered(host))}
+    for name in names:
+        models[f"LASP-2, {name}"] = ({"mixer": name, "layout": "L", "num_layers": 2}, linear_only(host))
+    return models
+
+
+def linear_only(host: Host) -> dict[str, Any]:
+    """The degrees of a model without softmax layers."""
+    return {"data_shard": 1, "context": host.ranks}
+
+
+def gathered(host: Host) -> dict[str, Any]:
+    """And of one whose softmax layers gather keys and values."""
+    return {**linear_only(host), "context_attention": "gather"}
 
 
 def _hidden(profile: dict[str, Any]) -> Row:
@@ -59,37 +79,18 @@ def _hidden(profile: dict[str, Any]) -> Row:
     return {"case": "LASP-2, gather", "result": "timed", **profile}
 
 
-def _linear(context: dict[str, Any]) -> dict[str, Any]:
-    """Without what only softmax layers read."""
-    return {key: value for key, value in context.items() if key != "context_attention"}
-
-
-def _losses(host: Host) -> Iterator[Row]:
-    context = {"data_shard": 1, "context": host.ranks, "context_attention": GATHER}
-    names = QUICK_MIXERS if host.quick else [name for name in MIXERS if not MIXERS[name].keeps_past]
-    models: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"LASP-2H": ({}, context)}
-    models |= {name: ({"mixer": name, "layout": "L", "num_layers": 2}, _linear(context)) for name in names}
-    alone = host.measure([{"kind": "losses", "recipe": small(host, model=model)} for model, _ in models.values()], 1)
-    spread = host.measure(
-        [{"kind": "losses", "recipe": small(host, model=m, parallel=degrees)} for m, degrees in models.values()]
-    )
-    for name, found, expected in zip(models, spread, alone):
-        yield compared(name if name == "LASP-2H" else f"LASP-2, {name}", found, expected, host.cuda)
-
-
 def _longest(host: Host) -> Iterator[Row]:
-    context = {"data_shard": 1, "context": host.ranks, "context_attention": GATHER}
     lengths = []
     length = 2 * span_of(host) * host.ranks
     while length <= longest_of(host):
         lengths.append(length)
         length *= 2
-    for name, layout, degrees in (("LASP-2", "L", _linear(context)), ("LASP-2H", "LLLN", context)):
+    for name, layout, degrees in (("LASP-2", "L", linear_only(host)), ("LASP-2H", "LLLN", gathered(host))):
         recipes = [
             timed(host, length=length, sequences=1, model={"layout": layout}, checkpointing="full", **degrees)
             for length in lengths
         ]
-        found = host.measure([{"kind": "speed", "recipe": recipe, "steps": 2} for recipe in recipes])
+        found = host.measure([{"kind": "speed", "recipe": recipe, "steps": 2} for recipe in recipes], rising=True)
         fit = [(length, figures) for length, figures in zip(lengths, found) if "error" not in figures]
         wrong = [(length, figures["error"]) for length, figures in zip(lengths, found) if "error" in figures]
         case = f"{name}, longest"

@@ -51,20 +51,23 @@ class Host:
         self.known: dict[str, dict[str, Any]] = {}
         """What one rank found, by run."""
 
-    def measure(self, runs: Sequence[dict[str, Any]], ranks: int | None = None) -> list[dict[str, Any]]:
+    def measure(
+        self, runs: Sequence[dict[str, Any]], ranks: int | None = None, *, rising: bool = False
+    ) -> list[dict[str, Any]]:
         """The figures of each run on `ranks` (default: all), or {"error": one line}.
 
-        They share their processes until one fails; the next ones get new processes. What one rank alone finds is kept.
+        They share their processes until one fails; the next ones get new processes, or where they are `rising` in what
+        they need, none. What one rank alone finds is kept.
         """
         if ranks != 1:
-            return self._measure(runs, ranks or self.ranks)
+            return self._measure(runs, ranks or self.ranks, rising)
         keys = [json.dumps(run, sort_keys=True) for run in runs]
         missing = [index for index, key in enumerate(keys) if key not in self.known]
         found = dict(zip(missing, self._measure([runs[index] for index in missing], 1)))
         self.known |= {keys[index]: figures for index, figures in found.items() if "error" not in figures}
         return [found[index] if index in found else self.known[key] for index, key in enumerate(keys)]
 
-    def _measure(self, runs: Sequence[dict[str, Any]], ranks: int) -> list[dict[str, Any]]:
+    def _measure(self, runs: Sequence[dict[str, Any]], ranks: int, rising: bool = False) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         while len(found) < len(runs):
             folder = self.new_folder()
@@ -81,8 +84,10 @@ class Host:
             found += answers
             if len(found) < len(runs):
                 found.append({"error": error})
-                if time.monotonic() > self.deadline:
-                    found += [{"error": "not begun within the limit"}] * (len(runs) - len(found))
+                late = time.monotonic() > self.deadline
+                if late or rising:
+                    why = "not begun within the limit" if late else "not begun"
+                    found += [{"error": why}] * (len(runs) - len(found))
         return found
 
     def new_folder(self) -> Path:

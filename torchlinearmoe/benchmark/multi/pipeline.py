@@ -20,15 +20,16 @@ def run(host: Host) -> Iterator[Row]:
     # Weights stay gathered, as a backward in two parts wants them; no rank has a share of others' here.
     alike = {"data_shard": 1, "pipeline": host.ranks, "reshard_after_forward": False}
     layouts = [{**alike, "pipeline_schedule": name} for name in SCHEDULES]
-    found = host.measure([{"kind": "losses", "recipe": small(host, parallel=parallel)} for parallel in layouts])
-    for name, losses in zip(SCHEDULES, found):
-        yield compared(name, losses, alone, host.cuda)
     # Two stages a rank want as many layers.
     layers = {"num_layers": 16} if host.ranks == 8 else {}
     shape = {"length": length, "sequences": sequences // 2, "micro_batches": 2 * host.ranks, "model": layers}
-    speeds = host.measure(
-        [{"kind": "speed", "recipe": timed(host, **shape, **parallel), "steps": steps_of(host)} for parallel in layouts]
-    )
-    for name, speed in zip(SCHEDULES, speeds):
-        against = speeds[0] if speed is not speeds[0] else None
-        yield rated(f"{name}, speed", speed, against, SCHEDULES[0])
+    losses = [{"kind": "losses", "recipe": small(host, parallel=parallel)} for parallel in layouts]
+    recipes = [timed(host, **shape, **parallel) for parallel in layouts]
+    speeds = [{"kind": "speed", "recipe": recipe, "steps": steps_of(host)} for recipe in recipes]
+    found = host.measure([*losses, *speeds])
+    for name, figures in zip(SCHEDULES, found):
+        yield compared(name, figures, alone, host.cuda)
+    first, *others = found[len(SCHEDULES) :]
+    yield rated(f"{SCHEDULES[0]}, speed", first)
+    for name, speed in zip(SCHEDULES[1:], others):
+        yield rated(f"{name}, speed", speed, first, SCHEDULES[0])

@@ -133,6 +133,7 @@ def test_a_run_that_fails_or_hangs_leaves_the_others_their_answers(tmp_path: Pat
     found = host.measure([good, bad, good])
     assert len(found[0]["losses"]) == len(found[2]["losses"]) == 1
     assert "parallel" in found[1]["error"] and "RecipeError" in found[1]["error"]
+    assert host.measure([bad, good], rising=True)[1] == {"error": "not begun"}
     host.deadline = time.monotonic() + 0.5
     late = host.measure([good, good])
     assert late == [{"error": "no answer within the limit"}, {"error": "not begun within the limit"}]
