@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch.cuda import nccl
 
 from torchlinearmoe.benchmark.contest import show
 from torchlinearmoe.benchmark.multi import checkpoint, context, expert, fsdp, kill, pipeline, tensor
@@ -102,7 +103,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         compiled = cuda and not arguments.quick and not arguments.eager
         host = Host(ranks, cuda, arguments.quick, compiled, folder, given)
-        resolve(timed(host, length=64, sequences=1, data_shard=1))  # refuses keys that are wrong
+        resolve(timed(host, length=64, sequences=1, parallel={"data_shard": 1}))  # refuses keys that are wrong
         return _report(host, arguments)
 
 
@@ -149,7 +150,7 @@ def section(host: Host, name: str, limit: float | None, over: float) -> list[Row
 
 def header(host: Host) -> dict[str, Any]:
     """Where the figures are from."""
-    nccl = torch.cuda.nccl.version() if host.cuda else None
+    version = nccl.version() if host.cuda else None
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
@@ -160,7 +161,7 @@ def header(host: Host) -> dict[str, Any]:
         "backend": "nccl" if host.cuda else "gloo",
         "torch": torch.__version__,
         "triton": triton,
-        "nccl": ".".join(map(str, nccl)) if nccl else None,
+        "nccl": ".".join(map(str, version)) if version else None,
         "python": platform.python_version(),
         "compiled": host.compiled,
         "quick": host.quick,

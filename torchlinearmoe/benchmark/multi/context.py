@@ -43,9 +43,9 @@ def _speeds(host: Host) -> list[dict[str, Any]]:
     """Runs: data parallel, LASP-2, its profile, LASP-2H."""
     span, steps = span_of(host), steps_of(host)
     linear, hybrid = {"layout": "L"}, {"layout": "LLLN"}
-    dp = timed(host, length=span, sequences=1, model=linear, data_shard=host.ranks)
-    cp = timed(host, length=span * host.ranks, sequences=1, model=linear, **linear_only(host))
-    lasp2h = timed(host, length=span * host.ranks, sequences=1, model=hybrid, **gathered(host))
+    dp = timed(host, length=span, sequences=1, model=linear, parallel={"data_shard": host.ranks})
+    cp = timed(host, length=span * host.ranks, sequences=1, model=linear, parallel=linear_only(host))
+    lasp2h = timed(host, length=span * host.ranks, sequences=1, model=hybrid, parallel=gathered(host))
     return [
         {"kind": "speed", "recipe": dp, "steps": steps},
         {"kind": "speed", "recipe": cp, "steps": steps},
@@ -87,8 +87,8 @@ def _longest(host: Host) -> Iterator[Row]:
         length *= 2
     for name, layout, degrees in (("LASP-2", "L", linear_only(host)), ("LASP-2H", "LLLN", gathered(host))):
         recipes = [
-            timed(host, length=length, sequences=1, model={"layout": layout}, checkpointing="full", **degrees)
-            for length in lengths
+            timed(host, length=n, sequences=1, parallel=degrees, model={"layout": layout}, checkpointing="full")
+            for n in lengths
         ]
         found = host.measure([{"kind": "speed", "recipe": recipe, "steps": 2} for recipe in recipes], rising=True)
         fit = [(length, figures) for length, figures in zip(lengths, found) if "error" not in figures]

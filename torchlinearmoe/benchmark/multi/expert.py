@@ -24,7 +24,7 @@ def run(host: Host) -> Iterator[Row]:
             *(
                 {
                     "kind": "speed",
-                    "recipe": timed(host, length=length, sequences=sequences, **parallel),
+                    "recipe": timed(host, length=length, sequences=sequences, parallel=parallel),
                     "steps": steps_of(host),
                 }
                 for parallel in (spread, {"data_shard": host.ranks})

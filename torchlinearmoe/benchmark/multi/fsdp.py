@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torchlinearmoe.benchmark.multi.host import Host
 from torchlinearmoe.benchmark.multi.models import small, timed
@@ -15,11 +16,11 @@ LIMIT = 240
 def run(host: Host) -> Iterator[Row]:
     """A row of losses and one of speed for each."""
     sequences, length = batch_of(host)
-    shape = {"length": length, "sequences": sequences}
+    shape: dict[str, Any] = {"length": length, "sequences": sequences}
     alone, alone_speed = host.measure(
         [
             {"kind": "losses", "recipe": small(host)},
-            {"kind": "speed", "recipe": timed(host, **shape, data_shard=1), "steps": steps_of(host)},
+            {"kind": "speed", "recipe": timed(host, **shape, parallel={"data_shard": 1}), "steps": steps_of(host)},
         ],
         ranks=1,
     )
@@ -30,7 +31,7 @@ def run(host: Host) -> Iterator[Row]:
     runs = []
     for parallel in layouts.values():
         runs.append({"kind": "losses", "recipe": small(host, parallel=parallel)})
-        runs.append({"kind": "speed", "recipe": timed(host, **shape, **parallel), "steps": steps_of(host)})
+        runs.append({"kind": "speed", "recipe": timed(host, **shape, parallel=parallel), "steps": steps_of(host)})
     found = host.measure(runs)
     for name, losses, speed in zip(layouts, found[::2], found[1::2]):
         yield compared(name, losses, alone, host.cuda)

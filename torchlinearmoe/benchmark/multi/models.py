@@ -56,10 +56,10 @@ def timed(
     *,
     length: int,
     sequences: int,
+    parallel: dict[str, Any],
     micro_batches: int = 1,
     model: dict[str, Any] | None = None,
     checkpointing: str = "none",
-    **parallel: Any,
 ) -> Tables:
     """The recipe that is timed: `sequences` of `length` tokens a micro-batch and data rank, `micro_batches` a step.
 

@@ -17,7 +17,7 @@ def run(host: Host) -> Iterator[Row]:
     sequences, length = batch_of(host)
     (alone,) = host.measure([{"kind": "losses", "recipe": small(host)}], ranks=1)
     split = {"data_shard": 1, "tensor": host.ranks}
-    recipe = timed(host, length=length, sequences=sequences * host.ranks, **split)
+    recipe = timed(host, length=length, sequences=sequences * host.ranks, parallel=split)
     losses, speed = host.measure(
         [
             {"kind": "losses", "recipe": small(host, parallel=split)},
