@@ -22,12 +22,7 @@ def run(host: Host) -> Iterator[Row]:
     layouts = [{**alike, "pipeline_schedule": name} for name in SCHEDULES]
     # Two stages a rank want as many layers.
     layers = {"num_layers": 16} if host.ranks == 8 else {}
-    shape = {
-        "length": length,
-        "sequences": sequences // 2,
-        "micro_batches": 2 * host.ranks,
-        "model": layers,
-    }
+    shape = {"length": length, "sequences": sequences // 2, "micro_batches": 2 * host.ranks}
     losses = [{"kind": "losses", "recipe": small(host, parallel=parallel)} for parallel in layouts]
     recipes = [timed(host, **shape, parallel=parallel, model=layers) for parallel in layouts]
     speeds = [{"kind": "speed", "recipe": recipe, "steps": steps_of(host)} for recipe in recipes]

@@ -13,6 +13,10 @@ from torchlinearmoe.benchmark import __main__ as command
 from torchlinearmoe.benchmark import multi
 from torchlinearmoe.benchmark.multi.host import Host, Job, OutOfTime, descendants
 from torchlinearmoe.benchmark.multi.models import small
+from torchlinearmoe.parallel.mesh import resolve_degrees, tokens_per_step
+from torchlinearmoe.parallel.pipeline import check_micro_batches, stage_layers
+from torchlinearmoe.recipe import resolve
+from torchlinearmoe.run_folder import with_tokens_per_step
 
 MULTI = ["multi", "--device", "cpu"]
 
@@ -123,6 +127,46 @@ def test_children_know_no_launcher_and_no_multicast(monkeypatch, tmp_path: Path)
     environment = Host(2, True, False, False, tmp_path).environment()
     assert not {"RANK", "TORCHELASTIC_RUN_ID"} & environment.keys()
     assert environment["NCCL_NVLS_ENABLE"] == "0" and environment["HOME"] == "/somewhere"
+
+
+class Checked(Host):
+    """A host that starts nothing, and looks at every recipe as the ranks would."""
+
+    def _measure(self, runs, ranks, rising=False):
+        found = []
+        for run in runs:
+            run["recipe"]["training"].setdefault("output_dir", "runs/x")
+            recipe = resolve(run["recipe"])
+            degrees = resolve_degrees(recipe.parallel, ranks)
+            recipe = with_tokens_per_step(recipe, tokens_per_step(recipe.training, degrees))
+            check_micro_batches(recipe, degrees)
+            if degrees.pipeline > 1:
+                stage_layers(recipe)
+            per_rank = recipe.training.tokens_per_step / ranks
+            found.append(
+                {
+                    "losses": [7.0] * recipe.training.total_steps,
+                    "gradients": {"a": 1.0},
+                    "grad_norms": [1.0] * recipe.training.total_steps,
+                    "tokens_per_second_per_gpu": per_rank,
+                    "hidden_share": 0.5,
+                    "resumed": 0,
+                }
+            )
+        return found
+
+
+@pytest.mark.parametrize("ranks", multi.RANKS)
+@pytest.mark.parametrize("name", [name for name in multi.SECTIONS if name not in ("checkpoint", "kill")])
+def test_every_recipe_for_gpus_is_legal_and_gives_each_rank_as_many_tokens(name: str, ranks: int, tmp_path: Path):
+    host = Checked(ranks, True, False, True, tmp_path)
+    rows = multi.section(host, name, None, float("inf"))
+    assert not [row for row in rows if row["result"] == "failed"], rows
+    cases = {row["case"]: row for row in rows}
+    assert ("hsdp, speed" in cases) == (name == "fsdp" and ranks >= 4)
+    assert all(row["share"] == 1 for row in rows if "share" in row)
+    longest = [row["tokens"] for case, row in cases.items() if case.endswith("longest")]
+    assert longest == ([2**20] * 2 if name == "context" else [])
 
 
 @pytest.mark.slow
