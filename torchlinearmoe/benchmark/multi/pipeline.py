@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torchlinearmoe.benchmark.multi.host import Host
 from torchlinearmoe.benchmark.multi.models import small, timed
@@ -14,7 +15,7 @@ SCHEDULES = ("1f1b", "interleaved", "zero_bubble")
 
 
 def run(host: Host) -> Iterator[Row]:
-    """Losses of all schedules first, then their speeds: twice as many micro-batches as ranks."""
+    """Losses of all schedules first, then their speeds, eager: twice as many micro-batches as ranks."""
     sequences, length = batch_of(host)
     (alone,) = host.measure([{"kind": "losses", "recipe": small(host)}], ranks=1)
     # Weights stay gathered, as a backward in two parts wants them; no rank has a share of others' here.
@@ -22,9 +23,11 @@ def run(host: Host) -> Iterator[Row]:
     layouts = [{**alike, "pipeline_schedule": name} for name in SCHEDULES]
     # Two stages a rank want as many layers.
     layers = {"num_layers": 16} if host.ranks == 8 else {}
-    shape = {"length": length, "sequences": sequences // 2, "micro_batches": 2 * host.ranks}
+    shape: dict[str, Any] = {"length": length, "sequences": sequences // 2, "micro_batches": 2 * host.ranks}
     losses = [{"kind": "losses", "recipe": small(host, parallel=parallel)} for parallel in layouts]
     recipes = [timed(host, **shape, parallel=parallel, model=layers) for parallel in layouts]
+    for recipe in recipes:
+        recipe["training"]["compile"] = False  # a backward in two parts is not compiled: none is, to be beside it
     speeds = [{"kind": "speed", "recipe": recipe, "steps": steps_of(host)} for recipe in recipes]
     found = host.measure([*losses, *speeds])
     for name, figures in zip(SCHEDULES, found):
