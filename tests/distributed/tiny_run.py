@@ -19,9 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from torchlinearmoe.optim.masters import local_part, read_master, write_master
+from torchlinearmoe.benchmark.multi.unsettle import unsettle
 
 Settings = dict[str, dict[str, Any]]
 
@@ -114,26 +113,6 @@ def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, a copy; every rank takes part."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
-
-
-@torch.no_grad()
-def unsettle(model: nn.Module) -> None:
-    """Add noise to every parameter, a function of its name and place alone."""
-    for name, parameter in model.named_parameters():
-        seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
-        scale = 0.3 if parameter.dim() == 1 or "table" in name else 0.05
-        noise = scale * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
-        master = read_master(parameter)
-        local_part(master).add_(part_of(noise, parameter))
-        write_master(parameter, master)
-
-
-def part_of(values: Tensor, like: Tensor) -> Tensor:
-    """What this rank holds of `values` when they are laid out like a tensor of their shape."""
-    if not isinstance(like, DTensor):
-        return values
-    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
-    return values[tuple(slice(start, start + size) for start, size in zip(offset, shape))]
 
 
 def parameters_of(parts: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:

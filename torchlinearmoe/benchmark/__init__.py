@@ -6,5 +6,6 @@ invocation, and prints a row of one table.
     train.py, train_*.py           training steps and who takes them; torchtitan_config.py
     profile.py                     where a step goes: labels.py, trace.py, categories.py, floors.py
     optimizer.py, update_*.py      the update alone and who makes it
+    multi/                         every kind of parallelism on one host's GPUs
     contest.py, timing.py, rates.py
 """

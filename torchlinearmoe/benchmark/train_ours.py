@@ -75,9 +75,9 @@ def profile(trainer: Trainer, batch: MicroBatch, step_s: float) -> dict[str, Any
     return profile_steps(lambda: trainer.train_step([batch]), trainer.device, work, step_s)
 
 
-def synthetic_batch(vocab_size: int, sequences: int, length: int) -> MicroBatch:
+def synthetic_batch(vocab_size: int, sequences: int, length: int, seed: int = 0) -> MicroBatch:
     """Random tokens, one document a sequence."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, vocab_size, (sequences * length,), generator=generator)
     borders = list(range(0, sequences * length + 1, length))
     return MicroBatch(tokens, tokens.roll(-1), borders, length, sequences * length)

@@ -1,0 +1,189 @@
+"""`benchmark multi`: every kind of parallelism on the GPUs of one host, checked and timed.
+
+Each section starts torchruns of its own on all the GPUs and has a limit of time: one that fails, hangs or kills its
+ranks is a row of the table, and the others go on. Started by torchrun itself, the first rank does all that with as many
+ranks as there are, and the others leave. Without GPUs everything runs on CPU ranks at debug sizes.
+
+    host.py, job.py      torchrun on some ranks until a deadline; what its ranks do
+    models.py, shapes.py what is trained, and how much at a time
+    rows.py, overlap.py  what counts as equal; what of a gather counts as hidden
+    the rest             a section each
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.cuda import nccl
+
+from torchlinearmoe.benchmark.contest import show
+from torchlinearmoe.benchmark.multi import checkpoint, context, expert, fsdp, kill, pipeline, tensor
+from torchlinearmoe.benchmark.multi.host import Host, OutOfTime
+from torchlinearmoe.benchmark.multi.models import check_overrides, timed
+from torchlinearmoe.benchmark.multi.rows import Row, failed, left_out
+from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.recipe import resolve
+from torchlinearmoe.recipe.parse import parse_overrides
+from torchlinearmoe.runtime import world_size
+
+SECTIONS: dict[str, ModuleType] = {
+    "fsdp": fsdp,
+    "context": context,
+    "expert": expert,
+    "tensor": tensor,
+    "pipeline": pipeline,
+    "checkpoint": checkpoint,
+    "kill": kill,
+}
+"""In the order of their value, which is that of `--quick`."""
+RANKS = (2, 4, 8)
+QUICK_SECONDS = 115
+"""Of all sections together."""
+COLUMNS = {
+    "section": "section",
+    "case": "case",
+    "result": "result",
+    "loss_difference": "losses differ",
+    "gradient_difference": "gradients differ",
+    "max_load": "max load",
+    "tokens_per_second_per_gpu": "tokens/s a GPU",
+    "share": "share",
+    "of": "of",
+    "hidden_share": "hidden",
+    "gather_ms": "gather ms",
+    "tokens": "tokens",
+    "memory_gib": "GiB",
+    "note": "note",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The subcommand's options."""
+    parser.add_argument("--quick", action="store_true", help="fewer steps and cases, nothing compiled, two minutes")
+    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), metavar="NAME", help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument("--ranks", type=int, choices=RANKS, help="ranks (default: torchrun's, else all GPUs, else 2)")
+    parser.add_argument(
+        "--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto takes GPUs where there are two"
+    )
+    parser.add_argument("--eager", action="store_true", help="compile nothing")
+    parser.add_argument("--limit", type=float, help="seconds a section (default: each its own)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write header and rows, after every section")
+    parser.add_argument("--folder", type=Path, help="where runs and logs are kept (default: nowhere)")
+
+
+def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run the sections and print their table; 1 when something failed."""
+    launched = world_size()
+    if int(os.environ.get("LOCAL_WORLD_SIZE", launched)) != launched:
+        raise RecipeError("benchmark multi: runs on one host; start it with torchrun --nnodes=1, or without torchrun")
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    signal.signal(signal.SIGTERM, _leave)
+    ranks, cuda = _choose(arguments, launched)
+    given = parse_overrides(overrides)
+    check_overrides(given)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        folder = (arguments.folder or Path(temporary)).absolute()
+        if arguments.folder and folder.exists() and any(folder.iterdir()):
+            raise RecipeError(f"--folder {arguments.folder}: is not empty; name another one")
+        folder.mkdir(parents=True, exist_ok=True)
+        compiled = cuda and not arguments.quick and not arguments.eager
+        host = Host(ranks, cuda, arguments.quick, compiled, folder, given)
+        resolve(timed(host, length=64, sequences=1, parallel={"data_shard": 1}))  # refuses keys that are wrong
+        return _report(host, arguments)
+
+
+def _report(host: Host, arguments: argparse.Namespace) -> int:
+    rows: list[Row] = []
+    over = time.monotonic() + (QUICK_SECONDS if host.quick else float("inf"))
+    names = [name for name in SECTIONS if not arguments.only or name in arguments.only]
+    with Console(stderr=True).status("") as status:
+        for number, name in enumerate(names, 1):
+            status.update(f"{name} ({number} of {len(names)})")
+            for row in section(host, name, arguments.limit, over):
+                rows.append({"section": name, **row})
+                if row["result"] == "failed":
+                    print(f"{name}, {row['case']}: {row['error']}", file=sys.stderr, flush=True)
+            if arguments.json:
+                arguments.json.write_text(json.dumps({"header": header(host), "rows": rows}, indent=1) + "\n")
+    title = ", ".join(f"{key} {value}" for key, value in header(host).items() if value)
+    shown = {key: name for key, name in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
+    show(title, [{name: row.get(key) for key, name in shown.items()} for row in rows])
+    return 1 if any(row["result"] == "failed" for row in rows) else 0
+
+
+def section(host: Host, name: str, limit: float | None, over: float) -> list[Row]:
+    """The rows of a section, whatever becomes of it; `over`: when the time of all of them is, in time.monotonic()."""
+    now = time.monotonic()
+    if now > over:
+        return [left_out("all", "the time of --quick is over")]
+    module = SECTIONS[name]
+    host.deadline = min(now + (limit or module.LIMIT), over)
+    rows: list[Row] = []
+    try:
+        for row in module.run(host):
+            rows.append(row)
+    except OutOfTime:
+        rows.append(failed("all", "no answer within the limit"))
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        rows.append(failed("all", f"{type(error).__name__}: {said}"))
+    if host.deadline == over:  # not a section's own limit: what it did not come to is no failure
+        late = [row.get("error", "").endswith("within the limit") for row in rows]
+        rows = [left_out(row["case"], "the time of --quick is over") if cut else row for row, cut in zip(rows, late)]
+    return [row | {"seconds": round(time.monotonic() - now, 1)} if row is rows[-1] else row for row in rows]
+
+
+def header(host: Host) -> dict[str, Any]:
+    """Where the figures are from."""
+    version = nccl.version() if host.cuda else None
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = None
+    return {
+        "ranks": host.ranks,
+        "chip": host.chip,
+        "backend": "nccl" if host.cuda else "gloo",
+        "torch": torch.__version__,
+        "triton": triton,
+        "nccl": ".".join(map(str, version)) if version else None,
+        "python": platform.python_version(),
+        "compiled": host.compiled,
+        "quick": host.quick,
+    }
+
+
+def _choose(arguments: argparse.Namespace, launched: int) -> tuple[int, bool]:
+    """Ranks, and whether they are GPUs."""
+    gpus = torch.cuda.device_count()
+    if arguments.device == "cuda" and gpus < 2:
+        raise RecipeError(f"--device cuda: {gpus} GPUs are visible, it takes 2; --device cpu runs debug sizes")
+    cuda = arguments.device == "cuda" or (arguments.device == "auto" and gpus >= 2)
+    most = max(ranks for ranks in RANKS if ranks <= gpus) if cuda else 2
+    ranks = arguments.ranks or (launched if launched > 1 else most)
+    if launched > 1 and ranks != launched:
+        raise RecipeError(f"--ranks {ranks}: torchrun started {launched}; leave it out")
+    if ranks not in RANKS:
+        raise RecipeError(f"benchmark multi: {ranks} ranks; legal: {', '.join(map(str, RANKS))}")
+    if cuda and ranks > gpus:
+        raise RecipeError(f"--ranks {ranks}: {gpus} GPUs are visible; --device cpu runs debug sizes")
+    return ranks, cuda
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
