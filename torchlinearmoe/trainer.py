@@ -44,7 +44,7 @@ from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.models.flops import training_flops_per_token
 from torchlinearmoe.moe.balance import counting_pass, forget_global_counts, needs_counting_pass, update_bias
 from torchlinearmoe.moe.layer import MoE
-from torchlinearmoe.moe.statistics import expert_load, gather_statistics, load_figures
+from torchlinearmoe.moe.statistics import expert_load, gather_statistics, load_by_layer, load_figures
 from torchlinearmoe.moe.totals import StepTotals
 from torchlinearmoe.optim.build import build_optimizer
 from torchlinearmoe.optim.schedule import scheduled, set_learning_rate
@@ -144,6 +144,8 @@ class Trainer:
             workers=recipe.data.workers,
             pin_memory=device.type == "cuda",
         )
+        samples = len(self.splits.train.samples(training.sequence_length))
+        self.epochs_per_step = self.tokens_per_step // training.sequence_length / samples
         self.totals = StepTotals(self.tokens_per_step, self.tokens_per_step // training.sequence_length)
         # Watched
         self.flops_per_token = training_flops_per_token(self.whole, training.sequence_length)
@@ -199,7 +201,7 @@ class Trainer:
                     profile_folder, metrics.memory_snapshot_step, device=self.device, rank=self.rank
                 ) as snapshot,
             ):
-                for batches in self.loader:
+                for batches in self.meter.waiting(self.loader):
                     profiler.begin(self.step + 1)
                     snapshot.begin(self.step + 1)
                     loss, grad_norm, lr = self.train_step(batches, stop.received)
@@ -355,8 +357,8 @@ class Trainer:
             f"{self.tokens_per_step} tokens a step, {self.total_steps} steps on {degrees.world_size} x "
             f"{self.device.type} in {str(self.dtype).removeprefix('torch.')}"
         )
-        train, length = self.splits.train, self.recipe.training.sequence_length
-        epochs = self.total_steps * (self.tokens_per_step // length) / len(train.samples(length))
+        train = self.splits.train
+        epochs = self.total_steps * self.epochs_per_step
         self.metrics.message(
             f"{train.num_documents} documents of {format_number(len(train))} tokens, {epochs:.2g} epochs; tokenizer "
             f"{self.tokenizer.path.name}; in {self.folder}"
@@ -422,6 +424,7 @@ class Trainer:
             "lr": lr,
             "tokens": self.tokens,
             "skipped_steps": self.skipped_steps,
+            "epoch": self.step * self.epochs_per_step,
         }
         reading = self.meter.read()
         values |= {
@@ -430,7 +433,10 @@ class Trainer:
                 reading.tokens_per_second, self.flops_per_token, self.peak, devices=self.meshes.degrees.world_size
             ),
             "memory_gib": peak_memory_gib(self.device),
+            "step_time": reading.seconds_per_step,
+            "data_wait": reading.data_wait,
             **{key: value for key, value in figures.items() if key.count("/") == 1},
+            **load_by_layer(figures),
         }
         self.metrics.log(self.step, values, expert_load=expert_load(packed), seconds_left=reading.seconds_left)
 
