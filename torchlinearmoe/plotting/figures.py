@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 9.0, 5.0
 """Inches of a picture, of 150 pixels each."""
-FINEST = 2.0
-"""Least range of a heat map's colours, in doublings of the balanced load."""
+RANGE = 3
+"""Of a heat map's colours, in doublings of the balanced load either way; the same for all, so that maps compare."""
 
 
 def check_matplotlib() -> None:
@@ -150,15 +150,14 @@ def _heat_map(figure: Figure, plot: Axes, run: Run, kind: str, key: str, axis: s
             load = loads.get(layer)
             row.append(math.nan if load is None else math.log2(max(load, 2.0**-10)))
         doublings.append(row)
-    most = max([FINEST, *(abs(value) for row in doublings for value in row if not math.isnan(value))])
     edges = [x[0] - (x[1] - x[0] if len(x) > 1 else 1.0), *x]
-    mesh = plot.pcolormesh(edges, _edges(len(layers)), doublings, cmap="RdBu_r", vmin=-most, vmax=most)
+    mesh = plot.pcolormesh(edges, _edges(len(layers)), doublings, cmap="RdBu_r", vmin=-RANGE, vmax=RANGE)
     plot.set_yticks(range(len(layers)), [str(layer) for layer in layers])
     _finish(plot, axis, "layer", grid=False)
-    bar = figure.colorbar(mesh, ax=plot)
+    bar = figure.colorbar(mesh, ax=plot, extend="both")
     bar.set_label("load over the mean")
-    ticks = [t for t in range(-10, 11) if abs(t) <= most]
-    bar.set_ticks(ticks, labels=[f"{2.0**t:.3g}" for t in ticks])
+    ticks = range(-RANGE, RANGE + 1)
+    bar.set_ticks(list(ticks), labels=[f"{2.0**t:g}" for t in ticks])
 
 
 def _edges(count: int) -> list[float]:
