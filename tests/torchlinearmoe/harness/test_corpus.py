@@ -48,4 +48,4 @@ def test_the_last_word_is_what_the_text_says() -> None:
 
 def test_the_questions_are_those_of_every_machine_and_version() -> None:
     told = json.dumps([next_verse_documents(), last_word_documents()])
-    assert hashlib.blake2b(told.encode(), digest_size=8).hexdigest() == "SEAL"
+    assert hashlib.blake2b(told.encode(), digest_size=8).hexdigest() == "9fce2c8c01cc12d6"
