@@ -14,6 +14,8 @@ COMMANDS = {
     "plan": ("plan", "what a recipe costs on any number of ranks, without training"),
     "generate": ("generate", "continues a prompt with the model of a run or checkpoint"),
     "convert": ("convert", "Hugging Face weights in and out"),
+    "evaluate": ("evaluate", "asks a model lm-eval's tasks, or questions made from the text that ships"),
+    "plot": ("plot", "curves of runs as pictures"),
     "train-tokenizer": ("data.train_tokenizer", "a byte-pair encoding of one's own text"),
     "benchmark": ("benchmark.__main__", "what this machine does"),
     "keys": ("keys", "every recipe key with its default and legal values; mixers, families, sizes"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -11,9 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torchlinearmoe import disk
 from torchlinearmoe.errors import UserError, visible
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Failure(Exception):
@@ -66,3 +71,24 @@ def progress_bar(verb: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(verb, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """`--device` and `--dtype`, which `device_and_dtype` reads."""
+    add = parser.add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU when there is one")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on a GPU")
+
+
+def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """What the options of `add_device_options` mean here. Raises Failure where there is no such device."""
+    import torch
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise Failure("--device cuda: no GPU is visible; use cpu or auto")
+    cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    if options.dtype == "auto":
+        dtype = torch.bfloat16 if cuda else torch.float32
+    else:
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[options.dtype]
+    return torch.device("cuda" if cuda else "cpu"), dtype

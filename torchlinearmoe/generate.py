@@ -9,11 +9,9 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torchlinearmoe.commands import Failure, failures_on_one_line
+from torchlinearmoe.commands import Failure, add_device_options, device_and_dtype, failures_on_one_line
 
 if TYPE_CHECKING:
-    import torch
-
     from torchlinearmoe.data.tokenizer import Tokenizer
     from torchlinearmoe.generation import Generation
 
@@ -64,8 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         help="draw among the tokens that make up P (default 1)",
     )
     add("--seed", type=int, default=0, help="seed of the draws (default 0)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU when there is one")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on a GPU")
+    add_device_options(parser)
     add("--hide-prompt", action="store_true", help="write the continuation without the prompt before it")
     return parser
 
@@ -79,7 +76,7 @@ def _generate(options: argparse.Namespace) -> int:
     temperature = 0.0 if options.greedy else options.temperature
     sampling = Sampling(temperature=temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     texts = _prompts(options.prompt)
-    device, dtype = _device_and_dtype(options)
+    device, dtype = device_and_dtype(options)
     options.checkpoint = find_checkpoint(options.checkpoint)
     with torch.device(device):
         model = load_model(options.checkpoint)
@@ -128,19 +125,6 @@ def _prompts(given: list[str] | None) -> list[str]:
     if not all(texts):
         raise Failure("--prompt: the text is empty; leave --prompt out to begin a new document")
     return texts
-
-
-def _device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    import torch
-
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise Failure("--device cuda: no GPU is visible; use cpu or auto")
-    cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
-    if options.dtype == "auto":
-        dtype = torch.bfloat16 if cuda else torch.float32
-    else:
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[options.dtype]
-    return torch.device("cuda" if cuda else "cpu"), dtype
 
 
 class _Text:

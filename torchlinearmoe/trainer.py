@@ -131,6 +131,8 @@ class Trainer:
             workers=recipe.data.workers,
             pin_memory=device.type == "cuda",
         )
+        samples = len(self.splits.train.samples(training.sequence_length))
+        self.epochs_per_step = self.tokens_per_step // training.sequence_length / samples
         self.totals = StepTotals(self.tokens_per_step, self.tokens_per_step // training.sequence_length)
         # Watched
         self.flops_per_token = training_flops_per_token(self.whole, training.sequence_length)
@@ -185,7 +187,7 @@ class Trainer:
                     profile_folder, metrics.memory_snapshot_step, device=self.device, rank=self.rank
                 ) as snapshot,
             ):
-                for batches in self.loader:
+                for batches in self.meter.waiting(self.loader):
                     profiler.begin(self.step + 1)
                     snapshot.begin(self.step + 1)
                     loss, grad_norm, lr = self.train_step(batches, stop.received)
@@ -358,6 +360,7 @@ class Trainer:
             "lr": lr,
             "tokens": self.tokens,
             "skipped_steps": self.skipped_steps,
+            "epoch": self.step * self.epochs_per_step,
         }
         reading = self.meter.read()
         values |= {
@@ -366,6 +369,8 @@ class Trainer:
                 reading.tokens_per_second, self.flops_per_token, self.peak, devices=self.meshes.degrees.world_size
             ),
             "memory_gib": peak_memory_gib(self.device),
+            "step_time": reading.seconds_per_step,
+            "data_wait": reading.data_wait,
             **figures,
         }
         self.metrics.log(self.step, values, expert_load=expert_load, seconds_left=reading.seconds_left)

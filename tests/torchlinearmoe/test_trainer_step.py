@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torchlinearmoe import build_model
 from torchlinearmoe.data.packing import IGNORED, MicroBatch
 from torchlinearmoe.models.decoder import Decoder
+from torchlinearmoe.moe.layer import MoE
 from torchlinearmoe.moe.totals import StepTotals
 from torchlinearmoe.optim import learning_rate
 from torchlinearmoe.parallel.mesh import resolve_degrees, tokens_per_step
@@ -109,3 +110,10 @@ def test_a_whole_run_ends_with_a_checkpoint_and_a_word_on_where_it_is(
     assert (last / "state.json").is_file()
     assert told[-3:-1] == [f"checkpoint: {last}", f"curves: {trainer.folder}/metrics.jsonl"]
     assert str(last) in told[-1]
+    lines = [json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()]
+    epochs = STEPS * 4 / len(trainer.splits.train.samples(LENGTH))
+    assert lines[-1]["step"] == STEPS and lines[-1]["epoch"] == pytest.approx(epochs)
+    assert 0 < lines[-1]["data_wait"] < lines[-1]["step_time"] and lines[-1]["time"] >= lines[0]["time"] > 1.7e9
+    layers = [int(name.split(".")[1]) for name, module in trainer.model.named_modules() if isinstance(module, MoE)]
+    assert layers and lines[-1]["moe/layers"] == layers
+    assert max(lines[-1]["moe/max_load_by_layer"]) == pytest.approx(lines[-1]["moe/max_load"], rel=1e-3)

@@ -75,7 +75,7 @@ class Generation(Iterator[list[int | None]]):
         if self.left == 0 or not any(self.running):
             raise StopIteration
         if self._tokens is None:
-            logits_BV = self._prefill()
+            logits_BV, self.state = read_prompts(self.model, self.prompts, self.state)
         else:
             logits_BV, self.state = self.model.step(self._tokens, self.state)
         tokens = choose(logits_BV[:, : self.vocab_size], self.sampling, self._generator)
@@ -87,25 +87,29 @@ class Generation(Iterator[list[int | None]]):
             raise StopIteration
         return [token if go else None for go, token in zip(self.running, chosen)]
 
-    def _prefill(self) -> Tensor:
-        """Read the prompts; the logits after the last token of each, [B, V]."""
-        device = self.model.embed.weight.device
-        batch, longest = len(self.prompts), max(len(prompt) for prompt in self.prompts)
-        width = max(1, PREFILL_LOGITS // (batch * self.model.recipe.vocab_size))
-        last_BV: Tensor | None = None
-        for start in range(0, longest, width):
-            pieces = [prompt[start : start + width] for prompt in self.prompts]
-            lengths = [len(piece) for piece in pieces]
-            padded = [piece + [0] * (max(lengths) - len(piece)) for piece in pieces]
-            tokens = torch.tensor(padded, dtype=torch.int64, device=device)
-            logits_BTV, self.state = self.model.prefill(tokens, self.state, lengths)
-            if last_BV is None:
-                last_BV = logits_BTV.new_zeros(batch, logits_BTV.shape[-1])
-            for row, length in enumerate(lengths):
-                if length:
-                    last_BV[row] = logits_BTV[row, length - 1]
-        assert last_BV is not None
-        return last_BV
+
+def read_prompts(model: Decoder, prompts: Sequence[Sequence[int]], state: DecodeState) -> tuple[Tensor, DecodeState]:
+    """Read B prompts of unequal lengths from `state` on; logits after the last token of each, [B, V], and the state.
+
+    No more than `PREFILL_LOGITS` logits are there at once.
+    """
+    device = model.embed.weight.device
+    batch, longest = len(prompts), max(len(prompt) for prompt in prompts)
+    width = max(1, PREFILL_LOGITS // (batch * model.recipe.vocab_size))
+    last_BV: Tensor | None = None
+    for start in range(0, longest, width):
+        pieces = [list(prompt[start : start + width]) for prompt in prompts]
+        lengths = [len(piece) for piece in pieces]
+        padded = [piece + [0] * (max(lengths) - len(piece)) for piece in pieces]
+        tokens = torch.tensor(padded, dtype=torch.int64, device=device)
+        logits_BTV, state = model.prefill(tokens, state, lengths)
+        if last_BV is None:
+            last_BV = logits_BTV.new_zeros(batch, logits_BTV.shape[-1])
+        for row, length in enumerate(lengths):
+            if length:
+                last_BV[row] = logits_BTV[row, length - 1]
+    assert last_BV is not None
+    return last_BV, state
 
 
 def generate(

@@ -1,6 +1,8 @@
 """The trainer's one door to the outside: a logged step goes to the file, to TensorBoard and to the terminal."""
 
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +15,11 @@ from torchlinearmoe.metrics.record import Record, truncate_after
 from torchlinearmoe.metrics.tensorboard import TensorBoard
 
 METRIC_KEYS = ("loss", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu", "memory_gib", "skipped_steps")
-"""What every line of a logged step holds beside `step`; a value that is not known is None."""
+"""What every line of a logged step holds beside `step`; a value that is not known is None.
+
+Every line has `time` too, in Unix seconds, and the perplexity a token of its losses: `perplexity`,
+`validation_perplexity`.
+"""
 
 
 class MetricsLogger:
@@ -22,6 +28,7 @@ class MetricsLogger:
     On every rank the calls are the same. No call is a collective: the values given on rank 0 are the ones told.
 
     resumed_step: the step whose checkpoint was loaded, 0 for a fresh start: lines and events after it are removed.
+    clock: seconds since 1970.
     """
 
     def __init__(
@@ -33,8 +40,10 @@ class MetricsLogger:
         rank: int = 0,
         tensorboard: bool = True,
         stream: TextIO | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._active = rank == 0
+        self._clock = clock
         if not self._active:
             return
         folder = Path(output_dir)
@@ -119,7 +128,9 @@ class MetricsLogger:
         self._console.message(f"step {step} | validation loss {loss:.4f}")
 
     def _write(self, step: int, line: dict[str, Any]) -> None:
-        self._record.write({"step": step, **line})
+        for key in _LOSSES & line.keys():
+            line[key.replace("loss", "perplexity")] = _perplexity(line[key])
+        self._record.write({"step": step, "time": round(self._clock(), 3), **line})
         if self._tensorboard is not None:
             self._tensorboard.scalars(step, line)
 
@@ -129,3 +140,13 @@ class MetricsLogger:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         with nullcontext() if error is None else suppress(OSError):  # the error on its way out matters more
             self.close()
+
+
+_LOSSES = {"loss", "validation_loss"}
+
+
+def _perplexity(loss: float | None) -> float | None:
+    """exp of a loss in nats; None where it is not finite."""
+    if loss is None or not loss < 700:  # about where it no longer fits in 64 bits
+        return None
+    return math.exp(loss)

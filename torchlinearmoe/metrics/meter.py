@@ -1,4 +1,4 @@
-"""The clock of a run: tokens a second since the last reading, trained time, time left, memory.
+"""The clock of a run: tokens a second since the last reading, waits for data, trained time, time left, memory.
 
 Only training counts. Validation and checkpoints go inside `with meter.paused():`.
 """
@@ -7,13 +7,16 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 GIB = 2**30
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Reading:
     """Since the last reading, over all ranks if the counted tokens were."""
     seconds_per_step: float
     """Since the last reading."""
+    data_wait: float
+    """Seconds of each step, since the last reading, in which the loader was waited for."""
     trained_seconds: float
     """Training time since the meter was made."""
     seconds_left: float
@@ -53,6 +58,7 @@ class Meter:
         self._step_at_reading = step
         self._tokens = 0
         self._trained = 0.0
+        self._waited = 0.0
         self._since = clock()
         self._intervals = 0
         self._paces: deque[tuple[int, float]] = deque(maxlen=20)  # (steps, seconds) of the recent readings
@@ -61,6 +67,18 @@ class Meter:
         """One more step is done, with `tokens` tokens over all ranks."""
         self._step += 1
         self._tokens += tokens
+
+    def waiting(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches; the time until each of them is there is counted."""
+        iterator = iter(batches)
+        while True:
+            start = self._clock()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self._waited += self._clock() - start
+            yield batch
 
     def read(self) -> Reading:
         """Figures since the last reading (or the start), and begin the next interval."""
@@ -78,10 +96,11 @@ class Meter:
         reading = Reading(
             tokens_per_second=self._tokens / seconds,
             seconds_per_step=seconds / steps if steps else float("nan"),
+            data_wait=self._waited / steps if steps else float("nan"),
             trained_seconds=self._trained,
             seconds_left=pace * max(0, self._total_steps - self._step),
         )
-        self._since, self._tokens, self._step_at_reading = now, 0, self._step
+        self._since, self._tokens, self._step_at_reading, self._waited = now, 0, self._step, 0.0
         return reading
 
     @contextmanager

@@ -43,6 +43,11 @@ class DecodeState:
     max_length: int
     """Tokens the softmax layers have room for."""
 
+    def select(self, rows: list[int]) -> DecodeState:
+        """The sequences `rows`, of which any may come several times (a copy)."""
+        layers = [{name: value[rows] for name, value in layer.items()} for layer in self.layers]
+        return DecodeState(layers, self.positions[rows], tuple(self.seen[i] for i in rows), self.max_length)
+
 
 class Head(Module):
     """Projection to the vocabulary, and the loss through it. A tied head is given the embedding's weight."""
@@ -125,12 +130,17 @@ class Decoder(Module):
         if documents is None:
             documents = _documents_of(tokens, cu_seqlens)
             self._check_tokens(tokens)
-        context = Context(documents, documents.whole_positions, self.shared_outputs(), totals)
-        h, _ = self._run(tokens.reshape(-1), context, None)
+        h = self.hidden(tokens.reshape(-1), documents, totals)
         if labels is not None:
             return self.project(h, labels.reshape(-1))
         logits = self.project(h)
         return logits.unflatten(0, shape) if len(shape) > 1 else logits
+
+    def hidden(self, tokens: Tensor, documents: Documents, totals: StepTotals | None = None) -> Tensor:
+        """What the head reads, [T, D], of a flat stream of tokens [T]: `project` any rows of it."""
+        context = Context(documents, documents.whole_positions, self.shared_outputs(), totals)
+        h, _ = self._run(tokens, context, None)
+        return h
 
     def init_state(self, batch_size: int, max_length: int | None = None) -> DecodeState:
         """Empty state of `batch_size` sequences; `max_length` bounds the softmax layers (default model.max_length)."""
@@ -158,7 +168,7 @@ class Decoder(Module):
         logits = tokens.new_zeros(batch, width, self.recipe.vocab_size, dtype=self.embed.weight.dtype)
         if not rows:
             return logits, state
-        part = state if len(rows) == batch else _select(state, rows)
+        part = state if len(rows) == batch else state.select(rows)
         kept = [counts[i] for i in rows]
         documents = Documents.prompts(kept, tokens.device)
         row_of = torch.tensor(rows, device=tokens.device)[documents.ids.long()]
@@ -246,12 +256,6 @@ def _documents_of(tokens: Tensor, cu_seqlens: Tensor | None) -> Documents:
 
 def _grows(mixer: Mixer) -> bool:
     return any(spec.carry is Carry.APPEND for spec in mixer.state_spec().values())
-
-
-def _select(state: DecodeState, rows: list[int]) -> DecodeState:
-    """The sequences `rows` of a state (a copy)."""
-    layers = [{name: value[rows] for name, value in layer.items()} for layer in state.layers]
-    return DecodeState(layers, state.positions[rows], tuple(state.seen[i] for i in rows), state.max_length)
 
 
 def _merge(state: DecodeState, part: DecodeState, rows: list[int]) -> DecodeState:

@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 
 from torchlinearmoe.moe.balance import counting_pass, forget_global_counts, needs_counting_pass, update_bias
 from torchlinearmoe.moe.layer import MoE
-from torchlinearmoe.moe.statistics import expert_load, gather_statistics, load_figures
+from torchlinearmoe.moe.statistics import expert_load, gather_statistics, load_by_layer, load_figures
 
 
 class Routers:
@@ -45,9 +45,10 @@ class Routers:
         forget_global_counts(self._modules)
         self._steps += 1
 
-    def figures(self) -> tuple[dict[str, float], Tensor | None]:
-        """The load figures of all layers together since the last call, and the assignments to experts [layers, E]."""
+    def figures(self) -> tuple[dict[str, float | list[float]], Tensor | None]:
+        """The load figures of all layers together and by layer since the last call, and the assignments to experts [layers, E]."""
         packed = gather_statistics(self._parts, self._tokens, self._stages)
         figures = load_figures(packed, steps=max(self._steps, 1))
         self._steps = 0
-        return {key: value for key, value in figures.items() if key.count("/") == 1}, expert_load(packed)
+        together = {key: value for key, value in figures.items() if key.count("/") == 1}
+        return {**together, **load_by_layer(figures)}, expert_load(packed)

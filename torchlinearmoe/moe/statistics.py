@@ -172,6 +172,23 @@ _SUMMARY = {
 """How the figures of several layers become one."""
 
 
+def load_by_layer(figures: dict[str, float]) -> dict[str, list[float]]:
+    """The busiest and idlest expert of every layer, over layers, of the figures of `load_figures`; empty without any.
+
+    Keys are `moe/layers` (the layers' numbers), `moe/max_load_by_layer` and `moe/min_load_by_layer`, the same with
+    `mom`. Loads are over the mean, in four digits.
+    """
+    result: dict[str, list[float]] = {}
+    for key, value in figures.items():
+        kind, _, rest = key.partition("/")
+        path, slash, name = rest.rpartition("/")
+        if slash and name in ("max_load", "min_load"):
+            result.setdefault(f"{kind}/{name}_by_layer", []).append(float(f"{value:.4g}"))
+            if name == "max_load":
+                result.setdefault(f"{kind}/layers", []).extend(_in_order(path)[:1])
+    return result
+
+
 def collect_statistics(
     model: nn.Module, group: ProcessGroup | None = None, *, steps: int = 1, reset: bool = True
 ) -> dict[str, float]:

@@ -45,6 +45,22 @@ def test_validation_loss_stands_in_the_line_of_its_step(tmp_path):
     assert found == [(2, 2.0, 3.0), (3, None, 2.75), (4, 1.5, None), (5, None, 2.5)]
 
 
+def test_every_line_has_its_time_and_its_losses_their_perplexity(tmp_path):
+    times = iter([100.0, 101.5, 103.0])
+    with MetricsLogger(
+        tmp_path, total_steps=10, tensorboard=False, stream=io.StringIO(), clock=lambda: next(times)
+    ) as logger:
+        logger.validation(2, 1.0)
+        logger.log(2, values(2.0))
+        logger.validation(3, 3.0)  # a step that is not logged
+        logger.log(4, values(float("nan")))
+    first, second, third = lines(tmp_path)
+    assert [line["time"] for line in (first, second, third)] == [100.0, 101.5, 103.0]
+    assert (first["perplexity"], first["validation_perplexity"]) == pytest.approx((7.389056, 2.718282))
+    assert second["validation_perplexity"] == pytest.approx(20.085537) and "perplexity" not in second
+    assert third["loss"] is None and third["perplexity"] is None
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_log_says_each_validation_once(tmp_path, terminal, monkeypatch):
     stream = io.StringIO()

@@ -63,6 +63,26 @@ def test_reading_without_a_step_knows_no_pace():
     assert reading.tokens_per_second == 0 and math.isnan(reading.seconds_left)
 
 
+def test_the_wait_for_data_is_that_of_the_steps_since_the_last_reading():
+    clock = Clock()
+    meter = Meter(total_steps=10, clock=clock)
+
+    def loader():
+        for seconds in (3.0, 1.0, 0.5):
+            clock.now += seconds
+            yield seconds
+        clock.now += 100.0  # its end is no wait for a step
+
+    waits, got = [], []
+    for batch in meter.waiting(loader()):
+        got.append(batch)
+        clock.now += 10.0
+        meter.add(1)
+        if len(got) > 1:
+            waits.append(meter.read().data_wait)
+    assert got == [3.0, 1.0, 0.5] and waits == pytest.approx([2.0, 0.5])
+
+
 def test_peak_memory_of_the_process_covers_what_was_allocated():
     held = torch.ones(64 * 2**20, dtype=torch.uint8)
     assert held.sum() == 64 * 2**20

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.moe import StepTotals, collect_statistics
+from torchlinearmoe.moe.statistics import load_by_layer
 
 D = 6
 
@@ -44,6 +45,23 @@ def test_figures_are_those_of_the_routing(build) -> None:
     assert figures["moe/entropy"] == pytest.approx((figures["moe/a/entropy"] + figures["moe/b/entropy"]) / 2)
     assert figures["moe/balance_loss"] == pytest.approx(figures["moe/a/balance_loss"] + figures["moe/b/balance_loss"])
     assert collect_statistics(model) == {}
+
+
+def test_loads_stand_in_the_order_of_their_layers() -> None:
+    layers = {f"moe/layers.{n}.moe": load for n, load in ((2, 1.23456), (10, 3.0))} | {"mom/layers.0.mixer": 2.0}
+    figures = {
+        f"{path}/{name}": load / k for path, load in layers.items() for name, k in (("max_load", 1), ("min_load", 8))
+    }
+    found = load_by_layer({"moe/max_load": 3.0} | figures | {"moe/layers.2.moe/entropy": 1.0})
+    assert found == {
+        "moe/layers": [2, 10],
+        "moe/max_load_by_layer": [1.235, 3.0],
+        "moe/min_load_by_layer": [0.1543, 0.375],
+        "mom/layers": [0],
+        "mom/max_load_by_layer": [2.0],
+        "mom/min_load_by_layer": [0.25],
+    }
+    assert load_by_layer({}) == {}
 
 
 def test_collecting_without_reset_leaves_the_sums(build) -> None:
