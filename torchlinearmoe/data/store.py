@@ -21,7 +21,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from tempfile import mkdtemp
@@ -57,13 +57,18 @@ class Encoded(NamedTuple):
     """Start marker and tokens, the end-of-text id where it is no start marker."""
     trained: Sequence[bool] | None = None
     """Which ids are trained; None for all. The same kind for all documents of a store."""
+    ends: bool = True
+    """Whether the document ends here; else the next one goes on with it, and has its key."""
 
 
 class TokenStore:
-    """A written folder, open for reading. Pickling sends its path, not its tokens."""
+    """A written folder, open for reading. Pickling sends its path, not its tokens.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    trusted: a manifest has its checksums, so offsets are not gone through when it is opened.
+    """
+
+    def __init__(self, folder: Path, trusted: bool = False) -> None:
+        self.folder, self._trusted = folder, trusted
         try:
             described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
             if described["format"] != FORMAT:
@@ -99,7 +104,8 @@ class TokenStore:
             if array.shape != (length,) or array.dtype.str[1:] not in kinds.split():
                 raise ValueError(f"{name}.npy holds {array.dtype} {list(array.shape)}, not {length} of {kinds}")
         ends = self.offsets
-        if ends[0] != 0 or ends[-1] != self.num_tokens or bool((ends[1:] <= ends[:-1]).any()):
+        rise = self._trusted or bool((ends[1:] > ends[:-1]).all())
+        if ends[0] != 0 or ends[-1] != self.num_tokens or not rise:
             raise ValueError("offsets.npy does not go from 0 to the last token, document by document")
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -134,8 +140,8 @@ class TokenStore:
         """uint8 [num_tokens], memory-mapped: 1 for a token that is trained. Only stores of conversations have it."""
         return np.load(self.folder / "trained.npy", mmap_mode="r")
 
-    def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
-        return TokenStore, (self.folder,)
+    def __reduce__(self) -> tuple[type[TokenStore], tuple[Path, bool]]:
+        return TokenStore, (self.folder, self._trusted)
 
 
 def is_store(folder: Path) -> bool:
@@ -159,28 +165,39 @@ def write_encoded(
     folder: Path, batches: Iterable[list[Encoded]], tokenizer: Tokenizer, progress: Progress | None = None
 ) -> TokenStore:
     """Writes encoded documents into `folder`, which appears when all is done. Raises UserError when there are none."""
+    with written_aside(folder, is_store) as aside:
+        if not write_arrays(aside, batches, tokenizer, progress):
+            raise UserError("data.paths: the files hold no text")
+    return TokenStore(folder)
+
+
+@contextmanager
+def written_aside(
+    folder: Path, is_written: Callable[[Path], bool], way_out: str = "make room there, or set data.cache"
+) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` at the end of the block, on disk and whole, or not at all.
+
+    `is_written` tells one that another process was first with. Raises UserError for what the disk refuses.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_orphans(folder.parent)
         aside = Path(mkdtemp(prefix=f".{folder.name}-{socket.gethostname()}-{os.getpid()}-", dir=folder.parent))
     except OSError as error:
-        raise UserError(
-            f"cannot write tokens to '{folder.parent}': {error.strerror}; make room there, or set data.cache"
-        ) from None
+        raise UserError(f"cannot write tokens to '{folder.parent}': {error.strerror}; {way_out}") from None
     try:
-        with disk.one_line(f"cannot write tokens to '{folder.parent}'", lambda: "make room there, or set data.cache"):
-            _write(aside, batches, tokenizer, progress)
-        os.chmod(aside, 0o755)  # mkdtemp keeps others out
-        for written in [*aside.iterdir(), aside]:
-            disk.sync(written)
+        with disk.one_line(f"cannot write tokens to '{folder.parent}'", lambda: way_out):
+            yield aside
+            os.chmod(aside, 0o755)  # mkdtemp keeps others out
+            for written in [*aside.iterdir(), aside]:
+                disk.sync(written)
         try:
             aside.rename(folder)
         except OSError:
-            if not is_store(folder):
+            if not is_written(folder):
                 raise UserError(f"{folder}: cannot write there, the folder is in use by something else") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return TokenStore(folder)
 
 
 def _remove_orphans(cache: Path) -> None:
@@ -226,7 +243,7 @@ def cached_store(
     stands for everything else that `encode` depends on. Any number of processes may ask at once; to do the work once,
     let one ask before the others and tell them its `folder`, which is then taken without another look at the files.
     """
-    folder = folder or cache / _name(files, tokenizer, told)
+    folder = folder or cache / name_of(files, tokenizer, told)
     if folder.exists():  # whole, or damaged since it came
         try:
             return TokenStore(folder)
@@ -239,7 +256,7 @@ def cached_store(
     return write_encoded(folder, encode(read(files), tokenizer), tokenizer, progress)
 
 
-def _name(files: Sequence[Path], tokenizer: Tokenizer, told: str) -> str:
+def name_of(files: Sequence[Path], tokenizer: Tokenizer, told: str) -> str:
     begin = [] if tokenizer.begin_of_text is None else [f"begin of text {tokenizer.begin_of_text}"]
     known = [str(FORMAT), tokenizer.fingerprint, *begin, *([told] if told else [])]
     for file in files:
@@ -253,7 +270,10 @@ def document_key(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def _write(folder: Path, batches: Iterable[list[Encoded]], tokenizer: Tokenizer, progress: Progress | None) -> None:
+def write_arrays(
+    folder: Path, batches: Iterable[list[Encoded]], tokenizer: Tokenizer, progress: Progress | None = None
+) -> int:
+    """Writes encoded documents into a folder and returns how many; without any it is no token folder."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     num_documents = num_tokens = 0
     with ExitStack() as open_files:
@@ -268,16 +288,17 @@ def _write(folder: Path, batches: Iterable[list[Encoded]], tokenizer: Tokenizer,
             for document in batch:
                 tokens.append(document.ids)
                 num_tokens += len(document.ids)
-                offsets.append([num_tokens])
-                keys.append([document.key])
+                if document.ends:
+                    num_documents += 1
+                    offsets.append([num_tokens])
+                    keys.append([document.key])
                 if document.trained is not None:
                     trained = trained or array("trained", np.uint8)
                     trained.append(document.trained)
-            num_documents += len(batch)
             if progress is not None:
                 progress(num_documents, num_tokens)
     if num_documents == 0:
-        raise UserError("data.paths: the files hold no text")
+        return 0
     described = {
         "format": FORMAT,
         "documents": num_documents,
@@ -290,6 +311,7 @@ def _write(folder: Path, batches: Iterable[list[Encoded]], tokenizer: Tokenizer,
         "padding": tokenizer.end_of_text if tokenizer.padding is None else tokenizer.padding,
     }
     (folder / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    return num_documents
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
