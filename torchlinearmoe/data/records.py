@@ -63,6 +63,8 @@ class Bad(NamedTuple):
     line: int
     reason: str
     place: str = "line"
+    more: bool = False
+    """Whether it is a part of a document that goes on after it."""
 
     def __str__(self) -> str:
         return f"{self.path}, {self.place} {self.line}: {self.reason}"
@@ -231,7 +233,7 @@ def _decoded(path: Path, piece: Piece, text: bytes, lines: int, first: bool, kin
         return kind(text.decode("utf-8"))
     except UnicodeDecodeError as error:
         line = 1 + lines + text.count(b"\n", 0, error.start) + _lines_before(piece)
-        return Bad(path, line, f"not UTF-8: {error.reason}")
+        return Bad(path, line, f"not UTF-8: {error.reason}", more=kind is Part)
 
 
 def _read_parquet(piece: Piece, key: str, reading: Reading) -> Iterator[Record]:

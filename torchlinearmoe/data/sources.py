@@ -12,6 +12,7 @@ metrics of a run. So a second start reads what the first one read.
 from __future__ import annotations
 
 import codecs
+import glob
 import os
 import stat
 from collections import Counter
@@ -20,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torchlinearmoe.data.formats import KINDS, LEGAL, kind_of, opened
+from torchlinearmoe.data.prepared import is_cached, is_prepared, is_tokens
 from torchlinearmoe.data.records import Bad, BadLine, Part, Piece, read_records
-from torchlinearmoe.data.store import is_cached, is_store
 from torchlinearmoe.disk import expanded
 from torchlinearmoe.errors import UserError
 from torchlinearmoe.written import RUN_PARTS, is_checkpoint, is_run
@@ -43,23 +44,25 @@ class Sources:
     """Files of no known kind in folders: how many, by suffix, or by name where they have none."""
 
 
-def find_sources(paths: Sequence[str | Path] = (), run_folder: Path | None = None) -> Sources:
-    """The files and token folders under `paths`: in the order given, a folder's entries by name.
+def find_sources(
+    paths: Sequence[str | Path] = (), run_folder: Path | None = None, named: str = "data.paths"
+) -> Sources:
+    """The files and token folders under `paths`: in the order given, a folder's entries and what a glob finds by name.
 
-    No paths is the corpus that ships. `run_folder` is where a run is about to write, which may not look like a run's
+    `named` is what errors call the paths. No paths is the corpus that ships. `run_folder` is where a run is about to write, which may not look like a run's
     folder yet. A cached token folder that is itself one of `paths` is taken. Raises UserError, one line that names the
     path, when it does not exist or holds nothing to read.
     """
-    found = _Found(run_folder.resolve() if run_folder else None)
-    for path in [expanded(path, "data.paths") for path in paths] or [DEFAULT_CORPUS]:
+    found = _Found(run_folder.resolve() if run_folder else None, named)
+    for path in [each for path in paths for each in _globbed(expanded(path, named))] or [DEFAULT_CORPUS]:
         if not os.path.lexists(path):
-            raise UserError(f"data.paths: '{path}' does not exist")
+            raise UserError(f"{named}: '{path}' does not exist")
         if path.is_file() and kind_of(path) is None:
-            raise UserError(f"data.paths: '{path}' is of no known kind; legal: {LEGAL}, or a folder")
+            raise UserError(f"{named}: '{path}' is of no known kind; legal: {LEGAL}, or a folder")
         before, ships = len(found.files) + len(found.stores), path.is_relative_to(Path(__file__).parent)
         if is_checkpoint(path):
-            raise UserError(f"data.paths: '{path}' is a checkpoint; name the text it was trained on")
-        if is_store(path):
+            raise UserError(f"{named}: '{path}' is a checkpoint; name the text it was trained on")
+        if is_tokens(path):
             found.stores.append(path)
         else:
             found.collect(path)
@@ -67,9 +70,16 @@ def find_sources(paths: Sequence[str | Path] = (), run_folder: Path | None = Non
             found.unknown.clear()
         if len(found.files) + len(found.stores) == before:
             but = f" but what training wrote in '{found.left_out[-1]}'" if found.left_out else ""
-            raise UserError(f"data.paths: the folder '{path}' holds no {', '.join(KINDS)} file{but}")
+            raise UserError(f"{named}: the folder '{path}' holds no {', '.join(KINDS)} file{but}")
     files, stores, left_out = (tuple(dict.fromkeys(some)) for some in (found.files, found.stores, found.left_out))
     return Sources(files, stores, left_out, found.unknown)
+
+
+def _globbed(path: Path) -> list[Path]:
+    """What a pattern of names finds; a path that is none, or is there as it stands, is itself."""
+    if os.path.lexists(path) or not glob.has_magic(str(path)):
+        return [path]
+    return [Path(name) for name in sorted(glob.glob(str(path), recursive=True))] or [path]
 
 
 def read_documents(files: Sequence[Path], key: str = "text") -> Iterator[str]:
@@ -93,6 +103,7 @@ class _Found:
     """What a walk has come upon."""
 
     own: Path | None
+    named: str
     files: list[Path] = field(default_factory=list)
     stores: list[Path] = field(default_factory=list)
     left_out: list[Path] = field(default_factory=list)
@@ -106,26 +117,28 @@ class _Found:
         except FileNotFoundError:
             state = None
         except OSError as error:
-            raise UserError(f"data.paths: '{path}' cannot be read: {error.strerror}; mend or remove it") from None
+            raise UserError(f"{self.named}: '{path}' cannot be read: {error.strerror}; mend or remove it") from None
         if state is None or not stat.S_ISDIR(state.st_mode):
             if known and state is None:
-                raise UserError(f"data.paths: '{path}' is a link to nothing; mend or remove it")
+                raise UserError(f"{self.named}: '{path}' is a link to nothing; mend or remove it")
             if known and state is not None and not stat.S_ISREG(state.st_mode):
-                raise UserError(f"data.paths: '{path}' is no regular file; remove it or put a file there")
+                raise UserError(f"{self.named}: '{path}' is no regular file; remove it or put a file there")
             if known:
                 self.files.append(path)
             else:
                 self.unknown[path.suffix or path.name] += 1
         elif is_cached(path):
             self.left_out.append(path.parent)
+        elif is_prepared(path) and path.resolve() == self.own:
+            self.left_out.append(path)
         elif is_checkpoint(path):
             self.left_out.append(path)
-        elif is_store(path):
+        elif is_tokens(path):
             self.stores.append(path)
         else:
             here = (state.st_dev, state.st_ino)
             if here in above:
-                raise UserError(f"data.paths: '{path}' is a link to a folder around it; remove it")
+                raise UserError(f"{self.named}: '{path}' is a link to a folder around it; remove it")
             written = RUN_PARTS if is_run(path) or path.resolve() == self.own else ()
             for name in sorted(os.listdir(path)):
                 if name in written:

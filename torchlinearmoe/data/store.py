@@ -20,7 +20,8 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +42,8 @@ NAME_BYTES = 12
 DESCRIPTION = "store.json"
 ORPHAN = re.compile(r"\.[^/]+-(?P<host>[^/]+)-(?P<pid>\d{1,9})-\w+")
 """A folder that a process writes into."""
+MOST_OPEN = 256
+"""Folders with a manifest that are open at once; each takes two or three of the files that a process may open."""
 BATCH_CHARACTERS = 4_000_000
 """Text handed to the tokenizer at once."""
 
@@ -64,13 +67,14 @@ class Encoded(NamedTuple):
 class TokenStore:
     """A written folder, open for reading. Pickling sends its path, not its tokens.
 
-    trusted: a manifest has its checksums, so offsets are not gone through when it is opened.
+    `known` is what a manifest with its checksums tells of it: nothing is read then before it is used, offsets are not
+    gone through, and no more than MOST_OPEN of such folders are open at once.
     """
 
-    def __init__(self, folder: Path, trusted: bool = False) -> None:
-        self.folder, self._trusted = folder, trusted
+    def __init__(self, folder: Path, known: Mapping[str, Any] | None = None) -> None:
+        self.folder, self.known = folder, known
         try:
-            described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+            described = known or json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
             if described["format"] != FORMAT:
                 raise UserError(f"{folder}: token folder of format {described['format']}, this version reads {FORMAT}")
             self.num_documents: int = described["documents"]
@@ -81,35 +85,67 @@ class TokenStore:
             self.padding: int = described.get("padding", self.end_of_text)
             self.vocab_size: int = described["vocab_size"]
             self.tokenizer_fingerprint: str = described["tokenizer_fingerprint"]
-            self._check()
+            self._check_counts()
+            if known is None:
+                self._check()
         except UserError:
             raise
         except Exception as error:  # a damaged array may raise anything
-            why = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(f"{folder}: not a token folder, or damaged: {why}; make it again") from None
+            raise self._damaged(error) from None
 
-    def _check(self) -> None:
-        """Raise ValueError where the arrays are not those that the description tells of."""
+    def _damaged(self, error: Exception) -> UserError:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        return UserError(f"{self.folder}: not a token folder, or damaged: {why}; make it again")
+
+    def _check_counts(self) -> None:
+        """Raise ValueError where the description is none."""
         counts = (self.num_documents, self.num_tokens, self.vocab_size, self.end_of_text, self.start, self.padding)
         if not all(type(number) is int and number >= 0 for number in counts) or not self.num_documents:
             raise ValueError(f"{DESCRIPTION} does not count documents, tokens and ids")
         if max(self.end_of_text, self.start, self.padding) >= self.vocab_size:
             raise ValueError(f"{DESCRIPTION}: a special id lies beyond the {self.vocab_size} ids of its tokenizer")
+
+    def _check(self) -> None:
+        """Raise ValueError where the arrays are not those that the description tells of."""
         wanted = {"tokens": (self.num_tokens, "u2 u4"), "offsets": (self.num_documents + 1, "i8")}
         wanted |= {"keys": (self.num_documents, "u8")}
         if (self.folder / "trained.npy").exists():
             wanted["trained"] = (self.num_tokens, "u1")
         for name, (length, kinds) in wanted.items():
-            array = getattr(self, name)
+            array = self._load(name)
             if array.shape != (length,) or array.dtype.str[1:] not in kinds.split():
                 raise ValueError(f"{name}.npy holds {array.dtype} {list(array.shape)}, not {length} of {kinds}")
-        ends = self.offsets
-        rise = self._trusted or bool((ends[1:] > ends[:-1]).all())
+        ends = np.load(self.folder / "offsets.npy", mmap_mode="r")
+        rise = self.known is not None or bool((ends[1:] > ends[:-1]).all())
         if ends[0] != 0 or ends[-1] != self.num_tokens or not rise:
             raise ValueError("offsets.npy does not go from 0 to the last token, document by document")
 
+    def _load(self, name: str) -> np.ndarray:
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
+
+    def _array(self, name: str) -> np.ndarray:
+        """An array, memory-mapped; the arrays of a folder with a manifest are closed again, the longest unused first."""
+        if self.known is None:
+            return self._load(name)
+        if self not in _opened:
+            try:
+                self._check()
+            except Exception as error:
+                raise self._damaged(error) from None
+            _opened[self] = None
+        if len(_opened) > MOST_OPEN:
+            _opened.popitem(last=False)[0].close()
+        return self._load(name)
+
+    def close(self) -> None:
+        """Let go of the arrays; they are opened again where they are asked for."""
+        for name in ("tokens", "offsets", "keys", "trained"):
+            self.__dict__.pop(name, None)
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """int64 [stop - start]: the ids from `start` on. Raises UserError for one that the tokenizer does not have."""
+        if self in _opened:
+            _opened.move_to_end(self)
         ids = self.tokens[start:stop].astype(np.int64)
         if ids.size and (wrong := int(ids.max())) >= self.vocab_size:
             raise UserError(f"{self.folder}: damaged: {wrong} is none of its {self.vocab_size} ids; make it again")
@@ -123,35 +159,34 @@ class TokenStore:
     @cached_property
     def tokens(self) -> np.ndarray:
         """uint16 or uint32 [num_tokens], memory-mapped."""
-        return np.load(self.folder / "tokens.npy", mmap_mode="r")
+        return self._array("tokens")
 
     @cached_property
     def offsets(self) -> np.ndarray:
         """int64 [num_documents + 1], memory-mapped."""
-        return np.load(self.folder / "offsets.npy", mmap_mode="r")
+        return self._array("offsets")
 
     @cached_property
     def keys(self) -> np.ndarray:
         """uint64 [num_documents], memory-mapped."""
-        return np.load(self.folder / "keys.npy", mmap_mode="r")
+        return self._array("keys")
 
     @cached_property
     def trained(self) -> np.ndarray:
         """uint8 [num_tokens], memory-mapped: 1 for a token that is trained. Only stores of conversations have it."""
-        return np.load(self.folder / "trained.npy", mmap_mode="r")
+        return self._array("trained")
 
-    def __reduce__(self) -> tuple[type[TokenStore], tuple[Path, bool]]:
-        return TokenStore, (self.folder, self._trusted)
+    def __reduce__(self) -> tuple[type[TokenStore], tuple[Path, Mapping[str, Any] | None]]:
+        return TokenStore, (self.folder, self.known)
+
+
+_opened: OrderedDict[TokenStore, None] = OrderedDict()
+"""Open folders that have a manifest, the last used at the end."""
 
 
 def is_store(folder: Path) -> bool:
     """Whether `write_store` made this folder."""
     return (folder / DESCRIPTION).is_file()
-
-
-def is_cached(folder: Path) -> bool:
-    """Whether `folder` is one of a cache: tokens of text that lies elsewhere, under the name that they have there."""
-    return re.fullmatch(f"[0-9a-f]{{{2 * NAME_BYTES}}}", folder.name) is not None and is_store(folder)
 
 
 def write_store(
@@ -267,7 +302,12 @@ def name_of(files: Sequence[Path], tokenizer: Tokenizer, told: str) -> str:
 
 def document_key(text: str) -> int:
     """64 bits that are the same for the same text on every machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return key_of(hashlib.blake2b(text.encode(), digest_size=8))
+
+
+def key_of(digest: Any) -> int:
+    """The key of a document, of the blake2b hash of its text, of 8 bytes."""
+    return int.from_bytes(digest.digest(), "little")
 
 
 def write_arrays(

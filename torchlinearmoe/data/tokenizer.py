@@ -65,6 +65,8 @@ class Tokenizer(ABC):
     """Tokens that no text encodes to, by their spelling."""
     fingerprint: str
     """Hash of everything that decides ids; part of the name of cached tokens."""
+    threads: int = 8
+    """What `encode_batch` works with, where its library lets that be chosen."""
     files: Mapping[str, bytes] = {}
     """What was read, by file name: the same bytes go into checkpoints, whatever lies at `path` by then."""
 
@@ -157,7 +159,7 @@ class TiktokenTokenizer(Tokenizer):
         for text in texts:
             self._check_bytes(text)
         with self._panics():
-            return self._encoding.encode_ordinary_batch(list(texts))
+            return self._encoding.encode_ordinary_batch(list(texts), num_threads=self.threads)
 
     @contextmanager
     def _panics(self) -> Iterator[None]:
