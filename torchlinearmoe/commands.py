@@ -82,25 +82,27 @@ def bytes_bar(verb: str) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, Progress, TextColumn
 
     console = Console(stderr=True)
-    begun = last = time.monotonic()
+    begun = last = 0.0
     before: int | None = None
 
     def tell(done: int, total: int) -> None:
-        nonlocal before, last
-        before = done if before is None else before
+        nonlocal before, begun, last
         now = time.monotonic()
+        if before is None:
+            before, begun, last = done, now, now
         if now - last < (0.2 if console.is_terminal else SILENT_SECONDS) and done < total:
             return
         last = now
         figures = pace(done - before, done, total, now - begun)
         if console.is_terminal:
-            bar.update(task, completed=done, total=total, figures=figures)
+            if not bar.tasks:
+                bar.add_task(verb, figures="")
+            bar.update(bar.tasks[0].id, completed=done, total=total, figures=figures)
         elif done < total:
             print(f"{verb}: {figures}", file=sys.stderr, flush=True)
 
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}")
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(verb, total=None, figures="")
         yield tell
 
 

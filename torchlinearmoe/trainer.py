@@ -22,6 +22,7 @@ from torchlinearmoe.checkpoint.folder import read_extra
 from torchlinearmoe.checkpoint.initial import InitialWeights
 from torchlinearmoe.checkpoint.manager import CheckpointManager
 from torchlinearmoe.checkpoint.model import begins_as_trained, model_files
+from torchlinearmoe.commands import bytes_bar
 from torchlinearmoe.data.baselines import Baselines, baseline_losses
 from torchlinearmoe.data.chat_template import load_template
 from torchlinearmoe.data.fingerprint import DataState, fingerprint, follow
@@ -336,7 +337,8 @@ class Trainer:
         data, known = self.recipe.data, source or self.recipe.checkpoint.init_from
         if data.begin_of_text is None and known:
             data = replace(data, begin_of_text=begins_as_trained(known, self.tokenizer))
-        return open_data(data, self.tokenizer, self.folder / "cache", self.folder, on_rank_0)
+        with bytes_bar("tokenising") as tell:
+            return open_data(data, self.tokenizer, self.folder / "cache", self.folder, on_rank_0, tell)
 
     def _follow_data(self, source: Path | None) -> tuple[DataState, str | None]:
         """How the data go on from where the run stood, and a line to say."""

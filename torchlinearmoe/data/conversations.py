@@ -128,15 +128,17 @@ def open_conversations(
     folder = expanded(cache or DEFAULT_CACHE, "data.cache")
     (store,), found = open_stores(
         lambda: _find_messages(paths, run_folder),
-        lambda files, made, starting: cached_store(
-            files,
-            read_conversations,
-            starting,
-            folder,
-            progress,
-            encode=partial(_encode, template=template),
-            told=template.source,
-            folder=made,
+        lambda files, made, starting: (
+            cached_store(
+                files,
+                read_conversations,
+                starting,
+                folder,
+                progress,
+                encode=partial(_encode, template=template),
+                told=template.source,
+                folder=made,
+            ).folder
         ),
         tokenizer,
         decide,

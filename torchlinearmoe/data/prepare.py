@@ -45,6 +45,8 @@ from torchlinearmoe.errors import UserError
 
 SHARD_TOKENS = 1 << 27
 """The default bound of a shard; a document is never cut, and shards end with a batch."""
+WORTH_A_WORKER = 1 << 22
+"""Bytes of input; for fewer than twice as many no process is started."""
 LOCK = ".lock"
 
 Tell = Callable[[int, int], None]
@@ -63,6 +65,8 @@ class Options:
     """Tokens after which a shard ends."""
     way_out: str = "make room there, or choose another --output"
     """What an error of the disk ends with."""
+    waits: bool = False
+    """Whether to wait where another process writes the folder, instead of refusing."""
 
 
 def prepare(
@@ -81,7 +85,7 @@ def prepare(
     """
     with disk.one_line(f"cannot write tokens to '{output}'", lambda: options.way_out):
         (output / SHARDS).mkdir(parents=True, exist_ok=True)
-        with _alone(output):
+        with _alone(output, options.waits):
             job = _planned(files, tokenizer, output, options)
             if is_complete(output):
                 return Summary(**_fields(read_manifest(output)["summary"]))
@@ -94,7 +98,7 @@ def prepare(
                 else:
                     done += job.size(unit)
             progress = _Progress(done, total, tell)
-            count = min(workers, len(todo))
+            count = min(workers, len(todo), (total - done) // WORTH_A_WORKER)
             if count > 1:
                 _by_workers(job, todo, tokenizer, count, max(workers // count, 1), progress)
             else:
@@ -133,12 +137,12 @@ class _Progress:
 
 
 @contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Nobody else writes the folder. Raises UserError where somebody does; a lock ends with its process."""
+def _alone(output: Path, waits: bool) -> Iterator[None]:
+    """While nobody else writes the folder; a lock ends with its process. Raises UserError instead of waiting."""
     descriptor = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(f"{output}: another process prepares it; wait for its end") from None
         except OSError:

@@ -129,9 +129,7 @@ class _Found:
                 self.unknown[path.suffix or path.name] += 1
         elif is_cached(path):
             self.left_out.append(path.parent)
-        elif is_prepared(path) and path.resolve() == self.own:
-            self.left_out.append(path)
-        elif is_checkpoint(path):
+        elif is_prepared(path) and path.resolve() == self.own or is_checkpoint(path):
             self.left_out.append(path)
         elif is_tokens(path):
             self.stores.append(path)

@@ -105,8 +105,8 @@ class TokenStore:
         if max(self.end_of_text, self.start, self.padding) >= self.vocab_size:
             raise ValueError(f"{DESCRIPTION}: a special id lies beyond the {self.vocab_size} ids of its tokenizer")
 
-    def _check(self) -> None:
-        """Raise ValueError where the arrays are not those that the description tells of."""
+    def _check(self, trusted: bool = False) -> None:
+        """Raise ValueError where the arrays are not those that the description tells of; `trusted`: by their ends."""
         wanted = {"tokens": (self.num_tokens, "u2 u4"), "offsets": (self.num_documents + 1, "i8")}
         wanted |= {"keys": (self.num_documents, "u8")}
         if (self.folder / "trained.npy").exists():
@@ -115,10 +115,17 @@ class TokenStore:
             array = self._load(name)
             if array.shape != (length,) or array.dtype.str[1:] not in kinds.split():
                 raise ValueError(f"{name}.npy holds {array.dtype} {list(array.shape)}, not {length} of {kinds}")
-        ends = np.load(self.folder / "offsets.npy", mmap_mode="r")
-        rise = self.known is not None or bool((ends[1:] > ends[:-1]).all())
+        ends = self._load("offsets")
+        rise = trusted or bool((ends[1:] > ends[:-1]).all())
         if ends[0] != 0 or ends[-1] != self.num_tokens or not rise:
             raise ValueError("offsets.npy does not go from 0 to the last token, document by document")
+
+    def check(self, trusted: bool = False) -> None:
+        """Raise UserError where the folder is damaged; `trusted`: as far as that shows without reading arrays."""
+        try:
+            self._check(trusted)
+        except Exception as error:
+            raise self._damaged(error) from None
 
     def _load(self, name: str) -> np.ndarray:
         return np.load(self.folder / f"{name}.npy", mmap_mode="r")
@@ -128,10 +135,7 @@ class TokenStore:
         if self.known is None:
             return self._load(name)
         if self not in _opened:
-            try:
-                self._check()
-            except Exception as error:
-                raise self._damaged(error) from None
+            self.check(trusted=True)
             _opened[self] = None
         if len(_opened) > MOST_OPEN:
             _opened.popitem(last=False)[0].close()
@@ -283,12 +287,17 @@ def cached_store(
         try:
             return TokenStore(folder)
         except UserError as error:
-            logger.warning("%s; its text is read again", visible(str(error)))
-            aside = folder.with_name(f".{folder.name}-{socket.gethostname()}-{os.getpid()}-damaged")
-            with suppress(OSError):
-                folder.rename(aside)
-            shutil.rmtree(aside, ignore_errors=True)
+            take_away(folder, error)
     return write_encoded(folder, encode(read(files), tokenizer), tokenizer, progress)
+
+
+def take_away(folder: Path, damage: UserError) -> None:
+    """Remove a folder of a cache that is damaged, and say so."""
+    logger.warning("%s; its text is read again", visible(str(damage)))
+    aside = folder.with_name(f".{folder.name}-{socket.gethostname()}-{os.getpid()}-damaged")
+    with suppress(OSError):
+        folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def name_of(files: Sequence[Path], tokenizer: Tokenizer, told: str) -> str:
