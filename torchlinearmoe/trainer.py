@@ -30,7 +30,7 @@ from torchlinearmoe.data.loader import build_loader, build_validation_loader
 from torchlinearmoe.data.open import open_data
 from torchlinearmoe.data.opening import opening_of_messages, opening_of_text
 from torchlinearmoe.data.packing import MicroBatch
-from torchlinearmoe.data.splits import Splits
+from torchlinearmoe.data.splits import Splits, Stream
 from torchlinearmoe.data.tokenizer import check_vocabulary, load_tokenizer
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.evaluation import first_bad_layer, held_out_loss, silent_mixers
@@ -363,6 +363,10 @@ class Trainer:
             f"{train.num_documents} documents of {format_number(len(train))} tokens, {epochs:.2g} epochs; tokenizer "
             f"{self.tokenizer.path.name}; in {self.folder}"
         )
+        for name, value in self.loader.figures(self.total_steps).items():
+            source = name.removeprefix("data/epochs/")
+            if source != name and value > 1:
+                self.metrics.message(f"data.sources: {source} is read {value:.3g} times by the last step")
         if epochs > MANY_EPOCHS:
             self.metrics.message(
                 f"the data are read {epochs:.3g} times: beyond {MANY_EPOCHS} epochs repeated text teaches less; bring "
@@ -393,10 +397,10 @@ class Trainer:
         )
         return found
 
-    def _held_out_loss(self, limit: int = 0) -> float:
+    def _held_out_loss(self, limit: int = 0, stream: Stream | None = None) -> float:
         training = self.recipe.training
         loader = build_validation_loader(
-            self.splits.validation,
+            stream or self.splits.validation,
             sequence_length=training.sequence_length,
             micro_batch_size=training.micro_batch_size,
             rank=self.meshes.data_rank,
@@ -408,10 +412,12 @@ class Trainer:
         )
 
     def _validate(self) -> None:
-        if len(self.splits.validation):
+        limit, others = self.recipe.metrics.validation_batches, self.splits.others
+        if len(self.splits.validation) or others:
             with self.meter.paused():
-                loss = self._held_out_loss(self.recipe.metrics.validation_batches)
-            self.metrics.validation(self.step, loss)
+                loss = self._held_out_loss(limit) if len(self.splits.validation) else None
+                losses = {name: self._held_out_loss(limit, stream) for name, stream in others.items()}
+            self.metrics.validation(self.step, loss, losses)
 
     def _log(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         """One line of metrics; every rank takes part in the sums."""
@@ -433,6 +439,7 @@ class Trainer:
             ),
             "memory_gib": peak_memory_gib(self.device),
             **{key: value for key, value in figures.items() if key.count("/") == 1},
+            **self.loader.figures(self.step),
         }
         self.metrics.log(self.step, values, expert_load=expert_load(packed), seconds_left=reading.seconds_left)
 

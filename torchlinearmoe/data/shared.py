@@ -50,10 +50,10 @@ def open_stores(
 ) -> tuple[list[TokenStore], Sources]:
     """The tokens of the text that `find` finds, then the token folders it finds; and what it found.
 
-    `tokenise(files, folder, tokenizer)` gives the folder of a cache that has the files' tokens. A host that does not see the deciding one's cache makes its
-    own, of the same files. `begins`: whether documents start with the begin-of-text token; None: as in the folders
-    found, else where the tokenizer has one. Raises UserError on tokens of another tokenizer, on documents that start
-    otherwise, and where a host holds other tokens than the others.
+    `tokenise(files, folder, tokenizer)` gives the folder of a cache that has the files' tokens. A host that does not
+    see the deciding one's cache makes its own, of the same files. `begins`: whether documents start with the
+    begin-of-text token; None: as in the folders found, else where the tokenizer has one. Raises UserError on tokens of
+    another tokenizer, on documents that start otherwise, and where a host holds other tokens than the others.
     """
 
     def prepare() -> tuple[Sources, bool | None, list[tuple[Path, Content]]]:

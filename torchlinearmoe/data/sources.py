@@ -49,12 +49,12 @@ def find_sources(
 ) -> Sources:
     """The files and token folders under `paths`: in the order given, a folder's entries and what a glob finds by name.
 
-    `named` is what errors call the paths. No paths is the corpus that ships. `run_folder` is where a run is about to write, which may not look like a run's
-    folder yet. A cached token folder that is itself one of `paths` is taken. Raises UserError, one line that names the
-    path, when it does not exist or holds nothing to read.
+    `named` is what errors call the paths. No paths is the corpus that ships. `run_folder` is where a run is about to
+    write, which may not look like a run's folder yet. A cached token folder that is itself one of `paths` is taken.
+    Raises UserError, one line that names the path, when it does not exist or holds nothing to read.
     """
     found = _Found(run_folder.resolve() if run_folder else None, named)
-    for path in [each for path in paths for each in _globbed(expanded(path, named))] or [DEFAULT_CORPUS]:
+    for path in [each for name in paths for each in _globbed(expanded(name, named))] or [DEFAULT_CORPUS]:
         if not os.path.lexists(path):
             raise UserError(f"{named}: '{path}' does not exist")
         if path.is_file() and kind_of(path) is None:

@@ -208,6 +208,8 @@ class Splits(Generic[S]):
     validation: S
     stores: tuple[TokenStore, ...]
     """All documents of both, in their order."""
+    others: Mapping[str, Stream] = field(default_factory=dict)
+    """What is validated on besides, by name."""
     left_out: tuple[Path, ...] = ()
     """Folders under `data.paths` in which something was passed over because training wrote it."""
     unknown: Mapping[str, int] = field(default_factory=dict)
@@ -229,12 +231,13 @@ def open_splits(
 ) -> Splits[TokenStream]:
     """The corpus under `paths` (none: the one that ships), tokenised and split.
 
-    Text is tokenised once into `cache` (default ~/.cache/torchlinearmoe), by all cores where there is much of it; `tell`
-    is called with (done, total) in bytes meanwhile. `text_key`: where JSON and parquet have the text. Folders of tokens under `paths` are used as they are, after the text; what a run writes into `run_folder`
-    is no text. `decide` picks the process whose word counts. `begins`: whether documents start with the begin-of-text
-    token; None: as in the folders of tokens, else where the tokenizer has one. `split`: whether `documents` are held
-    out, or the last `tokens`. Raises UserError, one line, on unreadable paths, on tokens of another tokenizer, and when
-    a split has no document.
+    Text is tokenised once into `cache` (default ~/.cache/torchlinearmoe), by all cores where there is much of it;
+    `tell` is called with (done, total) in bytes meanwhile. `text_key`: where JSON and parquet have the text. Folders of
+    tokens under `paths` are used as they are, after the text; what a run writes into `run_folder` is no text. `decide`
+    picks the process whose word counts. `begins`: whether documents start with the begin-of-text token; None: as in
+    the folders of tokens, else where the tokenizer has one. `split`: whether `documents` are held out, or the last
+    `tokens`. Raises UserError, one line, on unreadable paths, on tokens of another tokenizer, and when a split has no
+    document.
     """
     if not 0 <= validation_fraction < 1:
         raise UserError(f"data.validation_fraction = {validation_fraction}: it must be at least 0 and below 1")
@@ -255,10 +258,10 @@ def open_splits(
                 f"data.validation_fraction = {validation_fraction} leaves {len(train)} tokens to train on and "
                 f"{len(validation)} for validation; each needs 2"
             )
-        return Splits(train, validation, tuple(stores), found.left_out, found.unknown)
+        return Splits(train, validation, tuple(stores), left_out=found.left_out, unknown=found.unknown)
     bound = int(validation_fraction * 2**64)
     train, validation = TokenStream(stores, (bound, 1 << 64)), TokenStream(stores, (0, bound))
-    splits = Splits(train, validation, tuple(stores), found.left_out, found.unknown)
+    splits = Splits(train, validation, tuple(stores), left_out=found.left_out, unknown=found.unknown)
     check_not_empty(splits, validation_fraction, ", or data.validation_split = 'tokens' to hold out its last tokens")
     return splits
 

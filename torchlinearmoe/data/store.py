@@ -131,7 +131,7 @@ class TokenStore:
         return np.load(self.folder / f"{name}.npy", mmap_mode="r")
 
     def _array(self, name: str) -> np.ndarray:
-        """An array, memory-mapped; the arrays of a folder with a manifest are closed again, the longest unused first."""
+        """An array, memory-mapped; folders with a manifest are closed again, the longest unused first."""
         if self.known is None:
             return self._load(name)
         if self not in _opened:

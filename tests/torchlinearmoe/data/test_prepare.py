@@ -67,7 +67,11 @@ def test_all_shards_together_are_one_token_folder(tmp_path, files, letters, begu
     for name, tokenizer in (("plain", letters), ("begun", begun)):
         told = []
         found = prepare(
-            files, tokenizer, tmp_path / name, Options(shard_tokens=shard_tokens), tell=lambda *now: told.append(now)
+            files,
+            tokenizer,
+            tmp_path / name,
+            Options(shard_tokens=shard_tokens),
+            tell=lambda *now, told=told: told.append(now),
         )
         whole = write_store(tmp_path / f"{name}-whole", TEXTS, tokenizer)
         assert content(tmp_path / name) == content(whole.folder)
@@ -246,7 +250,7 @@ def run(*arguments, code=0):
 @pytest.fixture
 def corpus_files(tmp_path):
     """About 24 MB of the corpus that ships, in three units."""
-    lines = open(find_sources().files[0]).read()
+    lines = find_sources().files[0].read_text()
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.jsonl").write_text(lines * 18)
     (tmp_path / "text" / "b.jsonl.gz").write_bytes(gzip.compress((lines * 7).encode(), 1))
