@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -101,7 +102,8 @@ def named(entries: Sequence[str], key: str, whole: bool = False) -> dict[str, st
     for entry in entries:
         name, equals, path = entry.partition("=")
         if whole or not equals or "/" in name:
-            name, path = Path(entry).name.partition(".")[0] or entry, entry
+            name, path = Path(entry).name.partition(".")[0], entry
+        name = re.sub(r"[^\w-]+", "", name) or "data"
         if name in found:
             if not whole:
                 raise RecipeError(f"{key}: two are called '{name}'; name them apart: 'NAME={path}'")
