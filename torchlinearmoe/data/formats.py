@@ -20,7 +20,7 @@ from torchlinearmoe.errors import UserError
 
 KINDS = (".txt", ".jsonl", ".json", ".parquet")
 COMPRESSIONS = (".gz", ".zst", ".bz2")
-LEGAL = f"{', '.join(KINDS)}, each also with {', '.join(COMPRESSIONS)}"
+LEGAL = f"{', '.join(KINDS)}, each also with {', '.join(COMPRESSIONS)}, a pair of .bin and .idx"
 
 
 def compression_of(path: Path) -> str:

@@ -17,7 +17,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from torchlinearmoe.data.megatron import MegatronStore, Special
 from torchlinearmoe.data.store import NAME_BYTES, TokenStore, is_store
+from torchlinearmoe.data.tokenizer import Tokenizer
 from torchlinearmoe.errors import UserError
 
 FORMAT = 1
@@ -70,8 +72,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return found
 
 
-def open_tokens(folder: Path) -> list[TokenStore]:
-    """The token folders in `folder`: itself, or its shards, of which nothing but the manifest is read yet."""
+def open_tokens(folder: Path, tokenizer: Tokenizer | None = None) -> list[TokenStore]:
+    """The token folders in `folder`: itself, or its shards, of which nothing but the manifest is read yet; or the index
+    of Megatron, whose ids are those of `tokenizer`."""
+    if folder.suffix == ".idx":
+        assert tokenizer is not None
+        return [MegatronStore(folder, Special.of(tokenizer))]
     if is_store(folder) or not is_prepared(folder):
         return [TokenStore(folder)]
     return stores_of(folder, read_manifest(folder))

@@ -58,11 +58,11 @@ def open_stores(
 
     def prepare() -> tuple[Sources, bool | None, list[tuple[Path, Content]]]:
         found = find()
-        written = {folder: open_tokens(folder) for folder in found.stores}
-        begun = begins
-        if begins is None and written:
-            begun = next(iter(written.values()))[0].begin_of_text is not None
+        begun, folders = begins, [folder for folder in found.stores if folder.suffix != ".idx"]
+        if begins is None and folders:
+            begun = open_tokens(folders[0])[0].begin_of_text is not None
         starting = tokenizer.starting(begun)
+        written = {folder: open_tokens(folder, starting) for folder in found.stores}
         made = [tokenise(found.files, None, starting)] if found.files else []
         stores = {**{folder: open_tokens(folder) for folder in made}, **written}
         return found, begun, [(folder, _content(some, starting)) for folder, some in stores.items()]
@@ -73,7 +73,7 @@ def open_stores(
     for folder, content in told:
         if folder not in found.stores and not (is_store(folder) or is_complete(folder)):
             tokenise(found.files, folder, starting)
-        some = open_tokens(folder)
+        some = open_tokens(folder, starting)
         if (here := _content(some, starting)) != content:
             raise UserError(
                 f"'{folder}' holds {here} on this host and {content} on the first rank's; give all hosts the same "

@@ -3,7 +3,7 @@
 A document is one text. Read are `.txt` files (one document, or several with `<|endoftext|>` between them), `.jsonl`
 and `.json` files (one object a line, its text under `text`), `.parquet` files (a column `text`), these compressed by
 gzip, zstd or bzip2, and folders of them, taken whole and in the order of their names. A folder that `store.py` or
-`prepare.py` wrote is taken as the tokens it holds.
+`prepare.py` wrote is taken as the tokens it holds, as are Megatron's `.bin` with their `.idx`.
 
 What training writes is no data, wherever it lies inside such a folder: the tokens of a cache, checkpoints, and the
 metrics of a run. So a second start reads what the first one read.
@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torchlinearmoe.data.formats import KINDS, LEGAL, kind_of, opened
+from torchlinearmoe.data.megatron import index_of
 from torchlinearmoe.data.prepared import is_cached, is_prepared, is_tokens
 from torchlinearmoe.data.records import Bad, BadLine, Part, Piece, read_records
 from torchlinearmoe.disk import expanded
@@ -55,6 +56,9 @@ def find_sources(
     """
     found = _Found(run_folder.resolve() if run_folder else None, named)
     for path in [each for name in paths for each in _globbed(expanded(name, named))] or [DEFAULT_CORPUS]:
+        if (index := index_of(path)) is not None and not path.is_dir():
+            found.stores.append(index)
+            continue
         if not os.path.lexists(path):
             raise UserError(f"{named}: '{path}' does not exist")
         if path.is_file() and kind_of(path) is None:
@@ -125,6 +129,8 @@ class _Found:
                 raise UserError(f"{self.named}: '{path}' is no regular file; remove it or put a file there")
             if known:
                 self.files.append(path)
+            elif (index := index_of(path)) is not None and path.suffix in (".idx", ".bin"):
+                self.stores += [index] if path.suffix == ".idx" else []
             else:
                 self.unknown[path.suffix or path.name] += 1
         elif is_cached(path):
