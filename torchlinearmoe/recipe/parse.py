@@ -256,15 +256,18 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             raise RecipeError(f"{where} = {list(value)!r}: must have {len(args)} entries")
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
         return tuple(_coerce(item, kind, where) for item, kind in zip(value, kinds, strict=True))
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+    table: Any = hint
+    if dataclasses.is_dataclass(table):
         if not isinstance(value, Mapping):
             raise RecipeError(
-                f"{where} = {value!r}: must be a table of {', '.join(f.name for f in dataclasses.fields(hint))}"
+                f"{where} = {value!r}: must be a table of {', '.join(f.name for f in dataclasses.fields(table))}"
             )
-        missing = [f.name for f in dataclasses.fields(hint) if f.default is dataclasses.MISSING and f.name not in value]
+        missing = [
+            f.name for f in dataclasses.fields(table) if f.default is dataclasses.MISSING and f.name not in value
+        ]
         if missing:
             raise RecipeError(f"{where} = {dict(value)!r}: names no {missing[0]}")
-        return build(hint, value, where)
+        return build(table, value, where)
     if isinstance(value, int) and abs(value) > MAX_INTEGER:
         raise RecipeError(f"{where}: a number of {value.bit_length()} bits; must fit in 64")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

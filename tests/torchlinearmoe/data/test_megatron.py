@@ -2,6 +2,7 @@
 
 import pickle
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ END = 26
 CODES = {np.uint8: 1, np.int16: 3, np.int32: 4, np.int64: 5, np.uint16: 8}
 
 
-def write_by_hand(prefix, documents, dtype=np.uint16, cuts=None):
+def write_by_hand(prefix, documents, dtype: Any = np.uint16, cuts=None):
     """The bytes of the format's description. cuts: sequences of each document, one unless given."""
     sequences = [part for i, d in enumerate(documents) for part in np.array_split(np.array(d), (cuts or {}).get(i, 1))]
     firsts = np.cumsum([0, *((cuts or {}).get(i, 1) for i in range(len(documents)))])

@@ -99,9 +99,8 @@ def test_parquet_in_row_groups_nested_and_compressed(tmp_path):
     assert found[:7] + found[8:] == [row["a"]["b"] for row in rows if row["a"]["b"]]
     assert str(found[7]) == f"{path}, row 7: the column 'a.b' holds no string there"
     (tmp_path / "b.parquet.gz").write_bytes(gzip.compress(path.read_bytes()))
-    assert list(read_records(Piece(str(tmp_path / "b.parquet.gz")), "a.b")) == [
-        found[7]._replace(path=tmp_path / "b.parquet.gz") if record is found[7] else record for record in found
-    ]
+    again = list(read_records(Piece(str(tmp_path / "b.parquet.gz")), "a.b"))
+    assert [str(r).replace("b.parquet.gz", "a.parquet") for r in again] == [str(r) for r in found]
     with pytest.raises(UserError, match="no column 'a.c'; it has a"):
         list(read_records(Piece(str(path)), "a.c"))
 
@@ -121,7 +120,8 @@ def test_long_documents_come_in_parts(tmp_path, monkeypatch):
     first, *parts, last = read_records(Piece(str(tmp_path / "a.txt")))
     assert (first, last) == ("short", "last")
     assert len(parts) > 9 and [isinstance(part, Part) for part in parts] == [True] * (len(parts) - 1) + [False]
-    assert "".join(parts) == text and max(len(part.encode()) for part in parts) <= 80
+    texts = [str(part) for part in parts]
+    assert "".join(texts) == text and max(len(part.encode()) for part in texts) <= 80
     assert list(read_documents([tmp_path / "a.txt"])) == ["short", text, "last"]
 
 

@@ -1,4 +1,4 @@
-"""10^12 tokens in 10^4 shards are opened by their manifest alone, and read with few files open. The shards are sparse."""
+"""10^12 tokens in 10^4 sparse shards are opened by their manifest alone, and read with few files open."""
 
 import json
 import os
