@@ -30,7 +30,7 @@ from torchlinearmoe.data.tokenizer import END_OF_TEXT
 from torchlinearmoe.errors import UserError
 
 SEPARATOR = END_OF_TEXT.encode()
-PART_BYTES = 1 << 24
+PART_BYTES = 1 << 22
 """Of a text document that comes whole."""
 BLOCK = 1 << 20
 """Bytes read at once."""

@@ -288,3 +288,26 @@ def test_the_command_says_what_it_did_and_what_is_wrong(tmp_path):
 
 def test_documents_in_order_are_those_of_the_files(files):
     assert list(read_documents(files)) == TEXTS
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from torchlinearmoe.data.prepare import prepare
+from torchlinearmoe.data.tokenizer import load_tokenizer
+prepare([Path(sys.argv[1])], load_tokenizer(), Path(sys.argv[2]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_input(tmp_path):
+    """Neither with documents nor with the length of one."""
+    lines = find_sources().files[0].read_text()
+    peaks = []
+    for name, text in (("a.jsonl", lines * 6), ("b.jsonl", lines * 36), ("c.txt", lines.replace("\\n", "\n") * 48)):
+        (tmp_path / name).write_text(text)
+        arguments = [sys.executable, "-c", PEAK, tmp_path / name, tmp_path / f"out-{name}"]
+        peaks.append(int(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout))
+    assert peaks[1] < peaks[0] + 60_000, peaks
+    assert peaks[2] < peaks[0] + 150_000, peaks
