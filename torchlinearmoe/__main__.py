@@ -11,6 +11,7 @@ from torchlinearmoe.errors import nearest
 
 COMMANDS = {
     "train": ("train", "trains a recipe; over several ranks by torchrun -m torchlinearmoe.train"),
+    "prepare": ("prepare", "text, JSONL, parquet to token shards, by many processes"),
     "plan": ("plan", "what a recipe costs on any number of ranks, without training"),
     "generate": ("generate", "continues a prompt with the model of a run or checkpoint"),
     "convert": ("convert", "Hugging Face weights in and out"),

@@ -92,3 +92,58 @@ def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.d
     else:
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[options.dtype]
     return torch.device("cuda" if cuda else "cpu"), dtype
+
+
+SILENT_SECONDS = 30
+"""Between two lines of progress where there is no terminal."""
+
+
+@contextmanager
+def bytes_bar(verb: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr with MB/s and the time left; call what it gives with (done, total) in bytes.
+
+    Where stderr is no terminal it is a line now and then. What is done at the first call was done before.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
+    begun = last = 0.0
+    before: int | None = None
+
+    def tell(done: int, total: int) -> None:
+        nonlocal before, begun, last
+        now = time.monotonic()
+        if before is None:
+            before, begun, last = done, now, now
+        if now - last < (0.2 if console.is_terminal else SILENT_SECONDS) and done < total:
+            return
+        last = now
+        figures = pace(done - before, done, total, now - begun)
+        if console.is_terminal:
+            if not bar.tasks:
+                bar.add_task(verb, figures="")
+            bar.update(bar.tasks[0].id, completed=done, total=total, figures=figures)
+        elif done < total:
+            print(f"{verb}: {figures}", file=sys.stderr, flush=True)
+
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}")
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        yield tell
+
+
+def pace(now: int, done: int, total: int, seconds: float) -> str:
+    """How far work on `total` bytes has come, and how long it will take as it went in the last `seconds`, for `now`.
+
+    >>> pace(20_000_000, 50_000_000, 200_000_000, 10)
+    '50 of 200 MB, 2.0 MB/s, 1:15 left'
+    """
+    rate = now / max(seconds, 1e-9)
+    left = f", {_clock((total - done) / rate)} left" if rate else ""
+    return f"{done / 1e6:.0f} of {total / 1e6:.0f} MB, {rate / 1e6:.1f} MB/s{left}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -107,6 +107,8 @@ def _kind(hint: Any) -> str:
     if origin is tuple:
         kinds = arguments[:1] if arguments[-1] is Ellipsis else arguments
         return f"list of {' and '.join(map(_kind, kinds))}"
+    if dataclasses.is_dataclass(hint):
+        return f"table of {', '.join(field.name for field in dataclasses.fields(hint))}"
     if arguments:  # something or None
         return " | ".join(_kind(kind) for kind in arguments if kind is not type(None))
     return {bool: "true | false", int: "whole number", float: "number", str: "string"}[hint]

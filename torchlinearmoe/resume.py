@@ -36,7 +36,7 @@ FREE_KEYS = {
     *("training.compile", "training.compile_backend", "training.max_skipped_steps"),
     *("training.activation_checkpointing", "training.activation_checkpointing_every"),
     *("model.kernel_backend", "model.attention_backend", "moe.backend"),
-    *("data.workers", "data.cache", "data.on_change"),
+    *("data.workers", "data.cache", "data.on_change", "data.validation_paths"),
 }
 TOLD_KEYS = {
     *("optimizer.lr", "optimizer.min_lr", "optimizer.schedule", "optimizer.decay_fraction", "optimizer.clip_norm"),
@@ -83,6 +83,8 @@ def go_on(source: Path, recipe: Recipe, tokenizer: Tokenizer, *, step: int, data
     saved = checkpoint_recipe(source)
     equal = {
         "data.paths": data_known,
+        "data.sources": data_known
+        and [(s.weight, s.split) for s in saved.data.sources] == [(s.weight, s.split) for s in recipe.data.sources],
         "data.tokenizer": checkpoint_tokenizer(source).fingerprint == tokenizer.fingerprint,
         "data.chat_template": saved.data.format == recipe.data.format == "messages"
         and load_template(recipe.data.chat_template).source == checkpoint_template(source).source,

@@ -104,17 +104,32 @@ def _join(backend: str, timeout: timedelta) -> None:
 
 
 def on_rank_0(action: Callable[[], T], /) -> T:
-    """What `action` returns on rank 0, which does it while the others wait; its UserError is raised on all."""
+    """What `action` returns on rank 0, which does it while the others wait; its UserError is raised on all.
+
+    They wait however long it takes, and end with an error when rank 0 ends.
+    """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = action()
         except UserError as error:
             outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0)
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0, group=_patient_group())
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+_patient: list[Any] = [None, None]
+"""A process group of all, and the group of the same ranks that waits."""
+
+
+def _patient_group() -> dist.ProcessGroup:
+    """All ranks over gloo, whose collectives have no limit of time worth the name."""
+    if _patient[0] is not dist.group.WORLD:
+        _patient[:] = dist.group.WORLD, dist.new_group(backend="gloo", timeout=timedelta(days=365))
+    return _patient[1]
 
 
 class StopSignal:

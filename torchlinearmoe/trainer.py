@@ -20,12 +20,13 @@ from torchlinearmoe.checkpoint.folder import read_extra
 from torchlinearmoe.checkpoint.initial import InitialWeights
 from torchlinearmoe.checkpoint.manager import CheckpointManager
 from torchlinearmoe.checkpoint.model import begins_as_trained, model_files
+from torchlinearmoe.commands import bytes_bar
 from torchlinearmoe.data.baselines import Baselines, baseline_losses
 from torchlinearmoe.data.fingerprint import DataState, fingerprint, follow
 from torchlinearmoe.data.loader import build_loader, build_validation_loader
 from torchlinearmoe.data.open import open_data
 from torchlinearmoe.data.packing import MicroBatch
-from torchlinearmoe.data.splits import Splits
+from torchlinearmoe.data.splits import Splits, Stream
 from torchlinearmoe.data.tokenizer import check_vocabulary, load_tokenizer
 from torchlinearmoe.evaluation import first_bad_layer, held_out_loss, silent_mixers
 from torchlinearmoe.kernels.choose import check_modules
@@ -300,7 +301,8 @@ class Trainer:
         data, known = self.recipe.data, source or self.recipe.checkpoint.init_from
         if data.begin_of_text is None and known:
             data = replace(data, begin_of_text=begins_as_trained(known, self.tokenizer))
-        return open_data(data, self.tokenizer, self.folder / "cache", self.folder, on_rank_0)
+        with bytes_bar("tokenising") as tell:
+            return open_data(data, self.tokenizer, self.folder / "cache", self.folder, on_rank_0, tell)
 
     def _follow_data(self, source: Path | None) -> tuple[DataState, str | None]:
         """How the data go on from where the run stood, and a line to say."""
@@ -325,16 +327,20 @@ class Trainer:
             weights=self.initial_weights.describe() if self.initial_weights else [],
         ):
             self.metrics.message(line)
+        for name, value in self.loader.figures(self.total_steps).items():
+            source = name.removeprefix("data/epochs/")
+            if source != name and value > 1:
+                self.metrics.message(f"data.sources: {source} is read {value:.3g} times by the last step")
         if not self.recipe.metrics.baselines or not len(self.splits.validation) or self.rank != 0:
             return None
         found = baseline_losses(self.splits.train, self.splits.validation, self.tokenizer.vocab_size)
         self.metrics.message(report.count_models(found))
         return found
 
-    def _held_out_loss(self, limit: int = 0) -> float:
+    def _held_out_loss(self, limit: int = 0, stream: Stream | None = None) -> float:
         training = self.recipe.training
         loader = build_validation_loader(
-            self.splits.validation,
+            stream or self.splits.validation,
             sequence_length=training.sequence_length,
             micro_batch_size=training.micro_batch_size,
             rank=self.meshes.data_rank,
@@ -346,10 +352,12 @@ class Trainer:
         )
 
     def _validate(self) -> None:
-        if len(self.splits.validation):
+        limit, others = self.recipe.metrics.validation_batches, self.splits.others
+        if len(self.splits.validation) or others:
             with self.meter.paused():
-                loss = self._held_out_loss(self.recipe.metrics.validation_batches)
-            self.metrics.validation(self.step, loss)
+                loss = self._held_out_loss(limit) if len(self.splits.validation) else None
+                losses = {name: self._held_out_loss(limit, stream) for name, stream in others.items()}
+            self.metrics.validation(self.step, loss, losses)
 
     def _log(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         """One line of metrics; every rank takes part in the sums."""
@@ -372,6 +380,7 @@ class Trainer:
             "step_time": reading.seconds_per_step,
             "data_wait": reading.data_wait,
             **figures,
+            **self.loader.figures(self.step),
         }
         self.metrics.log(self.step, values, expert_load=expert_load, seconds_left=reading.seconds_left)
 

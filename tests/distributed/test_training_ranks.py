@@ -2,10 +2,12 @@
 
 import time
 import warnings
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 from harness import RankPool
+from torch.distributed import distributed_c10d
 
 from torchlinearmoe.errors import UserError
 from torchlinearmoe.parallel.mesh import Meshes, resolve_degrees
@@ -57,3 +59,12 @@ def ask(rank: int, fails: bool) -> str:
 @pytest.mark.parametrize("fails, answer", [(False, "rank 0"), (True, "no such corpus")])
 def test_what_rank_0_finds_is_everybodys_and_so_is_its_mistake(ranks: RankPool, fails: bool, answer: str) -> None:
     assert ranks(3, ask, fails) == [answer] * 3
+
+
+def ask_patiently(rank: int) -> str:
+    distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+    return on_rank_0(lambda: time.sleep(2.5) or "at last")
+
+
+def test_others_wait_for_rank_0_beyond_the_limit_of_collectives(ranks: RankPool) -> None:
+    assert ranks(2, ask_patiently) == ["at last"] * 2

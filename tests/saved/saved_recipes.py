@@ -217,6 +217,19 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         },
         "checkpoint": {"init_from": "weights", "upcycle_noise": 0.01},
     },
+    "mixture": {
+        "model": {"mixer": "gla"},
+        "data": {
+            "sources": [
+                {"path": "web/*.jsonl.zst", "weight": 3.5},
+                {"path": "books", "weight": 1, "split": "train"},
+                {"path": "papers", "split": "validation"},
+            ],
+            "text_key": "content.text",
+            "validation_paths": ["forum=some/posts", "more/code.jsonl"],
+        },
+        "training": {"steps": 9},
+    },
     "mom_gla-inner": {
         "model": {"mixers": ["mom_gla", "mom_gated_delta_net"]},
         "mixer": {"mom_gla": {"inner": "linear_attention"}, "mom_gated_delta_net": {"inner": "gsa"}},

@@ -6,11 +6,12 @@ import doctest
 import io
 import json
 import logging
+import types
 from pathlib import Path
 
 import pytest
 
-from torchlinearmoe import errors
+from torchlinearmoe import commands, errors
 from torchlinearmoe.checkpoint import find_latest
 from torchlinearmoe.commands import Failure, failures_on_one_line
 from torchlinearmoe.convert import main as convert
@@ -22,9 +23,22 @@ ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m\x7f\u202e\b"
 SPELLED = r"\x1b]0;owned\x07\x1b[2J\x9b31m\x7f\u202e\x08"
 
 
-def test_examples() -> None:
-    results = doctest.testmod(errors)
+@pytest.mark.parametrize("module", [errors, commands])
+def test_examples(module: types.ModuleType) -> None:
+    results = doctest.testmod(module)
     assert results.attempted > 0 and results.failed == 0
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(commands.time, "monotonic", lambda: float(next(clock)))
+    with commands.bytes_bar("tokenising") as tell:
+        for done in range(100, 1001, 100):
+            tell(done * 10**6, 10**9)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "tokenising: 300 of 1000 MB, 5.0 MB/s, 2:20 left" and len(lines) == 4
 
 
 def test_control_characters_are_spelled_out_and_letters_are_not() -> None:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from torchlinearmoe.data.chat_template import ROLES, ChatTemplate, Message
-from torchlinearmoe.data.packing import IGNORED, Sample, ignored_sample
+from torchlinearmoe.data.order import SampleOrder
+from torchlinearmoe.data.packing import IGNORED, Order, Sample, ignored_sample
 from torchlinearmoe.data.shared import Decide, alone, open_stores
 from torchlinearmoe.data.sources import Sources, find_sources, read_lines
 from torchlinearmoe.data.splits import DEFAULT_CACHE, Splits, check_not_empty
@@ -107,6 +108,10 @@ class PackedConversations:
         """A sample that counts for nothing."""
         return ignored_sample(self.length, self.store.padding)
 
+    def order(self, seed: int, first: int = 0) -> Order:
+        """All of them, epoch after epoch."""
+        return SampleOrder(len(self), seed, first)
+
 
 def open_conversations(
     paths: Sequence[str | Path] = (),
@@ -128,15 +133,17 @@ def open_conversations(
     folder = expanded(cache or DEFAULT_CACHE, "data.cache")
     (store,), found = open_stores(
         lambda: _find_messages(paths, run_folder),
-        lambda files, made, starting: cached_store(
-            files,
-            read_conversations,
-            starting,
-            folder,
-            progress,
-            encode=partial(_encode, template=template),
-            told=template.source,
-            folder=made,
+        lambda files, made, starting: (
+            cached_store(
+                files,
+                read_conversations,
+                starting,
+                folder,
+                progress,
+                encode=partial(_encode, template=template),
+                told=template.source,
+                folder=made,
+            ).folder
         ),
         tokenizer,
         decide,
@@ -144,7 +151,11 @@ def open_conversations(
     )
     held_out = store.keys < int(validation_fraction * 2**64)
     splits = Splits(
-        Conversations(store, ~held_out), Conversations(store, held_out), (store,), found.left_out, found.unknown
+        Conversations(store, ~held_out),
+        Conversations(store, held_out),
+        (store,),
+        left_out=found.left_out,
+        unknown=found.unknown,
     )
     check_not_empty(splits, validation_fraction)
     return splits

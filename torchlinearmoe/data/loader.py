@@ -20,14 +20,13 @@ rank: where samples run out, ignored ones take their place.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count, islice
 
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from torchlinearmoe.data.order import SampleOrder
-from torchlinearmoe.data.packing import MicroBatch, SampleSource, collate
+from torchlinearmoe.data.packing import MicroBatch, Order, SampleSource, collate
 from torchlinearmoe.data.splits import Stream
 from torchlinearmoe.errors import UserError
 
@@ -42,6 +41,7 @@ class TrainingLoader:
         self,
         batches: Dataset[MicroBatch],
         *,
+        figures: Callable[[int], dict[str, float]],
         accumulation: int,
         start_step: int,
         stop_step: int | None,
@@ -53,6 +53,8 @@ class TrainingLoader:
         """A, micro-batches of one step on this rank."""
         self.next_step = start_step
         """The step that comes next."""
+        self.figures = figures
+        """What is worth logging of the data of the first so many steps."""
         self._stop_step = stop_step
         self._workers = workers
         self._pin_memory = pin_memory
@@ -121,9 +123,11 @@ def build_loader(
             f"training.tokens_per_step = {samples_per_step * sequence_length}: must be a multiple of "
             f"sequence_length * micro_batch_size * data ranks = {sequence_length} * {micro_batch_size} * {ranks}"
         )
-    batches = _TrainingBatches(samples, SampleOrder(len(samples), seed, first_sample), micro_batch_size, rank, ranks)
+    order = samples.order(seed, first_sample)
+    batches = _TrainingBatches(samples, order, micro_batch_size, rank, ranks)
     return TrainingLoader(
         batches,
+        figures=lambda step: order.figures(step * samples_per_step),
         accumulation=accumulation,
         start_step=start_step,
         stop_step=stop_step,
@@ -151,7 +155,7 @@ def build_validation_loader(
 class _TrainingBatches(Dataset[MicroBatch]):
     """Micro-batch number s * A + a of this rank, of any step s and accumulation a."""
 
-    def __init__(self, samples: SampleSource, order: SampleOrder, micro_batch_size: int, rank: int, ranks: int) -> None:
+    def __init__(self, samples: SampleSource, order: Order, micro_batch_size: int, rank: int, ranks: int) -> None:
         self.samples, self.order = samples, order
         self.micro_batch_size, self.rank, self.ranks = micro_batch_size, rank, ranks
 

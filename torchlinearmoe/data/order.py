@@ -22,9 +22,9 @@ ROUNDS = 8
 
 
 class Permutation:
-    """A bijection of {0 .. n - 1}, the same on every machine; `key` is any tuple of ints. O(1) memory and time."""
+    """A bijection of {0 .. n - 1}, the same on every machine; `key`: ints and words. O(1) memory and time."""
 
-    def __init__(self, n: int, key: tuple[int, ...]) -> None:
+    def __init__(self, n: int, key: tuple[int | str, ...]) -> None:
         if n < 1:
             raise UserError(f"a permutation of {n} elements does not exist")
         self.n = n
@@ -63,20 +63,27 @@ def _mix(x: int) -> int:
 class SampleOrder:
     """Global sample index -> sample of the split, epoch by epoch.
 
-    first: the global index at which the first epoch begins; orders that begin at different ones are unlike.
+    first: the global index at which the first epoch begins; orders that begin at different ones are unlike, and so are
+    those of different `stream`s.
     """
 
-    def __init__(self, num_samples: int, seed: int, first: int = 0) -> None:
+    def __init__(self, num_samples: int, seed: int, first: int = 0, stream: tuple[int, ...] = ()) -> None:
+        self._stream = stream
         self.num_samples = num_samples
         self.seed = seed
         self.first = first
         self._epoch = -1
         self._permutation: Permutation | None = None
 
+    def figures(self, stop: int) -> dict[str, float]:
+        """Nothing to tell of one source."""
+        return {}
+
     def __getitem__(self, global_index: int) -> int:
         """The sample, 0 <= sample < num_samples, that is the `global_index`-th of the run."""
         epoch, place = divmod(global_index - self.first, self.num_samples)
         if self._permutation is None or epoch != self._epoch:
             key = (self.seed, epoch, self.first) if self.first else (self.seed, epoch)
+            key = (*key, "stream", *self._stream) if self._stream else key
             self._permutation, self._epoch = Permutation(self.num_samples, key), epoch
         return self._permutation(place)

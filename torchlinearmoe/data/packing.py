@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchlinearmoe.data.order import SampleOrder
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.kernels.cross_entropy import IGNORED
 
@@ -49,6 +50,20 @@ class SampleSource(Protocol):
 
     def ignored(self) -> Sample:
         """A sample that counts for nothing."""
+        ...
+
+    def order(self, seed: int, first: int = 0) -> Order:
+        """Which of them comes when; the order begins at the global index `first`."""
+        ...
+
+
+class Order(Protocol):
+    """Global sample index -> sample."""
+
+    def __getitem__(self, global_index: int) -> int: ...
+
+    def figures(self, stop: int) -> dict[str, float]:
+        """What is worth logging of the samples before the global index `stop`."""
         ...
 
 
@@ -97,6 +112,10 @@ class Samples:
     def ignored(self) -> Sample:
         """A sample that counts for nothing."""
         return ignored_sample(self.length, self.stream.padding)
+
+    def order(self, seed: int, first: int = 0) -> Order:
+        """All of them, epoch after epoch."""
+        return SampleOrder(len(self), seed, first)
 
 
 def ignored_sample(length: int, padding: int) -> Sample:

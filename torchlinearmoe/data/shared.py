@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
+from torchlinearmoe.data.prepared import is_complete, open_tokens
 from torchlinearmoe.data.sources import Sources
 from torchlinearmoe.data.store import TokenStore, is_store
 from torchlinearmoe.data.tokenizer import Tokenizer
@@ -42,43 +43,43 @@ class Content(NamedTuple):
 
 def open_stores(
     find: Callable[[], Sources],
-    tokenise: Callable[[Sequence[Path], Path | None, Tokenizer], TokenStore],
+    tokenise: Callable[[Sequence[Path], Path | None, Tokenizer], Path],
     tokenizer: Tokenizer,
     decide: Decide,
     begins: bool | None,
 ) -> tuple[list[TokenStore], Sources]:
     """The tokens of the text that `find` finds, then the token folders it finds; and what it found.
 
-    `tokenise(files, folder, tokenizer)` is `cached_store`. A host that does not see the deciding one's cache makes its
-    own, of the same files. `begins`: whether documents start with the begin-of-text token; None: as in the folders
-    found, else where the tokenizer has one. Raises UserError on tokens of another tokenizer, on documents that start
-    otherwise, and where a host holds other tokens than the others.
+    `tokenise(files, folder, tokenizer)` gives the folder of a cache that has the files' tokens. A host that does not
+    see the deciding one's cache makes its own, of the same files. `begins`: whether documents start with the
+    begin-of-text token; None: as in the folders found, else where the tokenizer has one. Raises UserError on tokens of
+    another tokenizer, on documents that start otherwise, and where a host holds other tokens than the others.
     """
 
     def prepare() -> tuple[Sources, bool | None, list[tuple[Path, Content]]]:
         found = find()
-        written = [TokenStore(folder) for folder in found.stores]
-        begun = written[0].begin_of_text is not None if begins is None and written else begins
+        begun, folders = begins, [folder for folder in found.stores if folder.suffix != ".idx"]
+        if begins is None and folders:
+            begun = open_tokens(folders[0])[0].begin_of_text is not None
         starting = tokenizer.starting(begun)
+        written = {folder: open_tokens(folder, starting) for folder in found.stores}
         made = [tokenise(found.files, None, starting)] if found.files else []
-        stores = [*made, *written]
-        for store in stores:
-            _check_tokenizer(store, starting)
-        return found, begun, [(store.folder, _content(store)) for store in stores]
+        stores = {**{folder: open_tokens(folder) for folder in made}, **written}
+        return found, begun, [(folder, _content(some, starting)) for folder, some in stores.items()]
 
     found, begun, told = decide(prepare)
     starting = tokenizer.starting(begun)
     stores = []
     for folder, content in told:
-        makes = folder not in found.stores and not is_store(folder)
-        store = tokenise(found.files, folder, starting) if makes else TokenStore(folder)
-        _check_tokenizer(store, starting)
-        if (here := _content(store)) != content:
+        if folder not in found.stores and not (is_store(folder) or is_complete(folder)):
+            tokenise(found.files, folder, starting)
+        some = open_tokens(folder, starting)
+        if (here := _content(some, starting)) != content:
             raise UserError(
                 f"'{folder}' holds {here} on this host and {content} on the first rank's; give all hosts the same "
                 "data.paths and data.tokenizer, and delete that folder"
             )
-        stores.append(store)
+        stores += some
     return stores, found
 
 
@@ -94,5 +95,9 @@ def _check_tokenizer(store: TokenStore, tokenizer: Tokenizer) -> None:
         )
 
 
-def _content(store: TokenStore) -> Content:
-    return Content(store.num_documents, store.num_tokens, store.tokenizer_fingerprint, store.begin_of_text)
+def _content(stores: Sequence[TokenStore], tokenizer: Tokenizer) -> Content:
+    """What the stores of a folder hold. Raises UserError for tokens of another tokenizer."""
+    for store in stores[:1]:  # those of a folder are of one
+        _check_tokenizer(store, tokenizer)
+    documents, tokens = sum(s.num_documents for s in stores), sum(s.num_tokens for s in stores)
+    return Content(documents, tokens, stores[0].tokenizer_fingerprint, stores[0].begin_of_text)

@@ -16,18 +16,21 @@ own, that one is the start marker, and every document has its end:
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from torchlinearmoe.data.cached import cached_texts
 from torchlinearmoe.data.packing import Samples, SampleSource
+from torchlinearmoe.data.prepare import Tell
 from torchlinearmoe.data.shared import Decide, alone, open_stores
-from torchlinearmoe.data.sources import find_sources, read_documents
-from torchlinearmoe.data.store import Progress, TokenStore, cached_store
+from torchlinearmoe.data.sources import find_sources
+from torchlinearmoe.data.store import TokenStore
 from torchlinearmoe.data.tokenizer import Tokenizer
 from torchlinearmoe.disk import expanded
 from torchlinearmoe.errors import UserError
@@ -35,44 +38,89 @@ from torchlinearmoe.errors import UserError
 DEFAULT_CACHE = Path("~/.cache/torchlinearmoe")
 
 
+ALL_KEYS = (0, 1 << 64)
+KEPT_RUNS = 1 << 26
+"""Bytes of runs that a stream keeps."""
+
+
 class TokenStream:
     """The documents of one split as one sequence of ids, read at any place.
 
-    Neighbouring documents of the split lie side by side on disk, so the stream is kept as runs of them: run r is
-    `tokens[_sources[r] : ...]` of store `_stores[r]` and fills the places `_starts[r]` .. `_starts[r + 1] - 1`.
+    It knows where each store begins in it. Neighbouring documents of the split lie side by side on disk, so what a
+    store has of it is runs of them, which are looked up when the store is read and kept while memory is left for them:
+    run r is `tokens[sources[r] : ...]` of the store and fills the places from `starts[r]` on.
     """
 
-    def __init__(self, stores: Sequence[TokenStore], chosen: Sequence[np.ndarray]) -> None:
-        """`chosen[i]`: bool [documents], the documents of `stores[i]` that belong to the stream, in order."""
-        self._all_stores = list(stores)
-        self.num_documents = int(sum(int(mask.sum()) for mask in chosen))
+    def __init__(self, stores: Sequence[TokenStore], keys: tuple[int, int] = ALL_KEYS) -> None:
+        """`keys`: the documents whose key lies in keys[0] .. keys[1] - 1 belong to the stream, in their order."""
+        self._stores, self._keys = list(stores), keys
         self.start, self.padding = stores[0].start, stores[0].padding
         self._last = [stores[0].end_of_text] if stores[0].begin_of_text is None else []
-        store_of, sources, lengths = [], [], []
-        for index, (store, mask) in enumerate(zip(stores, chosen)):
-            edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
-            first, last = edges[::2], edges[1::2]
-            store_of.append(np.full(len(first), index, dtype=np.int32))
-            sources.append(store.offsets[first])
-            lengths.append(store.offsets[last] - store.offsets[first])
-        self._stores = np.concatenate(store_of)
-        self._sources = np.concatenate(sources)
-        self._starts = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+        self._runs: OrderedDict[int, _Runs] = OrderedDict()
+        self._kept = 0
+        documents, tokens = zip(*map(self._count, range(len(stores))))
+        self.num_documents = sum(documents)
+        self._starts = np.concatenate([[0], np.cumsum(tokens)]).astype(np.int64)
         self._first, self._len = 0, int(self._starts[-1]) + len(self._last) if self.num_documents else 0
 
     def __len__(self) -> int:
         """Ids in the stream, the last marker included; 0 when no document belongs to it."""
         return self._len
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_runs": OrderedDict(), "_kept": 0}
+
+    def _count(self, index: int) -> tuple[int, int]:
+        """Documents and tokens that a store has of the stream."""
+        store = self._stores[index]
+        if self._keys == ALL_KEYS:
+            return store.num_documents, store.num_tokens
+        if self._keys[0] == self._keys[1]:
+            return 0, 0
+        runs = self._runs_of(index)
+        return runs.documents, int(runs.starts[-1])
+
+    def _runs_of(self, index: int) -> _Runs:
+        if (kept := self._runs.get(index)) is not None:
+            self._runs.move_to_end(index)
+            return kept
+        store, (low, high) = self._stores[index], self._keys
+        if self._keys == ALL_KEYS:
+            ends = np.array([0, store.num_tokens], dtype=np.int64)
+            runs = _Runs(ends[:1], ends, store.num_documents)
+        else:
+            mask = (store.keys >= low) & (store.keys <= high - 1)
+            edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
+            first, last = store.offsets[edges[::2]], store.offsets[edges[1::2]]
+            runs = _Runs(first, np.concatenate([[0], np.cumsum(last - first)]).astype(np.int64), int(mask.sum()))
+        self._runs[index] = runs
+        self._kept += runs.size
+        while self._kept > KEPT_RUNS and len(self._runs) > 1:
+            self._kept -= self._runs.popitem(last=False)[1].size
+        return runs
+
     def part(self, start: int, stop: int) -> TokenStream:
         """The places start .. stop - 1 of a stream of all documents as a stream."""
         assert 0 <= start <= stop <= len(self), (start, stop, len(self))
-        ends = np.cumsum(np.concatenate([np.diff(store.offsets) for store in self._all_stores]))
-        begins = np.concatenate([[0], ends[:-1]])
         part = copy(self)
+        part._runs, part._kept = OrderedDict(), 0
         part._first, part._len = self._first + start, stop - start
-        part.num_documents = int(((ends > start) & (begins < stop)).sum())
+        part.num_documents = self._begun_before(stop) - self._ended_before(start)
         return part
+
+    def _begun_before(self, place: int) -> int:
+        """Documents of a stream of all that begin before a place."""
+        index = int(np.searchsorted(self._starts, place, side="left"))
+        whole, rest = self._stores[: max(index - 1, 0)], self._stores[max(index - 1, 0) : index]
+        inside = [int(np.searchsorted(s.offsets[:-1], place - self._starts[index - 1], side="left")) for s in rest]
+        return sum(store.num_documents for store in whole) + sum(inside)
+
+    def _ended_before(self, place: int) -> int:
+        """Documents of a stream of all that end at a place or before it."""
+        index = int(np.searchsorted(self._starts, place, side="right")) - 1
+        rest = self._stores[index : index + 1]
+        inside = [int(np.searchsorted(s.offsets[1:], place - self._starts[index], side="right")) for s in rest]
+        return sum(store.num_documents for store in self._stores[:index]) + sum(inside)
 
     def samples(self, length: int, tail: bool = False) -> Samples:
         """The stream cut every `length` tokens; with `tail` a last, shorter piece too."""
@@ -92,16 +140,41 @@ class TokenStream:
         start, stop = start + self._first, stop + self._first
         out = np.empty(stop - start, dtype=np.int64)
         place = start
-        run = int(np.searchsorted(self._starts, start, side="right")) - 1
+        index = int(np.searchsorted(self._starts, start, side="right")) - 1
         while place < stop:
-            if run == len(self._stores):
+            if index == len(self._stores):
                 out[place - start :] = self._last
                 break
-            end = min(stop, int(self._starts[run + 1]))
-            source = int(self._sources[run]) + place - int(self._starts[run])
-            out[place - start : end - start] = self._all_stores[self._stores[run]].read(source, source + end - place)
-            place, run = end, run + 1
+            begin, end = int(self._starts[index]), min(stop, int(self._starts[index + 1]))
+            if place < end:
+                self._runs_of(index).read(self._stores[index], place - begin, out[place - start : end - start])
+            place, index = end, index + 1
         return out
+
+
+class _Runs(NamedTuple):
+    """What a store has of a stream."""
+
+    sources: np.ndarray
+    """int64 [runs]: where each begins in the store."""
+    starts: np.ndarray
+    """int64 [runs + 1]: where each begins in what the store has of the stream, and where the last ends."""
+    documents: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.sources.nbytes + self.starts.nbytes
+
+    def read(self, store: TokenStore, place: int, out: np.ndarray) -> None:
+        """Fill `out` with the ids from `place` on."""
+        run = int(np.searchsorted(self.starts, place, side="right")) - 1
+        filled = 0
+        while filled < len(out):
+            count = min(len(out) - filled, int(self.starts[run + 1]) - place)
+            source = int(self.sources[run]) + place - int(self.starts[run])
+            out[filled : filled + count] = store.read(source, source + count)
+            place, filled, run = place + count, filled + count, run + 1
 
 
 class Stream(Protocol):
@@ -135,6 +208,8 @@ class Splits(Generic[S]):
     validation: S
     stores: tuple[TokenStore, ...]
     """All documents of both, in their order."""
+    others: Mapping[str, Stream] = field(default_factory=dict)
+    """What is validated on besides, by name."""
     left_out: tuple[Path, ...] = ()
     """Folders under `data.paths` in which something was passed over because training wrote it."""
     unknown: Mapping[str, int] = field(default_factory=dict)
@@ -149,31 +224,33 @@ def open_splits(
     split: str = "documents",
     begins: bool | None = None,
     cache: str | Path | None = None,
-    progress: Progress | None = None,
+    text_key: str = "text",
+    tell: Tell | None = None,
     run_folder: Path | None = None,
     decide: Decide = alone,
 ) -> Splits[TokenStream]:
     """The corpus under `paths` (none: the one that ships), tokenised and split.
 
-    Text is tokenised once into `cache` (default ~/.cache/torchlinearmoe); `progress` is called with (documents, tokens)
-    meanwhile. Folders of tokens under `paths` are used as they are, after the text; what a run writes into `run_folder`
-    is no text. `decide` picks the process whose word counts. `begins`: whether documents start with the begin-of-text
-    token; None: as in the folders of tokens, else where the tokenizer has one. `split`: whether `documents` are held
-    out, or the last `tokens`. Raises UserError, one line, on unreadable paths, on tokens of another tokenizer, and when
-    a split has no document.
+    Text is tokenised once into `cache` (default ~/.cache/torchlinearmoe), by all cores where there is much of it;
+    `tell` is called with (done, total) in bytes meanwhile. `text_key`: where JSON and parquet have the text. Folders of
+    tokens under `paths` are used as they are, after the text; what a run writes into `run_folder` is no text. `decide`
+    picks the process whose word counts. `begins`: whether documents start with the begin-of-text token; None: as in
+    the folders of tokens, else where the tokenizer has one. `split`: whether `documents` are held out, or the last
+    `tokens`. Raises UserError, one line, on unreadable paths, on tokens of another tokenizer, and when a split has no
+    document.
     """
     if not 0 <= validation_fraction < 1:
         raise UserError(f"data.validation_fraction = {validation_fraction}: it must be at least 0 and below 1")
     folder = expanded(cache or DEFAULT_CACHE, "data.cache")
     stores, found = open_stores(
         lambda: find_sources(paths, run_folder),
-        lambda files, made, starting: cached_store(files, read_documents, starting, folder, progress, folder=made),
+        lambda files, made, starting: cached_texts(files, starting, folder, made, text_key=text_key, tell=tell),
         tokenizer,
         decide,
         begins,
     )
     if split == "tokens":
-        whole = TokenStream(stores, [np.ones(store.num_documents, dtype=bool) for store in stores])
+        whole = TokenStream(stores)
         cut = len(whole) - round(validation_fraction * len(whole))
         train, validation = whole.part(0, cut), whole.part(cut, len(whole))
         if min(len(train), len(validation) if validation_fraction else 2) < 2:
@@ -181,11 +258,10 @@ def open_splits(
                 f"data.validation_fraction = {validation_fraction} leaves {len(train)} tokens to train on and "
                 f"{len(validation)} for validation; each needs 2"
             )
-        return Splits(train, validation, tuple(stores), found.left_out, found.unknown)
+        return Splits(train, validation, tuple(stores), left_out=found.left_out, unknown=found.unknown)
     bound = int(validation_fraction * 2**64)
-    held_out = [store.keys < bound for store in stores]
-    train, validation = TokenStream(stores, [~mask for mask in held_out]), TokenStream(stores, held_out)
-    splits = Splits(train, validation, tuple(stores), found.left_out, found.unknown)
+    train, validation = TokenStream(stores, (bound, 1 << 64)), TokenStream(stores, (0, bound))
+    splits = Splits(train, validation, tuple(stores), left_out=found.left_out, unknown=found.unknown)
     check_not_empty(splits, validation_fraction, ", or data.validation_split = 'tokens' to hold out its last tokens")
     return splits
 

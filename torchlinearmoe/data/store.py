@@ -20,8 +20,9 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from tempfile import mkdtemp
@@ -41,6 +42,8 @@ NAME_BYTES = 12
 DESCRIPTION = "store.json"
 ORPHAN = re.compile(r"\.[^/]+-(?P<host>[^/]+)-(?P<pid>\d{1,9})-\w+")
 """A folder that a process writes into."""
+MOST_OPEN = 256
+"""Folders with a manifest that are open at once; each takes two or three of the files that a process may open."""
 BATCH_CHARACTERS = 4_000_000
 """Text handed to the tokenizer at once."""
 
@@ -57,15 +60,21 @@ class Encoded(NamedTuple):
     """Start marker and tokens, the end-of-text id where it is no start marker."""
     trained: Sequence[bool] | None = None
     """Which ids are trained; None for all. The same kind for all documents of a store."""
+    ends: bool = True
+    """Whether the document ends here; else the next one goes on with it, and has its key."""
 
 
 class TokenStore:
-    """A written folder, open for reading. Pickling sends its path, not its tokens."""
+    """A written folder, open for reading. Pickling sends its path, not its tokens.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    `known` is what a manifest with its checksums tells of it: nothing is read then before it is used, offsets are not
+    gone through, and no more than MOST_OPEN of such folders are open at once.
+    """
+
+    def __init__(self, folder: Path, known: Mapping[str, Any] | None = None) -> None:
+        self.folder, self.known = folder, known
         try:
-            described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+            described = known or json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
             if described["format"] != FORMAT:
                 raise UserError(f"{folder}: token folder of format {described['format']}, this version reads {FORMAT}")
             self.num_documents: int = described["documents"]
@@ -76,34 +85,71 @@ class TokenStore:
             self.padding: int = described.get("padding", self.end_of_text)
             self.vocab_size: int = described["vocab_size"]
             self.tokenizer_fingerprint: str = described["tokenizer_fingerprint"]
-            self._check()
+            self._check_counts()
+            if known is None:
+                self._check()
         except UserError:
             raise
         except Exception as error:  # a damaged array may raise anything
-            why = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(f"{folder}: not a token folder, or damaged: {why}; make it again") from None
+            raise self._damaged(error) from None
 
-    def _check(self) -> None:
-        """Raise ValueError where the arrays are not those that the description tells of."""
+    def _damaged(self, error: Exception) -> UserError:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        return UserError(f"{self.folder}: not a token folder, or damaged: {why}; make it again")
+
+    def _check_counts(self) -> None:
+        """Raise ValueError where the description is none."""
         counts = (self.num_documents, self.num_tokens, self.vocab_size, self.end_of_text, self.start, self.padding)
         if not all(type(number) is int and number >= 0 for number in counts) or not self.num_documents:
             raise ValueError(f"{DESCRIPTION} does not count documents, tokens and ids")
         if max(self.end_of_text, self.start, self.padding) >= self.vocab_size:
             raise ValueError(f"{DESCRIPTION}: a special id lies beyond the {self.vocab_size} ids of its tokenizer")
+
+    def _check(self, trusted: bool = False) -> None:
+        """Raise ValueError where the arrays are not those that the description tells of; `trusted`: by their ends."""
         wanted = {"tokens": (self.num_tokens, "u2 u4"), "offsets": (self.num_documents + 1, "i8")}
         wanted |= {"keys": (self.num_documents, "u8")}
         if (self.folder / "trained.npy").exists():
             wanted["trained"] = (self.num_tokens, "u1")
         for name, (length, kinds) in wanted.items():
-            array = getattr(self, name)
+            array = self._load(name)
             if array.shape != (length,) or array.dtype.str[1:] not in kinds.split():
                 raise ValueError(f"{name}.npy holds {array.dtype} {list(array.shape)}, not {length} of {kinds}")
-        ends = self.offsets
-        if ends[0] != 0 or ends[-1] != self.num_tokens or bool((ends[1:] <= ends[:-1]).any()):
+        ends = self._load("offsets")
+        rise = trusted or bool((ends[1:] > ends[:-1]).all())
+        if ends[0] != 0 or ends[-1] != self.num_tokens or not rise:
             raise ValueError("offsets.npy does not go from 0 to the last token, document by document")
+
+    def check(self, trusted: bool = False) -> None:
+        """Raise UserError where the folder is damaged; `trusted`: as far as that shows without reading arrays."""
+        try:
+            self._check(trusted)
+        except Exception as error:
+            raise self._damaged(error) from None
+
+    def _load(self, name: str) -> np.ndarray:
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
+
+    def _array(self, name: str) -> np.ndarray:
+        """An array, memory-mapped; folders with a manifest are closed again, the longest unused first."""
+        if self.known is None:
+            return self._load(name)
+        if self not in _opened:
+            self.check(trusted=True)
+            _opened[self] = None
+        if len(_opened) > MOST_OPEN:
+            _opened.popitem(last=False)[0].close()
+        return self._load(name)
+
+    def close(self) -> None:
+        """Let go of the arrays; they are opened again where they are asked for."""
+        for name in ("tokens", "offsets", "keys", "trained"):
+            self.__dict__.pop(name, None)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """int64 [stop - start]: the ids from `start` on. Raises UserError for one that the tokenizer does not have."""
+        if self in _opened:
+            _opened.move_to_end(self)
         ids = self.tokens[start:stop].astype(np.int64)
         if ids.size and (wrong := int(ids.max())) >= self.vocab_size:
             raise UserError(f"{self.folder}: damaged: {wrong} is none of its {self.vocab_size} ids; make it again")
@@ -117,35 +163,34 @@ class TokenStore:
     @cached_property
     def tokens(self) -> np.ndarray:
         """uint16 or uint32 [num_tokens], memory-mapped."""
-        return np.load(self.folder / "tokens.npy", mmap_mode="r")
+        return self._array("tokens")
 
     @cached_property
     def offsets(self) -> np.ndarray:
         """int64 [num_documents + 1], memory-mapped."""
-        return np.load(self.folder / "offsets.npy", mmap_mode="r")
+        return self._array("offsets")
 
     @cached_property
     def keys(self) -> np.ndarray:
         """uint64 [num_documents], memory-mapped."""
-        return np.load(self.folder / "keys.npy", mmap_mode="r")
+        return self._array("keys")
 
     @cached_property
     def trained(self) -> np.ndarray:
         """uint8 [num_tokens], memory-mapped: 1 for a token that is trained. Only stores of conversations have it."""
-        return np.load(self.folder / "trained.npy", mmap_mode="r")
+        return self._array("trained")
 
-    def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
-        return TokenStore, (self.folder,)
+    def __reduce__(self) -> tuple[type[TokenStore], tuple[Path, Mapping[str, Any] | None]]:
+        return TokenStore, (self.folder, self.known)
+
+
+_opened: OrderedDict[TokenStore, None] = OrderedDict()
+"""Open folders that have a manifest, the last used at the end."""
 
 
 def is_store(folder: Path) -> bool:
     """Whether `write_store` made this folder."""
     return (folder / DESCRIPTION).is_file()
-
-
-def is_cached(folder: Path) -> bool:
-    """Whether `folder` is one of a cache: tokens of text that lies elsewhere, under the name that they have there."""
-    return re.fullmatch(f"[0-9a-f]{{{2 * NAME_BYTES}}}", folder.name) is not None and is_store(folder)
 
 
 def write_store(
@@ -159,28 +204,39 @@ def write_encoded(
     folder: Path, batches: Iterable[list[Encoded]], tokenizer: Tokenizer, progress: Progress | None = None
 ) -> TokenStore:
     """Writes encoded documents into `folder`, which appears when all is done. Raises UserError when there are none."""
+    with written_aside(folder, is_store) as aside:
+        if not write_arrays(aside, batches, tokenizer, progress):
+            raise UserError("data.paths: the files hold no text")
+    return TokenStore(folder)
+
+
+@contextmanager
+def written_aside(
+    folder: Path, is_written: Callable[[Path], bool], way_out: str = "make room there, or set data.cache"
+) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` at the end of the block, on disk and whole, or not at all.
+
+    `is_written` tells one that another process was first with. Raises UserError for what the disk refuses.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_orphans(folder.parent)
         aside = Path(mkdtemp(prefix=f".{folder.name}-{socket.gethostname()}-{os.getpid()}-", dir=folder.parent))
     except OSError as error:
-        raise UserError(
-            f"cannot write tokens to '{folder.parent}': {error.strerror}; make room there, or set data.cache"
-        ) from None
+        raise UserError(f"cannot write tokens to '{folder.parent}': {error.strerror}; {way_out}") from None
     try:
-        with disk.one_line(f"cannot write tokens to '{folder.parent}'", lambda: "make room there, or set data.cache"):
-            _write(aside, batches, tokenizer, progress)
-        os.chmod(aside, 0o755)  # mkdtemp keeps others out
-        for written in [*aside.iterdir(), aside]:
-            disk.sync(written)
+        with disk.one_line(f"cannot write tokens to '{folder.parent}'", lambda: way_out):
+            yield aside
+            os.chmod(aside, 0o755)  # mkdtemp keeps others out
+            for written in [*aside.iterdir(), aside]:
+                disk.sync(written)
         try:
             aside.rename(folder)
         except OSError:
-            if not is_store(folder):
+            if not is_written(folder):
                 raise UserError(f"{folder}: cannot write there, the folder is in use by something else") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return TokenStore(folder)
 
 
 def _remove_orphans(cache: Path) -> None:
@@ -226,20 +282,25 @@ def cached_store(
     stands for everything else that `encode` depends on. Any number of processes may ask at once; to do the work once,
     let one ask before the others and tell them its `folder`, which is then taken without another look at the files.
     """
-    folder = folder or cache / _name(files, tokenizer, told)
+    folder = folder or cache / name_of(files, tokenizer, told)
     if folder.exists():  # whole, or damaged since it came
         try:
             return TokenStore(folder)
         except UserError as error:
-            logger.warning("%s; its text is read again", visible(str(error)))
-            aside = folder.with_name(f".{folder.name}-{socket.gethostname()}-{os.getpid()}-damaged")
-            with suppress(OSError):
-                folder.rename(aside)
-            shutil.rmtree(aside, ignore_errors=True)
+            take_away(folder, error)
     return write_encoded(folder, encode(read(files), tokenizer), tokenizer, progress)
 
 
-def _name(files: Sequence[Path], tokenizer: Tokenizer, told: str) -> str:
+def take_away(folder: Path, damage: UserError) -> None:
+    """Remove a folder of a cache that is damaged, and say so."""
+    logger.warning("%s; its text is read again", visible(str(damage)))
+    aside = folder.with_name(f".{folder.name}-{socket.gethostname()}-{os.getpid()}-damaged")
+    with suppress(OSError):
+        folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def name_of(files: Sequence[Path], tokenizer: Tokenizer, told: str) -> str:
     begin = [] if tokenizer.begin_of_text is None else [f"begin of text {tokenizer.begin_of_text}"]
     known = [str(FORMAT), tokenizer.fingerprint, *begin, *([told] if told else [])]
     for file in files:
@@ -250,10 +311,18 @@ def _name(files: Sequence[Path], tokenizer: Tokenizer, told: str) -> str:
 
 def document_key(text: str) -> int:
     """64 bits that are the same for the same text on every machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return key_of(hashlib.blake2b(text.encode(), digest_size=8))
 
 
-def _write(folder: Path, batches: Iterable[list[Encoded]], tokenizer: Tokenizer, progress: Progress | None) -> None:
+def key_of(digest: Any) -> int:
+    """The key of a document, of the blake2b hash of its text, of 8 bytes."""
+    return int.from_bytes(digest.digest(), "little")
+
+
+def write_arrays(
+    folder: Path, batches: Iterable[list[Encoded]], tokenizer: Tokenizer, progress: Progress | None = None
+) -> int:
+    """Writes encoded documents into a folder and returns how many; without any it is no token folder."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     num_documents = num_tokens = 0
     with ExitStack() as open_files:
@@ -268,16 +337,17 @@ def _write(folder: Path, batches: Iterable[list[Encoded]], tokenizer: Tokenizer,
             for document in batch:
                 tokens.append(document.ids)
                 num_tokens += len(document.ids)
-                offsets.append([num_tokens])
-                keys.append([document.key])
+                if document.ends:
+                    num_documents += 1
+                    offsets.append([num_tokens])
+                    keys.append([document.key])
                 if document.trained is not None:
                     trained = trained or array("trained", np.uint8)
                     trained.append(document.trained)
-            num_documents += len(batch)
             if progress is not None:
                 progress(num_documents, num_tokens)
     if num_documents == 0:
-        raise UserError("data.paths: the files hold no text")
+        return 0
     described = {
         "format": FORMAT,
         "documents": num_documents,
@@ -290,6 +360,7 @@ def _write(folder: Path, batches: Iterable[list[Encoded]], tokenizer: Tokenizer,
         "padding": tokenizer.end_of_text if tokenizer.padding is None else tokenizer.padding,
     }
     (folder / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    return num_documents
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:

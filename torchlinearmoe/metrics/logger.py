@@ -51,7 +51,7 @@ class MetricsLogger:
         self._record = Record(folder / "metrics.jsonl")
         self._tensorboard = TensorBoard(folder / "tensorboard", resumed_step=resumed_step) if tensorboard else None
         self._console = Console(total_steps=total_steps, step=resumed_step, stream=stream)
-        self._validated: tuple[int, float] | None = None  # a validation loss that waits for its step's line
+        self._validated: tuple[int, dict[str, float]] | None = None  # validation losses that wait for their step's line
 
     def advance(self, step: int) -> None:
         """Step `step` is done, logged or not: moves the bar of a terminal."""
@@ -59,15 +59,20 @@ class MetricsLogger:
             self._write_waiting_validation()
             self._console.advance(step)
 
-    def validation(self, step: int, loss: float | torch.Tensor) -> None:
-        """The loss on held-out data after step `step`. Call it before `log` of the same step, whose line takes it in
-        as `validation_loss`; without such a call it gets a line of its own."""
+    def validation(
+        self, step: int, loss: float | torch.Tensor | None, others: Mapping[str, float | torch.Tensor] | None = None
+    ) -> None:
+        """The loss on held-out data after step `step`, and on `others` by their names. Call it before `log` of the same
+        step, whose line takes them in as `validation_loss` and `validation_loss/NAME`; without such a call they get a
+        line of their own."""
         if not self._active:
             return
         self._write_waiting_validation()
-        self._validated = (step, float(loss))
+        own = {} if loss is None else {"validation_loss": float(loss)}
+        losses = own | {f"validation_loss/{name}": float(value) for name, value in (others or {}).items()}
+        self._validated = (step, losses)
         if self._console.is_terminal:  # where the figures that hold it are soon replaced
-            self._say_validation(step, float(loss))
+            self._say_validation(step, losses)
 
     def log(
         self,
@@ -90,8 +95,11 @@ class MetricsLogger:
         assert not missing, f"a metrics line lacks {missing}"
         line = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in values.items()}
         if self._validated is not None and self._validated[0] == step:
-            line["validation_loss"] = self._validated[1]
+            losses = self._validated[1]
+            line |= losses
             self._validated = None
+            if len(losses) > ("validation_loss" in losses) and not self._console.is_terminal:
+                self._say_validation(step, losses)
         self._write_waiting_validation()
         self._write(step, line)
         if self._tensorboard is not None and expert_load is not None:
@@ -118,14 +126,15 @@ class MetricsLogger:
 
     def _write_waiting_validation(self) -> None:
         if self._validated is not None:
-            step, loss = self._validated
+            step, losses = self._validated
             self._validated = None
-            self._write(step, {"validation_loss": loss})
+            self._write(step, losses)
             if not self._console.is_terminal:
-                self._say_validation(step, loss)
+                self._say_validation(step, losses)
 
-    def _say_validation(self, step: int, loss: float) -> None:
-        self._console.message(f"step {step} | validation loss {loss:.4f}")
+    def _say_validation(self, step: int, losses: Mapping[str, float]) -> None:
+        told = [f"{name.replace('validation_loss/', 'of ')} {loss:.4f}" for name, loss in losses.items()]
+        self._console.message(f"step {step} | {', '.join(told).replace('validation_loss', 'validation loss')}")
 
     def _write(self, step: int, line: dict[str, Any]) -> None:
         for key in _LOSSES & line.keys():

@@ -46,7 +46,8 @@ class Routers:
         self._steps += 1
 
     def figures(self) -> tuple[dict[str, float | list[float]], Tensor | None]:
-        """The load figures of all layers together and by layer since the last call, and the assignments to experts [layers, E]."""
+        """The load figures, of all layers together and by layer, since the last call, and the assignments to experts
+        [layers, E]."""
         packed = gather_statistics(self._parts, self._tokens, self._stages)
         figures = load_figures(packed, steps=max(self._steps, 1))
         self._steps = 0

@@ -195,7 +195,7 @@ def _drop_replaced(file: dict[str, Any], command_line: Mapping[str, Any]) -> Non
             table = file.get("mixer", {}).get(mixer, {})
             kept = {key: value for key, value in table.items() if key not in keys}
             file["mixer"] = {**file.get("mixer", {}), mixer: kept}
-    for section, first, second in (*EXCLUSIVE, ("model", "layout", "mixers")):
+    for section, first, second in (*EXCLUSIVE, ("model", "layout", "mixers"), ("data", "paths", "sources")):
         mine = command_line.get(section, {})
         for key, other in ((first, second), (second, first)):
             if key in mine and other not in mine:
@@ -256,6 +256,18 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             raise RecipeError(f"{where} = {list(value)!r}: must have {len(args)} entries")
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
         return tuple(_coerce(item, kind, where) for item, kind in zip(value, kinds, strict=True))
+    table: Any = hint
+    if dataclasses.is_dataclass(table):
+        if not isinstance(value, Mapping):
+            raise RecipeError(
+                f"{where} = {value!r}: must be a table of {', '.join(f.name for f in dataclasses.fields(table))}"
+            )
+        missing = [
+            f.name for f in dataclasses.fields(table) if f.default is dataclasses.MISSING and f.name not in value
+        ]
+        if missing:
+            raise RecipeError(f"{where} = {dict(value)!r}: names no {missing[0]}")
+        return build(table, value, where)
     if isinstance(value, int) and abs(value) > MAX_INTEGER:
         raise RecipeError(f"{where}: a number of {value.bit_length()} bits; must fit in 64")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -280,12 +292,19 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     elif isinstance(value, Mapping):
         items = dict(value)
     else:
-        return {prefix: value}
+        return {prefix: _plain(value)}
     flat: dict[str, Any] = {}
     for key, item in items.items():
         path = f"{prefix}.{key}" if prefix else key
         flat |= flatten(item, SECTION_NAMES.get(path, path))
     return flat
+
+
+def _plain(value: Any) -> Any:
+    """A value without dataclasses in its lists."""
+    if isinstance(value, tuple):
+        return tuple(dataclasses.asdict(item) if dataclasses.is_dataclass(item) else item for item in value)  # pyright: ignore[reportArgumentType]
+    return value
 
 
 def dump(recipe: schema.Recipe) -> str:
@@ -316,6 +335,10 @@ def to_toml(value: Any) -> str:
     if isinstance(value, str):
         # JSON's escapes are TOML's, except that TOML wants the delete character escaped too.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} = {to_toml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(to_toml(item) for item in value) + "]"
     return repr(value)

@@ -56,10 +56,17 @@ def unread(recipe: Recipe) -> dict[str, str]:
         (recipe.checkpoint.init_from, "checkpoint.upcycle_noise", "checkpoint.init_from"),
         (
             recipe.data.validation_fraction,
-            "data.validation_split metrics.validation_interval metrics.validation_batches metrics.baselines "
-            "metrics.mixer_ablation",
+            "data.validation_split metrics.baselines metrics.mixer_ablation",
             "data.validation_fraction above 0",
         ),
+        (
+            recipe.data.validation_fraction
+            or recipe.data.validation_paths
+            or any(source.split == "validation" for source in recipe.data.sources),
+            "metrics.validation_interval metrics.validation_batches",
+            "data.validation_fraction above 0",
+        ),
+        (recipe.data.format == "text", "data.text_key", "data.format = 'text'"),
     )
     return {key: needs for read, keys, needs in rules if not read for key in keys.split() if value_of(recipe, key)}
 

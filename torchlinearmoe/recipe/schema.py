@@ -139,12 +139,29 @@ class ModelRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceRecipe:
+    """An entry of `data.sources`."""
+
+    path: str
+    """A file, a folder or a glob, as in `data.paths`."""
+    weight: float = 1.0
+    """Its share of the training tokens, beside the weights of the others."""
+    split: Literal["both", "train", "validation"] = "both"
+    """Whether `data.validation_fraction` of it is held out, nothing, or all of it, with a curve of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataRecipe:
     """`[data]`: text and tokenizer."""
 
     paths: tuple[str, ...] = ()
     """Files or folders of text, JSONL or parquet; empty: the corpus, or the instructions, that ship with the
     project."""
+    sources: tuple[SourceRecipe, ...] = ()
+    """A mixture in place of `paths`: a list of `{path = ..., weight = ..., split = ...}`. Every step has the shares
+    that the weights give; each source is gone through in epochs of its own."""
+    text_key: str = "text"
+    """Where JSON and parquet have the text; `a.b` for a nested key."""
     format: Literal["text", "messages"] = "text"
     """Text, every token of which is trained, or JSONL of messages, of which the responses are."""
     chat_template: str = "chatml"
@@ -158,6 +175,9 @@ class DataRecipe:
     start with the end of text."""
     validation_fraction: float = 0.05
     """Share of the documents held out from training; 0 goes without validation."""
+    validation_paths: tuple[str, ...] = ()
+    """Files or folders to validate on besides, each with a curve of its own, `validation_loss/NAME`: `NAME=PATH`, or a
+    path whose last part is the name."""
     validation_split: Literal["documents", "tokens"] = "documents"
     """What it is a share of: whole documents, chosen by their text, or the last tokens of the text, inside a document
     perhaps, which a single one can be split by."""

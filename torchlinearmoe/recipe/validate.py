@@ -138,6 +138,8 @@ def _positive(recipe: Recipe) -> None:
         raise RecipeError("training.output_dir = '': name the folder of the run, e.g. 'runs/default'")
     for key, value in (
         *(("data.paths", path) for path in recipe.data.paths),
+        *(("data.sources", source.path) for source in recipe.data.sources),
+        *(("data.validation_paths", path) for path in recipe.data.validation_paths),
         *((f"data.{name}", getattr(recipe.data, name)) for name in ("tokenizer", "cache", "chat_template")),
         ("training.output_dir", training.output_dir),
         *((f"checkpoint.{name}", getattr(recipe.checkpoint, name)) for name in ("resume", "init_from")),
@@ -154,6 +156,7 @@ def _positive(recipe: Recipe) -> None:
             f"data.validation_fraction = {recipe.data.validation_fraction}: must be at least 0, for no validation, and "
             "below 1"
         )
+    _sources(recipe)
     if recipe.data.format == "messages" and recipe.data.validation_split == "tokens":
         raise RecipeError("data.validation_split = 'tokens': conversations are held out whole; set it to 'documents'")
     if recipe.data.format == "messages" and recipe.metrics.baselines:
@@ -165,6 +168,28 @@ def _positive(recipe: Recipe) -> None:
     profile = recipe.metrics.profile_steps
     if profile and (len(profile) != 2 or not 1 <= profile[0] <= profile[1]):
         raise RecipeError(f"metrics.profile_steps = {list(profile)}: must be [first, last]")
+
+
+def _sources(recipe: Recipe) -> None:
+    data = recipe.data
+    if not data.text_key:
+        raise RecipeError("data.text_key = '': name the key of the text, e.g. 'text' or 'content.text'")
+    for name in ("sources", "validation_paths"):
+        if "" in [getattr(entry, "path", entry) for entry in getattr(data, name)]:
+            raise RecipeError(f"data.{name}: a path is empty; name a file or folder, or take the entry out")
+    for source in data.sources:
+        if source.weight <= 0:
+            raise RecipeError(f"data.sources: weight = {source.weight} of '{source.path}': must be positive")
+    if not data.sources:
+        return
+    if data.paths:
+        raise RecipeError("data.paths and data.sources exclude each other; give one")
+    if all(source.split == "validation" for source in data.sources):
+        raise RecipeError("data.sources: every split = 'validation'; leave one to train on")
+    if data.format == "messages":
+        raise RecipeError("data.sources: mixtures are of text; name messages in data.paths")
+    if data.validation_split == "tokens":
+        raise RecipeError("data.validation_split = 'tokens': sources hold out whole documents; set it to 'documents'")
 
 
 def _layers(recipe: Recipe) -> None:

@@ -138,7 +138,9 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ValueError, match="a.parquet: reading parquet needs pyarrow: pip install pyarrow"):
+    with pytest.raises(
+        ValueError, match=r"a.parquet: reading parquet needs pyarrow: pip install torchlinearmoe\[data\]"
+    ):
         documents(tmp_path)
 
 

@@ -85,7 +85,7 @@ class Damaged:
     def __exit__(self, *_):
         pass
 
-    def iter_batches(self, columns):
+    def iter_batches(self, size, columns):
         column = types.SimpleNamespace(to_pylist=lambda: ["abc"])
         yield types.SimpleNamespace(column=lambda index: column)
         raise OSError("Unexpected end of stream:\nPage was smaller than expected")

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import random
 import re
+import tomllib
 import typing
 from pathlib import Path
 from typing import Any
@@ -357,3 +358,27 @@ def test_a_dense_model_has_no_experts_to_spread(family: str):
     moe = {"num_experts": 0, "top_k": 0} if family == "qwen2" else {}
     message = _refused({"model": {"family": family}, "moe": moe, "parallel": {"expert": 2}})
     assert message == "parallel.expert = 2: there are no experts (moe.num_experts = 0); legal: 1"
+
+
+def test_sources_that_cannot_be_mixed_are_named():
+    a = {"path": "a"}
+    _refused({"data": {"sources": ["a"]}}, "data.sources = 'a': must be a table of path, weight, split")
+    _refused({"data": {"sources": [{"weight": 1}]}}, "data.sources = {'weight': 1}: names no path")
+    _refused({"data": {"sources": [{**a, "wieght": 1}]}}, "data.sources.wieght: unknown key; did you mean 'weight'?")
+    _refused({"data": {"sources": [{**a, "weight": 0}]}}, "data.sources: weight = 0.0 of 'a': must be positive")
+    _refused({"data": {"sources": [{**a, "split": "val"}]}}, "data.sources.split = 'val': not a legal value")
+    _refused({"data": {"sources": [{**a, "split": "validation"}]}}, "every split = 'validation'; leave one to train")
+    _refused({"data": {"sources": [a], "paths": ["b"]}}, "data.paths and data.sources exclude each other")
+    _refused({"data": {"sources": [a], "format": "messages"}}, "mixtures are of text; name messages in data.paths")
+    _refused({"data": {"sources": [a], "validation_split": "tokens"}}, "sources hold out whole documents")
+    _refused({"data": {"sources": [{"path": ""}]}}, "data.sources: a path is empty")
+    _refused({"data": {"validation_paths": [""]}}, "data.validation_paths: a path is empty")
+    _refused({"data": {"text_key": ""}}, "data.text_key = '': name the key")
+
+
+def test_paths_of_the_command_line_take_the_place_of_sources():
+    file = {"data": {"sources": [{"path": "a", "weight": 2}]}, **STEPS}
+    recipe = resolve(file, {"data": {"paths": ["b"]}})
+    assert recipe.data.paths == ("b",) and recipe.data.sources == ()
+    kept = resolve(tomllib.loads(dump(resolve(file))))
+    assert kept.data.sources == resolve(file).data.sources and kept.data.sources[0].weight == 2.0

@@ -29,6 +29,8 @@ class Tokenizer(ABC):
     """Tokens that no text encodes to, by their spelling."""
     fingerprint: str
     """Hash of everything that decides ids; part of the name of cached tokens."""
+    threads: int = 8
+    """What `encode_batch` works with, where its library lets that be chosen."""
     files: Mapping[str, bytes] = {}
     """What was read, by file name: the same bytes go into checkpoints, whatever lies at `path` by then."""
 

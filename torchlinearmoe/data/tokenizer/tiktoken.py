@@ -91,7 +91,7 @@ class TiktokenTokenizer(Tokenizer):
         for text in texts:
             self._check_bytes(text)
         with self._panics():
-            return self._encoding.encode_ordinary_batch(list(texts))
+            return self._encoding.encode_ordinary_batch(list(texts), num_threads=self.threads)
 
     @contextmanager
     def _panics(self) -> Iterator[None]:
