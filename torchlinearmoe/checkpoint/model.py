@@ -80,7 +80,9 @@ def find_checkpoint(path: str | Path) -> Path:
 def checkpoint_recipe(path: str | Path) -> Recipe:
     """The recipe a checkpoint was trained with. Raises CheckpointError when `path` is not a checkpoint."""
     if not is_there(Path(path) / RECIPE_FILE):
-        raise CheckpointError(f"{path}: not a checkpoint (no {RECIPE_FILE}); name a folder checkpoints/step-N of a run")
+        raise CheckpointError(
+            f"{path}: not a checkpoint (no {RECIPE_FILE}); name a run's folder or its checkpoints/step-N"
+        )
     return load_recipe(plain_file(path, RECIPE_FILE))
 
 

@@ -56,6 +56,8 @@ def find_sources(paths: Sequence[str | Path] = (), run_folder: Path | None = Non
             raise UserError(f"data.paths: '{path}' does not exist")
         if path.is_file() and path.suffix not in READERS:
             raise UserError(f"data.paths: '{path}' is of no known kind; legal: {', '.join(READERS)}, or a folder")
+        if not (path.is_file() or path.is_dir() or path.is_symlink() or path.suffix in READERS):
+            raise UserError(f"data.paths: '{path}' is no regular file and no folder; name one that is")
         before, ships = len(found.files) + len(found.stores), path.is_relative_to(Path(__file__).parent)
         if is_checkpoint(path):
             raise UserError(f"data.paths: '{path}' is a checkpoint; name the text it was trained on")
