@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+import select
 import signal
 import sys
 import time
@@ -29,7 +30,7 @@ class Failure(Exception):
 def failures_on_one_line() -> Iterator[None]:
     """Turn a user's mistake into one line on stderr and exit status 1; anything else keeps its traceback.
 
-    Ctrl-C ends with its status and no word.
+    Ctrl-C ends with its status and no word, and so does a pipe whose reader has ended (`| head`).
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is spelled out
@@ -38,6 +39,11 @@ def failures_on_one_line() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         if not isinstance(error, (UserError, Failure)):
             found = disk.refusal(error)
@@ -51,6 +57,16 @@ def failures_on_one_line() -> Iterator[None]:
         print(line, file=sys.stderr, flush=True)
         _tell_launcher(line)
         sys.exit(1)
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):  # no descriptor, as under a test's capture
+        return False
 
 
 def _tell_launcher(line: str) -> None:

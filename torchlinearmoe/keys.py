@@ -27,7 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Every recipe key with its default, legal values and what it means; mixers, families and sizes.",
     )
     parser.add_argument(
-        "section", nargs="?", default="", help="e.g. training, mixer.gla, model.layout; left out: everything"
+        "section",
+        nargs="?",
+        default="",
+        help="e.g. training, mixer.gla, mixers, families, model.layout; left out: all",
     )
     options = parser.parse_args(arguments)
     with failures_on_one_line():
@@ -57,10 +60,13 @@ def describe(wanted: str = "") -> Iterator[str]:
         for field in fields:
             yield from describe_key(section, cls, field)
         found = found or bool(fields) or wanted == section
-    if wanted in ("", "model", "mixer"):
-        yield from _lists()
-    elif not found:
-        raise Failure(f"{wanted}: no such section or key; legal: {', '.join(sections())}, or SECTION.KEY of one")
+    lists = {"mixers": _mixers, "families": _families}
+    for name, lines in lists.items():
+        if wanted in ("", "model", "mixer", name):
+            yield from lines()
+    if not found and wanted not in lists:
+        legal = ", ".join([*sections(), *lists])
+        raise Failure(f"{wanted}: no such section or key; legal: {legal}, or SECTION.KEY of a section")
 
 
 def describe_key(section: str, cls: type, field: dataclasses.Field[Any]) -> Iterator[str]:
@@ -132,15 +138,20 @@ def docstrings(cls: type) -> dict[str, str]:
     return found
 
 
-def _lists() -> Iterator[str]:
-    """Mixers and what they are, families and their sizes."""
-    from torchlinearmoe.families import FAMILIES
+def _mixers() -> Iterator[str]:
+    """Mixers and what they are."""
     from torchlinearmoe.mixers import MIXERS
 
     yield "mixers:"
     for name in MIXERS.names():
         module = sys.modules[MIXERS[name].__module__]
         yield f"    {name:20} {(module.__doc__ or '').strip().splitlines()[0]}"
+
+
+def _families() -> Iterator[str]:
+    """Families and their sizes."""
+    from torchlinearmoe.families import FAMILIES
+
     yield "families and sizes:"
     for name in FAMILIES:
         yield f"    {name:20} {', '.join(FAMILIES[name].presets)}"

@@ -15,6 +15,20 @@ from torchlinearmoe.recipe.parse import dump
 from torchlinearmoe.recipe.schema import Recipe
 
 
+def at_home(recipe: Recipe) -> Recipe:
+    """The recipe with `~` written out in `training.output_dir` and `checkpoint.resume`: a shell leaves it after `=`.
+
+    Raises UserError that names the key where that user has no home here.
+    """
+    training = dataclasses.replace(
+        recipe.training, output_dir=str(expanded(recipe.training.output_dir, "training.output_dir"))
+    )
+    checkpoint = dataclasses.replace(
+        recipe.checkpoint, resume=str(expanded(recipe.checkpoint.resume, "checkpoint.resume"))
+    )
+    return dataclasses.replace(recipe, training=training, checkpoint=checkpoint)
+
+
 def with_tokens_per_step(recipe: Recipe, tokens: int) -> Recipe:
     """The recipe with `training.tokens_per_step` written out."""
     return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, tokens_per_step=tokens))

@@ -30,7 +30,7 @@ def _train(path: str, overrides: Sequence[str]) -> int:
     from torchlinearmoe.recipe import Recipe, load_recipe
     from torchlinearmoe.recipe.validate import check_steps
     from torchlinearmoe.resume import Finished, with_saved_tokens_per_step
-    from torchlinearmoe.run_folder import with_tokenizer, with_tokens_per_step
+    from torchlinearmoe.run_folder import at_home, with_tokenizer, with_tokens_per_step
     from torchlinearmoe.run_lock import locked
     from torchlinearmoe.runtime import choose_device, on_rank_0, process_group, world_size
 
@@ -41,7 +41,7 @@ def _train(path: str, overrides: Sequence[str]) -> int:
         return recipe
 
     # Everything that can be refused without other ranks is refused before they are needed.
-    recipe = load_recipe(path, overrides)
+    recipe = at_home(load_recipe(path, overrides))
     degrees = resolve_degrees(recipe.parallel, world_size())
     recipe = with_tokenizer(recipe)
     if recipe.training.tokens_per_step is not None:

@@ -1,6 +1,6 @@
 """Folders that training writes, told from others by what is in them.
 
-    run            recipe.toml   metrics.jsonl   tensorboard/   checkpoints/   profile/   cache/
+    run            recipe.toml   metrics.jsonl   tensorboard/   checkpoints/   profile/   cache/   run.lock
     checkpoint     recipe.toml   state.json   .metadata   tokenizer/   *.distcp
 
 The cached tokens of a text are `data/store.py`'s.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-RUN_PARTS = ("recipe.toml", "metrics.jsonl", "tensorboard", "checkpoints", "profile")
+RUN_PARTS = ("recipe.toml", "metrics.jsonl", "tensorboard", "checkpoints", "profile", "run.lock")
 """What lies in a run's folder, less the cache, which may lie anywhere."""
 
 

@@ -67,6 +67,11 @@ def test_a_section_or_a_key_is_told_alone(wanted: str, first: str) -> None:
     assert all(not line or line.startswith((" ", "[", wanted)) for line in lines)
 
 
+@pytest.mark.parametrize(("wanted", "names"), [("mixers", MIXERS.names()), ("families", FAMILIES)])
+def test_mixers_and_families_are_listed_alone(wanted: str, names: object) -> None:
+    assert [line.split()[0] for line in list(describe(wanted))[1:]] == list(names)  # pyright: ignore
+
+
 def test_options_that_mixers_have_in_common_keep_their_words() -> None:
     assert set(docstrings(MIXERS["gla"].Options)) >= {"heads", "head_dim", "conv", "kv_heads"}
 

@@ -6,6 +6,9 @@ import doctest
 import io
 import json
 import logging
+import signal
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -96,3 +99,24 @@ def test_no_message_of_a_run_writes_more_than_text() -> None:
     stream = io.StringIO()
     Console(total_steps=1, stream=stream).message(f"resumed from {ESCAPE}")
     assert stream.getvalue() == f"resumed from {SPELLED}\n"
+
+
+def test_a_pipe_whose_reader_has_ended_is_no_traceback() -> None:
+    lines = (
+        "from torchlinearmoe.commands import failures_on_one_line",
+        "with failures_on_one_line():",
+        "    while True: print('line', flush=True)",
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", "\n".join(lines)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == b"line\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_another_broken_pipe_keeps_its_traceback() -> None:
+    with pytest.raises(BrokenPipeError), failures_on_one_line():
+        raise BrokenPipeError

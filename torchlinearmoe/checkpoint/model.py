@@ -16,7 +16,7 @@ from torchlinearmoe.checkpoint.tokenizer_files import NEIGHBOURS, TOKENIZER, tok
 from torchlinearmoe.data.chat_template import ChatTemplate, load_template, parse_template
 from torchlinearmoe.data.tokenizer import Tokenizer, load_tokenizer
 from torchlinearmoe.disk import expanded
-from torchlinearmoe.errors import UserError
+from torchlinearmoe.errors import RecipeError, UserError
 from torchlinearmoe.initialize import reset_buffers
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.recipe import Recipe, dump, load_recipe
@@ -78,10 +78,20 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def checkpoint_recipe(path: str | Path) -> Recipe:
-    """The recipe a checkpoint was trained with. Raises CheckpointError when `path` is not a checkpoint."""
+    """The recipe a checkpoint was trained with.
+
+    Raises CheckpointError when `path` is not a checkpoint, RecipeError that names the file when it cannot be read.
+    """
     if not is_there(Path(path) / RECIPE_FILE):
-        raise CheckpointError(f"{path}: not a checkpoint (no {RECIPE_FILE}); name a folder checkpoints/step-N of a run")
-    return load_recipe(plain_file(path, RECIPE_FILE))
+        raise CheckpointError(
+            f"{path}: not a checkpoint (no {RECIPE_FILE}); name a run's folder or its checkpoints/step-N"
+        )
+    file = plain_file(path, RECIPE_FILE)
+    try:
+        return load_recipe(file)
+    except RecipeError as error:
+        told = str(error)
+        raise RecipeError(told if told.startswith(str(file)) else f"{file}: {told}") from None
 
 
 def checkpoint_tokenizer(path: str | Path) -> Tokenizer:

@@ -63,6 +63,8 @@ def find_sources(
             raise UserError(f"{named}: '{path}' does not exist")
         if path.is_file() and kind_of(path) is None:
             raise UserError(f"{named}: '{path}' is of no known kind; legal: {LEGAL}, or a folder")
+        if not (path.is_file() or path.is_dir() or path.is_symlink() or kind_of(path) is not None):
+            raise UserError(f"{named}: '{path}' is no regular file and no folder; name one that is")
         before, ships = len(found.files) + len(found.stores), path.is_relative_to(Path(__file__).parent)
         if is_checkpoint(path):
             raise UserError(f"{named}: '{path}' is a checkpoint; name the text it was trained on")

@@ -238,6 +238,14 @@ def build(cls: type, table: Mapping[str, Any], where: str, **ready: Any) -> Any:
     return cls(**values)
 
 
+def _quoted(where: str, value: Any) -> str:
+    """How a list is written on a command line, for a string that was one before a shell took its quotes."""
+    if not isinstance(value, str):
+        return ""
+    entries = [entry.strip(" \"'") for entry in value.strip("[]").split(",")]
+    return f"; on a command line in single quotes: '--{where}={json.dumps(entries, ensure_ascii=False)}'"
+
+
 def _coerce(value: Any, hint: Any, where: str) -> Any:
     origin = typing.get_origin(hint)
     if origin in (Union, types.UnionType):
@@ -251,7 +259,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if origin is tuple:
         args = typing.get_args(hint)
         if not isinstance(value, (list, tuple)):
-            raise RecipeError(f"{where} = {value!r}: must be a list")
+            raise RecipeError(f"{where} = {value!r}: must be a list{_quoted(where, value)}")
         if args[-1] is not Ellipsis and len(value) != len(args):
             raise RecipeError(f"{where} = {list(value)!r}: must have {len(args)} entries")
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,16 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def checkpoint(sound: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sound, tmp_path / "step-1"))
+
+
+def test_a_key_that_the_recipe_may_not_hold_is_told_with_its_file(checkpoint: Path) -> None:
+    recipe = checkpoint / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace("[training]", "[training]\nnope = 1"))
+    with pytest.raises(UserError, match=rf"^{re.escape(str(recipe))}: training.nope: unknown key"):
+        load_model(checkpoint)
+    recipe.write_text("[training")
+    with pytest.raises(UserError, match=rf"^{re.escape(str(recipe))}: not valid TOML"):
+        load_model(checkpoint)
 
 
 def refused(checkpoint: Path) -> list[str]:

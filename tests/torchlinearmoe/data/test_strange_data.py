@@ -64,6 +64,18 @@ def test_links_loops_and_pipes_are_named(tmp_path):
         find_sources([tmp_path / "nowhere"])
 
 
+def test_what_is_neither_file_nor_folder_is_not_called_one():
+    with pytest.raises(UserError, match="'/dev/null' is no regular file and no folder"):
+        find_sources(["/dev/null"])
+
+
+def test_the_lock_of_a_run_is_no_file_of_an_unknown_kind(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINE)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.lock").write_text("")
+    assert not find_sources([tmp_path], tmp_path / "run").unknown
+
+
 def test_files_of_no_known_kind_are_counted(tmp_path):
     for name in ("a.jsonl", "b.csv", "c.csv", "d.gz", "NOTES", ".hidden.csv"):
         (tmp_path / name).write_bytes(LINE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torchlinearmoe.data.sources import find_sources
 from torchlinearmoe.data.tokenizer import load_tokenizer
 from torchlinearmoe.errors import RecipeError, UserError
 from torchlinearmoe.recipe import load_recipe, resolve
+from torchlinearmoe.run_folder import at_home
 
 SOUND = b'[model]\nmixer = "gla"\n[training]\nsteps = 3\n'
 
@@ -72,6 +74,26 @@ def test_the_home_of_nobody_is_named() -> None:
         find_sources(["~nosuchuser"])
     with pytest.raises(UserError, match=f"^data.chat_template {told}"):
         load_template("~nosuchuser")
+    for key in ("training.output_dir", "checkpoint.resume"):
+        section, name = key.split(".")
+        tables: dict[str, dict[str, object]] = {"training": {"steps": 3}}
+        tables.setdefault(section, {})[name] = "~nosuchuser"
+        with pytest.raises(UserError, match=f"^{key} {told}"):
+            at_home(resolve(tables))
+
+
+def test_the_home_in_a_run_s_folder_is_meant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = at_home(resolve({"training": {"steps": 3, "output_dir": "~/run"}, "checkpoint": {"resume": "~/step-3"}}))
+    assert Path(recipe.training.output_dir) == tmp_path / "run"
+    assert Path(recipe.checkpoint.resume) == tmp_path / "step-3"
+
+
+def test_a_list_without_its_quotes_is_shown_with_them() -> None:
+    told = re.escape("""must be a list; on a command line in single quotes: '--data.paths=["a/", "b.txt"]'""")
+    for value in ("[a/,b.txt]", "a/, b.txt"):
+        with pytest.raises(RecipeError, match=told):
+            resolve({"training": {"steps": 3}, "data": {"paths": value}})
 
 
 @pytest.mark.parametrize(

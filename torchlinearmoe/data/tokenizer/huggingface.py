@@ -135,7 +135,10 @@ class HuggingFaceTokenizer(Tokenizer):
             return
         for letter in sorted(set(text)):
             if not self._without_id.isdisjoint(letter.encode("utf-8", "replace")):
-                raise UserError(f"{self.path}: no id for {letter!r}, which the text holds; take it out of the text")
+                raise UserError(
+                    f"{self.path}: no id for {letter!r}, which the text holds; take it out of the text, or name a "
+                    "tokenizer that has all bytes"
+                )
 
     def encode(self, text: str) -> list[int]:
         self._check_bytes(text)

@@ -112,7 +112,10 @@ class TiktokenTokenizer(Tokenizer):
             return
         for letter in sorted(set(text)):
             if not self._without_rank.isdisjoint(letter.encode("utf-8", "replace")):
-                raise UserError(f"{self.path}: no rank for {letter!r}, which the text holds; take it out of the text")
+                raise UserError(
+                    f"{self.path}: no rank for {letter!r}, which the text holds; take it out of the text, or name a "
+                    "tokenizer that has all bytes"
+                )
 
 
 def parse_ranks(content: bytes, path: Path) -> dict[bytes, int]:
