@@ -6,7 +6,6 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,7 +24,7 @@ MANY_EPOCHS = 4
 
 def beginning(
     recipe: Recipe,
-    splits: Splits[Any],
+    splits: Splits,
     tokenizer: Tokenizer,
     *,
     parameters: int,
@@ -81,7 +80,7 @@ def below(baselines: Baselines, loss: float) -> str:
     )
 
 
-def where_it_is(recipe: Recipe, splits: Splits[Any], tokenizer: Tokenizer, checkpoint: Path) -> Iterator[str]:
+def where_it_is(recipe: Recipe, splits: Splits, tokenizer: Tokenizer, checkpoint: Path) -> Iterator[str]:
     """Where a run's `checkpoint` and its curves are, and the command that asks the model for something."""
     folder = Path(recipe.training.output_dir)
     curves = f"{folder / 'metrics.jsonl'}"
@@ -93,7 +92,7 @@ def where_it_is(recipe: Recipe, splits: Splits[Any], tokenizer: Tokenizer, check
     yield f"next: python -m torchlinearmoe.generate {' '.join(told)}"
 
 
-def _prompt(recipe: Recipe, splits: Splits[Any], tokenizer: Tokenizer) -> list[str]:
+def _prompt(recipe: Recipe, splits: Splits, tokenizer: Tokenizer) -> list[str]:
     """Options of `generate` that ask the model for something like its data."""
     data, train = recipe.data, splits.train
     if data.format == "messages":
