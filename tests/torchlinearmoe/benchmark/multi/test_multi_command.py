@@ -142,7 +142,7 @@ class Checked(Host):
             check_micro_batches(recipe, degrees)
             if degrees.pipeline > 1:
                 stage_layers(recipe)
-            per_rank = recipe.training.tokens_per_step / ranks
+            per_rank = tokens_per_step(recipe.training, degrees) / ranks
             found.append(
                 {
                     "losses": [7.0] * recipe.training.total_steps,
