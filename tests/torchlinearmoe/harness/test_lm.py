@@ -12,8 +12,8 @@ pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 pytest.importorskip("accelerate", reason="lm-eval's hf model needs it")
 
 import transformers
-from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
+from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
+from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
 from torchlinearmoe import build_model
 from torchlinearmoe.checkpoint import CheckpointManager
