@@ -71,7 +71,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         # Errors by resampling: tasks start processes for it, which a rank that holds a GPU must not.
         os.environ.setdefault("DISABLE_MULTIPROC", "1")
         manager, tasks = _tasks(options, model.ids)
-        results: Any = lm_eval.simple_evaluate(
+        simple_evaluate: Any = lm_eval.simple_evaluate  # its decorator hides what it takes
+        results = simple_evaluate(
             model=model,
             tasks=tasks,
             task_manager=manager,

@@ -49,7 +49,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         folder / "exported", trust_remote_code=True, dtype=torch.float32
     )
     fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token=END, pad_token=END)
-    hf = HFLM(pretrained=theirs, tokenizer=fast, device="cpu", batch_size=2, max_length=LENGTH)
+    make: Any = HFLM
+    hf = make(pretrained=theirs, tokenizer=fast, device="cpu", batch_size=2, max_length=LENGTH)
     return LinearMoELM(load_model(source), tokenizer, batch_tokens=200), hf
 
 
