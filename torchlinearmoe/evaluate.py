@@ -56,14 +56,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _evaluate(options: argparse.Namespace) -> int:
     try:
-        import lm_eval
+        import lm_eval  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         missing = error.name or "lm_eval"
         raise Failure(
             f"evaluate needs lm-eval ({missing} is not installed); pip install lm-eval, or the extra "
             "'torchlinearmoe[eval]'"
         ) from None
-    from lm_eval.utils import handle_non_serializable, make_table
+    from lm_eval.utils import handle_non_serializable, make_table  # pyright: ignore[reportMissingImports]
 
     if options.samples and not options.output:
         raise Failure("--samples: they go into the file that --output names; add it")
@@ -71,7 +71,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         # Errors by resampling: tasks start processes for it, which a rank that holds a GPU must not.
         os.environ.setdefault("DISABLE_MULTIPROC", "1")
         manager, tasks = _tasks(options, model.ids)
-        results: Any = lm_eval.simple_evaluate(
+        simple_evaluate: Any = lm_eval.simple_evaluate  # its decorator hides what it takes
+        results = simple_evaluate(
             model=model,
             tasks=tasks,
             task_manager=manager,
@@ -143,7 +144,7 @@ def _model(options: argparse.Namespace) -> Iterator[LinearMoELM]:
 
 def _tasks(options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Any, list[Any]]:
     """lm-eval's index of tasks, and the wanted ones: names and files as it takes them, our own made."""
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     from torchlinearmoe.errors import nearest
     from torchlinearmoe.harness.local import LOCAL, local_task

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
+from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+from lm_eval.models.utils import normalize_gen_kwargs  # pyright: ignore[reportMissingImports]
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from torchlinearmoe.data.tokenizer import Tokenizer
@@ -101,12 +101,13 @@ class LinearMoELM(TemplateLM):
         return [Question(tuple(context), tuple(new)) for context, new in map(make_disjoint_window, rolling)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        asked: list[tuple[Any, ...]] = [request.args for request in requests]
         groups: dict[str, list[int]] = {}
-        for index, request in enumerate(requests):
-            groups.setdefault(repr(request.args[1]), []).append(index)
+        for index, (_, given) in enumerate(asked):
+            groups.setdefault(repr(given), []).append(index)
         texts = [""] * len(requests)
         for indices in groups.values():
-            options: dict[str, Any] = dict(normalize_gen_kwargs(requests[indices[0]].args[1], MAX_GENERATED))
+            options: dict[str, Any] = dict(normalize_gen_kwargs(asked[indices[0]][1], MAX_GENERATED))
             longest = self.max_length - options["max_gen_toks"]
             if longest < 1:
                 raise UserError(
@@ -116,7 +117,7 @@ class LinearMoELM(TemplateLM):
             found = continue_texts(
                 self.scorer.model,
                 self.ids,
-                [self._prompt(requests[index].args[0])[-longest:] for index in indices],
+                [self._prompt(asked[index][0])[-longest:] for index in indices],
                 options["max_gen_toks"],
                 stops=[stop for stop in options["until"] if stop],
                 ends=self.ends,
@@ -125,7 +126,7 @@ class LinearMoELM(TemplateLM):
             )
             for index, text in zip(indices, found):
                 texts[index] = text
-                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                self.cache_hook.add_partial("generate_until", asked[index], text)
         return texts
 
     def _prompt(self, text: str) -> list[int]:

@@ -27,7 +27,7 @@ class Documents(list[dict[str, Any]]):
 
 def local_task(name: str, tokenizer: Tokenizer) -> Any:
     """The task of lm-eval that is called `name`, one of LOCAL."""
-    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.api.task import ConfigurableTask  # pyright: ignore[reportMissingImports]
 
     logger = logging.getLogger("lm_eval.api.task")
     level = logger.level

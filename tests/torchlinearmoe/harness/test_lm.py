@@ -12,8 +12,8 @@ pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 pytest.importorskip("accelerate", reason="lm-eval's hf model needs it")
 
 import transformers
-from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
+from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
+from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
 from torchlinearmoe import build_model
 from torchlinearmoe.checkpoint import CheckpointManager
@@ -49,7 +49,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         folder / "exported", trust_remote_code=True, dtype=torch.float32
     )
     fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token=END, pad_token=END)
-    hf = HFLM(pretrained=theirs, tokenizer=fast, device="cpu", batch_size=2, max_length=LENGTH)
+    make: Any = HFLM
+    hf = make(pretrained=theirs, tokenizer=fast, device="cpu", batch_size=2, max_length=LENGTH)
     return LinearMoELM(load_model(source), tokenizer, batch_tokens=200), hf
 
 
