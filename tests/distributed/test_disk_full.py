@@ -71,13 +71,13 @@ SAVE = "checkpoint {disk}/run/checkpoints/%s was not saved: OSError: [Errno 28] 
     "size, told",
     [
         pytest.param("12k", TOKENS, id="tokens"),
-        pytest.param("28k", FOLDER + "complete checkpoint: none", id="recipe"),
-        pytest.param("40k", FOLDER + "complete checkpoint: none", id="events"),
+        pytest.param("40k", FOLDER + "complete checkpoint: none", id="recipe"),
+        pytest.param("52k", FOLDER + "complete checkpoint: none", id="events"),
         pytest.param(
-            "600k", SAVE % "step-2" + "complete checkpoint: none; make room or mend it, then start again", id="save"
+            "612k", SAVE % "step-2" + "complete checkpoint: none; make room or mend it, then start again", id="save"
         ),
         pytest.param(
-            "2700k",
+            "2712k",
             SAVE % "step-6" + "complete checkpoint: step-4; make room or mend it, then start again",
             id="last save",
         ),

@@ -59,7 +59,7 @@ def cached_texts(
             files,
             tokenizer,
             folder,
-            Options(text_key, way_out=way_out, waits=True),
+            Options(text_key, way_out=way_out, named=cache, waits=True),
             workers=workers or len(os.sched_getaffinity(0)),
             tell=tell,
         )

@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ class Options:
     """Tokens after which a shard ends."""
     way_out: str = "make room there, or choose another --output"
     """What an error of the disk ends with."""
+    named: Path | None = None
+    """The folder that such an error names, in place of the output."""
     waits: bool = False
     """Whether to wait where another process writes the folder, instead of refusing."""
 
@@ -83,7 +85,7 @@ def prepare(
     Raises UserError, one line: BadLine for one that holds no text, and where the folder was begun from other files or
     with other options, or another process works on it. What was finished by then stays.
     """
-    with disk.one_line(f"cannot write tokens to '{output}'", lambda: options.way_out):
+    with disk.one_line(f"cannot write tokens to '{options.named or output}'", lambda: options.way_out):
         (output / SHARDS).mkdir(parents=True, exist_ok=True)
         with _alone(output, options.waits):
             job = _planned(files, tokenizer, output, options)
@@ -176,7 +178,7 @@ def _planned(files: Sequence[Path], tokenizer: Tokenizer, output: Path, options:
         units = [[list(piece) for piece in unit] for unit in plan_units(files)]
         _write_json(path, {"asked": asked, "units": units})
     job = Job.read(output)
-    return Job(job.folder, job.units, job.text_key, job.skip_bad, job.shard_tokens, options.way_out)
+    return replace(job, way_out=options.way_out, named=options.named)
 
 
 def _write_json(path: Path, what: dict[str, Any]) -> None:

@@ -46,6 +46,7 @@ class Job:
     skip_bad: bool
     shard_tokens: int
     way_out: str = "make room there, or choose another --output"
+    named: Path | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Job:
@@ -93,7 +94,10 @@ def write_unit(job: Job, unit: int, tokenizer: Tokenizer, report: Callable[[int]
         folder = job.shard(unit, part)
         if not is_shard(folder):
             source.go_to(start)
-            with written_aside(folder, is_shard, job.way_out) as aside, (aside / BAD).open("w") as bad:
+            with (
+                written_aside(folder, is_shard, job.way_out, job.named or job.folder) as aside,
+                (aside / BAD).open("w") as bad,
+            ):
                 encoder = _Encoder(source, tokenizer, job, bad)
 
                 def encoded(encoder: _Encoder = encoder) -> Iterator[list[Encoded]]:

@@ -212,20 +212,25 @@ def write_encoded(
 
 @contextmanager
 def written_aside(
-    folder: Path, is_written: Callable[[Path], bool], way_out: str = "make room there, or set data.cache"
+    folder: Path,
+    is_written: Callable[[Path], bool],
+    way_out: str = "make room there, or set data.cache",
+    named: Path | None = None,
 ) -> Iterator[Path]:
     """A folder to write into, which becomes `folder` at the end of the block, on disk and whole, or not at all.
 
-    `is_written` tells one that another process was first with. Raises UserError for what the disk refuses.
+    `is_written` tells one that another process was first with. Raises UserError for what the disk refuses, which names
+    the folder around it, or `named`.
     """
+    told = f"cannot write tokens to '{named or folder.parent}'"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_orphans(folder.parent)
         aside = Path(mkdtemp(prefix=f".{folder.name}-{socket.gethostname()}-{os.getpid()}-", dir=folder.parent))
     except OSError as error:
-        raise UserError(f"cannot write tokens to '{folder.parent}': {error.strerror}; {way_out}") from None
+        raise UserError(f"{told}: {error.strerror}; {way_out}") from None
     try:
-        with disk.one_line(f"cannot write tokens to '{folder.parent}'", lambda: way_out):
+        with disk.one_line(told, lambda: way_out):
             yield aside
             os.chmod(aside, 0o755)  # mkdtemp keeps others out
             for written in [*aside.iterdir(), aside]:
