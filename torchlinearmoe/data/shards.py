@@ -18,7 +18,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -82,13 +82,20 @@ def shards_of(job: Job, unit: int) -> Iterator[tuple[Path, dict[str, Any] | None
         part += 1
 
 
+def _each_told(batches: Iterable[list[Encoded]], tell: Callable[[], None]) -> Iterator[list[Encoded]]:
+    """The batches; `tell` after each is taken."""
+    for batch in batches:
+        yield batch
+        tell()
+
+
 def write_unit(job: Job, unit: int, tokenizer: Tokenizer, report: Callable[[int], None]) -> None:
     """Write the shards of a unit that are not there yet. `report` is called with bytes of input that were gone through.
 
     Raises BadLine for a line that holds no text, unless such are to be skipped, and UserError.
     """
     source = _UnitReader(job.units[unit], job.text_key)
-    told = 0
+    told: int = 0
     part = start = 0
     while True:
         folder = job.shard(unit, part)
@@ -100,15 +107,13 @@ def write_unit(job: Job, unit: int, tokenizer: Tokenizer, report: Callable[[int]
             ):
                 encoder = _Encoder(source, tokenizer, job, bad)
 
-                def encoded(encoder: _Encoder = encoder) -> Iterator[list[Encoded]]:
+                def tell() -> None:
                     nonlocal told
-                    for batch in encoder.batches():
-                        yield batch
-                        done = source.read()
-                        report(done - told)
-                        told = done
+                    done = source.read()
+                    report(done - told)
+                    told = done
 
-                write_arrays(aside, encoded(), tokenizer)
+                write_arrays(aside, _each_told(encoder.batches(), tell), tokenizer)
                 bad.close()
                 if not encoder.summary.bad_lines:
                     (aside / BAD).unlink()

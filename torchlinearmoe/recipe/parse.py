@@ -275,7 +275,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         ]
         if missing:
             raise RecipeError(f"{where} = {dict(value)!r}: names no {missing[0]}")
-        return build(table, value, where)
+        return build(hint, value, where)
     if isinstance(value, int) and abs(value) > MAX_INTEGER:
         raise RecipeError(f"{where}: a number of {value.bit_length()} bits; must fit in 64")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
