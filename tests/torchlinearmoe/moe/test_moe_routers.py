@@ -7,6 +7,7 @@ from torch import nn
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.moe import StepTotals, collect_statistics
 from torchlinearmoe.moe.routers import Routers
+from torchlinearmoe.moe.statistics import load_by_layer
 
 D, T = 6, 24
 
@@ -52,6 +53,7 @@ def test_figures_are_of_the_steps_since_the_last(build) -> None:
         steps(count)
         expected = collect_statistics(model, steps=count, reset=False)
         figures, load_NE = routers.figures()
-        assert figures == {key: value for key, value in expected.items() if key.count("/") == 1} and figures
+        together = {key: value for key, value in expected.items() if key.count("/") == 1}
+        assert figures == together | load_by_layer(expected) and together
         assert load_NE is not None and load_NE.shape == (2, 6) and load_NE.sum() == 2 * count * T * 2
     assert routers.figures() == ({}, None)

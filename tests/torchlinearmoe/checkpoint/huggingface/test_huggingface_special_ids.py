@@ -148,7 +148,7 @@ def prompt(checkpoint: Path) -> list[int]:
 
 def documents(output: Path) -> list[list[int]]:
     """The first documents of every folder of tokens that a run made."""
-    stores = [TokenStore(folder) for folder in (output / "cache").iterdir()]
+    stores = [TokenStore(file.parent) for file in sorted((output / "cache").rglob("store.json"))]
     return [store.tokens[: store.offsets[2]].tolist() for store in stores]
 
 
