@@ -325,12 +325,9 @@ class Trainer:
             dtype=self.dtype,
             resumed=[source and f"resumed from {source} after step {self.step}", self.data_note, *self.resume_notes],
             weights=self.initial_weights.describe() if self.initial_weights else [],
+            figures=self.loader.figures(self.total_steps),
         ):
             self.metrics.message(line)
-        for name, value in self.loader.figures(self.total_steps).items():
-            source = name.removeprefix("data/epochs/")
-            if source != name and value > 1:
-                self.metrics.message(f"data.sources: {source} is read {value:.3g} times by the last step")
         if not self.recipe.metrics.baselines or not len(self.splits.validation) or self.rank != 0:
             return None
         found = baseline_losses(self.splits.train, self.splits.validation, self.tokenizer.vocab_size)

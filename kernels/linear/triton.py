@@ -13,7 +13,8 @@ from torchlinearmoe.kernels.operator import NARROW, Backend
 from torchlinearmoe.segments import Segments
 
 WIDEST = 128
-"""Rows or columns of a state that one walk takes: wider ones go in parts."""
+"""Rows or columns of a state that one walk takes: wider ones go in parts. A tile of 256 rows ended in an illegal memory
+access on Hopper with Triton 3.6."""
 
 
 def linear_recurrence(

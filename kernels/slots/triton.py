@@ -174,6 +174,7 @@ BACKEND = Backend(
     "triton",
     slot_attention,
     ("slots",),
+    order=None,  # until it has been compared on a GPU
     dtypes=NARROW,
     devices=frozenset(("cuda",)),
     needs=("triton",),

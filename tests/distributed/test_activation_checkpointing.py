@@ -1,6 +1,7 @@
 """Checkpointed layers train as kept ones do, on every axis, and their statistics are counted once."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import RankPool
@@ -51,10 +52,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def figures(result: Result) -> list[dict[str, float]]:
     """Everything logged but speeds and times."""
     measured = {"time", "tokens_per_second", "mfu", "memory_gib", "step_time", "data_wait"}
-    return [
-        {key: value for key, value in line.items() if key not in measured and not isinstance(value, list)}
-        for line in result.lines
-    ]
+    return [flat({key: value for key, value in line.items() if key not in measured}) for line in result.lines]
+
+
+def flat(line: dict[str, Any]) -> dict[str, Any]:
+    """Entries of lists as keys of their own: pytest.approx takes no nested values."""
+    found: dict[str, Any] = {}
+    for key, value in line.items():
+        found |= {f"{key}[{i}]": entry for i, entry in enumerate(value)} if isinstance(value, list) else {key: value}
+    return found
 
 
 @pytest.mark.parametrize("layout", QUICK)

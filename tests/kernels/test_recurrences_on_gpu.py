@@ -89,7 +89,7 @@ def test_fla_leaves_finite_states_under_strong_constant_decays():
 @pytest.mark.parametrize("family", KINDS)
 def test_our_kernels_agree_at_any_width_over_stretches(family: str, K: int, V: int, states: str):
     torch.manual_seed(1)
-    for dtype, tolerance in ((torch.bfloat16, TOLERANCE), (torch.float16, 3e-3), (torch.float32, 2e-5)):
+    for dtype, tolerance in ((torch.bfloat16, TOLERANCE), (torch.float16, 2e-3), (torch.float32, 1e-5)):
         case = FAMILIES[family]((*RAGGED, 1100, 70), states, K=K, V=V).rounded(dtype)
         expected, found = case.run("torch", torch.float64, "cuda"), case.run("triton", dtype, "cuda")
         for name in case.sums if dtype != torch.float32 else ():

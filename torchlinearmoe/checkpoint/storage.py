@@ -97,9 +97,11 @@ def read_metadata(path: Path) -> Metadata:
         raise CheckpointError(f"checkpoint {path}: no {METADATA_FILE}") from None
     except UserError as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from None
-    except Exception as error:  # a damaged pickle may raise anything
+    except pickle.UnpicklingError as error:  # also what it names and may not
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(f"checkpoint {path}: cannot read {METADATA_FILE} ({reason})") from None
+    except Exception:  # a damaged pickle may raise anything
+        raise CheckpointError(f"checkpoint {path}: cannot read {METADATA_FILE}: it is damaged") from None
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise CheckpointError(f"checkpoint {path}: {METADATA_FILE} is not an index")
     try:

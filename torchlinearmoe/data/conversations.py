@@ -180,7 +180,10 @@ def read_conversations(files: Sequence[Path]) -> Iterator[Conversation]:
             try:
                 yield parse_conversation(json.loads(line))
             except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}") from None
+                raise UserError(
+                    f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}; mend "
+                    "the line or take it out"
+                ) from None
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: {error}") from None
 

@@ -216,7 +216,7 @@ def _finish(job: Job, tokenizer: Tokenizer) -> Summary:
     else:
         aside.unlink()
     if not shards:
-        raise NoText("the files hold no text")
+        raise NoText("the files hold no text; name files that do, or where they keep it (--text-key)")
     store = {name: value for name, value in described.items() if name not in ("documents", "tokens")}
     manifest = {"format": FORMAT, "store": store, "shards": shards}
     stores = stores_of(job.folder, manifest)

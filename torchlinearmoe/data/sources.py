@@ -60,7 +60,9 @@ def find_sources(
             found.stores.append(index)
             continue
         if not os.path.lexists(path):
-            raise UserError(f"{named}: '{path}' does not exist")
+            raise UserError(
+                f"{named}: '{path}' does not exist; name a file, a folder or a pattern of files that are there"
+            )
         if path.is_file() and kind_of(path) is None:
             raise UserError(f"{named}: '{path}' is of no known kind; legal: {LEGAL}, or a folder")
         if not (path.is_file() or path.is_dir() or path.is_symlink() or kind_of(path) is not None):
@@ -162,4 +164,6 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 yield number, line.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise UserError(f"{path}, line {number}: not UTF-8: {error.reason}") from None
+                raise UserError(
+                    f"{path}, line {number}: not UTF-8: {error.reason}; mend the line or take it out"
+                ) from None

@@ -206,7 +206,7 @@ def write_encoded(
     """Writes encoded documents into `folder`, which appears when all is done. Raises UserError when there are none."""
     with written_aside(folder, is_store) as aside:
         if not write_arrays(aside, batches, tokenizer, progress):
-            raise UserError("data.paths: the files hold no text")
+            raise UserError("data.paths: the files hold no text; name files that do")
     return TokenStore(folder)
 
 

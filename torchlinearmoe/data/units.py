@@ -67,7 +67,7 @@ def _row_groups(path: str, size: int, bound: int) -> Iterator[Piece]:
 
         with pyarrow.parquet.ParquetFile(path) as file:
             sizes = [file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)]
-    except Exception:
+    except (ImportError, OSError, ValueError, NotImplementedError):  # pyarrow's own are of these
         sizes = []
     total, start, inside = sum(sizes), 0, 0
     for group, text in enumerate(sizes):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,10 +33,12 @@ def beginning(
     dtype: torch.dtype,
     resumed: Sequence[str | None],
     weights: Sequence[str],
+    figures: Mapping[str, float],
 ) -> Iterator[str]:
     """What is run, on what data and devices.
 
-    recipe: resolved; resumed, weights: what there is to say of the checkpoint gone on from, and of initial weights.
+    recipe: resolved; resumed, weights: what there is to say of the checkpoint gone on from, and of initial weights;
+    figures: of the data at the last step.
     """
     training, train = recipe.training, splits.train
     length, tokens_per_step = training.sequence_length, training.tokens_per_step
@@ -56,6 +58,10 @@ def beginning(
             f"the data are read {epochs:.3g} times: beyond {MANY_EPOCHS} epochs repeated text teaches less; bring "
             "more in data.paths, or take fewer steps"
         )
+    for name, value in figures.items():
+        source = name.removeprefix("data/epochs/")
+        if source != name and value > 1:
+            yield f"data.sources: {source} is read {value:.3g} times by the last step"
     yield from filter(None, [*resumed, *remarks(recipe), *weights, train.note(length)])
     if left_out := splits.left_out:
         yield f"data.paths: not read is what training wrote in {', '.join(map(str, left_out))}"

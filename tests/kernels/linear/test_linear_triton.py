@@ -58,7 +58,7 @@ def test_documents_that_go_on_over_stretches(interpreter: ProcessPoolExecutor, k
     torch.manual_seed(5)
     case = FAMILIES[kind]((70, 0, 300, 3, 130), states, H=1, K=24, V=20)
     found = interpreter.submit(in_stretches, case, torch.float32).result()
-    assert_close(found, case.run("torch"), 1e-5 if kind != "constant" else 1e-4)
+    assert_close(found, case.run("torch"), 1e-5)
 
 
 def wide(kind: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -41,6 +41,7 @@ def test_a_run_says_what_it_is_on_what_and_where(tmp_path: Path) -> None:
             dtype=torch.bfloat16,
             resumed=[None, "gone on"],
             weights=["initial"],
+            figures={"data/epochs/a": 2.0, "data/epochs/b": 0.5, "data/share/a": 3.0},
         )
     )
     epochs = 2000 / len(splits.train.samples(8))
@@ -50,7 +51,8 @@ def test_a_run_says_what_it_is_on_what_and_where(tmp_path: Path) -> None:
         f"{tmp_path / 'a run'}"
     )
     assert lines[2].startswith(f"the data are read {epochs:.3g} times: beyond 4 epochs")
-    assert lines[3] == "gone on" and "initial" in lines[4:]
+    assert lines[3] == "data.sources: a is read 2 times by the last step"
+    assert lines[4] == "gone on" and "initial" in lines[5:]
     assert lines[-1].startswith("data.paths: 1 files of no known kind are not read: 1 ")
 
     last = tmp_path / "a run" / "checkpoints" / "step-9"
