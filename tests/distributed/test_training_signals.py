@@ -130,7 +130,9 @@ def test_a_mistake_under_torchrun_is_told_once(corpus: Path, tmp_path: Path) -> 
     with job(tmp_path / "log", *TRAIN, recipe, ranks=2) as torchrun:
         assert torchrun.status() == 1
     log = torchrun.log.read_text()
-    line = "error: data.paths: '/nowhere.jsonl' does not exist"
+    line = (
+        "error: data.paths: '/nowhere.jsonl' does not exist; name a file, a folder or a pattern of files that are there"
+    )
     assert [text for text in log.splitlines() if text.startswith("error: ")] == [line]
     # What follows is torchrun's own; nothing of ours is in its stack, and our line comes last as well.
     assert "torchlinearmoe/" not in log.split("does not exist", 1)[1].split("FAILED")[0]

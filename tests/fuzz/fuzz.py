@@ -24,7 +24,9 @@ from typing import Any
 
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))
+# The repository before `tests/`, whose `torchlinearmoe` would stand in for the package.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from seals import reseal
 
