@@ -65,7 +65,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     "retention": {**CONVOLVED, **OUTPUT, "expand_v": 1.5, "rope_theta": 500.0, "feature_map": "elu"},
     "rwkv6": {**HEADS, "mix_rank": 9, "decay_rank": 10},
     "rwkv7": {**HEADS, "decay_rank": 5, "rate_rank": 6, "value_rank": 7, "gate_rank": 8},
-    "softmax_attention": {**CONVOLVED, "kv_heads": 2, "window": 512},
+    "softmax_attention": {**CONVOLVED, "kv_heads": 2, "window": 512, "qkv_bias": True},
 }
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "every_mixer": {
@@ -82,7 +82,6 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "max_length": 4000,
             "rope_theta": 2000.0,
             "norm_eps": 1e-4,
-            "qkv_bias": True,
             "tie_embeddings": True,
             "init_std": 0.03,
             "attention_backend": "flex",

@@ -9,8 +9,9 @@ import pytest
 from saved_recipes import keys_at_their_default
 from saved_run import HERE
 
+from torchlinearmoe.models.layer_mixers import used_sections
 from torchlinearmoe.recipe import load_recipe
-from torchlinearmoe.recipe.parse import flatten
+from torchlinearmoe.recipe.parse import MOVED, flatten
 from torchlinearmoe.run_folder import write_recipe
 
 WRITTEN = sorted((HERE / "recipes").glob("*.toml"))
@@ -21,6 +22,9 @@ def test_a_written_recipe_resolves_to_the_same_values(path: Path, tmp_path: Path
     recorded = json.loads(path.with_suffix(".json").read_text())
     recipe = load_recipe(path)
     found = json.loads(json.dumps(flatten(recipe)))
+    for old, (mixer, key) in MOVED.items():
+        value = recorded.pop(old)
+        assert old not in found and (mixer not in used_sections(recipe.model) or found[f"mixer.{mixer}.{key}"] == value)
     assert {key: found.get(key, "no such key") for key in recorded} == recorded
     write_recipe(recipe, tmp_path)
     assert load_recipe(tmp_path / "recipe.toml") == recipe

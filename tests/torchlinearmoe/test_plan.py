@@ -123,7 +123,8 @@ def test_every_rank_is_told_what_it_holds_and_the_largest_beside_it() -> None:
 
 
 def test_memory_of_a_small_dense_model_by_hand() -> None:
-    tables = {"model": {"layout": "N", "num_layers": 2, "tie_embeddings": True, "qkv_bias": False}, "moe": DENSE}
+    tables = {"model": {"layout": "N", "num_layers": 2, "tie_embeddings": True}, "moe": DENSE}
+    tables["mixer"] = {"softmax_attention": {"qkv_bias": False}}
     width, hidden, vocab, tokens = 64, 160, 1024, 2 * 64
     block = 4 * width * width * 3 // 4 + 3 * width * hidden + 2 * width  # q, o of 64; k, v of 32
     root = vocab * width + width

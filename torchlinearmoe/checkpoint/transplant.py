@@ -26,7 +26,7 @@ from torchlinearmoe.models.layer_mixers import layer_mixers
 from torchlinearmoe.recipe import ModelRecipe
 
 ALWAYS = ("hidden_size", "num_layers", "vocab_size", "norm_eps")
-ATTENTION = ("num_heads", "num_kv_heads", "head_dim", "qkv_bias")
+ATTENTION = ("num_heads", "num_kv_heads", "head_dim")
 FREE_MOE = (
     *("top_k", "balance", "balance_coefficient", "balance_scope", "z_loss_coefficient", "bias_rate"),
     *("capacity_factor", "eval_capacity_factor", "drop_policy", "backend"),

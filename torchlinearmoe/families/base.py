@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torchlinearmoe.families.huggingface import Architecture
@@ -50,6 +50,8 @@ class Family:
     """Size to (`[model]` values, `[moe]` values), then the options of `attention` where it has its own dimensions."""
     published: tuple[Architecture, ...] = ()
     """The Hugging Face architectures whose weights the family reads and writes."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of `attention` in every size, `[mixer.ATTENTION]`."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a size that leaves a dimension out; a head's width may be."""
@@ -67,7 +69,7 @@ class Family:
     def attention_options(self, size: str) -> dict[str, Any]:
         """The options of `attention` that `size` brings, `[mixer.ATTENTION]`."""
         _, _, *options = self.presets[size]
-        return dict(options[0]) if options else {}
+        return {**self.options, **(options[0] if options else {})}
 
     @staticmethod
     def mixer_dimensions() -> dict[str, set[str]]:

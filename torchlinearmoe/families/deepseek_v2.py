@@ -164,7 +164,7 @@ PUBLISHED = Architecture(
         "moe_layer_freq": 1,
         "rope_interleave": True,
     },
-    implied={"model.qkv_bias": False, "moe.renormalize": False, "moe.shared_gate": False},
+    implied={"moe.renormalize": False, "moe.shared_gate": False},
     read=_read,
     write=_write,
 )
@@ -177,7 +177,6 @@ FAMILIES.add(
         common={
             "rope_theta": 1e4,
             "norm_eps": 1e-6,
-            "qkv_bias": False,
             "tie_embeddings": False,
             "init_std": 0.006,
         },

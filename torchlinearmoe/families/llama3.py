@@ -50,7 +50,7 @@ PUBLISHED = Architecture(
     names=(*OUTER, *ATTENTION, *swiglu("ffn", "mlp")),
     defaults=MODEL_DEFAULTS,
     fixed={**MODEL_FIXED, "attention_bias": False, "mlp_bias": False},
-    implied={"model.qkv_bias": False, **{f"moe.{key}": value for key, value in plain("moe").items()}},
+    implied={**{f"moe.{key}": value for key, value in plain("moe").items()}},
 )
 
 FAMILIES.add(
@@ -62,7 +62,6 @@ FAMILIES.add(
             "max_length": 8192,
             "rope_theta": 5e5,
             "norm_eps": 1e-5,
-            "qkv_bias": False,
             "tie_embeddings": False,
             "init_std": 0.02,
         },

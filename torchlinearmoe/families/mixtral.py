@@ -52,7 +52,7 @@ PUBLISHED = Architecture(
     ),
     defaults={**MODEL_DEFAULTS, "rms_norm_eps": 1e-5, "router_aux_loss_coef": 0.001},
     fixed={**MODEL_FIXED, "sliding_window": None},
-    implied={"model.qkv_bias": False, "moe.renormalize": True, "moe.shared_hidden_size": 0, "moe.shared_gate": False},
+    implied={"moe.renormalize": True, "moe.shared_hidden_size": 0, "moe.shared_gate": False},
     read=read_pooled_balance,
     write=write_pooled_balance,
 )
@@ -66,7 +66,6 @@ FAMILIES.add(
             "max_length": 32768,
             "rope_theta": 1e6,
             "norm_eps": 1e-5,
-            "qkv_bias": False,
             "tie_embeddings": False,
             "init_std": 0.02,
         },

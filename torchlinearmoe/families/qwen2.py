@@ -35,6 +35,7 @@ PRESETS = {
     ),
 }
 
+QKV_BIAS = "mixer.softmax_attention.qkv_bias"
 FIXED = {**MODEL_FIXED, "use_sliding_window": False}
 DENSE_MODEL = Architecture(
     name="Qwen2ForCausalLM",
@@ -43,7 +44,7 @@ DENSE_MODEL = Architecture(
     names=(*OUTER, *ATTENTION, *swiglu("ffn", "mlp")),
     defaults=MODEL_DEFAULTS,
     fixed=FIXED,
-    implied={"model.qkv_bias": True, **{f"moe.{key}": value for key, value in plain("moe").items()}},
+    implied={QKV_BIAS: True, **{f"moe.{key}": value for key, value in plain("moe").items()}},
 )
 MOE_MODEL = Architecture(
     name="Qwen2MoeForCausalLM",
@@ -51,7 +52,7 @@ MOE_MODEL = Architecture(
     keys={
         **MODEL_KEYS,
         "intermediate_size": "model.ffn_hidden_size",
-        "qkv_bias": "model.qkv_bias",
+        "qkv_bias": QKV_BIAS,
         "num_experts": "moe.num_experts",
         "num_experts_per_tok": "moe.top_k",
         "moe_intermediate_size": "moe.hidden_size",
@@ -88,10 +89,10 @@ FAMILIES.add(
             "max_length": 131072,
             "rope_theta": 1e6,
             "norm_eps": 1e-6,
-            "qkv_bias": True,
             "tie_embeddings": False,
             "init_std": 0.02,
         },
+        options={"qkv_bias": True},
         presets=PRESETS,
         published=(DENSE_MODEL, MOE_MODEL),
     ),

@@ -53,6 +53,8 @@ class Options(MixerOptions):
     """Tokens that a token sees, itself included; 0 for all of its document."""
     conv: int = 0
     """Taps of a short convolution on queries, keys and values, before the rotation; 0 for none."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections; the families with biases bring them."""
 
 
 def _heads(options: Options, model: ModelRecipe) -> tuple[int, int, int]:
@@ -72,6 +74,7 @@ class SoftmaxAttention(Mixer[Options]):
         {"heads": 4, "head_dim": 16, "kv_heads": 2},
         {"heads": 3, "head_dim": 10, "kv_heads": 1},
         {"conv": 4},
+        {"qkv_bias": True},
         {"window": 5, "heads": 4, "head_dim": 16, "kv_heads": 2},
         {"window": 65, "heads": 3, "head_dim": 10, "kv_heads": 1},
     )
@@ -83,7 +86,7 @@ class SoftmaxAttention(Mixer[Options]):
         self.window = options.window
         self.theta, self.scaling = model.rope_theta, rope_scaling(model)
         self.backend = model.attention_backend
-        width, std, bias = model.hidden_size, model.init_std, model.qkv_bias
+        width, std, bias = model.hidden_size, model.init_std, options.qkv_bias
         self.q_proj = linear(width, self.heads * self.head_dim, std, bias)
         self.k_proj = linear(width, self.kv_heads * self.head_dim, std, bias)
         self.v_proj = linear(width, self.kv_heads * self.head_dim, std, bias)

@@ -40,6 +40,8 @@ NESTED = {"moe", "mixer_options"}
 
 EXCLUSIVE = (("training", "steps", "tokens"), ("optimizer", "warmup_steps", "warmup_tokens"))
 """(section, one key, other key): two ways to say one thing. The command line's way drops the file's."""
+MOVED = {"model.qkv_bias": ("softmax_attention", "qkv_bias")}
+"""Keys of earlier versions, and the mixer whose option each is today."""
 MAX_BYTES = 16 * 2**20
 """Of a recipe's file."""
 MAX_INTEGER = 2**63 - 1
@@ -106,6 +108,7 @@ def resolve(file: Mapping[str, Any], command_line: Mapping[str, Any] | None = No
     """Merge preset, file and command line into a checked Recipe."""
     command_line = command_line or {}
     file = {name: dict(section) if isinstance(section, dict) else section for name, section in file.items()}
+    file, command_line = _moved(file), _moved(command_line)
     for source in (file, command_line):
         _check_sections(source)
     _drop_replaced(file, command_line)
@@ -143,6 +146,23 @@ def resolve(file: Mapping[str, Any], command_line: Mapping[str, Any] | None = No
     validate(recipe)
     _check_read(recipe, command_line)
     return _without_unused(recipe)
+
+
+def _moved(source: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables with every key of earlier versions where it is today; they are not changed themselves."""
+    tables = {name: dict(table) if isinstance(table, Mapping) else table for name, table in source.items()}
+    for old, (mixer, key) in MOVED.items():
+        section, _, name = old.partition(".")
+        if not isinstance(tables.get(section), dict) or name not in tables[section]:
+            continue
+        options = tables.setdefault("mixer", {})
+        table = options.get(mixer, {}) if isinstance(options, dict) else None
+        if not isinstance(table, Mapping):
+            continue  # which is refused for what it is
+        if key in table:
+            raise RecipeError(f"{old}: is called mixer.{mixer}.{key} now, which is given too; take {old} out")
+        options[mixer] = {**table, key: tables[section].pop(name)}
+    return tables
 
 
 def _check_read(recipe: schema.Recipe, command_line: Mapping[str, Any]) -> None:

@@ -120,8 +120,6 @@ class ModelRecipe:
     """YaRN: the part of it that MLA applies to its scores as a whole."""
     norm_eps: float = of_size()
     """Epsilon of the RMS norms."""
-    qkv_bias: bool = of_size()
-    """Biases on the query, key and value projections of the softmax layers."""
     tie_embeddings: bool = of_size()
     """Use the embedding as the output head."""
     init_std: float = of_size()

@@ -122,7 +122,7 @@ def test_the_real_model_has_as_many_parameters_as_ours_with_softmax_attention(ov
     pytest.importorskip("torchtitan")
     from torchlinearmoe.benchmark.torchtitan_config import model_config
 
-    recipe = load_recipe(RECIPE, [*TINY, *overrides, "model.qkv_bias=false"]).model
+    recipe = load_recipe(RECIPE, [*TINY, *overrides, "mixer.softmax_attention.qkv_bias=false"]).model
     with torch.device("meta"):
         theirs = model_config(recipe, 32).build()
     ours, theirs = (sum(p.numel() for p in model.parameters()) for model in (softmax_twin(recipe), theirs))

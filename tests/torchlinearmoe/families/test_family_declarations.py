@@ -11,8 +11,8 @@ from torchlinearmoe.families import FAMILIES
 
 def test_a_size_without_a_dimension_is_refused():
     family = FAMILIES["mixtral"]
-    common = {key: value for key, value in family.common.items() if key != "qkv_bias"}
-    with pytest.raises(ValueError, match=r"^family 'mixtral', size 'debug': no model\.qkv_bias$"):
+    common = {key: value for key, value in family.common.items() if key != "norm_eps"}
+    with pytest.raises(ValueError, match=r"^family 'mixtral', size 'debug': no model\.norm_eps$"):
         dataclasses.replace(family, common=common)
     presets = {**family.presets, "new": ({"hidden_size": 64}, {})}
     with pytest.raises(ValueError, match=r"^family 'mixtral', size 'new': no model\.num_layers$"):

@@ -34,7 +34,6 @@ SMALL = resolve(
             "head_dim": 32,
             "max_length": 256,
             "rope_theta": 1e4,
-            "qkv_bias": True,
             "attention_backend": "sdpa",
         },
         "training": {"steps": 1},

@@ -172,11 +172,11 @@ def rwkv7_values(options: Any, model: Any) -> int:
 
 
 def softmax_attention(options: Any, model: Any) -> int:
-    """D (2 H d + 2 G d), the biases (H + 2 G) d where the family has them, W (H + 2 G) d of convolutions."""
+    """D (2 H d + 2 G d), the biases (H + 2 G) d, W (H + 2 G) d of convolutions."""
     heads, width = options.heads or model.num_heads, options.head_dim or model.head_dim
     kv_heads = options.kv_heads or (heads if options.heads else model.num_kv_heads)
     weights = 2 * model.hidden_size * (heads + kv_heads)
-    return (weights + (heads + 2 * kv_heads) * (model.qkv_bias + options.conv)) * width
+    return (weights + (heads + 2 * kv_heads) * (options.qkv_bias + options.conv)) * width
 
 
 def mla(options: Any, model: Any) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from mixer_cases import CASES, Case, make_stack, small_model
@@ -24,7 +26,8 @@ def of_layer(layer: torch.nn.Module) -> int:
 
 @pytest.mark.parametrize("case", COUNTED, ids=str)
 def test_the_formula_counts_the_parameters(case: Case):
-    for dims in ({}, {"num_heads": 4, "num_kv_heads": 4, "head_dim": 16, "qkv_bias": False}):
+    narrow: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 4, "head_dim": 16}
+    for dims in ({}, narrow):
         first, later = map(of_layer, make_stack(case, **dims).layers)
         missing = NOT_IN_FIRST[case.name](case.options, small_model(**dims)) if case.name in NOT_IN_FIRST else 0
         assert LAYER[case.name](case.options, small_model(**dims)) == later == first + missing

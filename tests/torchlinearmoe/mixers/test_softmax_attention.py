@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from definition_check import check_definition, definition_of
 from mixer_cases import Case, check_pieces, make_stack, random_inputs, relative
 
 from torchlinearmoe.documents import Documents
@@ -21,10 +20,10 @@ def test_reading_at_any_split_and_then_stepping_equals_one_pass(window: int):
         check_pieces(stack, pieces)
 
 
-def test_without_a_bias_the_layer_is_its_definition_too():
-    case = Case("softmax_attention", {})
-    assert not any("bias" in name for name, _ in make_stack(case, qkv_bias=False).named_parameters())
-    check_definition(case, definition_of(case.name), qkv_bias=False)
+def test_biases_are_on_queries_keys_and_values():
+    names = {name for name, _ in make_stack(Case("softmax_attention", {"qkv_bias": True})).layers[0].named_parameters()}
+    plain = {name for name, _ in make_stack(Case("softmax_attention", {})).layers[0].named_parameters()}
+    assert names - plain == {"q_proj.bias", "k_proj.bias", "v_proj.bias"}
 
 
 @pytest.mark.parametrize("window", WINDOWS)

@@ -221,3 +221,24 @@ def test_overrides_are_toml_else_bare_strings(tmp_path: Path):
     assert recipe.training.tokens == 1000 and recipe.training.steps is None
     assert recipe.optimizer.betas == (0.1, 0.2) and not recipe.metrics.tensorboard and recipe.model.layout == "LN"
     assert recipe.data.tokenizer == ""
+
+
+def test_a_key_that_moved_is_read_where_it_was():
+    def resolved(file, line=None):
+        return resolve({"training": {"steps": 1}, **file}, line).model
+
+    def bias(file, line=None):
+        return resolved(file, line).mixer_options["softmax_attention"].qkv_bias
+
+    softmax = {"layout": "N"}
+    assert bias({"model": softmax}) and not bias({"model": {"family": "mixtral", **softmax}})
+    file = {"model": {**softmax, "qkv_bias": False}}
+    assert not bias(file) and file["model"]["qkv_bias"] is False
+    assert bias(file, {"model": {"qkv_bias": True}}) and bias(file, {"model": {"size": "0.5B"}})
+    assert not bias({"model": softmax}, {"model": {"qkv_bias": False}})
+    assert resolved({"model": {"qkv_bias": False}}) == resolved({})  # no layer has them
+    now = {"mixer": {"softmax_attention": {"qkv_bias": True}}}
+    with pytest.raises(RecipeError, match=r"^model\.qkv_bias: is called mixer\.softmax_attention\.qkv_bias now, "):
+        bias({**file, **now})
+    with pytest.raises(RecipeError, match=r"^\[mixer\.softmax_attention\]|^mixer\.softmax_attention: must be"):
+        bias({**file, "mixer": {"softmax_attention": 3}})

@@ -18,9 +18,9 @@ UNPUBLISHED = {("qwen2", "debug"), ("qwen2", "A0.3B"), ("qwen2", "A1B")}
 
 
 def model_of(family: str, size: str, **changes: Any) -> ModelRecipe:
-    moe = changes.pop("moe", {})
+    moe, mixer = changes.pop("moe", {}), changes.pop("mixer", {})
     model = {"family": family, "size": size, "layout": "N", **changes}
-    return resolve({"model": model, "moe": moe, "training": {"steps": 1}}).model
+    return resolve({"model": model, "moe": moe, "mixer": mixer, "training": {"steps": 1}}).model
 
 
 @pytest.mark.parametrize(("family", "size"), PRESETS)
@@ -50,7 +50,7 @@ def test_a_preset_is_the_same_model_after_config_json(family: str, size: str) ->
         {"moe": {"first_dense_layers": 1}},
         {"moe": {"shared_hidden_size": 32}},
         {"moe": {"num_experts": 0}},
-        {"qkv_bias": True},
+        {"mixer": {"softmax_attention": {"qkv_bias": True}}},
     ],
 )
 def test_a_model_that_no_key_describes_is_not_written_as_another(changes: dict[str, Any]) -> None:
