@@ -155,6 +155,12 @@ class TokenStore:
             raise UserError(f"{self.folder}: damaged: {wrong} is none of its {self.vocab_size} ids; make it again")
         return ids
 
+    def borders(self, start: int, stop: int) -> np.ndarray:
+        """int64: where documents begin, from the last one at `start` or before it to the first at `stop` or after it;
+        behind the last document, where it ends."""
+        first = int(np.searchsorted(self.offsets, start, side="right")) - 1
+        return np.array(self.offsets[first : int(np.searchsorted(self.offsets, stop, side="left")) + 1])
+
     @property
     def start(self) -> int:
         """The id that starts every document."""
