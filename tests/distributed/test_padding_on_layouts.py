@@ -112,5 +112,7 @@ def test_documents_packed_by_best_fit_train_alike_on_every_layout(
     assert_same_training(found, one)
     for key in ("data/padding", "data/cut_documents", "moe/max_load", "moe/balance_loss"):
         # No document begins in some steps.
-        assert [value or 0 for value in found.column(key)] == pytest.approx([value or 0 for value in one.column(key)]), key
+        assert [value or 0 for value in found.column(key)] == pytest.approx(
+            [value or 0 for value in one.column(key)]
+        ), key
     assert max(one.column("data/padding")) > 0 and 0 < sum(value or 0 for value in one.column("data/cut_documents")) < 3
