@@ -85,6 +85,8 @@ def go_on(source: Path, recipe: Recipe, tokenizer: Tokenizer, *, step: int, data
         "data.paths": data_known,
         "data.sources": data_known
         and [(s.weight, s.split) for s in saved.data.sources] == [(s.weight, s.split) for s in recipe.data.sources],
+        # Fewer or more documents are other data, of which the fingerprint tells.
+        "data.min_length": data_known and recipe.data.on_change == "restart_epoch",
         "data.tokenizer": checkpoint_tokenizer(source).fingerprint == tokenizer.fingerprint,
         "data.chat_template": saved.data.format == recipe.data.format == "messages"
         and load_template(recipe.data.chat_template).source == checkpoint_template(source).source,

@@ -23,7 +23,7 @@ from torchlinearmoe.checkpoint.model import begins_as_trained, model_files
 from torchlinearmoe.commands import bytes_bar
 from torchlinearmoe.data.baselines import Baselines, baseline_losses
 from torchlinearmoe.data.fingerprint import DataState, fingerprint, follow
-from torchlinearmoe.data.loader import build_loader, build_validation_loader
+from torchlinearmoe.data.loader import Packed, build_loader, build_validation_loader
 from torchlinearmoe.data.open import open_data
 from torchlinearmoe.data.packing import MicroBatch
 from torchlinearmoe.data.splits import Splits, Stream
@@ -306,7 +306,7 @@ class Trainer:
 
     def _follow_data(self, source: Path | None) -> tuple[DataState, str | None]:
         """How the data go on from where the run stood, and a line to say."""
-        now = on_rank_0(lambda: fingerprint(self.splits.stores))
+        now = on_rank_0(lambda: fingerprint(self.splits.stores, self.recipe.data.min_length))
         if source is None:
             return DataState(now), None
         extra, training = read_extra(source), self.recipe.training
@@ -368,6 +368,8 @@ class Trainer:
             "epoch": self.step * self.epochs_per_step,
         }
         reading = self.meter.read()
+        packed = to_device(torch.tensor(self.loader.packed, dtype=torch.float64), self.device)
+        dist.all_reduce(packed)  # ranks that share samples count them as often as each other
         values |= {
             "tokens_per_second": reading.tokens_per_second,
             "mfu": mfu(
@@ -376,6 +378,8 @@ class Trainer:
             "memory_gib": peak_memory_gib(self.device),
             "step_time": reading.seconds_per_step,
             "data_wait": reading.data_wait,
+            "data_wait_share": reading.data_wait / reading.seconds_per_step,
+            **Packed(*packed.tolist()).figures(),
             **figures,
             **self.loader.figures(self.step),
         }

@@ -51,7 +51,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def figures(result: Result) -> list[dict[str, float]]:
     """Everything logged but speeds and times."""
-    measured = {"time", "tokens_per_second", "mfu", "memory_gib", "step_time", "data_wait"}
+    measured = {"time", "tokens_per_second", "mfu", "memory_gib", "step_time", "data_wait", "data_wait_share"}
     return [flat({key: value for key, value in line.items() if key not in measured}) for line in result.lines]
 
 

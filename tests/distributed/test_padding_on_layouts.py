@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from harness import RankPool
-from tiny_run import Result, Settings, assert_same_training, every_run, run, settings
+from tiny_run import Result, Settings, assert_same_training, every_run, run, settings, write_corpus
 
 MODEL: Settings = {"model": {"layout": "LN", "num_layers": 2, "num_kv_heads": 2, "mixer": "gla"}}
 ROUTERS: dict[str, Settings] = {
@@ -96,3 +96,23 @@ def test_padded_rows_train_alike_on_every_layout(
     assert bool(biases) == any(value.abs().max() > 0.005 for value in biases.values())
     assert all(found.state[name].equal(value) for name, value in biases.items())
     assert not found.graph_breaks
+
+
+@pytest.mark.parametrize(
+    "layout", every_run(LAYOUTS, "data", "context", slow=("accumulation", "tensor", "pipeline", COMPILED))
+)
+def test_documents_packed_by_best_fit_train_alike_on_every_layout(
+    ranks: RankPool, whole: dict[str, Result], tmp_path: Path, layout: str
+) -> None:
+    data: Settings = {"data": {"format": "text", "packing": "best_fit", "min_length": 4}, "training": {"steps": 3}}
+    corpus = write_corpus(tmp_path)
+    one = train(ranks, corpus, tmp_path / "whole", 1, data, {"training": {"micro_batch_size": 4}})
+    size, changes = LAYOUTS[layout]
+    found = train(ranks, corpus, tmp_path / "found", size, data, changes)
+    assert_same_training(found, one)
+    for key in ("data/padding", "data/cut_documents", "moe/max_load", "moe/balance_loss"):
+        # No document begins in some steps.
+        assert [value or 0 for value in found.column(key)] == pytest.approx(
+            [value or 0 for value in one.column(key)]
+        ), key
+    assert max(one.column("data/padding")) > 0 and 0 < sum(value or 0 for value in one.column("data/cut_documents")) < 3

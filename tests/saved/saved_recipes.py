@@ -225,6 +225,8 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
                 {"path": "papers", "split": "validation"},
             ],
             "text_key": "content.text",
+            "packing": "best_fit",
+            "min_length": 200,
             "validation_paths": ["forum=some/posts", "more/code.jsonl"],
         },
         "training": {"steps": 9},

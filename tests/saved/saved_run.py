@@ -265,9 +265,12 @@ def no_tokenizing() -> Iterator[None]:
     def refuse(*_: Any) -> None:
         raise AssertionError("the text is tokenised again")
 
-    usual = TiktokenTokenizer.encode, TiktokenTokenizer.encode_batch
-    TiktokenTokenizer.encode = TiktokenTokenizer.encode_batch = refuse  # pyright: ignore[reportAttributeAccessIssue]
+    names = ("encode", "encode_batch", "encode_arrays")
+    usual = {name: getattr(TiktokenTokenizer, name) for name in names}
+    for name in names:
+        setattr(TiktokenTokenizer, name, refuse)
     try:
         yield
     finally:
-        TiktokenTokenizer.encode, TiktokenTokenizer.encode_batch = usual
+        for name in names:
+            setattr(TiktokenTokenizer, name, usual[name])

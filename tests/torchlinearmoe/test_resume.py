@@ -127,6 +127,11 @@ def test_a_micro_batch_is_not_free_under_a_capacity() -> None:
             "training.sequence_length = 1024: the checkpoint to resume was made with 2048;",
         ),
         ({"data": {"paths": ["a"]}}, r"data.paths = \('a',\): the checkpoint to resume was made with \(\);"),
+        (
+            {"data": {"packing": "best_fit"}},
+            "data.packing = 'best_fit': the checkpoint to resume was made with 'concatenate';",
+        ),
+        ({"data": {"min_length": 9}}, "data.min_length = 9: the checkpoint to resume was made with 0;"),
         ({"data": {"tokenizer": "a"}}, "data.tokenizer = 'a': the checkpoint to resume was made with '';"),
         ({"data": {"begin_of_text": True}}, "data.begin_of_text = True: the checkpoint to resume was made with False;"),
     ],

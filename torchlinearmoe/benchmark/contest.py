@@ -12,7 +12,21 @@ from rich.console import Console
 from rich.table import Table
 
 MARK = "RESULT "
-_WORDS = ("contestant", "category", "part", "operator", "backend", "error", "section", "case", "result", "of", "note")
+_WORDS = (
+    "contestant",
+    "category",
+    "part",
+    "operator",
+    "backend",
+    "error",
+    "section",
+    "case",
+    "result",
+    "of",
+    "note",
+    "source",
+    "keeps up",
+)
 
 
 def run_contestant(module: str, options: Mapping[str, Any], timeout: float) -> dict[str, Any]:

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from torchlinearmoe.data.best_fit import best_fit
 from torchlinearmoe.data.chat_template import ROLES, ChatTemplate, Message
 from torchlinearmoe.data.order import SampleOrder
 from torchlinearmoe.data.packing import IGNORED, Order, Sample, ignored_sample
 from torchlinearmoe.data.shared import Decide, alone, open_stores
 from torchlinearmoe.data.sources import Sources, find_sources, read_lines
-from torchlinearmoe.data.splits import DEFAULT_CACHE, Splits, check_not_empty
+from torchlinearmoe.data.splits import DEFAULT_CACHE, Packing, Splits, check_long_enough, check_not_empty
 from torchlinearmoe.data.store import Encoded, Progress, TokenStore, cached_store, document_key
 from torchlinearmoe.data.tokenizer import Tokenizer
 from torchlinearmoe.disk import expanded
@@ -37,12 +38,19 @@ Conversation = list[Message]
 class Conversations:
     """The conversations of one split."""
 
-    def __init__(self, store: TokenStore, chosen: np.ndarray) -> None:
-        """`chosen`: bool [documents], the conversations of `store` that belong to the split."""
-        self.store = store
-        self.documents = np.flatnonzero(chosen)
+    def __init__(
+        self, store: TokenStore, chosen: np.ndarray, min_length: int = 0, packing: Packing = "concatenate"
+    ) -> None:
+        """`chosen`: bool [documents], the conversations of `store` that belong to the split; those of fewer than
+        `min_length` ids are left out. `packing`: how the others fill sequences."""
+        lengths = np.diff(store.offsets)
+        self.store, self._min_length = store, min_length
+        self._packing: Packing = packing
+        self.documents = np.flatnonzero(chosen & (lengths >= min_length))
+        self.left_out = int(chosen.sum()) - len(self.documents)
+        """Conversations that are too short."""
         self.num_documents = len(self.documents)
-        self._lengths = np.diff(store.offsets)[self.documents]
+        self._lengths = lengths[self.documents]
 
     def __len__(self) -> int:
         """Tokens in all."""
@@ -50,7 +58,7 @@ class Conversations:
 
     def samples(self, length: int, tail: bool = False) -> PackedConversations:
         """Packed sequences of `length` tokens; the last one is never short, so `tail` changes nothing."""
-        return PackedConversations(self.store, self.documents, self._lengths, length)
+        return PackedConversations(self.store, self.documents, self._lengths, length, self._packing)
 
     def shortage(self) -> str:
         """Why there may be no sample of some length."""
@@ -62,6 +70,9 @@ class Conversations:
         text = f"{len(packed.documents)} conversations in {len(packed)} sequences of {length} tokens"
         if packed.left_out:
             text += f"; {packed.left_out} longer than training.sequence_length are left out"
+        if self._min_length:
+            text += f"; {self.left_out} shorter than data.min_length = {self._min_length} are left out"
+        text += f"; {packed.padding:.2%} is padding"
         return text
 
 
@@ -69,22 +80,44 @@ class PackedConversations:
     """Sequences of `length` tokens, each of whole conversations in the order of the data, the rest ignored.
 
     A conversation of n tokens takes n - 1 places: its last token is only predicted. One that does not fit into a
-    sequence is left out.
+    sequence is left out. With `best_fit` their order is that of `best_fit.py`, and less is ignored.
     """
 
-    def __init__(self, store: TokenStore, documents: np.ndarray, lengths: np.ndarray, length: int) -> None:
+    def __init__(
+        self,
+        store: TokenStore,
+        documents: np.ndarray,
+        lengths: np.ndarray,
+        length: int,
+        packing: Packing = "concatenate",
+    ) -> None:
         fits = lengths - 1 <= length
         self.store, self.length = store, length
         self.documents = documents[fits]
         self.left_out = int(len(documents) - fits.sum())
         """Conversations longer than a sequence."""
+        self.padding = 0.0
+        """Share of all places that hold none."""
+        if packing == "best_fit":
+            sequences = best_fit(lengths[fits] - 1, length)
+            order = np.argsort(sequences, kind="stable")
+            self.documents = self.documents[order]
+            self._firsts = np.searchsorted(sequences[order], np.arange(int(sequences.max(initial=-1)) + 2))
+        else:
+            self._firsts = self._in_turn(lengths[fits] - 1, length)
+        if len(self):
+            self.padding = 1 - int((lengths[fits] - 1).sum()) / (len(self) * length)
+
+    @staticmethod
+    def _in_turn(places: np.ndarray, length: int) -> np.ndarray:
+        """int64 [sequences + 1]: the first conversation of each; one begins where the next does not fit any more."""
         firsts, used = [], length
-        for index, places in enumerate((lengths[fits] - 1).tolist()):
-            if used + places > length:
+        for index, more in enumerate(places.tolist()):
+            if used + more > length:
                 firsts.append(index)
                 used = 0
-            used += places
-        self._firsts = np.array([*firsts, len(self.documents)], dtype=np.int64)
+            used += more
+        return np.array([*firsts, len(places)], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._firsts) - 1
@@ -100,17 +133,18 @@ class PackedConversations:
             sample.labels[place:end] = np.where(self.store.trained[start + 1 : stop], ids[1:], IGNORED)
             starts.append(place)
             place = end
+        begun = len(starts)
         if place < self.length:
             starts.append(place)
-        return Sample(sample.tokens, sample.labels, starts, place)
+        return Sample(sample.tokens, sample.labels, starts, place, begun)
 
     def ignored(self) -> Sample:
         """A sample that counts for nothing."""
         return ignored_sample(self.length, self.store.padding)
 
-    def order(self, seed: int, first: int = 0) -> Order:
+    def order(self, seed: int, first: int = 0, stream: tuple[int, ...] = ()) -> Order:
         """All of them, epoch after epoch."""
-        return SampleOrder(len(self), seed, first)
+        return SampleOrder(len(self), seed, first, stream)
 
 
 def open_conversations(
@@ -119,6 +153,8 @@ def open_conversations(
     tokenizer: Tokenizer,
     template: ChatTemplate,
     validation_fraction: float,
+    min_length: int = 0,
+    packing: Packing = "concatenate",
     begins: bool | None = None,
     cache: str | Path | None = None,
     progress: Progress | None = None,
@@ -127,8 +163,8 @@ def open_conversations(
 ) -> Splits:
     """The conversations under `paths` (none: those that ship), encoded once into `cache` and split.
 
-    A conversation is held out by the hash of its messages. `run_folder`, `decide` and `begins` are those of
-    `open_splits`. Raises UserError, one line that names the file and line.
+    A conversation is held out by the hash of its messages. `min_length`, `packing`, `run_folder`, `decide` and `begins`
+    are those of `open_splits`. Raises UserError, one line that names the file and line.
     """
     folder = expanded(cache or DEFAULT_CACHE, "data.cache")
     (store,), found = open_stores(
@@ -151,12 +187,13 @@ def open_conversations(
     )
     held_out = store.keys < int(validation_fraction * 2**64)
     splits = Splits(
-        Conversations(store, ~held_out),
-        Conversations(store, held_out),
+        Conversations(store, ~held_out, min_length, packing),
+        Conversations(store, held_out, min_length),
         (store,),
         left_out=found.left_out,
         unknown=found.unknown,
     )
+    check_long_enough([splits.train, splits.validation], min_length)
     check_not_empty(splits, validation_fraction)
     return splits
 

@@ -54,8 +54,8 @@ class DataState:
         return asdict(self)
 
 
-def fingerprint(stores: Sequence[TokenStore]) -> Fingerprint:
-    """Of all documents of the stores, those of either split.
+def fingerprint(stores: Sequence[TokenStore], min_length: int = 0) -> Fingerprint:
+    """Of all documents of the stores that have `min_length` ids, those of either split.
 
     Where there are more than READ of them, the checksums that a manifest has of a store take the place of its own.
     """
@@ -72,6 +72,11 @@ def fingerprint(stores: Sequence[TokenStore]) -> Fingerprint:
         for store in shards:
             digest.update(np.diff(store.offsets).astype("<i8").tobytes())
     documents, tokens = sum(store.num_documents for store in stores), sum(store.num_tokens for store in stores)
+    if min_length:
+        digest.update(f"min_length {min_length}".encode())
+        lengths = (np.diff(store.offsets) for store in stores)
+        counts = [(len(long), int(long.sum())) for found in lengths for long in [found[found >= min_length]]]
+        documents, tokens = (sum(column) for column in zip(*counts))
     return Fingerprint(documents, tokens, digest.hexdigest())
 
 

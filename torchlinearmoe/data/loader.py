@@ -22,6 +22,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count, islice
+from typing import NamedTuple
 
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -29,6 +30,26 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchlinearmoe.data.packing import MicroBatch, Order, SampleSource, collate
 from torchlinearmoe.data.splits import Stream
 from torchlinearmoe.errors import UserError
+
+
+class Packed(NamedTuple):
+    """How documents fill samples."""
+
+    begun: float
+    """Documents that begin in them."""
+    cut: float
+    """Of these, the ones that other samples go on with."""
+    filled: float
+    """Tokens that are no padding."""
+    places: float
+    """Tokens with the padding."""
+
+    def figures(self) -> dict[str, float]:
+        """Shares, as they are logged; that of documents is not a number where none begins."""
+        return {
+            "data/cut_documents": self.cut / self.begun if self.begun else float("nan"),
+            "data/padding": 1 - self.filled / self.places,
+        }
 
 
 class TrainingLoader:
@@ -55,6 +76,8 @@ class TrainingLoader:
         """The step that comes next."""
         self.figures = figures
         """What is worth logging of the data of the first so many steps."""
+        self.packed = Packed(0, 0, 0, 0)
+        """What this rank's samples hold of the step that was handed out last."""
         self._stop_step = stop_step
         self._workers = workers
         self._pin_memory = pin_memory
@@ -65,6 +88,12 @@ class TrainingLoader:
         batches = _read(self._batches, indices, self._workers, self._pin_memory)
         while step := list(islice(batches, self.accumulation)):
             self.next_step += 1
+            self.packed = Packed(
+                sum(batch.begun for batch in step),
+                sum(batch.cut for batch in step),
+                sum(batch.counted_tokens for batch in step),
+                sum(len(batch.tokens) for batch in step),
+            )
             yield step
 
     def state_dict(self) -> dict[str, int]:

@@ -16,11 +16,13 @@ those of the run's tokenizer.
 from __future__ import annotations
 
 import struct
+from bisect import bisect_left, bisect_right
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from torchlinearmoe.data.order import mix_all
 from torchlinearmoe.data.store import TokenStore
 from torchlinearmoe.data.tokenizer import Tokenizer
 from torchlinearmoe.errors import UserError
@@ -86,10 +88,11 @@ class MegatronStore(TokenStore):
                 raise ValueError("it has no document")
             self.num_documents = documents - 1
             at = HEADER.size + 4 * sequences
-            self._lengths = np.memmap(index, "<i4", "r", HEADER.size, (sequences,))
-            self._pointers = np.memmap(index, "<i8", "r", at, (sequences,))
-            self._firsts = np.memmap(index, "<i8", "r", at + 8 * sequences, (documents,))
-            self._ids = np.memmap(data, np.dtype(TYPES[code]).newbyteorder("<"), "r")
+            # As plain arrays, of which single numbers are read ten times as fast.
+            self._lengths = np.asarray(np.memmap(index, "<i4", "r", HEADER.size, (sequences,)))
+            self._pointers = np.asarray(np.memmap(index, "<i8", "r", at, (sequences,)))
+            self._firsts = np.asarray(np.memmap(index, "<i8", "r", at + 8 * sequences, (documents,)))
+            self._ids = np.asarray(np.memmap(data, np.dtype(TYPES[code]).newbyteorder("<"), "r"))
             if self._firsts[0] != 0 or self._firsts[-1] != sequences or self._pointers[0] != 0:
                 raise ValueError("its documents are not all of its sequences")
         except (OSError, ValueError, struct.error) as error:
@@ -106,7 +109,10 @@ class MegatronStore(TokenStore):
         return inside + np.where(sequences > last, self._lengths[last], 0)
 
     def _place(self, document: int) -> int:
-        return int(self._places(np.array([document]))[0])
+        sequence, last = int(self._firsts[document]), len(self._pointers) - 1
+        if sequence > last:
+            return int(self._pointers[last]) // self._ids.itemsize + int(self._lengths[last])
+        return int(self._pointers[sequence]) // self._ids.itemsize
 
     def _offset(self, document: int) -> int:
         return self._place(document) + self._added * document
@@ -120,10 +126,15 @@ class MegatronStore(TokenStore):
     @property
     def keys(self) -> np.ndarray:
         """uint64 [num_documents]: SplitMix64 of the numbers of the documents. Made when asked for."""
-        x = np.arange(1, self.num_documents + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+        return mix_all(np.arange(self.num_documents, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+
+    def borders(self, start: int, stop: int) -> np.ndarray:
+        """int64: where documents begin, from the last one at `start` or before it to the first at `stop` or after it;
+        behind the last document, where it ends."""
+        everyone = range(self.num_documents + 1)
+        first = bisect_right(everyone, start, key=self._offset) - 1
+        documents = np.arange(first, bisect_left(everyone, stop, key=self._offset) + 1)
+        return self._places(documents) + self._added * documents
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """int64 [stop - start]: the ids from `start` on. Raises UserError for one that the tokenizer does not have."""
@@ -143,14 +154,9 @@ class MegatronStore(TokenStore):
         return ids
 
     def _with_markers(self, start: int, stop: int) -> np.ndarray:
-        low, high = 0, self.num_documents  # the document that has `start`
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._offset(middle) <= start else (low, middle)
-        first, last = low, low + 1
-        while last < self.num_documents and self._offset(last) < stop:
-            last = min(last + max(last - first, 1), self.num_documents)
-        documents = np.arange(first, last + 1)
+        everyone = range(self.num_documents + 1)
+        first = bisect_right(everyone, start, key=self._offset) - 1  # the document that has `start`
+        documents = np.arange(first, bisect_left(everyone, stop, key=self._offset) + 1)
         places = self._places(documents)
         begins = places + self._added * documents
         ids = np.empty(begins[-1] - begins[0], dtype=np.int64)

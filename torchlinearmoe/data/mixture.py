@@ -17,8 +17,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from torchlinearmoe.data.best_fit import BestFit
 from torchlinearmoe.data.order import SampleOrder
-from torchlinearmoe.data.packing import Sample, Samples
+from torchlinearmoe.data.packing import Order, Sample, Samples
 from torchlinearmoe.data.splits import TokenStream
 from torchlinearmoe.errors import UserError
 
@@ -43,14 +44,23 @@ def quotas(weights: Sequence[float]) -> list[int]:
 class MixedOrder:
     """Global sample index -> sample of the mixture: sample i of source s has the number bases[s] + i.
 
-    sizes: samples of each source. first: the global index at which the order begins.
+    sizes: samples of each source. first: the global index at which the order begins. orders: of each source's samples;
+    else each is shuffled as a whole, by itself.
     """
 
-    def __init__(self, names: Sequence[str], sizes: Sequence[int], weights: Sequence[float], seed: int, first: int = 0):
+    def __init__(
+        self,
+        names: Sequence[str],
+        sizes: Sequence[int],
+        weights: Sequence[float],
+        seed: int,
+        first: int = 0,
+        orders: Sequence[Order] | None = None,
+    ) -> None:
         self._names, self._sizes, self._first = names, sizes, first
         self._bases = np.concatenate([[0], np.cumsum(sizes)]).tolist()
         self._quotas = quotas(weights)
-        self._orders = [SampleOrder(size, seed, stream=(index, first)) for index, size in enumerate(sizes)]
+        self._orders = orders or [SampleOrder(size, seed, stream=(index, first)) for index, size in enumerate(sizes)]
         places = np.concatenate([(np.arange(count) + 0.5) / count for count in self._quotas])
         source = np.repeat(np.arange(len(sizes)), self._quotas)
         rank = np.concatenate([np.arange(count) for count in self._quotas])
@@ -81,7 +91,7 @@ class MixedOrder:
 class MixedSamples:
     """The samples of all sources, source after source."""
 
-    def __init__(self, names: Sequence[str], parts: Sequence[Samples], weights: Sequence[float]) -> None:
+    def __init__(self, names: Sequence[str], parts: Sequence[Samples | BestFit], weights: Sequence[float]) -> None:
         self._names, self._parts, self._weights = names, parts, weights
         self._bases = np.cumsum([len(part) for part in parts])
 
@@ -96,9 +106,10 @@ class MixedSamples:
         """A sample that counts for nothing."""
         return self._parts[0].ignored()
 
-    def order(self, seed: int, first: int = 0) -> MixedOrder:
+    def order(self, seed: int, first: int = 0, stream: tuple[int, ...] = ()) -> MixedOrder:
         """Which of them comes when."""
-        return MixedOrder(self._names, [len(part) for part in self._parts], self._weights, seed, first)
+        orders = [part.order(seed, stream=(*stream, index, first)) for index, part in enumerate(self._parts)]
+        return MixedOrder(self._names, [len(part) for part in self._parts], self._weights, seed, first, orders)
 
 
 class MixedStream:
@@ -145,4 +156,5 @@ class MixedStream:
             f"{name} {count / BLOCK:.1%} of {len(stream)} tokens"
             for name, count, stream in zip(self._names, counts, self._streams)
         ]
-        return f"data.sources: {', '.join(told)}"
+        notes = [(name, stream.note(length)) for name, stream in zip(self._names, self._streams)]
+        return "; ".join([f"data.sources: {', '.join(told)}", *(f"{name}: {note}" for name, note in notes if note)])

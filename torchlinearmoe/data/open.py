@@ -39,6 +39,8 @@ def open_data(
         "cache": data.cache or cache,
         "run_folder": run_folder,
         "decide": decide,
+        "min_length": data.min_length,
+        "packing": data.packing,
     }
     if data.format == "text":
         where |= {"text_key": data.text_key, "tell": tell}
@@ -49,7 +51,7 @@ def open_data(
     where["begins"] = splits.stores[0].begin_of_text is not None
     others = dict(splits.others)
     for name, path in named(data.validation_paths, "data.validation_paths").items():
-        others[name] = _open_paths(data, [path], 0, where).train
+        others[name] = _open_paths(data, [path], 0, {**where, "min_length": 0}).train
     return replace(splits, others=others)
 
 
@@ -68,24 +70,28 @@ def _open_sources(data: DataRecipe, where: dict[str, Any]) -> Splits[Any]:
     trained: dict[str, TokenStream] = {}
     weights, stores, held_out, left_out, others = [], [], [], [], {}
     unknown: Counter[str] = Counter()
+    how: dict[str, Any] = {"min_length": data.min_length, "packing": data.packing}
     for name, source in zip(names, data.sources):
-        opened = open_splits([source.path], validation_fraction=0, **where)
+        opened = open_splits([source.path], validation_fraction=0, **{**where, "min_length": 0})
         where = {**where, "begins": opened.stores[0].begin_of_text is not None}
         left_out += opened.left_out
         unknown.update(opened.unknown)
         stores += opened.stores
         if source.split == "validation":
-            others[name] = opened.train
+            others[name] = TokenStream(opened.stores, **how)
             continue
         bound = int(data.validation_fraction * 2**64) if source.split == "both" else 0
-        trained[name] = TokenStream(opened.stores, (bound, 1 << 64))
+        trained[name] = TokenStream(opened.stores, (bound, 1 << 64), **how)
         weights.append(source.weight)
         if bound:
             held_out += opened.stores
         if not trained[name].num_documents:
-            raise RecipeError(f"data.sources: nothing of '{source.path}' is left to train on; set its split = 'train'")
+            short = f"lower data.min_length = {data.min_length}, or " if trained[name].left_out else ""
+            raise RecipeError(
+                f"data.sources: nothing of '{source.path}' is left to train on; {short}set its split = 'train'"
+            )
     bound = int(data.validation_fraction * 2**64) if held_out else 0
-    validation = TokenStream(held_out or stores[:1], (0, bound))
+    validation = TokenStream(held_out or stores[:1], (0, bound), **how)
     splits: Splits[Any] = Splits(
         MixedStream(trained, weights), validation, tuple(stores), others, tuple(left_out), unknown
     )

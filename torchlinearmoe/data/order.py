@@ -16,6 +16,8 @@ from __future__ import annotations
 import hashlib
 from math import isqrt
 
+import numpy as np
+
 from torchlinearmoe.errors import UserError
 
 ROUNDS = 8
@@ -58,6 +60,14 @@ def _mix(x: int) -> int:
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
     return x ^ (x >> 31)
+
+
+def mix_all(x: np.ndarray) -> np.ndarray:
+    """The same of uint64 [n]."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 class SampleOrder:

@@ -39,6 +39,10 @@ class Sample:
     """Where its documents start; the first is 0."""
     filled: int | None = None
     """Tokens that come from the data, what follows is padding; None: all, in every sample of its kind."""
+    begun: int = 0
+    """Documents that begin in it."""
+    cut: int = 0
+    """Of these, the ones that another sample goes on with."""
 
 
 class SampleSource(Protocol):
@@ -52,8 +56,9 @@ class SampleSource(Protocol):
         """A sample that counts for nothing."""
         ...
 
-    def order(self, seed: int, first: int = 0) -> Order:
-        """Which of them comes when; the order begins at the global index `first`."""
+    def order(self, seed: int, first: int = 0, stream: tuple[int, ...] = ()) -> Order:
+        """Which of them comes when; the order begins at the global index `first`, and those of different `stream`s
+        are unlike."""
         ...
 
 
@@ -105,17 +110,20 @@ class Samples:
         labels = np.full(self.length, IGNORED, dtype=np.int64)
         tokens[:num_targets], labels[:num_targets] = ids[:-1], ids[1:]
         starts = [0, *(1 + np.flatnonzero(ids[1:-1] == self.stream.start)).tolist()]
+        goes_on = int(ids[0] != self.stream.start)
+        begun = len(starts) - goes_on
+        cut = int(begun > 0 and ids[-1] != self.stream.start)
         if num_targets == self.length:
-            return Sample(tokens, labels, starts)
-        return Sample(tokens, labels, [*starts, num_targets], num_targets)
+            return Sample(tokens, labels, starts, begun=begun, cut=cut)
+        return Sample(tokens, labels, [*starts, num_targets], num_targets, begun, cut)
 
     def ignored(self) -> Sample:
         """A sample that counts for nothing."""
         return ignored_sample(self.length, self.stream.padding)
 
-    def order(self, seed: int, first: int = 0) -> Order:
+    def order(self, seed: int, first: int = 0, stream: tuple[int, ...] = ()) -> Order:
         """All of them, epoch after epoch."""
-        return SampleOrder(len(self), seed, first)
+        return SampleOrder(len(self), seed, first, stream)
 
 
 def ignored_sample(length: int, padding: int) -> Sample:
@@ -140,6 +148,10 @@ class MicroBatch:
     """Labels that are not IGNORED, counted on the host."""
     filled: tuple[int, ...] | None = None
     """Tokens of each sample before its padding; None where no sample has any."""
+    begun: int = 0
+    """Documents that begin in its samples."""
+    cut: int = 0
+    """Of these, the ones that another sample goes on with."""
 
     @property
     def num_sequences(self) -> int:
@@ -180,4 +192,6 @@ def collate(samples: Sequence[Sample]) -> MicroBatch:
         row_length=length,
         valid_tokens=int((labels != IGNORED).sum()),
         filled=None if all(sample.filled is None for sample in samples) else filled,
+        begun=sum(sample.begun for sample in samples),
+        cut=sum(sample.cut for sample in samples),
     )

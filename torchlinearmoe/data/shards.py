@@ -28,7 +28,7 @@ import numpy as np
 
 from torchlinearmoe.data.prepared import ARRAYS, PLAN, SHARD, SHARDS, checksum, read_json
 from torchlinearmoe.data.records import Bad, BadLine, Part, Piece, Reading, Record, read_records
-from torchlinearmoe.data.store import BATCH_CHARACTERS, Encoded, is_store, key_of, write_arrays, written_aside
+from torchlinearmoe.data.store import BATCH_CHARACTERS, Encoded, framed, is_store, key_of, write_arrays, written_aside
 from torchlinearmoe.data.summary import Summary
 from torchlinearmoe.data.tokenizer import Tokenizer, load_tokenizer
 from torchlinearmoe.errors import UserError
@@ -216,16 +216,14 @@ class _Encoder:
     def _encode(self, texts: list[str]) -> Iterator[Encoded]:
         start = [self._tokenizer.start]
         end = [] if self._tokenizer.begin_of_text is None else [self._tokenizer.end_of_text]
-        for text, ids in zip(texts, self._tokenizer.encode_batch(texts)):
+        for text, ids in zip(texts, self._tokenizer.encode_arrays(texts)):
             content = text.encode()
             self.summary.bytes += len(content)
             goes_on, ends = self._digest is not None, not isinstance(text, Part)
             digest = self._digest or hashlib.blake2b(digest_size=8)
             digest.update(content)
             self._digest = None if ends else digest
-            if not goes_on:
-                ids = [*start, *ids]
-            yield Encoded(key_of(digest), [*ids, *end] if ends and end else ids, ends=ends)
+            yield Encoded(key_of(digest), framed([] if goes_on else start, ids, end if ends else []), ends=ends)
 
 
 def main() -> None:

@@ -21,10 +21,11 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from torchlinearmoe.data.best_fit import BestFit
 from torchlinearmoe.data.cached import cached_texts
 from torchlinearmoe.data.packing import Samples, SampleSource
 from torchlinearmoe.data.prepare import Tell
@@ -38,6 +39,7 @@ from torchlinearmoe.errors import UserError
 DEFAULT_CACHE = Path("~/.cache/torchlinearmoe")
 
 
+Packing = Literal["concatenate", "best_fit"]
 ALL_KEYS = (0, 1 << 64)
 KEPT_RUNS = 1 << 26
 """Bytes of runs that a stream keeps."""
@@ -51,11 +53,26 @@ class TokenStream:
     run r is `tokens[sources[r] : ...]` of the store and fills the places from `starts[r]` on.
     """
 
-    def __init__(self, stores: Sequence[TokenStore], keys: tuple[int, int] = ALL_KEYS) -> None:
-        """`keys`: the documents whose key lies in keys[0] .. keys[1] - 1 belong to the stream, in their order."""
-        self._stores, self._keys = list(stores), keys
+    def __init__(
+        self,
+        stores: Sequence[TokenStore],
+        keys: tuple[int, int] = ALL_KEYS,
+        *,
+        min_length: int = 0,
+        packing: Packing = "concatenate",
+    ) -> None:
+        """The documents whose key lies in keys[0] .. keys[1] - 1 and that have `min_length` ids, in their order.
+
+        packing: how samples are made of them, but for those that are asked for with a tail.
+        """
+        self._stores, self._keys, self._min_length, self._packing = list(stores), keys, min_length, packing
+        self._best_fit: dict[int, BestFit] = {}
+        self.left_out = 0
+        """Documents with such a key that have fewer ids."""
         self.start, self.padding = stores[0].start, stores[0].padding
-        self._last = [stores[0].end_of_text] if stores[0].begin_of_text is None else []
+        self.ends_apart = stores[0].begin_of_text is not None
+        """Whether the last id of a document is an end that predicts nothing."""
+        self._last = [] if self.ends_apart else [stores[0].end_of_text]
         self._runs: OrderedDict[int, _Runs] = OrderedDict()
         self._kept = 0
         documents, tokens = zip(*map(self._count, range(len(stores))))
@@ -73,11 +90,12 @@ class TokenStream:
     def _count(self, index: int) -> tuple[int, int]:
         """Documents and tokens that a store has of the stream."""
         store = self._stores[index]
-        if self._keys == ALL_KEYS:
+        if self._keys == ALL_KEYS and not self._min_length:
             return store.num_documents, store.num_tokens
         if self._keys[0] == self._keys[1]:
             return 0, 0
         runs = self._runs_of(index)
+        self.left_out += runs.left_out
         return runs.documents, int(runs.starts[-1])
 
     def _runs_of(self, index: int) -> _Runs:
@@ -85,14 +103,17 @@ class TokenStream:
             self._runs.move_to_end(index)
             return kept
         store, (low, high) = self._stores[index], self._keys
-        if self._keys == ALL_KEYS:
+        if self._keys == ALL_KEYS and not self._min_length:
             ends = np.array([0, store.num_tokens], dtype=np.int64)
             runs = _Runs(ends[:1], ends, store.num_documents)
         else:
-            mask = (store.keys >= low) & (store.keys <= high - 1)
+            everyone = np.ones(store.num_documents, dtype=bool)
+            keyed = everyone if self._keys == ALL_KEYS else (store.keys >= low) & (store.keys <= high - 1)
+            mask = keyed & (np.diff(store.offsets) >= self._min_length) if self._min_length else keyed
             edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
             first, last = store.offsets[edges[::2]], store.offsets[edges[1::2]]
-            runs = _Runs(first, np.concatenate([[0], np.cumsum(last - first)]).astype(np.int64), int(mask.sum()))
+            starts, documents = np.concatenate([[0], np.cumsum(last - first)]).astype(np.int64), int(mask.sum())
+            runs = _Runs(first, starts, documents, int(keyed.sum()) - documents)
         self._runs[index] = runs
         self._kept += runs.size
         while self._kept > KEPT_RUNS and len(self._runs) > 1:
@@ -103,7 +124,7 @@ class TokenStream:
         """The places start .. stop - 1 of a stream of all documents as a stream."""
         assert 0 <= start <= stop <= len(self), (start, stop, len(self))
         part = copy(self)
-        part._runs, part._kept = OrderedDict(), 0
+        part._runs, part._kept, part._best_fit = OrderedDict(), 0, {}
         part._first, part._len = self._first + start, stop - start
         part.num_documents = self._begun_before(stop) - self._ended_before(start)
         return part
@@ -122,17 +143,43 @@ class TokenStream:
         inside = [int(np.searchsorted(s.offsets[1:], place - self._starts[index], side="right")) for s in rest]
         return sum(store.num_documents for store in self._stores[:index]) + sum(inside)
 
-    def samples(self, length: int, tail: bool = False) -> Samples:
-        """The stream cut every `length` tokens; with `tail` a last, shorter piece too."""
-        return Samples(self, length, tail)
+    def samples(self, length: int, tail: bool = False) -> Samples | BestFit:
+        """The stream packed in sequences of `length` tokens; with `tail` cut every so many, to the end of it."""
+        if tail or self._packing == "concatenate":
+            return Samples(self, length, tail)
+        if length not in self._best_fit:
+            self._best_fit[length] = BestFit(self, length)
+        return self._best_fit[length]
 
     def shortage(self) -> str:
         """Why there may be no sample of some length."""
         return f"the training text has only {len(self)} tokens; shorten it or bring more text in data.paths"
 
     def note(self, length: int) -> str | None:
-        """Nothing: every token is trained."""
-        return None
+        """How many documents are too short, and what packing does to the others."""
+        told = []
+        if self._min_length:
+            told.append(f"data.min_length = {self._min_length}: {self.left_out} shorter documents are left out")
+        if isinstance(packed := self.samples(length), BestFit):
+            told.append(packed.note())
+        return "; ".join(told) or None
+
+    def borders(self, start: int, stop: int) -> np.ndarray:
+        """int64: where documents begin, from the last one at `start` or before it to the first at `stop` or after it;
+        behind the last document, where one would begin."""
+        assert 0 <= start < stop <= len(self), (start, stop, len(self))
+        low, high = start + self._first, stop + self._first
+        index, parts, begun = int(np.searchsorted(self._starts, low, side="right")) - 1, [], low
+        while begun < high and index < len(self._stores):
+            begin, end = int(self._starts[index]), int(self._starts[index + 1])
+            if begin < end:
+                inside = max(low - begin, 0), min(high, end) - begin
+                found = begin + self._runs_of(index).borders(self._stores[index], *inside)
+                parts.append(found[:-1])
+                begun = int(found[-1])
+            index += 1
+        last = len(self) - len(self._last)
+        return np.clip(np.concatenate([*parts, [begun]]) - self._first, 0, last)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """int64 [stop - start]: the ids at places start .. stop - 1."""
@@ -160,11 +207,27 @@ class _Runs(NamedTuple):
     starts: np.ndarray
     """int64 [runs + 1]: where each begins in what the store has of the stream, and where the last ends."""
     documents: int
+    left_out: int = 0
+    """Documents of the stream's split that are too short."""
 
     @property
     def size(self) -> int:
         """Bytes."""
         return self.sources.nbytes + self.starts.nbytes
+
+    def borders(self, store: TokenStore, start: int, stop: int) -> np.ndarray:
+        """int64: where documents begin in what the store has, from the last at `start` or before it to the first at
+        `stop` or after it; behind the last, where it ends."""
+        first, last = (int(np.searchsorted(self.starts, place, side="right")) - 1 for place in (start, stop - 1))
+        begin = int(self.sources[first]) + start - int(self.starts[first])
+        end = int(self.sources[last]) + stop - int(self.starts[last])
+        found = store.borders(begin, end)
+        runs = np.searchsorted(self.sources[first : last + 1], found, side="right") - 1 + first
+        runs[0], runs[-1] = first, last  # the last one is where the document before it ends, perhaps with its run
+        places = self.starts[runs] + found - self.sources[runs]
+        inside = places < self.starts[runs + 1]
+        inside[-1] = True
+        return places[inside]
 
     def read(self, store: TokenStore, place: int, out: np.ndarray) -> None:
         """Fill `out` with the ids from `place` on."""
@@ -222,6 +285,8 @@ def open_splits(
     tokenizer: Tokenizer,
     validation_fraction: float,
     split: str = "documents",
+    min_length: int = 0,
+    packing: Packing = "concatenate",
     begins: bool | None = None,
     cache: str | Path | None = None,
     text_key: str = "text",
@@ -250,7 +315,7 @@ def open_splits(
         begins,
     )
     if split == "tokens":
-        whole = TokenStream(stores)
+        whole = TokenStream(stores, packing=packing)
         cut = len(whole) - round(validation_fraction * len(whole))
         train, validation = whole.part(0, cut), whole.part(cut, len(whole))
         if min(len(train), len(validation) if validation_fraction else 2) < 2:
@@ -260,10 +325,20 @@ def open_splits(
             )
         return Splits(train, validation, tuple(stores), left_out=found.left_out, unknown=found.unknown)
     bound = int(validation_fraction * 2**64)
-    train, validation = TokenStream(stores, (bound, 1 << 64)), TokenStream(stores, (0, bound))
+    how: dict[str, Any] = {"min_length": min_length, "packing": packing}
+    train, validation = TokenStream(stores, (bound, 1 << 64), **how), TokenStream(stores, (0, bound), **how)
+    check_long_enough([train, validation], min_length)
     splits = Splits(train, validation, tuple(stores), left_out=found.left_out, unknown=found.unknown)
     check_not_empty(splits, validation_fraction, ", or data.validation_split = 'tokens' to hold out its last tokens")
     return splits
+
+
+def check_long_enough(streams: Sequence[S], min_length: int) -> None:
+    """Raise UserError where no document of the streams together has `min_length` ids."""
+    if min_length and not sum(stream.num_documents for stream in streams):
+        raise UserError(
+            f"data.min_length = {min_length}: no document has so many tokens; lower it, or bring longer text"
+        )
 
 
 def check_not_empty(splits: Splits, fraction: float, instead: str = "") -> None:

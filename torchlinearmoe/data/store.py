@@ -56,8 +56,8 @@ class Encoded(NamedTuple):
 
     key: int
     """64 bits that decide its split."""
-    ids: Sequence[int]
-    """Start marker and tokens, the end-of-text id where it is no start marker."""
+    ids: Sequence[int] | np.ndarray
+    """Start marker and tokens, the end-of-text id where it is no start marker; or an array of them."""
     trained: Sequence[bool] | None = None
     """Which ids are trained; None for all. The same kind for all documents of a store."""
     ends: bool = True
@@ -154,6 +154,12 @@ class TokenStore:
         if ids.size and (wrong := int(ids.max())) >= self.vocab_size:
             raise UserError(f"{self.folder}: damaged: {wrong} is none of its {self.vocab_size} ids; make it again")
         return ids
+
+    def borders(self, start: int, stop: int) -> np.ndarray:
+        """int64: where documents begin, from the last one at `start` or before it to the first at `stop` or after it;
+        behind the last document, where it ends."""
+        first = int(np.searchsorted(self.offsets, start, side="right")) - 1
+        return np.array(self.offsets[first : int(np.searchsorted(self.offsets, stop, side="left")) + 1])
 
     @property
     def start(self) -> int:
@@ -266,8 +272,15 @@ def encode_texts(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[lis
     """Texts to documents whose every token is trained, batch by batch."""
     end = [] if tokenizer.begin_of_text is None else [tokenizer.end_of_text]
     for texts in _batches(documents):
-        ids = tokenizer.encode_batch(texts)
-        yield [Encoded(document_key(text), [tokenizer.start, *found, *end]) for text, found in zip(texts, ids)]
+        ids = tokenizer.encode_arrays(texts)
+        yield [Encoded(document_key(text), framed([tokenizer.start], found, end)) for text, found in zip(texts, ids)]
+
+
+def framed(before: list[int], ids: Sequence[int] | np.ndarray, after: list[int]) -> Sequence[int] | np.ndarray:
+    """Ids with others around them, in the form that they have."""
+    if isinstance(ids, np.ndarray):
+        return np.concatenate([np.array(before, ids.dtype), ids, np.array(after, ids.dtype)])
+    return [*before, *ids, *after]
 
 
 def cached_store(
@@ -339,16 +352,18 @@ def write_arrays(
         trained: _GrowingArray | None = None
         offsets.append([0])
         for batch in batches:
+            stops: list[int] = []
             for document in batch:
                 tokens.append(document.ids)
                 num_tokens += len(document.ids)
                 if document.ends:
-                    num_documents += 1
-                    offsets.append([num_tokens])
-                    keys.append([document.key])
+                    stops.append(num_tokens)
                 if document.trained is not None:
                     trained = trained or array("trained", np.uint8)
                     trained.append(document.trained)
+            num_documents += len(stops)
+            offsets.append(stops)
+            keys.append(np.array([document.key for document in batch if document.ends], np.uint64))
             if progress is not None:
                 progress(num_documents, num_tokens)
     if num_documents == 0:
@@ -395,7 +410,7 @@ class _GrowingArray:
         self._write_header()
         return self
 
-    def append(self, values: Sequence[int]) -> None:
+    def append(self, values: Sequence[int] | np.ndarray) -> None:
         self._file.write(np.asarray(values, dtype=self._dtype).tobytes())
         self._length += len(values)
 

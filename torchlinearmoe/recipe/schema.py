@@ -179,6 +179,12 @@ class DataRecipe:
     validation_split: Literal["documents", "tokens"] = "documents"
     """What it is a share of: whole documents, chosen by their text, or the last tokens of the text, inside a document
     perhaps, which a single one can be split by."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """How training documents fill sequences: one after the other and cut where a sequence ends, without padding; or
+    whole where they fit into a sequence, which leaves some padding. Conversations are never cut: one after the other,
+    or so that they leave less padding. Held-out text is always read one after the other."""
+    min_length: int = 0
+    """Leaves out documents of fewer tokens, those that begin and end them counted; not of `validation_paths`."""
     workers: int = 0
     """Loader processes a rank."""
     cache: str = ""

@@ -124,7 +124,7 @@ def _positive(recipe: Recipe) -> None:
         ("training", training, "seed"),
         ("checkpoint", recipe.checkpoint, "interval upcycle_noise"),
         ("metrics", recipe.metrics, "validation_interval validation_batches"),
-        ("data", recipe.data, "workers"),
+        ("data", recipe.data, "workers min_length"),
         ("optimizer", recipe.optimizer, "lr min_lr weight_decay clip_norm"),
         ("parallel", recipe.parallel, "pipeline_stages_per_rank"),
         ("moe", model.moe, "num_experts top_k hidden_size shared_hidden_size"),
@@ -157,6 +157,8 @@ def _positive(recipe: Recipe) -> None:
             "below 1"
         )
     _sources(recipe)
+    if recipe.data.min_length and recipe.data.validation_fraction and recipe.data.validation_split == "tokens":
+        raise RecipeError("data.min_length: leaves out whole documents; set data.validation_split = 'documents'")
     if recipe.data.format == "messages" and recipe.data.validation_split == "tokens":
         raise RecipeError("data.validation_split = 'tokens': conversations are held out whole; set it to 'documents'")
     if recipe.data.format == "messages" and recipe.metrics.baselines:

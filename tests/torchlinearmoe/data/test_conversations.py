@@ -126,9 +126,10 @@ def test_what_is_longer_than_a_sequence_is_left_out_and_told(tmp_path: Path) -> 
     stream = opened(write(tmp_path, pairs)).train
     assert (
         stream.note(24)
-        == "2 conversations in 2 sequences of 24 tokens; 1 longer than training.sequence_length are left out"
+        == "2 conversations in 2 sequences of 24 tokens; 1 longer than training.sequence_length are left out; "
+        "37.50% is padding"
     )
-    assert stream.note(400) == "3 conversations in 1 sequences of 400 tokens"
+    assert stream.note(400) == "3 conversations in 1 sequences of 400 tokens; 78.50% is padding"
     with pytest.raises(UserError, match="training.sequence_length = 4: the shortest conversation has"):
         build_loader(stream, sequence_length=4, micro_batch_size=1, samples_per_step=1, seed=0)
 

@@ -9,7 +9,7 @@ import pytest
 
 from torchlinearmoe.data.fingerprint import fingerprint
 from torchlinearmoe.data.megatron import MegatronStore, Special
-from torchlinearmoe.data.splits import open_splits
+from torchlinearmoe.data.splits import TokenStream, open_splits
 from torchlinearmoe.data.store import write_store
 from torchlinearmoe.errors import UserError
 
@@ -76,6 +76,25 @@ def test_whole_documents_are_held_out(tmp_path, letters):
         for stream in (splits.train, splits.validation)
     ]
     assert sorted(parts[0] + parts[1]) == sorted(TEXTS) and min(map(len, parts)) > 3
+
+
+@pytest.mark.parametrize("end", [False, True])
+@pytest.mark.parametrize("keys", [(0, 1 << 64), (1 << 61, 1 << 63)])
+def test_borders_are_where_documents_begin(tmp_path, letters, end, keys):
+    """Of token folders, of an index, and of both together; whatever is asked for."""
+    index = write_by_hand(tmp_path / "a", ids_of(letters, end=end))
+    folders = [write_store(tmp_path / name, TEXTS * 3, letters) for name in "bc"]
+    stores = [folders[0], MegatronStore(index, Special.of(letters)), folders[1]]
+    for stream in (TokenStream(stores[1:2], keys), TokenStream(stores, keys), TokenStream(stores).part(5, 90)):
+        ids = stream.read(0, len(stream))
+        wanted = np.flatnonzero(ids == END)
+        wanted = wanted if stream.num_documents and wanted[0] == 0 else np.append(0, wanted)
+        wanted = wanted if wanted[-1] == len(ids) - 1 else np.append(wanted, len(ids) - 1)
+        for start in range(0, len(ids) - 1, 3):
+            for stop in range(start + 1, len(ids), 5):
+                low = np.searchsorted(wanted, start, side="right") - 1
+                found = stream.borders(start, stop).tolist()
+                assert found == wanted[low : np.searchsorted(wanted, stop) + 1].tolist(), (start, stop)
 
 
 def test_damage_and_other_tokenizers_are_told(tmp_path, letters):

@@ -1,4 +1,4 @@
-"""10^12 tokens in 10^4 sparse shards are opened by their manifest alone, and read with few files open."""
+"""10^12 tokens in 10^4 sparse shards are opened by their manifest and few windows, and read with few files open."""
 
 import json
 import os
@@ -45,20 +45,26 @@ def folder(tmp_path, letters):
 
 
 @pytest.mark.slow
-def test_many_shards_open_by_their_manifest_and_few_are_open_at_once(folder, letters):
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
+def test_many_shards_open_by_their_manifest_and_few_are_open_at_once(folder, letters, packing):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard), hard))
     try:
         before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-        splits = open_splits([folder], tokenizer=letters, validation_fraction=0)
+        splits = open_splits([folder], tokenizer=letters, validation_fraction=0, packing=packing)
         samples = splits.train.samples(2048)
-        assert len(splits.train) == 10**12 + 1 and len(samples) == 10**12 // 2048
+        assert len(splits.train) == 10**12 + 1
+        # Two documents of 1,000 tokens fit into a sequence.
+        assert len(samples) == (10**12 // 2048 if packing == "concatenate" else pytest.approx(10**9 / 2, rel=0.001))
         assert splits.train.num_documents == 10**9 == fingerprint(splits.stores).documents
         opening = time.process_time() - begun
         order = samples.order(0)
         for place in range(1000):
             samples[order[place]]
-        assert samples[0].tokens[0] == letters.end_of_text
+        if packing == "best_fit":
+            assert (samples[12345].starts, samples[12345].filled) == ([0, 1000, 2000], 2000)
+        else:
+            assert samples[0].tokens[0] == letters.end_of_text
         assert opening < 10, opening
         assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 300 * 1024, "in kB"
         assert len(store._opened) <= store.MOST_OPEN

@@ -47,6 +47,10 @@ def test_random_text_comes_back_from_batches(tokenizer, seed):
     encoded = tokenizer.encode_batch(texts)
     assert encoded == [tokenizer.encode(text) for text in texts]
     assert [tokenizer.decode(ids) for ids in encoded] == texts
+    texts.append("<|endoftext|> in a text is text")
+    tokenizer = load_tokenizer()
+    for tokenizer.threads in (1, 3):
+        assert [ids.tolist() for ids in tokenizer.encode_arrays(texts)] == tokenizer.encode_batch(texts)
 
 
 def test_stream_of_single_ids_shows_whole_characters(tokenizer):

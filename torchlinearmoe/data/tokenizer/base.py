@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 
+import numpy as np
+
 from torchlinearmoe.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -59,6 +61,10 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on several threads where that is faster."""
         return [self.encode(text) for text in texts]
+
+    def encode_arrays(self, texts: Sequence[str]) -> Sequence[Sequence[int] | np.ndarray]:
+        """The same, as arrays where that spares making a number of every id."""
+        return self.encode_batch(texts)
 
     @abstractmethod
     def decode_bytes(self, ids: Iterable[int]) -> bytes:

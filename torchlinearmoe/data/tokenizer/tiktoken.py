@@ -17,9 +17,13 @@ import binascii
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from torchlinearmoe.data.tokenizer.base import END_OF_TEXT, Tokenizer, read_file
 from torchlinearmoe.errors import UserError
@@ -92,6 +96,16 @@ class TiktokenTokenizer(Tokenizer):
             self._check_bytes(text)
         with self._panics():
             return self._encoding.encode_ordinary_batch(list(texts), num_threads=self.threads)
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        for text in texts:
+            self._check_bytes(text)
+        encode = partial(self._encoding.encode_to_numpy, disallowed_special=())
+        with self._panics():
+            if self.threads == 1:
+                return [encode(text) for text in texts]
+            with ThreadPoolExecutor(self.threads) as pool:
+                return list(pool.map(encode, texts))
 
     @contextmanager
     def _panics(self) -> Iterator[None]:
