@@ -71,7 +71,7 @@ def _message(turn: Any, where: str, legal: Sequence[str]) -> Message:
     if not isinstance(turn, dict):
         raise ValueError(f"{where} is not an object")
     role, content = turn.get("role"), turn.get("content")
-    if role not in legal:
+    if not isinstance(role, str) or role not in legal:
         raise ValueError(f"{where}: role {role!r}; legal: {', '.join(legal)}")
     calls = _calls(turn["tool_calls"], f"{where}: tool_calls") if turn.get("tool_calls") else None
     if calls:

@@ -106,6 +106,7 @@ def read_documents(files: Sequence[Path], key: str = "text") -> Iterator[str]:
         for record in read_records(Piece(str(path)), key):
             if isinstance(record, Bad):
                 raise BadLine(str(record))
+            assert isinstance(record, str)  # no file of messages
             if isinstance(record, Part):
                 begun.append(record)
                 continue
