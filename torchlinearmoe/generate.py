@@ -103,7 +103,7 @@ def _generate(options: argparse.Namespace) -> int:
 def _encode(options: argparse.Namespace, tokenizer: Tokenizer, texts: list[str]) -> tuple[list[list[int]], set[int]]:
     """The ids of every prompt, and those that end a continuation."""
     from torchlinearmoe.checkpoint.model import checkpoint_template, ends_of_text
-    from torchlinearmoe.data.chat_template import Message
+    from torchlinearmoe.data.messages import Message
 
     ends = ends_of_text(options.checkpoint, tokenizer)
     if not options.chat:

@@ -89,7 +89,7 @@ def go_on(source: Path, recipe: Recipe, tokenizer: Tokenizer, *, step: int, data
         "data.min_length": data_known and recipe.data.on_change == "restart_epoch",
         "data.tokenizer": checkpoint_tokenizer(source).fingerprint == tokenizer.fingerprint,
         "data.chat_template": saved.data.format == recipe.data.format == "messages"
-        and load_template(recipe.data.chat_template).source == checkpoint_template(source).source,
+        and load_template(recipe.data.chat_template, tokenizer).source == checkpoint_template(source).source,
     }
     rewritten = ["data.tokenizer", *(["data.chat_template"] if recipe.data.format == "messages" else [])]
     for key in rewritten:

@@ -35,8 +35,10 @@ from torchlinearmoe.checkpoint import CheckpointManager
 from torchlinearmoe.checkpoint.huggingface.exporting import export_checkpoint
 from torchlinearmoe.checkpoint.huggingface.importing import import_directory
 from torchlinearmoe.checkpoint.model import checkpoint_template, checkpoint_tokenizer, model_files
-from torchlinearmoe.data.chat_template import Message, parse_template
+from torchlinearmoe.data.chat import Chat
+from torchlinearmoe.data.chat_template import parse_template
 from torchlinearmoe.data.conversations import open_conversations
+from torchlinearmoe.data.messages import Message
 from torchlinearmoe.data.splits import open_splits
 from torchlinearmoe.data.store import write_store
 from torchlinearmoe.data.tokenizer import load_tokenizer
@@ -155,7 +157,7 @@ class Fuzz:
         (folder / "a.jsonl").write_bytes(spoil_bytes(spoil_json_lines(sound, chooser).encode(), chooser))
         template = parse_template('user = "Q {content}\\n"\nsystem = "{content}"\nassistant = "A {content}{end}"', "t")
         splits = open_conversations(
-            [folder], tokenizer=load_tokenizer(), template=template, validation_fraction=0, cache=folder / "c"
+            [folder], tokenizer=load_tokenizer(), chat=Chat(template), validation_fraction=0, cache=folder / "c"
         )
         samples = splits.train.samples(64)
         for index in range(len(samples)):

@@ -204,7 +204,13 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             },
             "mamba2": {"head_dim": 24, "state": 16},
         },
-        "data": {"format": "messages", "chat_template": "plain", "on_change": "restart_epoch", "begin_of_text": True},
+        "data": {
+            "format": "messages",
+            "chat_template": "plain",
+            "on_change": "restart_epoch",
+            "begin_of_text": True,
+            "trained_roles": ["user"],
+        },
         "training": {"tokens": 10**12, "sequence_length": 1024, "output_dir": "runs/deepseek"},
         "optimizer": {"warmup_tokens": 10**9, "schedule": "constant"},
         "parallel": {

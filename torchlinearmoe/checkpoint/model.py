@@ -13,7 +13,8 @@ from torchlinearmoe.checkpoint.load import check_fits, load_model_weights
 from torchlinearmoe.checkpoint.plain import SMALL, is_there, plain_file, read_plain
 from torchlinearmoe.checkpoint.storage import CheckpointError
 from torchlinearmoe.checkpoint.tokenizer_files import NEIGHBOURS, TOKENIZER, tokenizer_names, without_code
-from torchlinearmoe.data.chat_template import ChatTemplate, load_template, parse_template
+from torchlinearmoe.data.chat_template import Template, load_template, template_of
+from torchlinearmoe.data.jinja_template import tokenizer_template
 from torchlinearmoe.data.tokenizer import Tokenizer, load_tokenizer
 from torchlinearmoe.disk import expanded
 from torchlinearmoe.errors import RecipeError, UserError
@@ -26,7 +27,7 @@ RECIPE_FILE = "recipe.toml"
 CHECKPOINTS = "checkpoints"
 """Of a run's folder."""
 TOKENIZER_FOLDER = "tokenizer"
-TEMPLATE_FILE = "chat_template.toml"
+TEMPLATE_FILES = {"toml": "chat_template.toml", "jinja": "chat_template.jinja"}
 SPECIAL_IDS_FILE = "special_ids.json"
 """Of an imported model alone: what its `config.json` and `generation_config.json` said of special ids, by file."""
 
@@ -39,7 +40,8 @@ def model_files(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, str | bytes]:
     files: dict[str, str | bytes] = {RECIPE_FILE: dump(recipe)}
     neighbours = set[str](NEIGHBOURS if tokenizer.path.name == TOKENIZER else ())
     if recipe.data.format == "messages":
-        files[TEMPLATE_FILE] = load_template(recipe.data.chat_template).source
+        template = load_template(recipe.data.chat_template, tokenizer)
+        files[TEMPLATE_FILES[template.kind]] = template.source
         neighbours.discard("chat_template.jinja")  # another than the one it learned
     read = {path.name: path.read_bytes() for path in _neighbours(tokenizer, neighbours)} | dict(tokenizer.files)
     for name, content in read.items():
@@ -171,15 +173,20 @@ def find_tokenizer(path: str | Path) -> Path | None:
     return None
 
 
-def checkpoint_template(path: str | Path) -> ChatTemplate:
-    """The chat template a checkpoint was finetuned with; `chatml` for one that was not."""
-    file = Path(path) / TEMPLATE_FILE
-    if not is_there(file):
-        return load_template("chatml")
-    try:
-        return parse_template(read_plain(path, TEMPLATE_FILE).decode(), str(file))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not a TOML file: byte {error.start} is not UTF-8") from None
+def checkpoint_template(path: str | Path) -> Template:
+    """The chat template a checkpoint was finetuned with.
+
+    Of one that was not it is the one that came with its tokenizer, as that of an imported model; else `chatml`.
+    """
+    for kind, name in TEMPLATE_FILES.items():
+        file = Path(path) / name
+        if is_there(file):
+            try:
+                return template_of(kind, read_plain(path, name).decode(), str(file))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{file}: not a {kind.upper()} file: byte {error.start} is not UTF-8") from None
+    found = find_tokenizer(path)
+    return found and tokenizer_template(load_tokenizer(found)) or load_template("chatml")
 
 
 def load_model(path: str | Path) -> Decoder:

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from torchlinearmoe.data.chat import Chat
 from torchlinearmoe.data.prepare import NoText, Options, Tell, make_again, prepare
 from torchlinearmoe.data.prepared import (
     PLAN,
@@ -41,14 +42,17 @@ def cached_texts(
     folder: Path | None = None,
     *,
     text_key: str = "text",
+    chat: Chat | None = None,
     workers: int = 0,
     tell: Tell | None = None,
 ) -> Path:
     """The folder with the tokens of `files`, in `cache`; tokenised by `workers` processes (0: one a core) where needed.
 
-    `folder`: where another process says they are. Raises UserError that names file and line.
+    `chat`: how their messages are written, where they hold such. `folder`: where another process says they are. Raises
+    UserError that names file and line.
     """
-    folder = folder or cache / name_of(files, tokenizer, "" if text_key == "text" else f"text_key {text_key}")
+    told = chat.told(tokenizer) if chat is not None else "" if text_key == "text" else f"text_key {text_key}"
+    folder = folder or cache / name_of(files, tokenizer, told)
     _mend(folder)
     if is_store(folder) or is_complete(folder):
         return folder
@@ -59,7 +63,7 @@ def cached_texts(
             files,
             tokenizer,
             folder,
-            Options(text_key, way_out=way_out, named=cache, waits=True),
+            Options(text_key, chat=chat, way_out=way_out, named=cache, waits=True),
             workers=workers or len(os.sched_getaffinity(0)),
             tell=tell,
         )

@@ -1,6 +1,7 @@
 """How a conversation is written as tokens, and which of them are trained.
 
-A template is a TOML file with one line of text a role, `{content}` once in each, and `{end}` where a turn ends:
+A template is the Jinja of a tokenizer (see `jinja_template.py`), or a TOML file with one line of text a role,
+`{content}` once in each, and `{end}` where a turn ends; the roles developer and tool may be left out:
 
     end = "<|im_end|>"
     user = "<|im_start|>user\\n{content}{end}\\n"
@@ -9,7 +10,7 @@ A template is a TOML file with one line of text a role, `{content}` once in each
 Special tokens of the tokenizer that the template spells are one id each; in the content they are plain text, so that no
 content can end a turn. `{end}` is the special token `end`, or the end of text where the tokenizer has no such token.
 Before the first turn comes the token that starts every document: the begin of text where the tokenizer has one.
-Trained are the assistant's content and the end right after it:
+Trained are the assistant's content and the end right after it, or those of the roles that are asked for:
 
     <|endoftext|> <|im_start|> user \\n Hi <|im_end|> \\n <|im_start|> assistant \\n Hello . <|im_end|> \\n
     trained                                                                       ^^^^^ ^ ^^^^^^^^^^
@@ -20,24 +21,21 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
+from torchlinearmoe.data.jinja_template import JinjaTemplate, read_jinja, tokenizer_template
+from torchlinearmoe.data.messages import ASSISTANT, ROLES, Message
 from torchlinearmoe.data.tokenizer import Tokenizer
 from torchlinearmoe.disk import expanded
 from torchlinearmoe.errors import UserError, nearest
 
 TEMPLATES = Path(__file__).parent / "templates"
-ROLES = ("system", "user", "assistant")
+NEEDED = ("system", "user", "assistant")
+OF_TOKENIZER = "tokenizer"
+"""The template that lies with the tokenizer."""
 CONTENT, END = "{content}", "{end}"
-
-
-class Message(NamedTuple):
-    """One turn."""
-
-    role: str
-    content: str
 
 
 @dataclass(frozen=True)
@@ -48,17 +46,33 @@ class ChatTemplate:
     """The TOML text."""
     around: dict[str, tuple[str, str]]
     end: str
+    where: str = field(compare=False)
+    """What errors call it."""
+    kind = "toml"
+    reads_all = False
+    """Whether it reads more of a message than role and content."""
 
     def end_id(self, tokenizer: Tokenizer) -> int:
         """The id that ends a response."""
         return tokenizer.special_tokens.get(self.end, tokenizer.end_of_text)
 
-    def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-        """The ids of a conversation, the start marker first, up to its last trained token; and which are trained."""
+    def encode(
+        self,
+        messages: Sequence[Message],
+        tokenizer: Tokenizer,
+        roles: Sequence[str] = ASSISTANT,
+        tools: Sequence[Any] | None = None,
+    ) -> tuple[list[int], list[bool]]:
+        """The ids of a conversation, the start marker first, up to its last trained token; and which are trained: the
+        contents of `roles` and their ends. Raises UserError for roles and tools that the template has no form for."""
+        if tools or any(message.turn and message.turn.get("tool_calls") for message in messages):
+            raise UserError(
+                f"{self.where} has no form for tools; name one that has in data.chat_template, 'tools' perhaps"
+            )
         ids, trained = [tokenizer.start], [False]
         for message in messages:
-            before, after = self.around[message.role]
-            answers = message.role == "assistant"
+            before, after = self._around(message)
+            answers = message.role in roles
             after_ids = self._literal(after, tokenizer)
             for part, learnt in (
                 (self._literal(before, tokenizer), False),
@@ -77,10 +91,24 @@ class ChatTemplate:
         """The ids of a conversation, the start marker first, up to where the assistant's next content begins."""
         ids = [tokenizer.start]
         for message in messages:
-            before, after = self.around[message.role]
+            before, after = self._around(message)
             ids += self._literal(before, tokenizer) + tokenizer.encode(message.content)
             ids += self._literal(after, tokenizer)
         return ids + self._literal(self.around["assistant"][0], tokenizer)
+
+    def around_user(self, tokenizer: Tokenizer) -> tuple[str, str]:
+        """The text before and after the content of a user's message."""
+        end = tokenizer.decode([self.end_id(tokenizer)])
+        before, after = (part.replace(END, end) for part in self.around["user"])
+        return before, after
+
+    def _around(self, message: Message) -> tuple[str, str]:
+        if message.role not in self.around:
+            raise UserError(
+                f"{self.where} has no line for the role '{message.role}'; add one to a template of your own, or name a "
+                "Jinja template in data.chat_template"
+            )
+        return self.around[message.role]
 
     def _literal(self, text: str, tokenizer: Tokenizer) -> list[int]:
         """The ids of the template's own text."""
@@ -92,16 +120,44 @@ class ChatTemplate:
         return ids
 
 
-def load_template(name: str) -> ChatTemplate:
-    """The template that ships under `name`, or the one in the file `name`. Raises UserError that names the mistake."""
-    shipped = sorted(path.stem for path in TEMPLATES.glob("*.toml"))
-    path = TEMPLATES / f"{name}.toml" if name in shipped else expanded(name, "data.chat_template")
+Template = ChatTemplate | JinjaTemplate
+
+
+def load_template(name: str, tokenizer: Tokenizer | None = None) -> Template:
+    """The template that ships under `name`, the one of the `tokenizer`, or the one in the file `name`.
+
+    Raises UserError that names the mistake.
+    """
+    shipped = sorted(path.stem for path in TEMPLATES.iterdir())
+    if name == OF_TOKENIZER and tokenizer is not None:
+        found = tokenizer_template(tokenizer)
+        if found is None:
+            raise UserError(
+                f"data.chat_template = '{name}': neither a chat_template.jinja nor a chat_template in a "
+                f"tokenizer_config.json lies with {tokenizer.path}; {nearest(name, shipped)}"
+            )
+        return found
+    path = _shipped(name) if name in shipped else expanded(name, "data.chat_template")
     if not path.is_file():
-        raise UserError(f"data.chat_template = '{name}': no such file or template; {nearest(name, shipped)}")
+        raise UserError(
+            f"data.chat_template = '{name}': no such file or template; {nearest(name, [*shipped, OF_TOKENIZER])}"
+        )
+    if path.suffix == ".jinja":
+        return read_jinja(path)
     try:
         return parse_template(path.read_text(encoding="utf-8-sig"), str(path))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a TOML file: byte {error.start} is not UTF-8") from None
+
+
+def _shipped(name: str) -> Path:
+    (path,) = TEMPLATES.glob(f"{name}.*")
+    return path
+
+
+def template_of(kind: str, source: str, where: str) -> Template:
+    """A template of its text, as `kind` and `source` of another one tell it. Raises UserError."""
+    return JinjaTemplate(source, where) if kind == JinjaTemplate.kind else parse_template(source, where)
 
 
 def parse_template(text: str, where: str) -> ChatTemplate:
@@ -121,9 +177,9 @@ def parse_template(text: str, where: str) -> ChatTemplate:
             if not content or CONTENT in after:
                 raise UserError(f"{where}: {key} = {value!r}: must hold {CONTENT} once")
             around[key] = before, after
-    for role in ROLES:
+    for role in NEEDED:
         if role not in around:
             raise UserError(f"{where}: '{role}' is missing")
     if not around["assistant"][1].startswith(END):
         raise UserError(f"{where}: assistant: {END} must follow {CONTENT}, or no response would ever end")
-    return ChatTemplate(text, around, table.get("end", ""))
+    return ChatTemplate(text, around, table.get("end", ""), where)

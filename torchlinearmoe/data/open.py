@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torchlinearmoe.data.chat import Chat
 from torchlinearmoe.data.chat_template import load_template
 from torchlinearmoe.data.conversations import open_conversations
 from torchlinearmoe.data.mixture import MixedStream
@@ -41,9 +42,10 @@ def open_data(
         "decide": decide,
         "min_length": data.min_length,
         "packing": data.packing,
+        "tell": tell,
     }
     if data.format == "text":
-        where |= {"text_key": data.text_key, "tell": tell}
+        where["text_key"] = data.text_key
     if data.sources:
         splits = _open_sources(data, where)
     else:
@@ -57,9 +59,8 @@ def open_data(
 
 def _open_paths(data: DataRecipe, paths: Sequence[str], fraction: float, where: dict[str, Any]) -> Splits[Any]:
     if data.format == "messages":
-        return open_conversations(
-            paths, template=load_template(data.chat_template), validation_fraction=fraction, **where
-        )
+        chat = Chat(load_template(data.chat_template, where["tokenizer"]), data.trained_roles)
+        return open_conversations(paths, chat=chat, validation_fraction=fraction, **where)
     split = data.validation_split if fraction else "documents"
     return open_splits(paths, split=split, validation_fraction=fraction, **where)
 

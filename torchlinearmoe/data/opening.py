@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import takewhile
 
-from torchlinearmoe.data.chat_template import END, ChatTemplate
+from torchlinearmoe.data.chat_template import Template
 from torchlinearmoe.data.conversations import Conversations
 from torchlinearmoe.data.splits import TokenStream
 from torchlinearmoe.data.tokenizer import Tokenizer
@@ -22,12 +22,13 @@ def opening_of_text(stream: TokenStream, tokenizer: Tokenizer) -> str:
     return _first_words(tokenizer.decode(takewhile(lambda token: token not in markers, ids)))
 
 
-def opening_of_messages(stream: Conversations, tokenizer: Tokenizer, template: ChatTemplate) -> str:
+def opening_of_messages(stream: Conversations, tokenizer: Tokenizer, template: Template) -> str:
     """The first words of the first message of a user; empty where there is none."""
-    end = tokenizer.decode([template.end_id(tokenizer)])
-    before, after = (part.replace(END, end) for part in template.around["user"])
-    start, stop = stream.store.offsets[stream.documents[0] :][:2].tolist()
-    text = tokenizer.decode(stream.store.tokens[start + 1 : stop].tolist())
+    before, after = template.around_user(tokenizer)
+    if not before and not after:
+        return ""
+    ids = stream.ids(0)
+    text = tokenizer.decode(ids[1:] if ids[0] == tokenizer.start else ids)
     content = text.partition(before)[2] if before else text
     return _first_words(content.partition(after)[0] if after else content)
 

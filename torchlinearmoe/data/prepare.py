@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from torchlinearmoe import disk
+from torchlinearmoe.data.chat import Chat
 from torchlinearmoe.data.prepared import (
     BAD_LINES,
     FORMAT,
@@ -61,6 +62,8 @@ class Options:
     """Where JSON and parquet have the text."""
     bad_lines: str = "fail"
     """What becomes of lines without a text: `fail`, or `skip` with a report."""
+    chat: Chat | None = None
+    """How messages are written, where the files hold such."""
     shard_tokens: int = SHARD_TOKENS
     """Tokens after which a shard ends."""
     way_out: str = "make room there, or choose another --output"
@@ -164,10 +167,12 @@ def _planned(files: Sequence[Path], tokenizer: Tokenizer, output: Path, options:
         "bad_lines": options.bad_lines,
         "shard_tokens": options.shard_tokens,
     }
+    if options.chat is not None:
+        asked["messages"] = options.chat.described() | {"names": dict(tokenizer.names)}
     path = output / PLAN
     if path.is_file():
         before = read_json(path).get("asked", {})
-        other = [name for name, value in asked.items() if before.get(name) != value]
+        other = [name for name in asked | before if before.get(name) != asked.get(name)]
         if other:
             raise UserError(
                 f"{output}: was begun with other {' and '.join(other)}; give the same ones, or choose another folder"
@@ -216,9 +221,13 @@ def _finish(job: Job, tokenizer: Tokenizer) -> Summary:
     else:
         aside.unlink()
     if not shards:
-        raise NoText("the files hold no text; name files that do, or where they keep it (--text-key)")
+        what = "messages" if job.chat else "text"
+        where = "" if job.chat else ", or where they keep it (--text-key)"
+        raise NoText(f"the files hold no {what}; name files that do{where}")
     store = {name: value for name, value in described.items() if name not in ("documents", "tokens")}
     manifest = {"format": FORMAT, "store": store, "shards": shards}
+    if job.chat is not None:
+        manifest["messages"] = job.chat.described()
     stores = stores_of(job.folder, manifest)
     summary.duplicates = count_duplicates((store.keys for store in stores), summary.documents, job.folder)
     _write_json(job.folder / MANIFEST, manifest | {"summary": summary.described()})

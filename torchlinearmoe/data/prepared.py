@@ -29,6 +29,8 @@ SHARDS = "shards"
 SHARD = "shard.json"
 BAD_LINES = "bad_lines.jsonl"
 ARRAYS = ("tokens.npy", "offsets.npy", "keys.npy")
+MASK = "trained.npy"
+"""Which tokens are trained, in shards of messages."""
 
 
 def is_prepared(folder: Path) -> bool:
@@ -90,6 +92,16 @@ def stores_of(folder: Path, manifest: dict[str, Any]) -> list[TokenStore]:
         return [TokenStore(folder / SHARDS / shard["name"], shard) for shard in known]
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / MANIFEST}: damaged: {error!r}; delete it and prepare again") from None
+
+
+def messages_of(folder: Path, unknown: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """What a token folder tells of the messages it is made of; None where it is made of text.
+
+    One token folder alone does not tell by which template: `unknown`. Raises UserError.
+    """
+    if is_prepared(folder):
+        return read_manifest(folder).get("messages")
+    return unknown if (folder / MASK).is_file() else None
 
 
 def checksum(path: Path) -> str:

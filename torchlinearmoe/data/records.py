@@ -4,6 +4,8 @@
     .jsonl, .json        an object a line, its text under a key, which may be nested: "a.b"
     .parquet             the same with a column
 
+or, where they hold messages, what `parse` makes of each line or row as a whole.
+
 A piece is a range of a file, so that several processes share a large one. A range has the documents that begin in it:
 
     bytes       0 . . . . . . . |10 . . . . . . |20 . . . .
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from torchlinearmoe.data.formats import compression_of, kind_of, opened, optional
+from torchlinearmoe.data.store import Encoded
 from torchlinearmoe.data.tokenizer import END_OF_TEXT
 from torchlinearmoe.errors import UserError
 
@@ -74,7 +77,10 @@ class BadLine(UserError):
     """What is in a file cannot be read."""
 
 
-Record = str | Part | Bad
+Record = str | Part | Bad | Encoded
+
+Parse = Callable[[Any], Encoded]
+"""A line or row to a document. Raises ValueError that tells why it is none."""
 
 
 class Reading:
@@ -84,11 +90,20 @@ class Reading:
     """Bytes on disk."""
 
 
-def read_records(piece: Piece, key: str = "text", reading: Reading | None = None) -> Iterator[Record]:
-    """The records of a piece in their order. `key`: where JSON and parquet have the text; `a.b` for a nested one."""
-    reader = {".txt": _read_text, ".parquet": _read_parquet}.get(kind_of(Path(piece.path)) or "", _read_json_lines)
-    for record in reader(piece, key, reading or Reading()):
-        yield record if isinstance(record, Bad) or record.isascii() else _without_surrogates(record)
+def read_records(
+    piece: Piece, key: str = "text", reading: Reading | None = None, parse: Parse | None = None
+) -> Iterator[Record]:
+    """The records of a piece in their order. `key`: where JSON and parquet have the text; `a.b` for a nested one.
+
+    With `parse` there is no key: the records are what it makes of whole lines and rows.
+    """
+    reading, kind = reading or Reading(), kind_of(Path(piece.path))
+    if kind == ".txt":
+        records = _read_text(piece, reading)
+    else:
+        records = (_read_parquet if kind == ".parquet" else _read_json_lines)(piece, key, reading, parse)
+    for record in records:
+        yield record if not isinstance(record, str) or record.isascii() else _without_surrogates(record)
 
 
 def _without_surrogates(text: str) -> str:
@@ -114,7 +129,7 @@ def _lines_before(piece: Piece) -> int:
     return count
 
 
-def _read_json_lines(piece: Piece, key: str, reading: Reading) -> Iterator[Record]:
+def _read_json_lines(piece: Piece, key: str, reading: Reading, parse: Parse | None) -> Iterator[Record]:
     path, names = Path(piece.path), key.split(".")
     with _positioned(piece, reading) as file:
         place = piece.start
@@ -128,11 +143,11 @@ def _read_json_lines(piece: Piece, key: str, reading: Reading) -> Iterator[Recor
             number += 1
             if not line.strip():
                 continue
-            found = _text_of_line(line, key, names)
-            if isinstance(found, str):
-                yield found
-            else:
-                yield Bad(path, number + _lines_before_first(piece), found[0])
+            try:
+                entry = _entry_of_line(line)
+                yield parse(entry) if parse is not None else _text_of_entry(entry, key, names)
+            except ValueError as error:
+                yield Bad(path, number + _lines_before_first(piece), str(error))
 
 
 def _lines_before_first(piece: Piece) -> int:
@@ -145,24 +160,32 @@ def _lines_before_first(piece: Piece) -> int:
     return _lines_before(piece) + reaches_in
 
 
-def _text_of_line(line: bytes, key: str, names: list[str]) -> str | tuple[str]:
-    """The text of a line, or what is wrong with it."""
+def _entry_of_line(line: bytes) -> Any:
+    """What a line says. Raises ValueError where it is not JSON."""
     try:
-        entry = json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return (f"not UTF-8: {error.reason}",)
+        raise ValueError(f"not UTF-8: {error.reason}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:
-        return (f"not JSON: {error}",)
+        raise ValueError(f"not JSON: {error}") from None
+
+
+def _text_of_entry(entry: Any, key: str, names: list[str]) -> str:
+    """The text of a line. Raises ValueError where it has none."""
     found: Any = entry
     if isinstance(entry, dict) and key in entry:
         found = entry[key]
     else:
         for name in names:
             found = found.get(name) if isinstance(found, dict) else None
-    return found if isinstance(found, str) else (f'not an object with a string under "{key}"',)
+    if not isinstance(found, str):
+        raise ValueError(f'not an object with a string under "{key}"')
+    return found
 
 
-def _read_text(piece: Piece, key: str, reading: Reading) -> Iterator[Record]:
+def _read_text(piece: Piece, reading: Reading) -> Iterator[Record]:
     path = Path(piece.path)
     with _positioned(piece, reading) as file:
         lines = 0  # ends of lines between the piece's start and the document's
@@ -236,7 +259,7 @@ def _decoded(path: Path, piece: Piece, text: bytes, lines: int, first: bool, kin
         return Bad(path, line, f"not UTF-8: {error.reason}", more=kind is Part)
 
 
-def _read_parquet(piece: Piece, key: str, reading: Reading) -> Iterator[Record]:
+def _read_parquet(piece: Piece, key: str, reading: Reading, parse: Parse | None) -> Iterator[Record]:
     path = Path(piece.path)
     parquet = optional("pyarrow.parquet", path, "parquet")
     with _seekable(path) as source:
@@ -245,18 +268,20 @@ def _read_parquet(piece: Piece, key: str, reading: Reading) -> Iterator[Record]:
         except Exception as error:  # a damaged file may raise anything
             raise BadLine(f"{path}: not a parquet file: {' '.join(str(error).split())}") from None
         with file:
-            names = _column(file, path, key)
+            names = _column(file, path, key) if parse is None else []
+            columns = None if parse is not None else [".".join(names)]
             row, batches = 0, None
             if piece.start or piece.stop is not None:
                 stop = file.num_row_groups if piece.stop is None else piece.stop
                 row = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
-                batches = file.iter_batches(ROWS, list(range(piece.start, stop)), [".".join(names)])
-            batches = batches or file.iter_batches(ROWS, columns=[".".join(names)])
+                batches = file.iter_batches(ROWS, list(range(piece.start, stop)), columns)
+            batches = batches or file.iter_batches(ROWS, columns=columns)
             first = row
             reading.read = lambda: piece.size * (row - first) // max(_rows(file, piece), 1)
             while True:
                 try:
-                    column = next(batches).column(0)
+                    batch = next(batches)
+                    column = batch if parse is not None else batch.column(0)
                     for name in names[1:]:
                         column = optional("pyarrow.compute", path, "parquet").struct_field(column, name)
                     texts = column.to_pylist()
@@ -266,11 +291,23 @@ def _read_parquet(piece: Piece, key: str, reading: Reading) -> Iterator[Record]:
                     why = " ".join(str(error).split())
                     raise BadLine(f"{path}: damaged at row {row} or after it: {why}; get the file again") from None
                 for text in texts:
-                    if isinstance(text, str):
+                    if parse is not None:
+                        try:
+                            yield parse(_without_nulls(text))
+                        except ValueError as error:
+                            yield Bad(path, row, str(error), "row")
+                    elif isinstance(text, str):
                         yield text
                     else:
                         yield Bad(path, row, f"the column '{key}' holds no string there", "row")
                     row += 1
+
+
+def _without_nulls(value: Any) -> Any:
+    """A row without the fields that are null: a struct has those of all others."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _rows(file: Any, piece: Piece) -> int:

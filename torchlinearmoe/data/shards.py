@@ -26,14 +26,17 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from torchlinearmoe.data.prepared import ARRAYS, PLAN, SHARD, SHARDS, checksum, read_json
-from torchlinearmoe.data.records import Bad, BadLine, Part, Piece, Reading, Record, read_records
+from torchlinearmoe.data.chat import Chat
+from torchlinearmoe.data.prepared import ARRAYS, MASK, PLAN, SHARD, SHARDS, checksum, read_json
+from torchlinearmoe.data.records import Bad, BadLine, Parse, Part, Piece, Reading, Record, read_records
 from torchlinearmoe.data.store import BATCH_CHARACTERS, Encoded, framed, is_store, key_of, write_arrays, written_aside
 from torchlinearmoe.data.summary import Summary
 from torchlinearmoe.data.tokenizer import Tokenizer, load_tokenizer
 from torchlinearmoe.errors import UserError
 
 BAD = "bad.jsonl"
+BATCH_TOKENS = 1 << 18
+"""Of conversations that are written at once."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Job:
     text_key: str
     skip_bad: bool
     shard_tokens: int
+    chat: Chat | None = None
+    """Of files of messages."""
     way_out: str = "make room there, or choose another --output"
     named: Path | None = None
 
@@ -54,7 +59,8 @@ class Job:
         plan = read_json(folder / PLAN)
         units = [[Piece(*piece) for piece in unit] for unit in plan["units"]]
         asked = plan["asked"]
-        return cls(folder, units, asked["text_key"], asked["bad_lines"] == "skip", asked["shard_tokens"])
+        chat = Chat.of(asked["messages"], str(folder / PLAN)) if asked.get("messages") else None
+        return cls(folder, units, asked["text_key"], asked["bad_lines"] == "skip", asked["shard_tokens"], chat)
 
     def shard(self, unit: int, part: int) -> Path:
         """The folder of a shard."""
@@ -94,7 +100,9 @@ def write_unit(job: Job, unit: int, tokenizer: Tokenizer, report: Callable[[int]
 
     Raises BadLine for a line that holds no text, unless such are to be skipped, and UserError.
     """
-    source = _UnitReader(job.units[unit], job.text_key)
+    chat = job.chat
+    parse = None if chat is None else lambda entry: chat.encode(entry, tokenizer)
+    source = _UnitReader(job.units[unit], job.text_key, parse)
     told: int = 0
     part = start = 0
     while True:
@@ -127,7 +135,7 @@ def write_unit(job: Job, unit: int, tokenizer: Tokenizer, report: Callable[[int]
 
 
 def _describe(aside: Path, encoder: _Encoder, unit: int, part: int, start: int) -> dict[str, Any]:
-    written = ARRAYS if is_store(aside) else ()
+    written = [name for name in (*ARRAYS, MASK) if is_store(aside) and (aside / name).exists()]
     if written:
         encoder.summary.add_lengths(np.diff(np.load(aside / "offsets.npy", mmap_mode="r")))
     return {
@@ -144,8 +152,8 @@ def _describe(aside: Path, encoder: _Encoder, unit: int, part: int, start: int) 
 class _UnitReader:
     """The records of a unit, and how far their reading has come."""
 
-    def __init__(self, pieces: list[Piece], key: str) -> None:
-        self._pieces, self._key = pieces, key
+    def __init__(self, pieces: list[Piece], key: str, parse: Parse | None) -> None:
+        self._pieces, self._key, self._parse = pieces, key, parse
         self._records: Iterator[Record] | None = None
         self.place = 0
         """The number of the record that comes next."""
@@ -159,7 +167,7 @@ class _UnitReader:
         self._before = 0
         for piece in self._pieces:
             self._reading, self._size = Reading(), piece.size
-            yield from read_records(piece, self._key, self._reading)
+            yield from read_records(piece, self._key, self._reading, self._parse)
             self._before += piece.size
 
     def next(self) -> Record | None:
@@ -186,22 +194,39 @@ class _Encoder:
     def batches(self) -> Iterator[list[Encoded]]:
         tokens = 0
         while not self.source.ended and (tokens < self._job.shard_tokens or self._digest is not None):
-            texts = self._draw()
-            batch = list(self._encode(texts))
+            batch = self._conversations() if self._job.chat else list(self._encode(self._draw()))
             tokens += sum(len(document.ids) for document in batch)
             yield batch
+
+    def _skip(self, record: Bad) -> None:
+        if not self._job.skip_bad:
+            raise BadLine(str(record))
+        self.summary.bad_lines += 1
+        told = {"file": str(record.path), record.place: record.line, "reason": record.reason}
+        self._bad.write(json.dumps(told) + "\n")
+
+    def _conversations(self) -> list[Encoded]:
+        """About BATCH_TOKENS of conversations."""
+        batch: list[Encoded] = []
+        tokens = 0
+        while tokens < BATCH_TOKENS and (record := self.source.next()) is not None:
+            if isinstance(record, Bad):
+                self._skip(record)
+            elif isinstance(record, Encoded):
+                batch.append(record)
+                tokens += len(record.ids)
+                self.summary.bytes += len(self._tokenizer.decode_bytes(record.ids))
+                self.summary.trained += sum(record.trained or ())
+        return batch
 
     def _draw(self) -> list[str]:
         """Texts of BATCH_CHARACTERS together, and what is left out on the way."""
         texts: list[str] = []
         characters, open_ = 0, self._digest is not None
         while characters < BATCH_CHARACTERS and (record := self.source.next()) is not None:
+            assert not isinstance(record, Encoded)
             if isinstance(record, Bad):
-                if not self._job.skip_bad:
-                    raise BadLine(str(record))
-                self.summary.bad_lines += 1
-                told = {"file": str(record.path), record.place: record.line, "reason": record.reason}
-                self._bad.write(json.dumps(told) + "\n")
+                self._skip(record)
                 if open_ and not record.more:
                     texts.append("")
                     open_ = False

@@ -83,6 +83,15 @@ def find_sources(
     return Sources(files, stores, left_out, found.unknown)
 
 
+def find_messages(paths: Sequence[str | Path], run_folder: Path | None = None, named: str = "data.paths") -> Sources:
+    """The same for files of messages. Raises UserError for what cannot hold any."""
+    found = find_sources(paths, run_folder, named)
+    for file in found.files:
+        if kind_of(file) == ".txt":
+            raise UserError(f"{named}: '{file}': data.format = 'messages' needs JSONL files or parquet")
+    return found
+
+
 def _globbed(path: Path) -> list[Path]:
     """What a pattern of names finds; a path that is none, or is there as it stands, is itself."""
     if os.path.lexists(path) or not glob.has_magic(str(path)):
@@ -97,6 +106,7 @@ def read_documents(files: Sequence[Path], key: str = "text") -> Iterator[str]:
         for record in read_records(Piece(str(path)), key):
             if isinstance(record, Bad):
                 raise BadLine(str(record))
+            assert isinstance(record, str)  # no file of messages
             if isinstance(record, Part):
                 begun.append(record)
                 continue

@@ -29,8 +29,9 @@ from torchlinearmoe.data.best_fit import BestFit
 from torchlinearmoe.data.cached import cached_texts
 from torchlinearmoe.data.packing import Samples, SampleSource
 from torchlinearmoe.data.prepare import Tell
+from torchlinearmoe.data.prepared import messages_of
 from torchlinearmoe.data.shared import Decide, alone, open_stores
-from torchlinearmoe.data.sources import find_sources
+from torchlinearmoe.data.sources import Sources, find_sources
 from torchlinearmoe.data.store import TokenStore
 from torchlinearmoe.data.tokenizer import Tokenizer
 from torchlinearmoe.disk import expanded
@@ -307,8 +308,16 @@ def open_splits(
     if not 0 <= validation_fraction < 1:
         raise UserError(f"data.validation_fraction = {validation_fraction}: it must be at least 0 and below 1")
     folder = expanded(cache or DEFAULT_CACHE, "data.cache")
+
+    def find() -> Sources:
+        found = find_sources(paths, run_folder)
+        for tokens in found.stores:
+            if messages_of(tokens) is not None:
+                raise UserError(f"data.paths: '{tokens}' holds messages; set data.format = 'messages'")
+        return found
+
     stores, found = open_stores(
-        lambda: find_sources(paths, run_folder),
+        find,
         lambda files, made, starting: cached_texts(files, starting, folder, made, text_key=text_key, tell=tell),
         tokenizer,
         decide,

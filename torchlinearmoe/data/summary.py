@@ -34,12 +34,14 @@ class Summary:
     """Texts of white space alone, which are left out."""
     bad_lines: int = 0
     """Lines and rows without a text, which were passed over."""
+    trained: int = 0
+    """Tokens that are trained, of messages; of text all are."""
     duplicates: int = 0
     """Documents whose text is that of an earlier one."""
 
     def add(self, other: Summary) -> None:
         """Take in what is known of other documents."""
-        for name in ("documents", "tokens", "bytes", "blank", "bad_lines", "duplicates"):
+        for name in ("documents", "tokens", "bytes", "blank", "bad_lines", "trained", "duplicates"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest = max(self.longest, other.longest)
         size = max(len(self.lengths), len(other.lengths))
@@ -67,6 +69,8 @@ class Summary:
             ("blank texts left out", f"{self.blank:,}"),
             ("bad lines skipped", f"{self.bad_lines:,}"),
         ]
+        if self.trained:
+            rows.insert(2, ("of them trained", f"{self.trained:,}"))
         lines = [f"{name:22}{value:>20}" for name, value in rows]
         lines.append("tokens a document")
         most = max([*self.lengths, 1])

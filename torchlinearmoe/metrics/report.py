@@ -102,7 +102,7 @@ def _prompt(recipe: Recipe, splits: Splits, tokenizer: Tokenizer) -> list[str]:
     """Options of `generate` that ask the model for something like its data."""
     data, train = recipe.data, splits.train
     if data.format == "messages":
-        text = opening_of_messages(train, tokenizer, load_template(data.chat_template))
+        text = opening_of_messages(train, tokenizer, load_template(data.chat_template, tokenizer))
         return ["--chat", "--prompt", shlex.quote(text or "Hello.")]
     text = opening_of_text(train, tokenizer)
     return ["--prompt", shlex.quote(text)] if text else []

@@ -38,7 +38,7 @@ def unread(recipe: Recipe) -> dict[str, str]:
             "moe.capacity_factor or moe.eval_capacity_factor",
         ),
         (moe.num_experts, " ".join(f"moe.{field.name}" for field in dataclasses.fields(moe)), "moe.num_experts"),
-        (recipe.data.format == "messages", "data.chat_template", "data.format = 'messages'"),
+        (recipe.data.format == "messages", "data.chat_template data.trained_roles", "data.format = 'messages'"),
         (recipe.training.compile, "training.compile_backend", "training.compile = true"),
         (
             recipe.training.activation_checkpointing != "none",

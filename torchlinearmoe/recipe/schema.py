@@ -161,9 +161,12 @@ class DataRecipe:
     text_key: str = "text"
     """Where JSON and parquet have the text; `a.b` for a nested key."""
     format: Literal["text", "messages"] = "text"
-    """Text, every token of which is trained, or JSONL of messages, of which the responses are."""
+    """Text, every token of which is trained, or JSONL or parquet of messages, of which the responses are."""
     chat_template: str = "chatml"
-    """How messages are written: `chatml`, `plain`, or a template file."""
+    """How messages are written: `chatml`, `plain`, `tools` (chatml with calls of tools), `tokenizer` for the Jinja
+    template that lies with the tokenizer, or a template file, TOML or `.jinja`."""
+    trained_roles: tuple[str, ...] = ("assistant",)
+    """The roles whose messages are trained."""
     tokenizer: str = ""
     """A tiktoken-format file or a Hugging Face `tokenizer.json`; empty: the one that lies with
     `checkpoint.init_from`, else the BPE that ships with the project."""

@@ -161,6 +161,9 @@ def _positive(recipe: Recipe) -> None:
         raise RecipeError("data.min_length: leaves out whole documents; set data.validation_split = 'documents'")
     if recipe.data.format == "messages" and recipe.data.validation_split == "tokens":
         raise RecipeError("data.validation_split = 'tokens': conversations are held out whole; set it to 'documents'")
+    roles = recipe.data.trained_roles
+    if not roles or "" in roles or len(set(roles)) < len(roles):
+        raise RecipeError(f"data.trained_roles = {list(roles)}: name each role once that is trained, one at least")
     if recipe.data.format == "messages" and recipe.metrics.baselines:
         raise RecipeError("metrics.baselines = true: there are no count models of messages; set it to false")
     if not 0 < recipe.optimizer.decay_fraction <= 1:

@@ -5,9 +5,11 @@ import shutil
 
 import pytest
 
-from torchlinearmoe.data.chat_template import Message, load_template
+from torchlinearmoe.data.chat import Chat
+from torchlinearmoe.data.chat_template import load_template
 from torchlinearmoe.data.conversations import open_conversations
 from torchlinearmoe.data.fingerprint import fingerprint
+from torchlinearmoe.data.messages import Message
 from torchlinearmoe.data.sources import read_documents
 from torchlinearmoe.data.splits import open_splits
 from torchlinearmoe.data.store import TokenStore, cached_store, write_store
@@ -115,7 +117,7 @@ def test_a_conversation_and_its_prompt_start_with_it(tmp_path, spelled):
     template = load_template("chatml")
     for tokenizer, start in ((spelled, 1026), (spelled.starting(False), 1023)):
         splits = open_conversations(
-            [file], tokenizer=tokenizer, template=template, validation_fraction=0, cache=tmp_path / "cache"
+            [file], tokenizer=tokenizer, chat=Chat(template), validation_fraction=0, cache=tmp_path / "cache"
         )
         sample = splits.train.samples(64)[0]
         row = sample.tokens.tolist()

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from torchlinearmoe.data.chat_template import Message, load_template, parse_template
+from torchlinearmoe.data.chat_template import ChatTemplate, load_template, parse_template
+from torchlinearmoe.data.messages import Message
 from torchlinearmoe.data.tokenizer import DEFAULT_TOKENIZER, Tokenizer, load_tokenizer
 from torchlinearmoe.errors import UserError
 
@@ -92,6 +93,7 @@ def test_a_template_of_ones_own(tmp_path: Path, marked: Tokenizer) -> None:
         'end = "<|im_end|>"\nsystem = "{content}"\nuser = "Q {content}{end}"\nassistant = "A {content}{end}|"'
     )
     template = load_template(str(file))
+    assert isinstance(template, ChatTemplate)
     ids, trained = template.encode(TURNS[1:], marked)
     assert spans(ids, trained, marked) == [
         (False, "<|endoftext|>Q Hi<|im_end|>A "),

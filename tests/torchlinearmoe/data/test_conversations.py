@@ -7,13 +7,16 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from torchlinearmoe import build_model
-from torchlinearmoe.data.chat_template import Message, load_template
-from torchlinearmoe.data.conversations import Conversations, open_conversations, read_conversations
+from torchlinearmoe.data.chat import Chat
+from torchlinearmoe.data.chat_template import load_template
+from torchlinearmoe.data.conversations import Conversations, open_conversations
 from torchlinearmoe.data.loader import build_loader, build_validation_loader
+from torchlinearmoe.data.messages import Message
 from torchlinearmoe.data.packing import IGNORED
 from torchlinearmoe.data.splits import Splits
 from torchlinearmoe.data.tokenizer import load_tokenizer
@@ -37,7 +40,9 @@ def random_pairs(count: int) -> list[dict[str, str]]:
 
 def opened(file: Path, fraction: float = 0.0) -> Splits[Conversations]:
     cache = file.parent / "cache"
-    return open_conversations([file], tokenizer=TOKENIZER, template=TEMPLATE, validation_fraction=fraction, cache=cache)
+    return open_conversations(
+        [file], tokenizer=TOKENIZER, chat=Chat(TEMPLATE), validation_fraction=fraction, cache=cache
+    )
 
 
 def expected_pairs(pairs: list[dict[str, str]]) -> list[tuple[list[int], list[int]]]:
@@ -134,6 +139,11 @@ def test_what_is_longer_than_a_sequence_is_left_out_and_told(tmp_path: Path) -> 
         build_loader(stream, sequence_length=4, micro_batch_size=1, samples_per_step=1, seed=0)
 
 
+def keys_of(split: Conversations) -> list[int]:
+    keys = np.concatenate([store.keys for store in split.stores])
+    return sorted(keys[split.documents].tolist())
+
+
 def test_held_out_conversations_are_whole_and_decided_by_their_messages(tmp_path: Path) -> None:
     pairs = random_pairs(80)
     splits = opened(write(tmp_path, pairs), 0.3)
@@ -141,9 +151,7 @@ def test_held_out_conversations_are_whole_and_decided_by_their_messages(tmp_path
     assert 5 < splits.validation.num_documents < 50
     (tmp_path / "more").mkdir()
     shuffled = opened(write(tmp_path / "more", pairs[::-1]), 0.3)
-    assert sorted(shuffled.validation.store.keys[shuffled.validation.documents]) == sorted(
-        splits.validation.store.keys[splits.validation.documents]
-    )
+    assert keys_of(shuffled.validation) == keys_of(splits.validation)
 
 
 def test_another_template_is_not_read_from_the_cache(tmp_path: Path) -> None:
@@ -151,13 +159,13 @@ def test_another_template_is_not_read_from_the_cache(tmp_path: Path) -> None:
     opened(file)
     before = len(list((tmp_path / "cache").iterdir()))
     open_conversations(
-        [file], tokenizer=TOKENIZER, template=load_template("chatml"), validation_fraction=0, cache=tmp_path / "cache"
+        [file], tokenizer=TOKENIZER, chat=Chat(load_template("chatml")), validation_fraction=0, cache=tmp_path / "cache"
     )
     assert len(list((tmp_path / "cache").iterdir())) == before + 1
 
 
 def test_the_instructions_that_ship_are_sound(tmp_path: Path) -> None:
-    splits = open_conversations(tokenizer=TOKENIZER, template=TEMPLATE, validation_fraction=0.05, cache=tmp_path)
+    splits = open_conversations(tokenizer=TOKENIZER, chat=Chat(TEMPLATE), validation_fraction=0.05, cache=tmp_path)
     assert splits.train.num_documents + splits.validation.num_documents == 42 and splits.validation.num_documents
 
 
@@ -196,7 +204,8 @@ def test_files_of_another_kind_are_named(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_bytes(b"\xff\n")
     with pytest.raises(UserError, match="b.jsonl, line 1: not UTF-8"):
         opened(tmp_path / "b.jsonl")
-    assert list(read_conversations([write(tmp_path, ["", GOOD, " "])])) == [[("user", "a"), ("assistant", "b")]]
+    stream = opened(write(tmp_path, ["", GOOD, " "])).train
+    assert stream.num_documents == 1 and stream.ids(0) == [*expected_pairs([GOOD])[0][0], TOKENIZER.end_of_text]
 
 
 def test_a_row_knows_what_is_padding_and_a_prompt_is_none(tmp_path: Path) -> None:

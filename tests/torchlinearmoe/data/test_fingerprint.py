@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from torchlinearmoe.data.chat import Chat
 from torchlinearmoe.data.chat_template import load_template
 from torchlinearmoe.data.conversations import open_conversations
 from torchlinearmoe.data.fingerprint import DataState, Fingerprint, fingerprint, follow
@@ -47,7 +48,11 @@ def test_conversations_have_one_too(tmp_path: Path) -> None:
         path = tmp_path / f"{number}.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         splits = open_conversations(
-            [path], tokenizer=load_tokenizer(), template=load_template("plain"), validation_fraction=0.3, cache=tmp_path
+            [path],
+            tokenizer=load_tokenizer(),
+            chat=Chat(load_template("plain")),
+            validation_fraction=0.3,
+            cache=tmp_path,
         )
         found.append(fingerprint(splits.stores))
     assert found[0] == found[1] != found[2]

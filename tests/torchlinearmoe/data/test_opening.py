@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from torchlinearmoe.data.chat import Chat
 from torchlinearmoe.data.chat_template import load_template
 from torchlinearmoe.data.conversations import open_conversations
 from torchlinearmoe.data.opening import opening_of_messages, opening_of_text
@@ -27,7 +28,7 @@ def test_of_text_it_is_the_first_words(tmp_path, tokenizer, text, expected):
     assert found == expected if expected else 0 < len(found) <= 40 and set(found) == {"\u4e00"}
 
 
-@pytest.mark.parametrize("template", ["chatml", "plain"])
+@pytest.mark.parametrize("template", ["chatml", "plain", "tools"])
 def test_of_messages_it_is_the_first_question(tmp_path, tokenizer, template):
     turns = [("system", "Be brief."), ("user", "What is  the capital of France?"), ("assistant", "Paris.")]
     entries = [
@@ -38,6 +39,6 @@ def test_of_messages_it_is_the_first_question(tmp_path, tokenizer, template):
     file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     loaded = load_template(template)
     splits = open_conversations(
-        [file], tokenizer=tokenizer, template=loaded, validation_fraction=0, cache=tmp_path / "cache"
+        [file], tokenizer=tokenizer, chat=Chat(loaded), validation_fraction=0, cache=tmp_path / "cache"
     )
     assert opening_of_messages(splits.train, tokenizer, loaded) == "What is the capital of France?"

@@ -11,12 +11,22 @@ import types
 import numpy as np
 import pytest
 
-from torchlinearmoe.data.conversations import read_conversations
+from torchlinearmoe.data.chat import Chat
+from torchlinearmoe.data.chat_template import load_template
+from torchlinearmoe.data.conversations import open_conversations
 from torchlinearmoe.data.loader import build_validation_loader
 from torchlinearmoe.data.sources import find_sources, read_documents
 from torchlinearmoe.data.splits import open_splits
 from torchlinearmoe.data.store import TokenStore, cached_store, write_store
+from torchlinearmoe.data.tokenizer import load_tokenizer
 from torchlinearmoe.errors import UserError
+
+
+def open_messages(path):
+    chat = Chat(load_template("plain"))
+    cache = path.parent / "messages"
+    return open_conversations([path], tokenizer=load_tokenizer(), chat=chat, validation_fraction=0, cache=cache)
+
 
 LINE = b'{"text": "abc"}'
 
@@ -26,7 +36,7 @@ def test_a_byte_order_mark_and_other_line_ends_are_no_text(tmp_path):
     (tmp_path / "b.txt").write_bytes(codecs.BOM_UTF8 + b"de")
     assert list(read_documents(find_sources([tmp_path]).files)) == ["abc", "abc", "de"]
     (tmp_path / "c.jsonl").write_bytes(codecs.BOM_UTF8 + b'{"prompt": "a", "response": "b"}\r\n')
-    assert len(list(read_conversations([tmp_path / "c.jsonl"]))) == 1
+    assert len(open_messages(tmp_path / "c.jsonl").stores) == 1
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"text": ' + b"1" * 5000 + b"}"], ids=["deep", "long"])
@@ -37,7 +47,7 @@ def test_json_that_no_reader_takes_is_named(tmp_path, content):
         list(read_documents([path]))
     with pytest.raises(UserError, match="a.jsonl, line 1: "):
         path.write_bytes(content)
-        list(read_conversations([path]))
+        open_messages(path)
 
 
 def test_links_loops_and_pipes_are_named(tmp_path):

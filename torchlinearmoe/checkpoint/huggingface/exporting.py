@@ -25,14 +25,14 @@ from torchlinearmoe.checkpoint.huggingface.own import MODELING, float32_names, o
 from torchlinearmoe.checkpoint.huggingface.weights import name_copies
 from torchlinearmoe.checkpoint.model import (
     SPECIAL_IDS_FILE,
-    TEMPLATE_FILE,
+    TEMPLATE_FILES,
     TOKENIZER_FOLDER,
     checkpoint_template,
     checkpoint_tokenizer,
     read_special_ids,
 )
 from torchlinearmoe.checkpoint.nonfinite import is_finite, tell_nonfinite
-from torchlinearmoe.checkpoint.plain import is_there
+from torchlinearmoe.checkpoint.plain import is_there, read_plain
 from torchlinearmoe.checkpoint.stream import Progress, SavedWeights
 from torchlinearmoe.checkpoint.tokenizer_files import read_tokenizer_file, tokenizer_names
 from torchlinearmoe.families.huggingface import Config
@@ -134,7 +134,7 @@ def _ends(checkpoint: Path) -> int | list[int]:
     """The id, or ids, after which generation stops: the end of text, and of a response after finetuning."""
     tokenizer = checkpoint_tokenizer(checkpoint)
     ends = {tokenizer.end_of_text}
-    if (checkpoint / TEMPLATE_FILE).is_file():
+    if any((checkpoint / name).is_file() for name in TEMPLATE_FILES.values()):
         ends.add(checkpoint_template(checkpoint).end_id(tokenizer))
     return tokenizer.end_of_text if len(ends) == 1 else sorted(ends)
 
@@ -159,6 +159,8 @@ def _write_small_files(folder: Path, weights: SavedWeights, config: Config) -> N
     if is_there(tokenizer):
         for name in tokenizer_names(weights.path, TOKENIZER_FOLDER):
             (folder / Path(name).name).write_bytes(read_tokenizer_file(weights.path, name))
+    if is_there(weights.path / (learned := TEMPLATE_FILES["jinja"])):
+        (folder / learned).write_bytes(read_plain(weights.path, learned))
     if "auto_map" in config:
         (folder / MODELING).write_bytes((Path(__file__).parent / MODELING).read_bytes())
     ids = _special_ids(weights.path)

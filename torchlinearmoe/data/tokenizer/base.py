@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
@@ -29,6 +30,8 @@ class Tokenizer(ABC):
     """The id that its own files fill up with, if they name one."""
     special_tokens: Mapping[str, int] = {}
     """Tokens that no text encodes to, by their spelling."""
+    names: Mapping[str, str] = {}
+    """What templates call special tokens, `eos_token` for one, and their spelling."""
     fingerprint: str
     """Hash of everything that decides ids; part of the name of cached tokens."""
     threads: int = 8
@@ -65,6 +68,26 @@ class Tokenizer(ABC):
     def encode_arrays(self, texts: Sequence[str]) -> Sequence[Sequence[int] | np.ndarray]:
         """The same, as arrays where that spares making a number of every id."""
         return self.encode_batch(texts)
+
+    def encode_spans(self, text: str, special: bool = True) -> tuple[list[int], list[int]]:
+        """The ids of `text`, and where each ends in it, in characters; one inside a character ends with it.
+
+        With `special` a special token that is spelled out is one id.
+        """
+        spelled = sorted(self.special_tokens, key=len, reverse=True) if special else []
+        ids: list[int] = []
+        for piece in re.split(f"({'|'.join(map(re.escape, spelled))})", text) if spelled else [text]:
+            if special and piece in self.special_tokens:
+                ids.append(self.special_tokens[piece])
+            elif piece:
+                ids += self.encode(piece)
+        # The character that each byte is of.
+        owners = [place for place, letter in enumerate(text) for _ in letter.encode("utf-8", "replace")]
+        ends, place = [], 0
+        for token in ids:
+            place += len(self.decode_bytes([token]))
+            ends.append(owners[place - 1] + 1 if place else 0)
+        return ids, ends
 
     @abstractmethod
     def decode_bytes(self, ids: Iterable[int]) -> bytes:

@@ -78,6 +78,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.padding = None if padding is None else vocabulary.get(padding)
         added = [token for token in described.get("added_tokens", ()) if token.get("special")]
         self.special_tokens = {token["content"]: token["id"] for token in added}
+        named = {key: token.get("content") if isinstance(token, dict) else token for key, token in config.items()}
+        named = {key: token for key, token in named.items() if key.endswith("_token") and isinstance(token, str)}
+        self.names = {"eos_token": end_of_text} | named
         self._bytes = _token_bytes(described, vocabulary, path)
         self._without_id = _bytes_without_id(described, vocabulary)
         self.fingerprint = hashlib.blake2b(content + end_of_text.encode(), digest_size=16).hexdigest()
@@ -143,6 +146,15 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         self._check_bytes(text)
         return self._model.encode(text, add_special_tokens=False).ids
+
+    def encode_spans(self, text: str, special: bool = True) -> tuple[list[int], list[int]]:
+        self._check_bytes(text)
+        self._model.encode_special_tokens = not special
+        try:
+            encoded = self._model.encode(text, add_special_tokens=False)
+        finally:
+            self._model.encode_special_tokens = True
+        return encoded.ids, [end for _, end in encoded.offsets]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         for text in texts:

@@ -83,6 +83,8 @@ class TiktokenTokenizer(Tokenizer):
         self.end_of_text = special[end_of_text]
         self.begin_of_text = None if begin_of_text in (None, end_of_text) else special[begin_of_text]
         self.special_tokens = special
+        named = {"eos_token": end_of_text, "bos_token": begin_of_text}
+        self.names = {name: token for name, token in named.items() if token is not None}
         told = json.dumps([pattern, special, end_of_text], sort_keys=True)
         self.fingerprint = hashlib.blake2b(content + told.encode(), digest_size=16).hexdigest()
 
