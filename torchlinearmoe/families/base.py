@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torchlinearmoe.families.huggingface import Architecture
@@ -45,11 +45,14 @@ class Family:
     attention: str
     """Mixer of the `N` layers."""
     common: Mapping[str, Any]
-    """`[model]` values of every size."""
+    """`[model]` values of every size; a published hybrid's `mixer` and `layout` are among them."""
     presets: Mapping[str, tuple[Mapping[str, Any], ...]]
-    """Size to (`[model]` values, `[moe]` values), then the options of `attention` where it has its own dimensions."""
+    """Size to (`[model]` values, `[moe]` values), then the options of `attention` where it has its own dimensions, then
+    those of the published hybrid's `mixer`."""
     published: tuple[Architecture, ...] = ()
     """The Hugging Face architectures whose weights the family reads and writes."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of `attention` in every size, `[mixer.ATTENTION]`."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a size that leaves a dimension out; a head's width may be."""
@@ -67,7 +70,12 @@ class Family:
     def attention_options(self, size: str) -> dict[str, Any]:
         """The options of `attention` that `size` brings, `[mixer.ATTENTION]`."""
         _, _, *options = self.presets[size]
-        return dict(options[0]) if options else {}
+        return {**self.options, **(options[0] if options else {})}
+
+    def mixer_options(self, size: str) -> dict[str, dict[str, Any]]:
+        """The options that `size` brings, by mixer."""
+        brought = {self.attention: self.attention_options(size)}
+        return brought | {self.common["mixer"]: dict(options) for options in self.presets[size][3:]}
 
     @staticmethod
     def mixer_dimensions() -> dict[str, set[str]]:
@@ -75,7 +83,8 @@ class Family:
         brought: dict[str, set[str]] = {}
         for family in FAMILIES.values():
             for size in family.presets:
-                brought.setdefault(family.attention, set()).update(family.attention_options(size))
+                for mixer, options in family.mixer_options(size).items():
+                    brought.setdefault(mixer, set()).update(options)
         return brought
 
 

@@ -68,6 +68,8 @@ class Architecture:
     """Adds to the recipe's tables what no single key tells. Raises RecipeError."""
     write: Callable[[Tables, Config], None] | None = None
     """The same the other way. Raises RecipeError for what the architecture does not have."""
+    synonyms: Mapping[str, str] = field(default_factory=dict)
+    """Other names of keys, as transformers saves them again or as remote code has them, to those that are used here."""
     aliases: tuple[str, ...] = ()
     """Other values of `architectures` that are read: a multimodal model whose text part it is, an older name."""
     nested: str = ""
@@ -127,6 +129,27 @@ ATTENTION = tuple(
 """GQA, with biases where the model has them."""
 
 
+LATENT = tuple(
+    Name(f"layers.{{layer}}.mixer.{ours}.weight", f"model.layers.{{layer}}.self_attn.{theirs}.weight")
+    for ours, theirs in (
+        ("q_proj", "q_proj"),
+        ("q_a_proj", "q_a_proj"),
+        ("q_a_norm", "q_a_layernorm"),
+        ("q_b_proj", "q_b_proj"),
+        ("kv_a_proj", "kv_a_proj_with_mqa"),
+        ("kv_a_norm", "kv_a_layernorm"),
+        ("kv_b_proj", "kv_b_proj"),
+        ("o_proj", "o_proj"),
+    )
+)
+"""MLA, queries compressed or not."""
+LATENT_KEYS = {
+    "qk_nope_head_dim": "mixer.mla.head_dim",
+    "qk_rope_head_dim": "mixer.mla.qk_rope_head_dim",
+    "v_head_dim": "mixer.mla.v_head_dim",
+    "kv_lora_rank": "mixer.mla.kv_lora_rank",
+    "q_lora_rank": "mixer.mla.q_lora_rank",
+}
 HEAD_NORMS = tuple(
     Name(f"layers.{{layer}}.mixer.{name}.weight", f"model.layers.{{layer}}.self_attn.{name}.weight")
     for name in ("q_norm", "k_norm")

@@ -29,7 +29,7 @@ def unread(recipe: Recipe) -> dict[str, str]:
             "model.rope_scaling",
         ),
         (model.rope_scaling == "yarn", "model.rope_mscale model.rope_mscale_all_dim", "model.rope_scaling = 'yarn'"),
-        (moe.num_groups, "moe.top_k_groups", "moe.num_groups"),
+        (moe.num_groups, "moe.top_k_groups moe.group_score", "moe.num_groups"),
         (moe.balance == "loss", "moe.balance_coefficient moe.balance_scope", "moe.balance = 'loss'"),
         (moe.balance == "bias", "moe.bias_rate", "moe.balance = 'bias'"),
         (

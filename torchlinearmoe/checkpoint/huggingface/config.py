@@ -134,13 +134,14 @@ def _essence(model: ModelRecipe) -> dict[str, Any]:
     flat = flatten(model)
     for key in (*UNCHANGED, *(f"moe.{key}" for key in UNCHANGED_MOE)):
         flat.pop(key)
+    selection_bias = flat.pop("moe.selection_bias") or model.moe.balance == "bias"
     if not model.moe.num_experts:
         flat = {key: value for key, value in flat.items() if not key.startswith("moe.")}
     elif not model.moe.first_dense_layers:
         flat.pop("ffn_hidden_size")
     if model.rope_scaling == "none":
         flat = {key: value for key, value in flat.items() if key == "rope_theta" or not key.startswith("rope_")}
-    return flat | {"layers": layer_mixers(model), "selection bias": model.moe.balance == "bias"}
+    return flat | {"layers": layer_mixers(model), "selection bias": selection_bias}
 
 
 def _tables(model: ModelRecipe) -> Tables:
@@ -163,13 +164,13 @@ def _derived(key: str, config: Config) -> Any:
 
 
 def _text_part(where: Path, config: Config, architecture: Architecture) -> Config:
-    """What describes the text model: the nested part, and what stands beside it and not in it."""
-    if architecture.nested not in config:
-        return config
-    nested = config[architecture.nested]
+    """What describes the text model: the nested part, and what stands beside it and not in it, by the usual keys."""
+    nested = config.get(architecture.nested, {})
     if not isinstance(nested, dict):
         raise UserError(f"{where}: {architecture.nested} = {nested!r}: must be an object")
-    return {**config, **nested, "architectures": config["architectures"]}
+    config = {**config, **nested}
+    usual = {usual: config[other] for other, usual in architecture.synonyms.items() if other in config}
+    return {**usual, **config}
 
 
 def _layers(where: Path, config: Config, architecture: Architecture) -> dict[str, str]:

@@ -54,6 +54,15 @@ GROUPS: dict[str, Any] = {
     "topk_group": 2,
     "routed_scaling_factor": 2.5,
 }
+SIGMOID: dict[str, Any] = {
+    **{key: value for key, value in LATENT.items() if key != "num_key_value_heads"},
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 2.5,
+}
+V3_GROUPS: dict[str, Any] = {"n_group": 4, "topk_group": 2}
+PLAIN_EXPERTS: dict[str, Any] = {key: value for key, value in EXPERTS.items() if not key.startswith("shared_")}
 MSCALE: dict[str, Any] = {"mscale": 0.8, "mscale_all_dim": 0.5}
 WIDE: dict[str, Any] = {"head_dim": 12}
 
@@ -82,6 +91,25 @@ PUBLISHED: dict[str, Callable[[], Any]] = {
     "deepseek_v2 grouped": lambda: transformers.DeepseekV2Config(
         **{**DIMENSIONS, **LATENT, **GROUPS}, rope_parameters=rope(**YARN)
     ),
+    "qwen3": lambda: transformers.Qwen3Config(**DIMENSIONS, **WIDE, rope_parameters=rope()),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**DIMENSIONS, **PLAIN_EXPERTS, rope_parameters=rope()),
+    "qwen3_moe renormalised": lambda: transformers.Qwen3MoeConfig(
+        **DIMENSIONS, **PLAIN_EXPERTS, **WIDE, rope_parameters=rope(), norm_topk_prob=True
+    ),
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(
+        **{**DIMENSIONS, **SIGMOID, **V3_GROUPS, "num_key_value_heads": 4}, rope_parameters=rope(**YARN, **MSCALE)
+    ),
+    "deepseek_v3 uncompressed": lambda: transformers.DeepseekV3Config(
+        **{**DIMENSIONS, **SIGMOID, "num_key_value_heads": 4, "q_lora_rank": None, "n_shared_experts": 2},
+        rope_parameters=rope(),
+        norm_topk_prob=False,
+    ),
+    "glm4_moe": lambda: transformers.Glm4MoeConfig(
+        **DIMENSIONS, **SIGMOID, rope_parameters=rope(), use_qk_norm=True, attention_bias=True
+    ),
+    "glm4_moe air": lambda: transformers.Glm4MoeConfig(
+        **DIMENSIONS, **SIGMOID, **WIDE, rope_parameters=rope(partial_rotary_factor=0.5), attention_bias=True
+    ),
 }
 """`config.json` of each case."""
 
@@ -95,6 +123,9 @@ def make(case: str, dtype: torch.dtype = torch.float32) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer += 0.3 * torch.randn(buffer.shape, generator=generator)
     return model.to(dtype).eval()
 
 
