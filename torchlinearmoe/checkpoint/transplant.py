@@ -25,7 +25,7 @@ from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.models.layer_mixers import layer_mixers
 from torchlinearmoe.recipe import ModelRecipe
 
-ALWAYS = ("hidden_size", "num_layers", "vocab_size", "norm_eps")
+ALWAYS = ("hidden_size", "num_layers", "vocab_size", "norm_eps", "norm_offset")
 ATTENTION = ("num_heads", "num_kv_heads", "head_dim", "qkv_bias")
 FREE_MOE = (
     *("top_k", "balance", "balance_coefficient", "balance_scope", "z_loss_coefficient", "bias_rate"),

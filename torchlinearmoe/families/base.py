@@ -75,7 +75,9 @@ class Family:
     def mixer_options(self, size: str) -> dict[str, dict[str, Any]]:
         """The options that `size` brings, by mixer."""
         brought = {self.attention: self.attention_options(size)}
-        return brought | {self.common["mixer"]: dict(options) for options in self.presets[size][3:]}
+        if len(self.presets[size]) > 3:
+            brought[self.common["mixer"]] = dict(self.presets[size][3])
+        return brought
 
     @staticmethod
     def mixer_dimensions() -> dict[str, set[str]]:

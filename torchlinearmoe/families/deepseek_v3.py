@@ -59,9 +59,7 @@ def _mla(head_dim: int, rope: int, latent: int, query_latent: int) -> dict[str, 
 PRESETS = {
     "debug": (
         model_size(64, 4, 4, 4, 160, 1024, rope_theta=1e3, **_yarn(4.0, 256)),
-        moe_size(
-            8, 2, 32, shared_hidden_size=32, routed_scaling=2.5, first_dense_layers=1, **SIGMOID, **grouped(4, 2)
-        ),
+        moe_size(8, 2, 32, shared_hidden_size=32, routed_scaling=2.5, first_dense_layers=1, **SIGMOID, **grouped(4, 2)),
         _mla(16, 8, 32, 24),
     ),
     "A3B": (

@@ -46,6 +46,8 @@ class Name:
     """Which rows of theirs are ours, where not all are."""
     axes: tuple[int | None, ...] | None = None
     """For each dim of theirs the dim of ours that it is, None for a dim of one, where they are not the same."""
+    mixer: str = ""
+    """The mixer of the layers that it is for; empty for any."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,11 @@ def stacked_experts(theirs: str, gate_up: str, down: str) -> tuple[Name, ...]:
         Name(f"{stack}.gate_up", f"{path}.{gate_up}", axes=(0, 2, 1)),
         Name(f"{stack}.down", f"{path}.{down}", axes=(0, 2, 1)),
     )
+
+
+def of_mixer(mixer: str, names: tuple[Name, ...]) -> tuple[Name, ...]:
+    """The same names in layers of `mixer` alone."""
+    return tuple(dataclasses.replace(name, mixer=mixer) for name in names)
 
 
 def renamed(names: tuple[Name, ...], old: str, new: str) -> tuple[Name, ...]:

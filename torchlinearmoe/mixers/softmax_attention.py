@@ -116,10 +116,14 @@ class SoftmaxAttention(Mixer[Options]):
             raise RecipeError(f"mixer.softmax_attention.kv_heads = {kv_heads}: must divide the {heads} query heads")
         if not options.rope:
             if options.rotary_dim:
-                raise RecipeError(f"mixer.softmax_attention.rotary_dim = {options.rotary_dim}: not read; it needs rope")
+                raise RecipeError(
+                    f"mixer.softmax_attention.rotary_dim = {options.rotary_dim}: nothing is rotated with "
+                    "mixer.softmax_attention.rope = false; set it to 0"
+                )
         elif options.rotary_dim % 2 or options.rotary_dim > width:
             raise RecipeError(
-                f"mixer.softmax_attention.rotary_dim = {options.rotary_dim}: must be even and at most the head's {width}"
+                f"mixer.softmax_attention.rotary_dim = {options.rotary_dim}: must be even and at most {width}, a "
+                "head's width; 0 for all of it"
             )
         elif width % 2 and not options.rotary_dim:
             field = "mixer.softmax_attention.head_dim" if options.head_dim else "model.head_dim"

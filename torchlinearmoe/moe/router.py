@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torchlinearmoe.initialize import Normal, set_initializers
 from torchlinearmoe.module import Module
 
-
 LEAST_SUM = 1e-20
 """What sums of sigmoids are divided by at least, as in the published code."""
 

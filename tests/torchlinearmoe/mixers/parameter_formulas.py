@@ -140,7 +140,7 @@ def gated_delta_net(options: Any, model: Any) -> int:
 
 
 def kda(options: Any, model: Any) -> int:
-    """D R + (R + 1) HV K + HV of the decay and D R' + (R' + 1) HV V of the gate, its bias included, beside the rule's."""
+    """D R + (R + 1) HV K + HV of the decay and D R' + (R' + 1) HV V of the gate beside the rule's; R' without bias."""
     width, _, key_dim, heads, value_dim = _delta(options, model)
     decay_rank, gate_rank = options.decay_rank or value_dim, options.gate_rank or value_dim
     decay = width * decay_rank + (decay_rank + 1) * heads * key_dim + heads

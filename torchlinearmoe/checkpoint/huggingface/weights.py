@@ -17,6 +17,7 @@ from torchlinearmoe.checkpoint.huggingface.own import ARCHITECTURE, own_copies, 
 from torchlinearmoe.errors import UserError
 from torchlinearmoe.families.huggingface import Architecture, Name
 from torchlinearmoe.models.decoder import Decoder
+from torchlinearmoe.models.layer_mixers import layer_mixers
 from torchlinearmoe.recipe import ModelRecipe
 
 NOT_READ = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -62,8 +63,9 @@ def _spelled(
     patterns: list[tuple[re.Pattern[str], Name]], ours: str, shape: Index, model: ModelRecipe
 ) -> Iterator[Copy]:
     """The copies of one tensor of ours, by the names of one spelling."""
+    mixers = layer_mixers(model)
     for pattern, name in patterns:
-        if match := pattern.fullmatch(ours):
+        if (match := pattern.fullmatch(ours)) and (not name.mixer or mixers[int(match[1])] == name.mixer):
             yield from _parts(name, name.theirs.replace("{layer}", match[1] if match.groups() else ""), shape, model)
 
 
