@@ -1,6 +1,6 @@
 """Every mixer and every family under every kind of parallelism trains as one process does.
 
-`pytest -m distributed_full` runs all of it and prints the table: the greatest relative error of the losses and the
+`pytest -m distributed_full` runs all of it, but for a few cells that always run, and prints the table: the greatest relative error of the losses and the
 first gradients, and that of the last gradients, or why a recipe is refused.
 """
 
@@ -49,6 +49,7 @@ CONDITIONED = {
     "retention": {"norm_eps": 1e-1},
     "rwkv6": {"norm_eps": 1e-1, "init_std": 0.125},
     "rwkv7": {"norm_eps": 1e-1, "init_std": 0.125},
+    "family kimi_linear": {"norm_eps": 1e-1},
 }
 LIMITS = {"float32": (1e-5, 1e-4), "float64": (1e-9, 1e-9)}
 """Of the losses and first gradients, and of the last gradients."""
@@ -56,7 +57,9 @@ LIMITS = {"float32": (1e-5, 1e-4), "float64": (1e-9, 1e-9)}
 REFUSED = {(f"family {name}", "ep 2") for name in FAMILIES if not FAMILIES[name].preset("debug")["moe"]["num_experts"]}
 """Families without experts; nothing else may be refused."""
 
-pytestmark = pytest.mark.distributed_full
+full = pytest.mark.distributed_full
+FEW = {"qwen3_next": "cp 2", "kimi_linear": "tp 2", "glm4_moe": "ep 2"}
+"""Cells of published models that every run of the tests has, in float64."""
 
 
 def of_mixer(name: str) -> Settings:
@@ -66,10 +69,18 @@ def of_mixer(name: str) -> Settings:
 
 
 def of_family(name: str) -> Settings:
-    """The family as it comes, but for its layers and the epsilon of its norms."""
+    """The family as it comes, a published hybrid with its mixer, but for its layers and the epsilon of its norms."""
     dimensions = dict.fromkeys(("hidden_size", "num_heads", "num_kv_heads"))
+    mixer = {"mixer": FAMILIES[name].common["mixer"]} if "mixer" in FAMILIES[name].common else {}
     return {
-        "model": {"family": name, "size": "debug", **dimensions, **MODEL},
+        "model": {
+            "family": name,
+            "size": "debug",
+            **dimensions,
+            **mixer,
+            **MODEL,
+            **CONDITIONED.get(f"family {name}", {}),
+        },
         "moe": dict.fromkeys(("num_experts", "top_k", "hidden_size", "shared_hidden_size", "shared_gate")),
     }
 
@@ -149,31 +160,48 @@ def refusal(tables: Settings, size: int) -> str:
     return ""
 
 
+@full
 @pytest.mark.parametrize("layout", SINGLE)
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_every_mixer_trains_alike_under_every_axis(cell: Cell, mixer: str, layout: str) -> None:
     cell(mixer, of_mixer(mixer), layout)
 
 
+@full
 @pytest.mark.parametrize("layout", WIDE)
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_every_mixer_is_the_same_function_under_every_axis(cell: Cell, mixer: str, layout: str) -> None:
     cell(mixer, of_mixer(mixer), layout, wide=True)
 
 
+@full
 @pytest.mark.parametrize("layout", COMPOSED)
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_every_hybrid_trains_alike_under_axes_together(cell: Cell, mixer: str, layout: str) -> None:
     cell(mixer, of_mixer(mixer), layout)
 
 
+@full
 @pytest.mark.parametrize("layout", COMPILED)
 @pytest.mark.parametrize("mixer", ["hgrn2", "gated_delta_net", "mamba2"])
 def test_compiled_mixers_train_alike_under_every_axis(cell: Cell, mixer: str, layout: str) -> None:
     cell(mixer, of_mixer(mixer), layout, compiled=True)
 
 
+@full
 @pytest.mark.parametrize("layout", SINGLE)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_trains_alike_under_every_axis(cell: Cell, family: str, layout: str) -> None:
     cell(f"family {family}", of_family(family), layout)
+
+
+@full
+@pytest.mark.parametrize("layout", WIDE)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_the_same_function_under_every_axis(cell: Cell, family: str, layout: str) -> None:
+    cell(f"family {family}", of_family(family), layout, wide=True)
+
+
+@pytest.mark.parametrize(("family", "layout"), FEW.items())
+def test_published_models_are_the_same_function_under_an_axis_each(cell: Cell, family: str, layout: str) -> None:
+    cell(f"family {family}", of_family(family), layout, wide=True)

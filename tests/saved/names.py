@@ -58,7 +58,8 @@ def _mixers() -> dict[str, Group]:
     for name in MIXERS.names():
         for options in ({}, *MIXERS[name].variants):
             told = " ".join([name, *(f"{key}={value}" for key, value in options.items())])
-            family = next((each for each in FAMILIES if FAMILIES[each].attention == name), "qwen2")
+            families = (each for each in FAMILIES if FAMILIES[each].attention == name)
+            family = min(families, key=lambda each: len(FAMILIES[each].attention_options("debug")), default="qwen2")
             model = {"family": family, "mixer": name, "layout": "L", "num_layers": 2, "num_heads": 2, "num_kv_heads": 2}
             names = _shapes({"model": model, "mixer": {name: options}})
             own = {key: rule for key, rule in names.items() if ".mixer." in key or key.startswith("shared.")}

@@ -247,6 +247,34 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "mixer": {"linear_attention": {"feature_map": "hedgehog", "feature_scale": 2.0}},
         "training": {"steps": 9},
     },
+    "sigmoid-gated_heads": {
+        "model": {"family": "llama3", "mixers": ["softmax_attention", "kda"], "norm_offset": 1.0},
+        "moe": {
+            "num_experts": 8,
+            "top_k": 2,
+            "hidden_size": 32,
+            "score": "sigmoid",
+            "selection_bias": True,
+            "num_groups": 4,
+            "top_k_groups": 2,
+            "group_score": "top2",
+        },
+        "mixer": {
+            "softmax_attention": {"qk_norm": "head", "rotary_dim": 8, "output_gate": True},
+            "kda": {"gate_bias": False},
+        },
+        "training": {"steps": 9},
+    },
+    "unrotated": {
+        "model": {"family": "llama3", "layout": "N"},
+        "mixer": {"softmax_attention": {"rope": False}},
+        "training": {"steps": 9},
+    },
+    "unrotated-mla": {
+        "model": {"family": "deepseek_v3", "layout": "N"},
+        "mixer": {"mla": {"rope": False}},
+        "training": {"steps": 9},
+    },
 }
 ONE_VALUE = {"optimizer.name"}
 """Keys with a single legal value."""

@@ -45,7 +45,8 @@ class InitialWeights:
 
     def describe(self) -> list[str]:
         """What is taken and what is not, a few lines."""
-        return describe(self.plan, str(self.weights.path))
+        left_out = self.weights.left_out() if isinstance(self.weights, PublishedWeights) else []
+        return [*left_out, *describe(self.plan, str(self.weights.path))]
 
     @torch.no_grad()
     def load(self, model: nn.Module | Sequence[nn.Module], group: dist.ProcessGroup | None = None) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchlinearmoe.checkpoint.boxes import Copy, Index, whole
+from torchlinearmoe.checkpoint.boxes import EXPERT, Copy, Index, whole
 from torchlinearmoe.checkpoint.stream import Weights
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.families import FAMILIES
@@ -25,7 +25,7 @@ from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.models.layer_mixers import layer_mixers
 from torchlinearmoe.recipe import ModelRecipe
 
-ALWAYS = ("hidden_size", "num_layers", "vocab_size", "norm_eps")
+ALWAYS = ("hidden_size", "num_layers", "vocab_size", "norm_eps", "norm_offset")
 ATTENTION = ("num_heads", "num_kv_heads", "head_dim")
 FREE_MOE = (
     *("top_k", "balance", "balance_coefficient", "balance_scope", "z_loss_coefficient", "bias_rate"),
@@ -172,7 +172,7 @@ class _Planner:
             outputs //= 2
             parts = [("gate_proj", 0, outputs), ("up_proj", outputs, outputs)]
         self.plan.copies[name] = [
-            Copy(f"{prefix}{module}.weight", (expert, 0, start), (1, inputs, width), (0, 0), expert=True)
+            Copy(f"{prefix}{module}.weight", (expert, 0, start), (1, inputs, width), (0, 0), EXPERT)
             for module, start, width in parts
             for expert in range(experts)
         ]

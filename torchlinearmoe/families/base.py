@@ -45,9 +45,10 @@ class Family:
     attention: str
     """Mixer of the `N` layers."""
     common: Mapping[str, Any]
-    """`[model]` values of every size."""
+    """`[model]` values of every size; a published hybrid's `mixer` and `layout` are among them."""
     presets: Mapping[str, tuple[Mapping[str, Any], ...]]
-    """Size to (`[model]` values, `[moe]` values), then the options of `attention` where it has its own dimensions."""
+    """Size to (`[model]` values, `[moe]` values), then the options of `attention` where it has its own dimensions, then
+    those of the published hybrid's `mixer`."""
     published: tuple[Architecture, ...] = ()
     """The Hugging Face architectures whose weights the family reads and writes."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -71,13 +72,21 @@ class Family:
         _, _, *options = self.presets[size]
         return {**self.options, **(options[0] if options else {})}
 
+    def mixer_options(self, size: str) -> dict[str, dict[str, Any]]:
+        """The options that `size` brings, by mixer."""
+        brought = {self.attention: self.attention_options(size)}
+        if len(self.presets[size]) > 3:
+            brought[self.common["mixer"]] = dict(self.presets[size][3])
+        return brought
+
     @staticmethod
     def mixer_dimensions() -> dict[str, set[str]]:
         """The options of mixers that sizes bring, by mixer."""
         brought: dict[str, set[str]] = {}
         for family in FAMILIES.values():
             for size in family.presets:
-                brought.setdefault(family.attention, set()).update(family.attention_options(size))
+                for mixer, options in family.mixer_options(size).items():
+                    brought.setdefault(mixer, set()).update(options)
         return brought
 
 

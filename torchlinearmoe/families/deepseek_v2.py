@@ -12,6 +12,8 @@ from typing import Any
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.families.base import FAMILIES, Family, model_size, moe_size
 from torchlinearmoe.families.huggingface import (
+    LATENT,
+    LATENT_KEYS,
     MODEL_DEFAULTS,
     MODEL_FIXED,
     MODEL_KEYS,
@@ -75,16 +77,6 @@ PRESETS = {
 
 ROUTING = {"greedy": False, "group_limited_greedy": True}
 """`topk_method`: whether a token chooses groups of experts first."""
-LATENT = {
-    "q_proj": "q_proj",
-    "q_a_proj": "q_a_proj",
-    "q_a_norm": "q_a_layernorm",
-    "q_b_proj": "q_b_proj",
-    "kv_a_proj": "kv_a_proj_with_mqa",
-    "kv_a_norm": "kv_a_layernorm",
-    "kv_b_proj": "kv_b_proj",
-    "o_proj": "o_proj",
-}
 
 
 def _read(config: Config, tables: Tables) -> None:
@@ -131,18 +123,11 @@ PUBLISHED = Architecture(
         "moe_intermediate_size": "moe.hidden_size",
         "routed_scaling_factor": "moe.routed_scaling",
         "aux_loss_alpha": "moe.balance_coefficient",
-        "qk_nope_head_dim": "mixer.mla.head_dim",
-        "qk_rope_head_dim": "mixer.mla.qk_rope_head_dim",
-        "v_head_dim": "mixer.mla.v_head_dim",
-        "kv_lora_rank": "mixer.mla.kv_lora_rank",
-        "q_lora_rank": "mixer.mla.q_lora_rank",
+        **LATENT_KEYS,
     },
     names=(
         *OUTER,
-        *(
-            Name(f"layers.{{layer}}.mixer.{ours}.weight", f"model.layers.{{layer}}.self_attn.{theirs}.weight")
-            for ours, theirs in LATENT.items()
-        ),
+        *LATENT,
         *swiglu("ffn", "mlp"),
         Name("layers.{layer}.ffn.router.weight", "model.layers.{layer}.mlp.gate.weight"),
         *experts("mlp.experts", "gate_proj", "up_proj", "down_proj"),

@@ -11,20 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchlinearmoe.initialize import ONES, set_initializers
+from torchlinearmoe.initialize import ONES, Constant, set_initializers
 from torchlinearmoe.kernels.norm import rms_norm
 from torchlinearmoe.module import Module
 from torchlinearmoe.precision import in_float32
 
 
 class RMSNorm(Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim; `kernels.norm.rms_norm`."""
+    """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dim; `kernels.norm.rms_norm`.
 
-    def __init__(self, width: int, eps: float) -> None:
+    With an offset of one the weights are about zero, where bfloat16 is fine; they are added in float32.
+    """
+
+    def __init__(self, width: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.offset = eps, offset
         self.weight = nn.Parameter(torch.empty(width))
-        set_initializers(self, weight=ONES)
+        set_initializers(self, weight=Constant(1.0 - offset))
         self.mean_square: Callable[[Tensor], Tensor] | None = None
         """[..., width] -> [..., 1], in float32; given where ranks hold parts of the width."""
 
@@ -33,7 +36,8 @@ class RMSNorm(Module):
         mean_square = None
         if self.mean_square is not None:
             mean_square = self.mean_square(in_float32(x))
-        return rms_norm(x, self.weight, self.eps, mean_square=mean_square)
+        weight = self.weight if not self.offset else in_float32(self.weight) + self.offset
+        return rms_norm(x, weight, self.eps, mean_square=mean_square)
 
 
 class GatedHeadNorm(Module):

@@ -89,6 +89,14 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return torch.cat([first * cosines - second * sines, second * cosines + first * sines], dim=-1).to(x.dtype)
 
 
+def rotate_first(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """`rotate` the first channels of every head, as many as the tables are for, and leave the others."""
+    dim = 2 * cosines.shape[-1]
+    if dim == x.shape[-1]:
+        return rotate(x, cosines, sines)
+    return torch.cat([rotate(x[..., :dim], cosines, sines), x[..., dim:]], dim=-1)
+
+
 def rotate_interleaved(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Rotate the pairs (x[2i], x[2i + 1]) of every head, the layout of the DeepSeek models.
 

@@ -2,7 +2,7 @@
 
     S'_t = diag(a_t) S_{t-1},      S_t = S'_t + b_t k_t (v_t - S'_t^T k_t)^T,      o_t = S_t^T q_t / sqrt(K)
     log a_t = -exp(A_log) softplus(W_2 W_1 x_t + dt_bias),      b_t = sigmoid(W_b x_t)  [times 2]
-    y_t = W_o (RMSNorm(o_t) * sigmoid(G_2 G_1 x_t + bias))
+    y_t = W_o (RMSNorm(o_t) * sigmoid(G_2 G_1 x_t [+ bias]))
 
 W_1 and G_1 have the rank of a value head's width. A_log, one a value head, and dt_bias, one a key channel of a value
 head, stay in float32 in a module of their own; the rest is in `delta_mixer.py`.
@@ -38,6 +38,8 @@ class Options(DeltaOptions):
     """Rank of the output gate's projection; 0 for a value head's width."""
     gate_activation: Literal["swish", "sigmoid"] = "sigmoid"
     """Activation of the output's gate."""
+    gate_bias: bool = True
+    """Add a bias to the output's gate; the released Kimi Linear has none."""
 
 
 class ChannelDecay(Module):
@@ -77,6 +79,7 @@ class KDA(DeltaMixer[Options]):
         {"decay_rank": 3, "gate_rank": 5},
         {"output_norm": "none"},
         {"gate_activation": "swish"},
+        {"gate_bias": False},
     )
 
     def __init__(self, options: Options, model: ModelRecipe, place: LayerPlace) -> None:
@@ -87,10 +90,12 @@ class KDA(DeltaMixer[Options]):
         self.decay_up = linear(decay_rank, self.value_heads * self.key_dim, std)
         self.decay = ChannelDecay(self.value_heads, self.key_dim)
         self.gate_down = linear(width, gate_rank, std)
-        self.gate_up = linear(gate_rank, self.value_heads * self.value_dim, std, bias=True)
+        self.gate_up = linear(gate_rank, self.value_heads * self.value_dim, std, bias=options.gate_bias)
         self.norm = options.gated_norm(self.value_dim, model)
 
     def tensor_parallel(self) -> dict[str, Placement]:
         placements = {f"{name}_down.weight": Replicate() for name in ("decay", "gate")}
-        placements |= {name: Shard(0) for name in ("decay_up.weight", "gate_up.weight", "gate_up.bias")}
+        placements |= {name: Shard(0) for name in ("decay_up.weight", "gate_up.weight")}
+        if self.gate_up.bias is not None:
+            placements["gate_up.bias"] = Shard(0)
         return super().tensor_parallel() | placements | {"decay.A_log": Shard(0), "decay.dt_bias": Shard(0)}

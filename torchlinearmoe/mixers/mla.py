@@ -68,6 +68,8 @@ class Options(MixerOptions):
     """Width of the latent that keys and values are made of."""
     q_lora_rank: int = 0
     """Width of the latent that queries are made of; 0 makes them of the input itself."""
+    rope: bool = True
+    """Rotate the channels that are for it; without, they are compared as they are (Kimi Linear, arXiv 2510.26692)."""
 
 
 @register("mla", listed=False)
@@ -80,6 +82,7 @@ class MLA(Mixer[Options]):
     variants = (
         {"head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "kv_lora_rank": 24},
         {"heads": 3, "head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 16, "kv_lora_rank": 20, "q_lora_rank": 14},
+        {"head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "kv_lora_rank": 24, "rope": False},
     )
     regions = ("project", "expand", "output")
 
@@ -87,7 +90,7 @@ class MLA(Mixer[Options]):
         super().__init__(options, model, place)
         self.heads = options.heads or model.num_heads
         self.key_dim, self.rope_dim, self.value_dim = options.head_dim, options.qk_rope_head_dim, options.v_head_dim
-        self.latent_dim = options.kv_lora_rank
+        self.latent_dim, self.rotated = options.kv_lora_rank, options.rope
         self.theta, self.scaling = model.rope_theta, rope_scaling(model)
         factor = 1.0 if self.scaling is None else self.scaling.score_factor
         self.scale = factor * (self.key_dim + self.rope_dim) ** -0.5
@@ -146,10 +149,13 @@ class MLA(Mixer[Options]):
         return attention.budget([length], self.heads, self.heads, width, self.value_dim).flops / length
 
     def project(self, x_TD: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [T, H, n + r], the latent [T, C] and the shared key [T, r], rotated where they are."""
+        """Queries [T, H, n + r], the latent [T, C] and the shared key [T, r]."""
         q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_TD))) if self.compressed else self.q_proj(x_TD)
-        q_n, q_r = q.unflatten(-1, (-1, self.key_dim + self.rope_dim)).split((self.key_dim, self.rope_dim), -1)
+        q = q.unflatten(-1, (-1, self.key_dim + self.rope_dim))
         latent, k_r = self.kv_a_proj(x_TD).split((self.latent_dim, self.rope_dim), -1)
+        if not self.rotated:
+            return q, self.kv_a_norm(latent), k_r
+        q_n, q_r = q.split((self.key_dim, self.rope_dim), -1)
         q = torch.cat([q_n, rotate_interleaved(q_r, cosines, sines)], -1)
         return q, self.kv_a_norm(latent), rotate_interleaved(k_r[:, None], cosines, sines)[:, 0]
 

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import Placement, Shard
+from torch.distributed.tensor import Placement, Replicate, Shard
 
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
@@ -26,8 +27,9 @@ from torchlinearmoe.kernels import attention
 from torchlinearmoe.kernels.cached_attention import cached_attention
 from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.layers.convolution import Convolutions
+from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.layers.past import After, Past, Resumed
-from torchlinearmoe.layers.rope import rotate
+from torchlinearmoe.layers.rope import rotate_first
 from torchlinearmoe.mixers.attention import append_to_cache, attend, padded_queries
 from torchlinearmoe.mixers.base import (
     Carry,
@@ -55,6 +57,14 @@ class Options(MixerOptions):
     """Taps of a short convolution on queries, keys and values, before the rotation; 0 for none."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections; the families with biases bring them."""
+    qk_norm: Literal["none", "head"] = "none"
+    """RMSNorm of each head's queries and keys before the rotation, one weight for all heads."""
+    rope: bool = True
+    """Rotate queries and keys by their positions."""
+    rotary_dim: int = 0
+    """Channels of a head that are rotated, the first ones; 0 for all."""
+    output_gate: bool = False
+    """Multiply what each head reads by a sigmoid gate of the token, a channel each."""
 
 
 def _heads(options: Options, model: ModelRecipe) -> tuple[int, int, int]:
@@ -66,7 +76,7 @@ def _heads(options: Options, model: ModelRecipe) -> tuple[int, int, int]:
 
 @register("softmax_attention")
 class SoftmaxAttention(Mixer[Options]):
-    """o = softmax(q k^T / sqrt(d), causal inside the document and the window) v."""
+    """o = softmax(q k^T / sqrt(d), causal inside the document and the window) v  [* sigmoid(W_g x)]."""
 
     keeps_past = True
     Options = Options
@@ -75,6 +85,8 @@ class SoftmaxAttention(Mixer[Options]):
         {"heads": 3, "head_dim": 10, "kv_heads": 1},
         {"conv": 4},
         {"qkv_bias": True},
+        {"qk_norm": "head", "rotary_dim": 10, "output_gate": True},
+        {"rope": False, "qk_norm": "head"},
         {"window": 5, "heads": 4, "head_dim": 16, "kv_heads": 2},
         {"window": 65, "heads": 3, "head_dim": 10, "kv_heads": 1},
     )
@@ -90,6 +102,11 @@ class SoftmaxAttention(Mixer[Options]):
         self.q_proj = linear(width, self.heads * self.head_dim, std, bias)
         self.k_proj = linear(width, self.kv_heads * self.head_dim, std, bias)
         self.v_proj = linear(width, self.kv_heads * self.head_dim, std, bias)
+        self.q_norm = self.k_norm = None
+        if options.qk_norm == "head":
+            self.q_norm, self.k_norm = (RMSNorm(self.head_dim, model.norm_eps, model.norm_offset) for _ in "qk")
+        self.g_proj = linear(width, self.heads * self.head_dim, std) if options.output_gate else None
+        self.rotary_dim = (options.rotary_dim or self.head_dim) if options.rope else 0
         kv_width = self.kv_heads * self.head_dim
         self.convs = Convolutions({"q": self.heads * self.head_dim, "k": kv_width, "v": kv_width}, options.conv)
         self.o_proj = linear(self.heads * self.head_dim, width, std / (2 * model.num_layers) ** 0.5)
@@ -100,9 +117,22 @@ class SoftmaxAttention(Mixer[Options]):
         heads, kv_heads, width = _heads(options, model)
         if heads % kv_heads:
             raise RecipeError(f"mixer.softmax_attention.kv_heads = {kv_heads}: must divide the {heads} query heads")
-        if width % 2:
+        if not options.rope:
+            if options.rotary_dim:
+                raise RecipeError(
+                    f"mixer.softmax_attention.rotary_dim = {options.rotary_dim}: nothing is rotated with "
+                    "mixer.softmax_attention.rope = false; set it to 0"
+                )
+        elif options.rotary_dim % 2 or options.rotary_dim > width:
+            raise RecipeError(
+                f"mixer.softmax_attention.rotary_dim = {options.rotary_dim}: must be even and at most {width}, a "
+                "head's width; 0 for all of it"
+            )
+        elif width % 2 and not options.rotary_dim:
             field = "mixer.softmax_attention.head_dim" if options.head_dim else "model.head_dim"
-            raise RecipeError(f"{field} = {width}: rotary positions need an even head width")
+            raise RecipeError(
+                f"{field} = {width}: rotary positions need an even head width; set mixer.softmax_attention.rotary_dim"
+            )
 
     @classmethod
     def head_groups(cls, options: Options, model: ModelRecipe) -> tuple[str, int]:
@@ -120,6 +150,10 @@ class SoftmaxAttention(Mixer[Options]):
         placements = {f"{name}.weight": Shard(0) for name in ("q_proj", "k_proj", "v_proj")}
         if self.q_proj.bias is not None:
             placements |= {f"{name}.bias": Shard(0) for name in ("q_proj", "k_proj", "v_proj")}
+        if self.q_norm is not None:
+            placements |= {"q_norm.weight": Replicate(), "k_norm.weight": Replicate()}
+        if self.g_proj is not None:
+            placements["g_proj.weight"] = Shard(0)
         placements |= self.convs.tensor_parallel("convs")
         return placements | {"o_proj.weight": Shard(1)}
 
@@ -133,31 +167,38 @@ class SoftmaxAttention(Mixer[Options]):
         return attention.budget([length], self.heads, self.kv_heads, width, width, self.window).flops / length
 
     def project(self, x_TD: Tensor) -> dict[str, Tensor]:
-        """Raw queries q [T, H d], keys k and values v [T, G d]."""
-        return {"q": self.q_proj(x_TD), "k": self.k_proj(x_TD), "v": self.v_proj(x_TD)}
+        """Raw queries q [T, H d], keys k and values v [T, G d], and the gate [T, H d] where there is one."""
+        parts = {"q": self.q_proj(x_TD), "k": self.k_proj(x_TD), "v": self.v_proj(x_TD)}
+        return parts if self.g_proj is None else {**parts, "gate": self.g_proj(x_TD)}
 
     def rotate_heads(
         self, q: Tensor, k: Tensor, v: Tensor, cosines: Tensor, sines: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries [T, H, d], rotated keys and values [T, G, d]."""
+        """Queries [T, H, d], keys and values [T, G, d]; queries and keys normed and rotated."""
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
-        return rotate(q, cosines, sines), rotate(k, cosines, sines), v
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if not self.rotary_dim:
+            return q, k, v
+        return rotate_first(q, cosines, sines), rotate_first(k, cosines, sines), v
 
-    def output(self, o: Tensor) -> Tensor:
-        """[T, H, d] -> [T, D]."""
-        return self.o_proj(o.flatten(-2))
+    def output(self, o: Tensor, gate: Tensor | None = None) -> Tensor:
+        """[T, H, d], and the gate's logits [T, H d] -> [T, D]."""
+        o = o.flatten(-2)
+        return self.o_proj(o if gate is None else o * gate.sigmoid())
 
     def run(self, x_TD: Tensor, context: Context, past: Past) -> tuple[Tensor, After]:
         parts, after = self.convs(self.project(x_TD), past)
-        tables = context.rotary(self.head_dim, self.theta, x_TD.dtype, self.scaling)
+        tables = context.rotary(self.rotary_dim, self.theta, x_TD.dtype, self.scaling)
+        gate = parts.get("gate")
         q, k, v = self.rotate_heads(parts["q"], parts["k"], parts["v"], *tables)
         if not isinstance(past, Resumed):
             scale = self.head_dim**-0.5
             o = attend(q, k, v, context.documents, scale=scale, backend=self.backend, window=self.window)
-            return self.output(o), after
+            return self.output(o, gate), after
         attend_state = self._attend_ring if self.window else self._attend_cache
         o, kept = attend_state(q, k, v, context, past.state)
-        return self.output(o), {**kept, **after}
+        return self.output(o, gate), {**kept, **after}
 
     def _attend_cache(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: State) -> tuple[Tensor, State]:
         """Write the new keys and values into the cache (in place) and attend over it."""

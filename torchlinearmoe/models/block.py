@@ -22,9 +22,9 @@ class Block(Module):
 
     def __init__(self, model: ModelRecipe, mixer: Mixer, layer: int) -> None:
         super().__init__()
-        self.mixer_norm = RMSNorm(model.hidden_size, model.norm_eps)
+        self.mixer_norm = RMSNorm(model.hidden_size, model.norm_eps, model.norm_offset)
         self.mixer = mixer
-        self.ffn_norm = RMSNorm(model.hidden_size, model.norm_eps)
+        self.ffn_norm = RMSNorm(model.hidden_size, model.norm_eps, model.norm_offset)
         self.ffn = _feed_forward(model, layer)
 
     def norm_mixer(self, x_TD: Tensor) -> Tensor:

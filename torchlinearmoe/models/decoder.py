@@ -108,7 +108,7 @@ class Decoder(Module):
         self.register_module("norm", None)
         self.register_module("head", None)
         if self.holds_last:
-            self.norm = RMSNorm(recipe.hidden_size, recipe.norm_eps)
+            self.norm = RMSNorm(recipe.hidden_size, recipe.norm_eps, recipe.norm_offset)
             self.head = Head(recipe.hidden_size, recipe.vocab_size, recipe.init_std, recipe.tie_embeddings)
 
     def forward(

@@ -333,9 +333,10 @@ def update_bias(
     one all-reduce over `group`, all ranks whose tokens make up the step, for all layers together. Each change is
     recentred to mean zero: a shift of all biases does not alter the selection, but signs need not cancel, so without it
     the biases would drift away from the scores and lose precision. Source: arXiv 2408.15664, algorithm 1.
-    Where `skipped`, 0-dim, is 1 the biases stay and the counts are forgotten.
+    Layers whose rate is zero keep their bias. Where `skipped`, 0-dim, is 1 the biases stay, and the counts are
+    forgotten.
     """
-    layers = [layer for layer in layers if layer.router.expert_bias is not None]
+    layers = [layer for layer in layers if layer.router.expert_bias is not None and layer.bias_rate]
     if not layers:
         return
     counts = torch.cat([layer.step_counts_E for layer in layers])

@@ -46,7 +46,7 @@ class MoE(Module):
         if recipe.drop_policy not in DROP_POLICIES:
             raise ValueError(f"moe.drop_policy = {recipe.drop_policy!r}: must be one of {', '.join(DROP_POLICIES)}")
         E = recipe.num_experts
-        self.bias_rate = recipe.bias_rate
+        self.bias_rate = recipe.bias_rate if recipe.balance == "bias" else 0.0
         self.capacity_factor = recipe.capacity_factor
         self.eval_capacity_factor = recipe.eval_capacity_factor
         self.drop_policy = recipe.drop_policy
@@ -54,10 +54,12 @@ class MoE(Module):
             width,
             E,
             recipe.top_k,
+            score=recipe.score,
             renormalize=recipe.renormalize,
-            selection_bias=recipe.balance == "bias",
+            selection_bias=recipe.selection_bias or recipe.balance == "bias",
             num_groups=recipe.num_groups,
             top_k_groups=recipe.top_k_groups,
+            group_score=recipe.group_score,
             scaling=recipe.routed_scaling,
             std=std,
         )
@@ -167,7 +169,7 @@ class MoE(Module):
             keep_Tk=keep_Tk,
             counted_T=counted_T,
         )
-        if counts_E is not None and self.router.expert_bias is not None:
+        if counts_E is not None and self.bias_rate:
             self.step_counts_E += counts_E
         return routing if loss is None else routing._replace(topk_weights_Tk=attach_loss(routing.topk_weights_Tk, loss))
 

@@ -125,7 +125,7 @@ def resolve(file: Mapping[str, Any], command_line: Mapping[str, Any] | None = No
         model["num_layers"] = len(model["mixers"])
     if "head_dim" not in model:
         model["head_dim"] = _default_head_dim(model)
-    brought = {family.attention: family.attention_options(size)}
+    brought = family.mixer_options(size)
     sources = (brought, file.get("mixer", {}), command_line.get("mixer", {}))
     mixer_tables = {
         name: {key: value for source in sources for key, value in source.get(name, {}).items()}

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from torchlinearmoe.families import FAMILIES
 from torchlinearmoe.recipe.schema import ModelRecipe, Recipe
 
 
@@ -29,7 +30,7 @@ def unread(recipe: Recipe) -> dict[str, str]:
             "model.rope_scaling",
         ),
         (model.rope_scaling == "yarn", "model.rope_mscale model.rope_mscale_all_dim", "model.rope_scaling = 'yarn'"),
-        (moe.num_groups, "moe.top_k_groups", "moe.num_groups"),
+        (moe.num_groups, "moe.top_k_groups moe.group_score", "moe.num_groups"),
         (moe.balance == "loss", "moe.balance_coefficient moe.balance_scope", "moe.balance = 'loss'"),
         (moe.balance == "bias", "moe.bias_rate", "moe.balance = 'bias'"),
         (
@@ -84,10 +85,12 @@ def not_read(recipe: Recipe, key: str, needs: str) -> str:
 
 def remarks(recipe: Recipe) -> Iterator[str]:
     """What the run of a resolved recipe says before it begins, a line each."""
+    brought = FAMILIES[recipe.model.family].preset(recipe.model.size)
     for key, needs in unread(recipe).items():
         section, _, name = key.partition(".")
         (field,) = (field for field in dataclasses.fields(_section(recipe, section)) if field.name == name)
-        if field.default not in (dataclasses.MISSING, value_of(recipe, key)):
+        usual = brought.get(section, {}).get(name, field.default)
+        if field.default is not dataclasses.MISSING and usual != value_of(recipe, key):
             yield not_read(recipe, key, needs)
     moe, optimizer, training = recipe.model.moe, recipe.optimizer, recipe.training
     if moe.num_experts > 1 and moe.top_k == 1 and moe.renormalize:

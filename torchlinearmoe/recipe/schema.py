@@ -43,10 +43,17 @@ class MoERecipe:
     """Rescale the chosen experts' probabilities to sum to one."""
     routed_scaling: float = of_size(1.0, default=1.0)
     """What the chosen experts' weights are multiplied by."""
+    score: Literal["softmax", "sigmoid"] = of_size("softmax", default="softmax")
+    """What the router makes of its logits: probabilities over all experts, or a sigmoid of each by itself."""
+    selection_bias: bool = of_size(False, default=False)
+    """Give each expert a bias that is added to its score when experts are chosen, and only then. It stays as it was
+    imported; `balance = "bias"` has one too, and moves it."""
     num_groups: int = of_size(0, default=0)
     """Groups of experts, of consecutive ones each; a token chooses groups first. 0 for none."""
     top_k_groups: int = of_size(0, default=0)
-    """Groups a token chooses its experts from: those with the most probable expert."""
+    """Groups a token chooses its experts from: those that score highest."""
+    group_score: Literal["max", "top2"] = of_size("max", default="max")
+    """How a group scores: as its best expert, or the sum of its two best."""
     first_dense_layers: int = of_size(0, default=0)
     """Layers at the bottom whose feed-forward is dense."""
     balance: Literal["loss", "bias", "none"] = "loss"
@@ -120,6 +127,9 @@ class ModelRecipe:
     """YaRN: the part of it that MLA applies to its scores as a whole."""
     norm_eps: float = of_size()
     """Epsilon of the RMS norms."""
+    norm_offset: float = of_size(0.0, default=0.0)
+    """What is added to the weights of the norms before and between layers and of softmax layers' queries and keys: 1
+    for models that learn how far these are from one."""
     tie_embeddings: bool = of_size()
     """Use the embedding as the output head."""
     init_std: float = of_size()

@@ -265,6 +265,8 @@ def _groups(moe: MoERecipe) -> None:
         raise RecipeError(f"moe.num_groups = {groups}: must divide moe.num_experts = {moe.num_experts}; 0 for none")
     if not 1 <= moe.top_k_groups <= groups:
         raise RecipeError(f"moe.top_k_groups = {moe.top_k_groups}: must lie between 1 and moe.num_groups = {groups}")
+    if moe.group_score == "top2" and moe.num_experts < 2 * groups:
+        raise RecipeError(f"moe.group_score = 'top2': a group has one expert; set moe.num_groups below {groups}")
     within = moe.top_k_groups * (moe.num_experts // groups)
     if moe.top_k > within:
         raise RecipeError(f"moe.top_k = {moe.top_k}: the {moe.top_k_groups} groups of a token have {within} experts")

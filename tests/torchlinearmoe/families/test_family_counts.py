@@ -30,7 +30,28 @@ PUBLISHED: dict[tuple[str, str], tuple[float, float]] = {
     ("llama3", "3.1-70B"): (70_553_706_496, 70_553_706_496),
     ("deepseek_v2", "A2.4B"): (15_706_484_224, 2.66e9),
     ("deepseek_v2", "A21B"): (235_741_434_880, 21.4e9),
+    ("qwen3", "0.6B"): (596_049_920, 596_049_920),
+    ("qwen3", "1.7B"): (1_720_574_976, 1_720_574_976),
+    ("qwen3", "4B"): (4_022_468_096, 4_022_468_096),
+    ("qwen3", "8B"): (8_190_735_360, 8_190_735_360),
+    ("qwen3", "14B"): (14_768_307_200, 14_768_307_200),
+    ("qwen3", "32B"): (32_762_123_264, 32_762_123_264),
+    ("qwen3", "A3B"): (30_532_122_624, 3.35e9),
+    ("qwen3", "A22B"): (235_093_634_560, 22.2e9),
+    ("qwen3", "A35B"): (480_154_875_392, 35.5e9),
+    ("deepseek_v3", "A3B"): (15.96e9, 2.91e9),
+    ("deepseek_v3", "A37B"): (671.03e9, 37.55e9),
+    ("glm4_moe", "A12B"): (106.85e9, 13.4e9),
+    ("glm4_moe", "A32B"): (352.80e9, 33.6e9),
 }
+HYBRIDS: dict[tuple[str, str], tuple[float, float]] = {
+    ("qwen3_next", "A3B"): (80e9, 3.9e9),
+    ("qwen3_5_moe", "A3B"): (35e9, 3.45e9),
+    ("qwen3_5_moe", "A10B"): (122e9, 9.8e9),
+    ("qwen3_5_moe", "A17B"): (397e9, 17.3e9),
+    ("kimi_linear", "A3B"): (49.12e9, 3.48e9),
+}
+"""Sizes with the published layout, by name and text part alone; totals are rounded to whole billions in the names."""
 LINEAR_MOE: dict[tuple[str, str], tuple[float, float]] = {
     ("qwen2", "A0.3B"): (2.49e9, 0.64e9),
     ("qwen2", "A1B"): (7.40e9, 1.77e9),
@@ -54,6 +75,12 @@ def test_softmax_models_have_the_published_parameters(family: str, size: str):
     assert counts.active == pytest.approx(active, rel=0.01)
 
 
+@pytest.mark.parametrize(("family", "size"), HYBRIDS)
+def test_hybrids_have_about_the_parameters_in_their_names(family: str, size: str):
+    counts = _counts(family, size)
+    assert (counts.total, counts.active) == pytest.approx(HYBRIDS[family, size], rel=0.012)
+
+
 @pytest.mark.parametrize(("family", "size"), LINEAR_MOE)
 def test_linear_models_have_the_parameters_of_their_preset(family: str, size: str):
     counts = _counts(family, size, mixer="linear_attention")
@@ -62,4 +89,4 @@ def test_linear_models_have_the_parameters_of_their_preset(family: str, size: st
 
 def test_every_size_is_compared():
     sizes = {(family, size) for family in FAMILIES for size in FAMILIES[family].presets if size != "debug"}
-    assert {*PUBLISHED, *LINEAR_MOE} == sizes
+    assert {*PUBLISHED, *HYBRIDS, *LINEAR_MOE} == sizes

@@ -140,11 +140,11 @@ def gated_delta_net(options: Any, model: Any) -> int:
 
 
 def kda(options: Any, model: Any) -> int:
-    """D R + (R + 1) HV K + HV of the decay and D R' + (R' + 1) HV V of the gate beside the rule's."""
+    """D R + (R + 1) HV K + HV of the decay and D R' + (R' + 1) HV V of the gate beside the rule's; R' without bias."""
     width, _, key_dim, heads, value_dim = _delta(options, model)
     decay_rank, gate_rank = options.decay_rank or value_dim, options.gate_rank or value_dim
     decay = width * decay_rank + (decay_rank + 1) * heads * key_dim + heads
-    return delta_rule(options, model) + decay + width * gate_rank + (gate_rank + 1) * heads * value_dim
+    return delta_rule(options, model) + decay + width * gate_rank + (gate_rank + options.gate_bias) * heads * value_dim
 
 
 def rwkv6(options: Any, model: Any) -> int:
@@ -172,10 +172,14 @@ def rwkv7_values(options: Any, model: Any) -> int:
 
 
 def softmax_attention(options: Any, model: Any) -> int:
-    """D (2 H d + 2 G d), the biases (H + 2 G) d, W (H + 2 G) d of convolutions."""
+    """D (2 H d + 2 G d), the biases (H + 2 G) d, W (H + 2 G) d of convolutions.
+
+    Norms of heads have 2 d, an output gate D H d.
+    """
     heads, width = options.heads or model.num_heads, options.head_dim or model.head_dim
     kv_heads = options.kv_heads or (heads if options.heads else model.num_kv_heads)
-    weights = 2 * model.hidden_size * (heads + kv_heads)
+    weights = model.hidden_size * ((3 if options.output_gate else 2) * heads + 2 * kv_heads)
+    weights += 2 if options.qk_norm == "head" else 0
     return (weights + (heads + 2 * kv_heads) * (options.qkv_bias + options.conv)) * width
 
 

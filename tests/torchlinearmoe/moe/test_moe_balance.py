@@ -176,6 +176,17 @@ def test_bias_update_moves_each_expert_toward_the_mean(build) -> None:
     torch.testing.assert_close(layer.router.expert_bias.sum().item(), 0.0)
 
 
+@pytest.mark.parametrize("balance", ["loss", "none"])
+def test_a_selection_bias_stays_as_it_is_unless_it_balances(build, balance: str) -> None:
+    layer = build(D, balance=balance, bias_rate=0.01, num_experts=4, top_k=2, selection_bias=True)
+    layer.router.expert_bias[2] = 10.0
+    before = layer.router.expert_bias.clone()
+    layer(torch.randn(50, D, dtype=torch.float64))
+    update_bias([layer])
+    assert torch.equal(layer.router.expert_bias, before) and layer.statistics.counts_E[2] == 50
+    assert layer.step_counts_E.sum() == 0  # nothing adds up that nobody reads
+
+
 def test_bias_balances_a_skewed_router(build) -> None:
     torch.manual_seed(10)
     layer = build(D, balance="bias", bias_rate=0.003, num_experts=E, top_k=K)

@@ -99,6 +99,38 @@ def test_the_scaling_multiplies_the_weights_and_nothing_else(renormalize: bool) 
     assert torch.equal(scaled.topk_ids_Tk, plain.topk_ids_Tk) and torch.equal(scaled.probs_TE, plain.probs_TE)
 
 
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize(("groups", "chosen"), [(0, 0), (3, 2), (4, 2)])
+def test_sigmoids_choose_with_their_bias_by_the_two_best_of_a_group_and_weigh_without(
+    groups: int, chosen: int, renormalize: bool
+) -> None:
+    """Token by token: s = sigmoid(x W); s + b chooses; weights are s, over the sum of the chosen where rescaled."""
+    torch.manual_seed(5)
+    options = {"num_groups": groups, "top_k_groups": chosen, "group_score": "top2", "renormalize": renormalize}
+    module, x = router(T=60, E=12, k=4, scaling=2.5, score="sigmoid", selection_bias=True, **options)
+    module.double()
+    assert module.expert_bias is not None
+    bias_E = module.expert_bias.normal_(-0.5, 0.4)  # scores below zero too
+    x = x.double()
+    routing = module(x)
+    sigmoid_TE = 1 / (1 + torch.exp(-(x @ module.weight.detach().T)))
+    size = 12 // (groups or 1)
+    for t in range(x.shape[0]):
+        s = sigmoid_TE[t]
+        scores = (s + bias_E).tolist()
+
+        def two_best(g: int, scores: list[float] = scores) -> float:
+            return sum(sorted(scores[g * size : (g + 1) * size])[-2:])
+
+        ranked = sorted(range(groups or 1), key=two_best, reverse=True)[: chosen or 1]
+        allowed = [g * size + e for g in ranked for e in range(size)]
+        best = sorted(allowed, key=lambda e: -scores[e])[:4]
+        assert routing.topk_ids_Tk[t].tolist() == best
+        weights = 2.5 * s[best] / (s[best].sum() if renormalize else 1)
+        torch.testing.assert_close(routing.topk_weights_Tk[t].detach(), weights, rtol=1e-12, atol=0)
+        torch.testing.assert_close(routing.probs_TE[t].detach(), s / s.sum(), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("top_k", [0, 7])
 def test_refuses_an_impossible_top_k(top_k: int) -> None:
     with pytest.raises(ValueError, match=rf"moe.top_k = {top_k}.*num_experts = 6"):

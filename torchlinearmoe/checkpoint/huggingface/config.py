@@ -22,6 +22,8 @@ UNCHANGED_MOE = (
 """The same of `[moe]`; a selection bias shows in the tensors."""
 
 
+FULL = "full_attention"
+"""Softmax attention, in `layer_types`."""
 ROPE: dict[str, tuple[str, dict[str, str]]] = {
     "default": ("none", {}),
     "llama3": (
@@ -52,7 +54,9 @@ ROPE_FIXED = {"truncate": True, "partial_rotary_factor": 1.0}
 
 def architecture_of(path: Path, config: Config) -> tuple[Family, Architecture]:
     """The family and architecture of a `config.json`. Raises UserError that names the known ones."""
-    known = {a.name: (family, a) for family in FAMILIES.values() for a in family.published}
+    known = {
+        name: (family, a) for family in FAMILIES.values() for a in family.published for name in (a.name, *a.aliases)
+    }
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     if not isinstance(name, str) or name not in known:
@@ -61,19 +65,17 @@ def architecture_of(path: Path, config: Config) -> tuple[Family, Architecture]:
 
 
 def read_recipe(path: Path, config: Config) -> Recipe:
-    """The recipe that builds the model of a `config.json`, softmax attention in every layer.
+    """The recipe that builds the model of a `config.json`.
 
     Raises UserError that names the key: one that is missing, or whose value means a model that is not built here.
     """
     family, architecture = architecture_of(path, config)
     where = path / CONFIG
+    config = _text_part(where, config, architecture)
     for key, value in architecture.fixed.items():
         if config.get(key, value) not in (value, None):
             raise UserError(f"{where}: {key} = {config[key]!r}: not supported; legal: {value!r}")
-    types = config.get("layer_types") or ["full_attention"]
-    if not isinstance(types, list) or any(kind != "full_attention" for kind in types):
-        raise UserError(f"{where}: layer_types = {config['layer_types']!r}: not supported; legal: 'full_attention'")
-    tables: Tables = {"model": {"family": family.name, "layout": "N"}, "moe": {}}
+    tables: Tables = {"model": {"family": family.name, **_layers(where, config, architecture)}, "moe": {}}
     for key, target in architecture.keys.items():
         value = config.get(key)
         if value is None:
@@ -87,7 +89,7 @@ def read_recipe(path: Path, config: Config) -> Recipe:
         _put(tables, target, value)
     for target, value in architecture.implied.items():
         _put(tables, target, value)
-    _read_rope(where, config, tables)
+    _read_rope(where, config, tables, architecture)
     try:
         if architecture.read is not None:
             architecture.read(config, tables)
@@ -112,7 +114,10 @@ def write_config(model: ModelRecipe) -> Config | None:
         config: Config = {"architectures": [architecture.name], "model_type": architecture.model_type}
         config |= {key: _get(tables, target) for key, target in architecture.keys.items()}
         config |= architecture.fixed
-        _write_rope(tables, config)
+        if architecture.layers:
+            words = {mixer: word for word, mixer in architecture.layers.items()}
+            config["layer_types"] = [words.get(mixer, FULL) for mixer in layer_mixers(model)]
+        _write_rope(tables, config, architecture)
         try:
             if architecture.write is not None:
                 architecture.write(tables, config)
@@ -129,13 +134,14 @@ def _essence(model: ModelRecipe) -> dict[str, Any]:
     flat = flatten(model)
     for key in (*UNCHANGED, *(f"moe.{key}" for key in UNCHANGED_MOE)):
         flat.pop(key)
+    selection_bias = flat.pop("moe.selection_bias") or model.moe.balance == "bias"
     if not model.moe.num_experts:
         flat = {key: value for key, value in flat.items() if not key.startswith("moe.")}
     elif not model.moe.first_dense_layers:
         flat.pop("ffn_hidden_size")
     if model.rope_scaling == "none":
         flat = {key: value for key, value in flat.items() if key == "rope_theta" or not key.startswith("rope_")}
-    return flat | {"layers": layer_mixers(model), "selection bias": model.moe.balance == "bias"}
+    return flat | {"layers": layer_mixers(model), "selection bias": selection_bias}
 
 
 def _tables(model: ModelRecipe) -> Tables:
@@ -157,7 +163,39 @@ def _derived(key: str, config: Config) -> Any:
     return None
 
 
-def _read_rope(where: Path, config: Config, tables: Tables) -> None:
+def _text_part(where: Path, config: Config, architecture: Architecture) -> Config:
+    """What describes the text model: the nested part, and what stands beside it and not in it, by the usual keys."""
+    nested = config.get(architecture.nested, {})
+    if not isinstance(nested, dict):
+        raise UserError(f"{where}: {architecture.nested} = {nested!r}: must be an object")
+    config = {**config, **nested}
+    usual = {usual: config[other] for other, usual in architecture.synonyms.items() if other in config}
+    return {**usual, **config}
+
+
+def _layers(where: Path, config: Config, architecture: Architecture) -> dict[str, str]:
+    """`model.layout`, the shortest that repeats, and `model.mixer` where it has an `L`."""
+    types = config.get("layer_types")
+    if types is None and architecture.layer_types is not None:
+        try:
+            types = architecture.layer_types(config)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from None
+    types = types or [FULL]
+    legal = [FULL, *architecture.layers]
+    if not isinstance(types, list) or any(kind not in legal for kind in types):
+        raise UserError(f"{where}: layer_types = {types!r}: not supported; legal: {', '.join(map(repr, legal))}")
+    linear = {architecture.layers[kind] for kind in types if kind != FULL}
+    assert len(linear) <= 1, "one linear mixer an architecture"
+    letters = "".join("N" if kind == FULL else "L" for kind in types)
+    period = next(n for n in range(1, len(letters) + 1) if (letters[:n] * len(letters)).startswith(letters))
+    layers = config.get("num_hidden_layers")
+    if period > 1 and len(letters) != layers:
+        raise UserError(f"{where}: layer_types: names {len(letters)} layers, num_hidden_layers = {layers!r}")
+    return {"layout": letters[:period], **({"mixer": linear.pop()} if linear else {})}
+
+
+def _read_rope(where: Path, config: Config, tables: Tables, architecture: Architecture) -> None:
     """`rope_parameters`, or the older `rope_theta` beside `rope_scaling`."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
@@ -165,6 +203,13 @@ def _read_rope(where: Path, config: Config, tables: Tables) -> None:
     rope = dict(rope)
     model = tables["model"]
     model["rope_theta"] = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+    if architecture.rotary is not None:
+        target, missing = architecture.rotary
+        factor = rope.pop("partial_rotary_factor", config.get("partial_rotary_factor", missing))
+        if not isinstance(factor, int | float) or not 0 < factor <= 1:
+            raise UserError(f"{where}: partial_rotary_factor = {factor!r}: must be above 0 and at most 1")
+        width = model.get("head_dim")
+        _put(tables, target, int(width * factor) if isinstance(width, int) and factor < 1 else 0)
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE:
         raise UserError(f"{where}: rope type {kind!r}: not supported; legal: {', '.join(ROPE)}")
@@ -177,15 +222,20 @@ def _read_rope(where: Path, config: Config, tables: Tables) -> None:
             raise UserError(f"{where}: rope type {kind!r} needs '{key}'")
         model[target] = value
     for key, value in rope.items():
-        if value not in (None, ROPE_FIXED.get(key)):
+        if key not in architecture.rope_ignored and value not in (None, ROPE_FIXED.get(key)):
             raise UserError(f"{where}: rope parameter {key} = {value!r}: not supported")
 
 
-def _write_rope(tables: Tables, config: Config) -> None:
+def _write_rope(tables: Tables, config: Config, architecture: Architecture) -> None:
     model = tables["model"]
     kind, keys = next((kind, keys) for kind, (ours, keys) in ROPE.items() if ours == model["rope_scaling"])
     values = {key: model[target] for key, target in keys.items()}
     scaling = {"rope_type": kind, **{k: v for k, v in values.items() if v != ROPE_DEFAULTS.get(k)}}
+    if architecture.rotary is not None:
+        rotated = _get(tables, architecture.rotary[0])
+        scaling["partial_rotary_factor"] = config["partial_rotary_factor"] = (
+            rotated / model["head_dim"] if rotated else 1.0
+        )
     config["rope_theta"] = model["rope_theta"]
     config["rope_parameters"] = {**scaling, "rope_theta": model["rope_theta"]}
     if keys:  # for transformers before 5

@@ -9,6 +9,7 @@ tokenizer.json and more      see `tokenizer_files.PATTERNS`
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ INDEX = "model.safetensors.index.json"
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Keys of `config.json` and `generation_config.json` that say which ids begin, end and fill a text."""
+
+MAPPED_BYTES = 2**24
 
 DTYPES = {
     "F64": torch.float64,
@@ -51,6 +54,7 @@ class Directory:
         self.dtypes: dict[str, torch.dtype] = {}
         self._files: dict[str, str] = {}
         self._kept: tuple[str, Any] = ("", None)
+        self._read = 0
         listed = self._listed()
         for file in dict.fromkeys(listed.values()) if listed else [WEIGHTS]:
             self._open(file)
@@ -61,11 +65,14 @@ class Directory:
     def read(self, name: str, start: Index, shape: Index) -> Tensor:
         """A box of a tensor, in the type it is stored in; nothing else is read.
 
-        Only the file of the last tensor is kept mapped: what was touched of a mapped file counts as memory.
+        Only the file of the last tensor is kept mapped, and not for longer than `MAPPED_BYTES` are read of it: what was
+        touched of a mapped file counts as memory.
         """
         file = self._files[name]
-        if self._kept[0] != file:
-            self._kept = (file, _map(self.path / file))
+        if self._kept[0] != file or self._read > MAPPED_BYTES:
+            self._kept = ("", None)  # unmapped before the next one is mapped
+            self._kept, self._read = (file, _map(self.path / file)), 0
+        self._read += math.prod(shape) * self.dtypes[name].itemsize
         mapped = self._kept[1]
         if not shape:
             return mapped.get_tensor(name)

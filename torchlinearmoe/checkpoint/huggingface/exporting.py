@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from torchlinearmoe.checkpoint.aside import written_aside
-from torchlinearmoe.checkpoint.boxes import Copy
+from torchlinearmoe.checkpoint.boxes import Copy, Index, extents, slices
 from torchlinearmoe.checkpoint.huggingface.config import architecture_of, write_config
 from torchlinearmoe.checkpoint.huggingface.directory import CONFIG, GENERATION, INDEX, WEIGHTS
 from torchlinearmoe.checkpoint.huggingface.own import MODELING, float32_names, own_config, own_copies
@@ -37,21 +39,24 @@ from torchlinearmoe.checkpoint.stream import Progress, SavedWeights
 from torchlinearmoe.checkpoint.tokenizer_files import read_tokenizer_file, tokenizer_names
 from torchlinearmoe.families.huggingface import Config
 
+LAYER = re.compile(r"layers\.\d+\.")
 SHARD_BYTES = 5 * 10**9
 """Largest weight file, and about what is held in memory."""
 
 
 class Part(NamedTuple):
-    """A tensor of the directory, a box of one of ours."""
+    """A tensor of the directory, put together from boxes of ours."""
 
-    ours: str
-    copy: Copy
+    source: str
+    shape: Index
+    pieces: list[tuple[str, Copy]]
+    """Our tensors by name, and which box of each is which box of it."""
     dtype: torch.dtype
 
     @property
     def size(self) -> int:
         """Bytes."""
-        return math.prod(self.copy.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def export_checkpoint(
@@ -72,18 +77,35 @@ def export_checkpoint(
     model = weights.recipe.model
     config, kept = write_config(model), set[str]()
     if config is not None:
-        copies = name_copies(architecture_of(weights.path, config)[1], weights.shapes)
+        architecture = architecture_of(weights.path, config)[1]
+        copies = name_copies(architecture, model, weights.shapes)
+        kept = {name for name in weights.shapes if LAYER.sub("layers.{layer}.", name) in architecture.float32}
     else:
         config, kept = own_config(weights.recipe), float32_names(model)
         copies = own_copies(weights.shapes)
     types = {name: found if dtype is None or name in kept else dtype for name, found in weights.dtypes.items()}
-    parts = [Part(name, copy, types[name]) for name, found in copies.items() for copy in found]
+    parts = _parts(copies, types)
     common = max(set(types.values()), key=lambda kind: sum(part.size for part in parts if part.dtype == kind))
     config |= {"dtype": str(common).removeprefix("torch."), "use_cache": True}
     with written_aside(Path(destination)) as folder:
         _write_small_files(folder, weights, config)
         _write_tensors(folder, weights, _shards(parts, shard_bytes), progress)
     return config
+
+
+def _parts(copies: Mapping[str, Sequence[Copy]], types: Mapping[str, torch.dtype]) -> list[Part]:
+    """The directory's tensors, in the order of ours."""
+    shapes = extents(copy for found in copies.values() for copy in found)
+    pieces: dict[str, list[tuple[str, Copy]]] = {source: [] for source in shapes}
+    for name, found in copies.items():
+        for copy in found:
+            pieces[copy.source].append((name, copy))
+    parts = []
+    for source, shape in shapes.items():
+        assert sum(math.prod(copy.shape) for _, copy in pieces[source]) == math.prod(shape), f"{source} has a hole"
+        kinds = {types[name] for name, _ in pieces[source]}
+        parts.append(Part(source, shape, pieces[source], reduce(torch.promote_types, kinds)))
+    return parts
 
 
 def _shards(parts: Sequence[Part], limit: int) -> list[list[Part]]:
@@ -123,11 +145,12 @@ def _write_tensors(folder: Path, weights: SavedWeights, shards: list[list[Part]]
 
 
 def _read(weights: SavedWeights, parts: Sequence[Part]) -> Iterator[tuple[str, Tensor]]:
-    for ours, copy, dtype in parts:
-        tensor = weights.read(ours, copy.start, copy.shape)
-        if copy.expert:
-            tensor = tensor[0].t()
-        yield copy.source, tensor.to(dtype).contiguous()
+    for source, shape, pieces, dtype in parts:
+        tensor = torch.empty(shape, dtype=dtype)
+        for ours, copy in pieces:
+            box = copy.to_source(weights.read(ours, copy.start, copy.shape))
+            tensor[slices(copy.source_start, copy.source_shape)] = box
+        yield source, tensor
 
 
 def _ends(checkpoint: Path) -> int | list[int]:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 
+from torchlinearmoe.checkpoint.boxes import Index, cut
 from torchlinearmoe.checkpoint.huggingface.directory import read_special_ids
 from torchlinearmoe.checkpoint.huggingface.weights import PublishedWeights
 from torchlinearmoe.checkpoint.model import RECIPE_FILE, SPECIAL_IDS_FILE, TOKENIZER_FOLDER
 from torchlinearmoe.checkpoint.stream import Progress, write_weights
 from torchlinearmoe.checkpoint.tokenizer_files import read_tokenizer_file, tokenizer_names
 from torchlinearmoe.recipe import Recipe, dump
+
+logger = logging.getLogger(__name__)
+BOX_BYTES = 2**23
+"""About the most that is read and written at once."""
 
 
 def import_directory(source: str | Path, destination: str | Path, progress: Progress | None = None) -> Recipe:
@@ -22,7 +28,9 @@ def import_directory(source: str | Path, destination: str | Path, progress: Prog
     """
     destination = Path(destination)
     weights = PublishedWeights(source)
-    boxes = {name: [(copy.start, copy.shape) for copy in copies] for name, copies in weights.copies.items()}
+    for line in weights.left_out():
+        logger.warning("%s", line)
+    boxes = {name: _boxes(weights, name) for name in weights.copies}
     names = tokenizer_names(weights.path)
     recipe = _recipe_of(weights.recipe, destination, names)
     special_ids = json.dumps(read_special_ids(weights.path), indent=2) + "\n"
@@ -30,6 +38,14 @@ def import_directory(source: str | Path, destination: str | Path, progress: Prog
     files |= {f"{TOKENIZER_FOLDER}/{name}": read_tokenizer_file(weights.path, name) for name in names}
     write_weights(destination, weights, boxes, files, progress)
     return recipe
+
+
+def _boxes(weights: PublishedWeights, name: str) -> list[tuple[Index, Index]]:
+    """In what pieces a tensor is read and kept: one expert at a time where the directory has them so."""
+    shape, copies = weights.shapes[name], weights.copies[name]
+    whole = [(copy.start, copy.shape) for copy in copies] if len(shape) == 3 else [((0,) * len(shape), shape)]
+    limit = BOX_BYTES // weights.dtypes[name].itemsize
+    return [piece for box in whole for piece in cut(*box, limit)]
 
 
 def _recipe_of(recipe: Recipe, destination: Path, files: list[str]) -> Recipe:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from torchlinearmoe.checkpoint.boxes import Copy, Index, read_box
+from torchlinearmoe.checkpoint.boxes import EXPERT, Copy, Index, extents, read_box
 from torchlinearmoe.checkpoint.huggingface.config import architecture_of, read_recipe
 from torchlinearmoe.checkpoint.huggingface.directory import CONFIG, Directory
 from torchlinearmoe.checkpoint.huggingface.own import ARCHITECTURE, own_copies, own_recipe
 from torchlinearmoe.errors import UserError
 from torchlinearmoe.families.huggingface import Architecture, Name
 from torchlinearmoe.models.decoder import Decoder
+from torchlinearmoe.models.layer_mixers import layer_mixers
 from torchlinearmoe.recipe import ModelRecipe
 
 NOT_READ = re.compile(r".*\.rotary_emb\.inv_freq")
@@ -29,29 +31,54 @@ def model_shapes(model: ModelRecipe) -> dict[str, Index]:
     return {name: tuple(value.shape) for name, value in decoder.state_dict().items()}
 
 
-def name_copies(architecture: Architecture, shapes: Mapping[str, Index]) -> dict[str, list[Copy]]:
-    """For every tensor of ours, the boxes of it that are tensors of theirs.
+def name_copies(
+    architecture: Architecture, model: ModelRecipe, shapes: Mapping[str, Index], there: Container[str] | None = None
+) -> dict[str, list[Copy]]:
+    """For every tensor of ours, the boxes of it that are tensors of theirs, or boxes of them.
 
+    there: the names of a directory, which chooses among the architecture's spellings; None: its first.
     Raises UserError for a tensor that the architecture has no name for.
     """
-    patterns = [(re.compile(re.escape(name.ours).replace(r"\{layer\}", r"(\d+)")), name) for name in architecture.names]
+    spellings = [_patterns(names) for names in (architecture.names, *architecture.spellings)]
     copies: dict[str, list[Copy]] = {}
     for ours, shape in shapes.items():
-        found: list[Copy] = []
-        for pattern, name in patterns:
-            if match := pattern.fullmatch(ours):
-                theirs = name.theirs.replace("{layer}", match[1] if match.groups() else "")
-                found += _parts(name, theirs, shape)
-        if not found:
+        first, *others = ([*_spelled(patterns, ours, shape, model)] for patterns in spellings)
+        if there is not None and not _all_there(first, there):
+            first = next((other for other in others if _all_there(other, there)), first)
+        if not first:
             raise UserError(f"{architecture.name} has no tensor for '{ours}'")
-        copies[ours] = found
+        copies[ours] = first
     return copies
 
 
-def _parts(name: Name, theirs: str, shape: Index) -> Iterator[Copy]:
+def _all_there(copies: list[Copy], there: Container[str]) -> bool:
+    return bool(copies) and all(copy.source in there for copy in copies)
+
+
+def _patterns(names: tuple[Name, ...]) -> list[tuple[re.Pattern[str], Name]]:
+    return [(re.compile(re.escape(name.ours).replace(r"\{layer\}", r"(\d+)")), name) for name in names]
+
+
+def _spelled(
+    patterns: list[tuple[re.Pattern[str], Name]], ours: str, shape: Index, model: ModelRecipe
+) -> Iterator[Copy]:
+    """The copies of one tensor of ours, by the names of one spelling."""
+    mixers = layer_mixers(model)
+    for pattern, name in patterns:
+        if (match := pattern.fullmatch(ours)) and (not name.mixer or mixers[int(match[1])] == name.mixer):
+            yield from _parts(name, name.theirs.replace("{layer}", match[1] if match.groups() else ""), shape, model)
+
+
+def _parts(name: Name, theirs: str, shape: Index, model: ModelRecipe) -> Iterator[Copy]:
     """The copies that one name stands for."""
     if "{expert}" not in theirs:
-        yield Copy(theirs, (0,) * len(shape), shape, (0,) * len(shape))
+        axes = tuple(range(len(shape))) if name.axes is None else name.axes
+        groups, widths, index = (1, shape[:1], 0) if name.rows is None else name.rows(model)
+        for group in range(groups):
+            first = group * sum(widths) + sum(widths[:index])
+            start, rest = (group * widths[index],) if shape else (), shape[1:]
+            source_start = tuple(first if axis == 0 else 0 for axis in axes)
+            yield Copy(theirs, start + (0,) * len(rest), (*widths[index : index + 1], *rest), source_start, name.axes)
         return
     experts, inputs, outputs = shape
     start = 0
@@ -60,7 +87,7 @@ def _parts(name: Name, theirs: str, shape: Index) -> Iterator[Copy]:
         start = outputs if name.part == "up" else 0
     for expert in range(experts):
         path = theirs.replace("{expert}", str(expert))
-        yield Copy(path, (expert, 0, start), (1, inputs, outputs), (0, 0), expert=True)
+        yield Copy(path, (expert, 0, start), (1, inputs, outputs), (0, 0), EXPERT)
 
 
 class PublishedWeights:
@@ -74,6 +101,8 @@ class PublishedWeights:
         self.directory = Directory(path)
         self.path = self.directory.path
         config = self.directory.config
+        self.ignored: dict[str, int] = {}
+        """Tensors of the directory that are left out: how many, by the pattern that says so."""
         own = config.get("architectures") == [ARCHITECTURE]
         self.recipe = own_recipe(self.path / CONFIG, config) if own else read_recipe(self.path, config)
         self._check_size(published=not own)
@@ -81,13 +110,19 @@ class PublishedWeights:
         if own:
             self.copies = own_copies(self.shapes)
         else:
-            self.copies = name_copies(architecture_of(self.path, config)[1], self.shapes)
+            architecture = architecture_of(self.path, config)[1]
+            self._leave_out(architecture)
+            self.copies = name_copies(architecture, self.recipe.model, self.shapes, self.directory.shapes)
         self._check()
         self.dtypes = {name: self._dtype(copies) for name, copies in self.copies.items()}
 
     def read(self, name: str, start: Index, shape: Index) -> Tensor:
         """A box of our tensor `name`, in the directory's type."""
         return read_box(self.copies[name], start, shape, self.dtypes[name], self.directory.read)
+
+    def left_out(self) -> list[str]:
+        """A line for every pattern by which tensors of the directory are left out."""
+        return [f"{self.path}: left out: {count} tensors {pattern}" for pattern, count in self.ignored.items()]
 
     def _dtype(self, copies: list[Copy]) -> torch.dtype:
         """A type that holds every part of a tensor."""
@@ -100,15 +135,29 @@ class PublishedWeights:
         """Refuse a model of more layers and experts than there are tensors, before it is described tensor by tensor."""
         model, found = self.recipe.model, len(self.directory.shapes)
         least, keys = model.num_layers, f"model.num_layers = {model.num_layers}"
-        if published and model.moe.num_experts:
+        stacked = any(len(shape) == 3 and ".experts." in name for name, shape in self.directory.shapes.items())
+        if published and model.moe.num_experts and not stacked:
             least += (model.num_layers - model.moe.first_dense_layers) * model.moe.num_experts
             keys += f" and moe.num_experts = {model.moe.num_experts}"
         if least > found:
             raise UserError(f"{self.path / CONFIG}: {keys} take at least {least} tensors, the directory has {found}")
 
+    def _leave_out(self, architecture: Architecture) -> None:
+        """Forget the directory's tensors that the architecture's patterns leave out, and count them."""
+        layers, shapes = self.recipe.model.num_layers, self.directory.shapes
+        counts = Counter[str]()
+        for pattern in architecture.ignored:
+            expression = re.compile(pattern.replace("{beyond}", r"(?P<layer>\d+)"))
+            for name in list(shapes):
+                match = expression.fullmatch(name)
+                if match and int(match.groupdict().get("layer") or layers) >= layers:
+                    del shapes[name]
+                    counts[pattern.replace("{beyond}", f"{layers}+").replace("\\", "")] += 1
+        self.ignored = dict(counts)
+
     def _check(self) -> None:
         found = self.directory.shapes
-        wanted = {copy.source: copy.source_shape for copies in self.copies.values() for copy in copies}
+        wanted = extents(copy for copies in self.copies.values() for copy in copies)
         for name, shape in wanted.items():
             if name not in found:
                 raise UserError(f"{self.path}: the tensor '{name}' is missing")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ DIMENSIONS: dict[str, Any] = {
     "intermediate_size": 48,
     "max_position_embeddings": 128,
     "attn_implementation": "eager",
+    "experts_implementation": "eager",
 }
 EXPERTS: dict[str, Any] = {
     "num_experts": 4,
@@ -54,6 +57,39 @@ GROUPS: dict[str, Any] = {
     "topk_group": 2,
     "routed_scaling_factor": 2.5,
 }
+SIGMOID: dict[str, Any] = {
+    **{key: value for key, value in LATENT.items() if key != "num_key_value_heads"},
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 2.5,
+}
+V3_GROUPS: dict[str, Any] = {"n_group": 4, "topk_group": 2}
+PLAIN_EXPERTS: dict[str, Any] = {key: value for key, value in EXPERTS.items() if not key.startswith("shared_")}
+HYBRID: dict[str, Any] = {
+    **{key: value for key, value in DIMENSIONS.items() if key != "intermediate_size"},
+    **EXPERTS,
+    "num_hidden_layers": 3,
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
+KIMI: dict[str, Any] = {
+    **{key: value for key, value in {**DIMENSIONS, **LATENT}.items() if key != "n_routed_experts"},
+    "num_hidden_layers": 3,
+    "q_lora_rank": None,
+    "num_local_experts": 8,
+    "n_shared_experts": 1,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
+    "pad_token_id": None,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 MSCALE: dict[str, Any] = {"mscale": 0.8, "mscale_all_dim": 0.5}
 WIDE: dict[str, Any] = {"head_dim": 12}
 
@@ -82,6 +118,28 @@ PUBLISHED: dict[str, Callable[[], Any]] = {
     "deepseek_v2 grouped": lambda: transformers.DeepseekV2Config(
         **{**DIMENSIONS, **LATENT, **GROUPS}, rope_parameters=rope(**YARN)
     ),
+    "qwen3": lambda: transformers.Qwen3Config(**DIMENSIONS, **WIDE, rope_parameters=rope()),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**DIMENSIONS, **PLAIN_EXPERTS, rope_parameters=rope()),
+    "qwen3_moe renormalised": lambda: transformers.Qwen3MoeConfig(
+        **DIMENSIONS, **PLAIN_EXPERTS, **WIDE, rope_parameters=rope(), norm_topk_prob=True
+    ),
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(
+        **{**DIMENSIONS, **SIGMOID, **V3_GROUPS, "num_key_value_heads": 4}, rope_parameters=rope(**YARN, **MSCALE)
+    ),
+    "deepseek_v3 uncompressed": lambda: transformers.DeepseekV3Config(
+        **{**DIMENSIONS, **SIGMOID, "num_key_value_heads": 4, "q_lora_rank": None, "n_shared_experts": 2},
+        rope_parameters=rope(),
+        norm_topk_prob=False,
+    ),
+    "glm4_moe": lambda: transformers.Glm4MoeConfig(
+        **DIMENSIONS, **SIGMOID, rope_parameters=rope(), use_qk_norm=True, attention_bias=True
+    ),
+    "glm4_moe air": lambda: transformers.Glm4MoeConfig(
+        **DIMENSIONS, **SIGMOID, **WIDE, rope_parameters=rope(partial_rotary_factor=0.5), attention_bias=True
+    ),
+    "qwen3_next": lambda: transformers.Qwen3NextConfig(**HYBRID, intermediate_size=48, rope_parameters=rope()),
+    "qwen3_5_moe": lambda: transformers.Qwen3_5MoeTextConfig(**HYBRID, rope_parameters=rope()),
+    "kimi_linear": lambda: transformers.KimiLinearConfig(**KIMI),
 }
 """`config.json` of each case."""
 
@@ -95,7 +153,38 @@ def make(case: str, dtype: torch.dtype = torch.float32) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer += 0.3 * torch.randn(buffer.shape, generator=generator)
     return model.to(dtype).eval()
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """What transformers computes in float32, whatever the model's type, is computed in float64 inside."""
+    usual = torch.float32, torch.float, torch.Tensor.float
+    torch.float32, torch.float, torch.Tensor.float = torch.float64, torch.float64, torch.Tensor.double
+    try:
+        yield
+    finally:
+        torch.float32, torch.float, torch.Tensor.float = usual
+
+
+def make_exact(case: str) -> Any:
+    """The same model in float64, rotary frequencies too."""
+    model = make(case, torch.float64)
+    rotary = getattr(model.model, "rotary_emb", None)
+    if rotary is not None:
+        with in_float64():
+            model.model.rotary_emb = type(rotary)(config=model.config)
+    return model
+
+
+def released_name(case: str, name: str) -> str:
+    """Where transformers saves a tensor under another name than the release has, the release's."""
+    if case.startswith("kimi_linear"):
+        return re.sub(r"layers\.0\.block_sparse_moe\.(\w+_proj)", r"layers.0.mlp.\1", name)
+    return name
 
 
 def save(model: Any, folder: Path, **options: Any) -> Path:

@@ -19,7 +19,8 @@ UNPUBLISHED = {("qwen2", "debug"), ("qwen2", "A0.3B"), ("qwen2", "A1B")}
 
 def model_of(family: str, size: str, **changes: Any) -> ModelRecipe:
     moe, mixer = changes.pop("moe", {}), changes.pop("mixer", {})
-    model = {"family": family, "size": size, "layout": "N", **changes}
+    own = FAMILIES[family].common.get("layout") is not None
+    model = {"family": family, "size": size, **({} if own else {"layout": "N"}), **changes}
     return resolve({"model": model, "moe": moe, "mixer": mixer, "training": {"steps": 1}}).model
 
 
@@ -42,6 +43,9 @@ def test_a_preset_is_the_same_model_after_config_json(family: str, size: str) ->
     "changes",
     [
         {"layout": "LN"},
+        {"norm_offset": 1.0},
+        {"moe": {"score": "sigmoid"}},
+        {"moe": {"selection_bias": True}},
         {"moe": {"balance": "bias"}},
         {"moe": {"eval_capacity_factor": 2.0}},
         {"moe": {"renormalize": False}},

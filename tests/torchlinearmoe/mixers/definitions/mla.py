@@ -20,6 +20,8 @@ def definition(layer: Layer, x: Tensor) -> Tensor:
         return rms(y, EPS) * layer.weights[f"{name}.weight"]
 
     def placed(y: Tensor) -> Tensor:
+        if not options.rope:
+            return y
         real, imaginary = turned(y[..., ::2], y[..., 1::2], layer.model.rope_theta)
         return torch.stack([real, imaginary], -1).flatten(-2)
 

@@ -1,0 +1,184 @@
+"""A directory as it was released is read as the one that transformers saves again; what is left out is said."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from published_cases import make, released_name, save
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from torchlinearmoe.checkpoint.huggingface.config import read_recipe, write_config
+from torchlinearmoe.checkpoint.huggingface.importing import import_directory
+from torchlinearmoe.checkpoint.huggingface.weights import PublishedWeights
+from torchlinearmoe.errors import UserError
+from torchlinearmoe.models.layer_mixers import layer_mixers
+
+Tensors = dict[str, Tensor]
+Config = dict[str, Any]
+
+
+def directory(case: str, folder: Path, change: Callable[[Config, Tensors], tuple[Config, Tensors]]) -> Path:
+    """A case's directory in another spelling."""
+    save(make(case), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config, tensors = change(config, load_file(folder / "model.safetensors"))
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def assert_same_model(found: PublishedWeights, expected: PublishedWeights) -> None:
+    assert found.recipe.model == expected.recipe.model and found.shapes == expected.shapes
+    for name, shape in expected.shapes.items():
+        zeros = (0,) * len(shape)
+        assert torch.equal(found.read(name, zeros, shape), expected.read(name, zeros, shape)), name
+
+
+def with_pictures(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    """The whole Qwen3.5: text nested, experts stacked, a vision tower and a head for further tokens."""
+    text = {**config, "model_type": "qwen3_5_moe_text", "mtp_num_hidden_layers": 1}
+    text["rope_parameters"] = {**text["rope_parameters"], "mrope_section": [1, 1, 0], "mrope_interleaved": True}
+    del text["architectures"], text["layer_types"]
+    text |= {"full_attention_interval": 2, "num_hidden_layers": 3}
+    whole = {
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "text_config": text,
+        "vision_config": {"depth": 2},
+    }
+    found: Tensors = {"mtp.fc.weight": torch.ones(2, 2), "model.visual.patch_embed.proj.bias": torch.ones(3)}
+    for name, value in tensors.items():
+        if ".experts." not in name:
+            found[name.replace("model.", "model.language_model.", 1)] = value
+    for layer in range(3):
+        path = f"model.layers.{layer}.mlp.experts"
+        parts = {
+            n: torch.stack([tensors[f"{path}.{e}.{n}_proj.weight"] for e in range(4)]) for n in ("gate", "up", "down")
+        }
+        path = path.replace("model.", "model.language_model.", 1)
+        found[f"{path}.gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], 1)
+        found[f"{path}.down_proj"] = parts["down"]
+    return whole, found
+
+
+def with_a_layer_beyond(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    last = config["num_hidden_layers"]
+    return config, {**tensors, f"model.layers.{last}.eh_proj.weight": torch.ones(4, 8)}
+
+
+def as_remote_code_has_it(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    """Kimi Linear's own keys: layers counted from one, the options of linear layers in a table of their own."""
+    names = {
+        "max_position_embeddings": "model_max_length",
+        "norm_topk_prob": "moe_renormalize",
+        "n_group": "num_expert_group",
+        "num_local_experts": "num_experts",
+        "num_experts_per_tok": "num_experts_per_token",
+        "n_shared_experts": "num_shared_experts",
+    }
+    told = {names.get(key, key): value for key, value in config.items()}
+    linear = {"full_attn_layers": [2], "kda_layers": [1, 3], "head_dim": 8, "num_heads": 4, "short_conv_kernel_size": 4}
+    for key in ("layer_types", "mlp_layer_types", "linear_head_dim", "linear_num_heads", "linear_conv_kernel_dim"):
+        told.pop(key, None)
+    told |= {"linear_attn_config": linear, "first_k_dense_replace": 1, "head_dim": 72, "mla_use_nope": True}
+    told |= {"moe_router_activation_func": "sigmoid", "moe_layer_freq": 1}
+    return told, {released_name("kimi_linear", name): value for name, value in tensors.items()}
+
+
+def without_layer_types(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    del config["layer_types"]
+    return {**config, "full_attention_interval": 2}, {**tensors, "mtp.norm.weight": torch.ones(2)}
+
+
+SPELLINGS = {
+    "qwen3_5_moe": (with_pictures, {r"mtp..*": 1, r"model.visual..*": 1}),
+    "deepseek_v3": (with_a_layer_beyond, {"model.layers.2+..*": 1}),
+    "glm4_moe": (with_a_layer_beyond, {"model.layers.2+..*": 1}),
+    "kimi_linear": (as_remote_code_has_it, {}),
+    "qwen3_next": (without_layer_types, {r"mtp..*": 1}),
+}
+
+
+@pytest.mark.parametrize("case", SPELLINGS)
+def test_a_released_directory_is_the_model_that_transformers_saves(case: str, tmp_path: Path) -> None:
+    change, ignored = SPELLINGS[case]
+    found = PublishedWeights(directory(case, tmp_path / "released", change))
+    assert_same_model(found, PublishedWeights(save(make(case), tmp_path / "saved")))
+    assert found.ignored == ignored
+
+
+def test_an_import_says_what_it_leaves_out_and_nothing_else_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        import_directory(directory("glm4_moe", tmp_path / "published", with_a_layer_beyond), tmp_path / "checkpoint")
+    assert [line for line in caplog.messages if "left out: 1 tensors model.layers.2+" in line]
+
+    def with_another(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+        return config, {**tensors, "model.layers.1.eh_proj.weight": torch.ones(4, 8)}
+
+    with pytest.raises(UserError, match=r"holds 'model\.layers\.1\.eh_proj\.weight', which no model"):
+        PublishedWeights(directory("glm4_moe", tmp_path / "other", with_another))
+
+
+def test_an_export_into_another_type_keeps_selection_biases(tmp_path: Path) -> None:
+    from torchlinearmoe.checkpoint.huggingface.exporting import export_checkpoint
+
+    import_directory(save(make("kimi_linear"), tmp_path / "published"), tmp_path / "checkpoint")
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "again", dtype=torch.bfloat16)
+    tensors = load_file(tmp_path / "again" / "model.safetensors")
+    wide = {name for name, value in tensors.items() if value.dtype == torch.float32}
+    assert wide and all(
+        name.endswith(("e_score_correction_bias", "block_sparse_moe.gate.weight", "dt_bias")) for name in wide
+    )
+    assert all(tensors[name].dtype == torch.float32 for name in tensors if name.endswith("e_score_correction_bias"))
+
+
+def config_of(case: str, **changes: Any) -> Config:
+    config = make(case).config.to_dict()
+    names = {"qwen3_next": "Qwen3NextForCausalLM", "kimi_linear": "KimiLinearForCausalLM"}
+    return {
+        key: value for key, value in {**config, "architectures": [names[case]], **changes}.items() if value != "absent"
+    }
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "why"),
+    [
+        (
+            "qwen3_next",
+            {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            "layer_types = .*legal",
+        ),
+        (
+            "qwen3_next",
+            {"layer_types": ["full_attention", "linear_attention"]},
+            "names 2 layers, num_hidden_layers = 3",
+        ),
+        ("qwen3_next", {"layer_types": "absent", "full_attention_interval": 0}, "full_attention_interval = 0"),
+        ("qwen3_next", {"linear_key_head_dim": 0}, "linear_key_head_dim = 0: must be a whole number above 0"),
+        ("qwen3_next", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor = 1.5: must be"),
+        ("qwen3_next", {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]: not supported"),
+        ("kimi_linear", {"layer_types": "absent"}, "linear_attn_config.full_attn_layers = None: must be a list"),
+        ("kimi_linear", {"mlp_layer_types": ["sparse", "dense", "sparse"]}, "only the first layers may be dense"),
+        ("kimi_linear", {"num_expert_group": "many"}, "num_expert_group = 'many': must be a whole number"),
+    ],
+)
+def test_what_means_another_model_is_named(case: str, changes: Config, why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        read_recipe(Path(), config_of(case, **changes))
+
+
+def test_layers_come_as_the_shortest_layout_and_are_written_one_by_one() -> None:
+    types = ["linear_attention", "linear_attention", "full_attention"] * 2
+    model = read_recipe(Path(), config_of("qwen3_next", layer_types=types, num_hidden_layers=6)).model
+    assert (model.layout, model.mixer) == ("LLN", "gated_delta_net")
+    assert layer_mixers(model) == ["gated_delta_net", "gated_delta_net", "softmax_attention"] * 2
+    config = write_config(model)
+    assert config is not None and config["layer_types"] == types

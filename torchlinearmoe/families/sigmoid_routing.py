@@ -1,0 +1,66 @@
+"""What published models with DeepSeek-V3's router have in common: groups, experts and shared experts in `config.json`.
+
+A router with one group has none here. Its correction bias is read and kept, whatever `moe.balance` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.families.huggingface import Config, Name, Tables
+
+SIGMOID_IMPLIED = {"moe.score": "sigmoid", "moe.selection_bias": True, "moe.shared_gate": False}
+SIGMOID = {"score": "sigmoid", "selection_bias": True, "renormalize": True}
+"""The same of a size's `[moe]`, whose weights are rescaled in all releases."""
+BIAS = "layers.{layer}.ffn.router.expert_bias"
+
+
+def sigmoid_router(theirs: str) -> tuple[Name, ...]:
+    """The router's tensors, `theirs` being where its experts live."""
+    path = f"model.layers.{{layer}}.{theirs}.gate"
+    return (
+        Name("layers.{layer}.ffn.router.weight", f"{path}.weight"),
+        Name(BIAS, f"{path}.e_score_correction_bias"),
+    )
+
+
+def grouped(groups: int, chosen: int) -> dict[str, Any]:
+    """Groups that score as their two best experts."""
+    return {"num_groups": groups, "top_k_groups": chosen, "group_score": "top2"}
+
+
+def read_experts(
+    config: Config, tables: Tables, groups_key: str, shared_key: str, groups: int, chosen: int, shared: int
+) -> None:
+    """Groups and shared experts by their keys, and what is meant where these are missing."""
+    moe = tables["moe"]
+    counts = {groups_key: groups, "topk_group": chosen, shared_key: shared}
+    found = {key: missing if config.get(key) is None else config[key] for key, missing in counts.items()}
+    for key, value in (*found.items(), ("moe_intermediate_size", moe["hidden_size"])):
+        if type(value) is not int:
+            raise RecipeError(f"{key} = {value!r}: must be a whole number")
+    moe["shared_hidden_size"] = moe["hidden_size"] * found[shared_key]
+    within = found[groups_key] > 1
+    moe["num_groups"] = found[groups_key] if within else 0
+    moe["top_k_groups"] = found["topk_group"] if within else 0
+    moe["group_score"] = "top2" if within else "max"
+
+
+def write_experts(groups_key: str, shared_key: str) -> Callable[[Tables, Config], None]:
+    """The same the other way."""
+
+    def write(tables: Tables, config: Config) -> None:
+        moe = tables["moe"]
+        shared, rest = divmod(moe["shared_hidden_size"], moe["hidden_size"])
+        if rest or not shared:
+            raise RecipeError("moe.shared_hidden_size: not a number of experts")
+        config |= {
+            shared_key: shared,
+            groups_key: moe["num_groups"] or 1,
+            "topk_group": moe["top_k_groups"] or 1,
+            "num_nextn_predict_layers": 0,
+        }
+
+    return write
