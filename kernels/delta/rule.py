@@ -177,12 +177,16 @@ class _Call:
         (T, HV, _), K, M = self.v.shape, q.shape[2], stream.places
         inverses, scores = q.new_empty(T, HV, CHUNK, dtype=torch.float32), q.new_empty(T, HV, CHUNK)
         grid = M, HV
+        invert = functools.partial(
+            solve_kernels().invert[grid], inverses, stream.start, stream.end, HV, C=CHUNK, num_warps=4
+        )
         shared = stream.start, stream.end, self.scale, *strides(q), *strides(k), HV, K
         if self.decay < 2:
             solve_kernels().prepare[grid](
                 q, k, self.beta, given(self.g, q), inverses, scores, *shared, G=self.groups, C=CHUNK, B=tile(K, 64),
-                DECAY=self.decay, PRECISION=precision(q), num_warps=8, num_stages=_stages(q),
+                DECAY=self.decay, PRECISION=precision(q), num_warps=4, num_stages=_stages(q),
             )  # fmt: skip
+            invert()
             return _Made(inverses, scores, q, k, k)
         assert self.g is not None
         sums = cumulated(self.g, stream)
@@ -190,8 +194,9 @@ class _Call:
         totals = q.new_empty(M, HV, K, dtype=torch.float32)
         solve_kernels().prepare_channels[grid](
             q, k, self.beta, sums, inverses, scores, queries, keys, keys_out, totals, *shared, G=self.groups, C=CHUNK,
-            B=tile(K, 32), PRECISION=precision(q), num_warps=8, num_stages=1,
+            B=tile(K, 32), PRECISION=precision(q), num_warps=4, num_stages=1,
         )  # fmt: skip
+        invert()
         return _Made(inverses, scores, queries, keys, keys_out, sums, totals)
 
     def summaries(self, made: _Made, initial: Tensor | None) -> tuple[Tensor, Tensor]:

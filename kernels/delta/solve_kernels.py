@@ -14,7 +14,7 @@ keys are alike and beta nears 2: diagonal blocks of 16 row by row, and two merge
 Beside them scores P_ts = scale * e^{c_t - c_s} q_t . k_s, s <= t. With a decay per channel the decays are inside the
 sums over channels and pairs are split by halving, as `linear/channel_kernels.py` says.
 
-q, k: [T, H, K]; A (float32), P: [T, HV, C], by the place in the chunk; G = HV / H; beta: [T, HV].
+q, k: [T, H, K]; L and A (float32), P: [T, HV, C], by the place in the chunk; G = HV / H; beta: [T, HV].
 """
 
 # pyright: basic, reportIndexIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -37,40 +37,66 @@ SMALL = tl.constexpr(16)
 
 
 @triton.jit
-def inverse_of(lower, C: tl.constexpr):
-    """(I + lower)^-1 of a strictly lower [C, C]."""
-    blocks: tl.constexpr = C // SMALL
-    block, small = tl.arange(0, blocks), tl.arange(0, SMALL)
-    own = block[:, None, None, None] == block[None, None, :, None]
-    diagonal = tl.sum(tl.where(own, tl.reshape(lower, [blocks, SMALL, blocks, SMALL]), 0.0), 2)
+def invert(lower, start, end, H, C: tl.constexpr):
+    """L becomes A, in place. Grid: M, HV; H: HV.
+
+    In a kernel of its own, and with the blocks handed on through memory, because the products of three parts need all
+    registers.
+    """
+    m, h = tl.program_id(0), tl.program_id(1)
+    token = tl.load(start + m).to(tl.int64)
+    last = tl.load(end + m) - 1 - token
+    if last < 0:
+        return
+    lower += (token * H + h) * C
+    small = tl.arange(0, SMALL)
     row = small[None, :, None]
-    inverse = tl.where(row == small[None, None, :], 1.0, 0.0) + tl.zeros([blocks, SMALL, SMALL], dtype=tl.float32)
+    corner = tl.arange(0, C // SMALL)[:, None, None] * SMALL
+    places = (corner + row) * (H * C) + corner + small[None, None, :]
+    inside = (corner + row <= last) & (small[None, None, :] >= 0)
+    diagonal = tl.load(lower + places, mask=inside, other=0.0)
+    inverse = tl.where(row == small[None, None, :], 1.0, 0.0) + tl.zeros_like(diagonal)
     for i in range(1, SMALL):
         weights = tl.sum(tl.where(row == i, diagonal, 0.0), 1)
         earlier = tl.sum(weights[:, :, None] * inverse, 1)
         inverse = tl.where(row == i, inverse - earlier[:, None, :], inverse)
-    found = tl.reshape(tl.where(own, inverse[:, :, None, :], 0.0), [C, C])
+    tl.store(lower + places, inverse, mask=inside)
+    tl.debug_barrier()
     place = tl.arange(0, C)
     t, s = place[:, None], place[None, :]
-    part = tl.where((t // SMALL > s // SMALL) & (t // (2 * SMALL) == s // (2 * SMALL)), lower, 0.0)
+    places = t * (H * C) + s
+    system = tl.load(lower + places, mask=t <= last, other=0.0)
+    found = tl.where(t // SMALL == s // SMALL, system, 0.0)
+    part = tl.where((t // SMALL > s // SMALL) & (t // (2 * SMALL) == s // (2 * SMALL)), system, 0.0)
     found -= tl.dot(found, tl.dot(part, found, input_precision="tf32x3"), input_precision="tf32x3")
-    part = tl.where(t // (2 * SMALL) > s // (2 * SMALL), lower, 0.0)
+    part = tl.where(t // (2 * SMALL) > s // (2 * SMALL), system, 0.0)
     found -= tl.dot(found, tl.dot(part, found, input_precision="tf32x3"), input_precision="tf32x3")
-    return found
+    tl.store(lower + places, found, mask=t <= last)
+
+
+@triton.jit
+def store_pairs(x, pairs, token, last, h, H, place, C: tl.constexpr):
+    """Into x [T, HV, C]; by numbers of 32 bits, for 64 take half of the registers."""
+    x += (token * H + h) * C
+    tl.store(
+        x + (place * (H * C))[:, None] + place[None, :], pairs.to(x.dtype.element_ty), mask=(place <= last)[:, None]
+    )
 
 
 @triton.jit
 def prepare(
-    q, k, beta, g, inverses, scores, start, end, scale, q_t, q_h, k_t, k_h, H, K,
+    q, k, beta, g, systems, scores, start, end, scale, q_t, q_h, k_t, k_h, H, K,
     G: tl.constexpr, C: tl.constexpr, B: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A and P without a decay, or with one per token and head, g [T, HV]. Grid: M, HV; H: HV."""
+    """L and P without a decay, or with one per token and head, g [T, HV]. Grid: M, HV; H: HV."""
     m, h = tl.program_id(0), tl.program_id(1)
     place = tl.arange(0, C)
-    tokens = tl.load(start + m).to(tl.int64) + place
-    inside = tokens < tl.load(end + m)
-    if tl.load(start + m) >= tl.load(end + m):
+    token = tl.load(start + m).to(tl.int64)
+    last = tl.load(end + m) - 1 - token
+    if last < 0:
         return
+    inside = place <= last
+    tokens = token + place
     pairs = tl.zeros([C, C], dtype=tl.float32)
     overlaps = tl.zeros([C, C], dtype=tl.float32)
     for i in range(tl.cdiv(K, B)):
@@ -87,17 +113,16 @@ def prepare(
     betas = tl.load(beta + tokens * H + h, mask=inside, other=0.0)
     lower = tl.where(place[:, None] > place[None, :], overlaps * betas[:, None], 0.0)
     pairs = tl.where(place[:, None] >= place[None, :], pairs * scale, 0.0)
-    places = (tokens[:, None] * H + h) * C + place[None, :]
-    tl.store(scores + places, pairs.to(scores.dtype.element_ty), mask=inside[:, None])
-    tl.store(inverses + places, inverse_of(lower, C), mask=inside[:, None])
+    store_pairs(scores, pairs, token, last, h, H, place, C)
+    store_pairs(systems, lower, token, last, h, H, place, C)
 
 
 @triton.jit
 def prepare_channels(
-    q, k, beta, c, inverses, scores, queries, keys_in, keys_out, totals, start, end, scale, q_t, q_h, k_t, k_h, H, K,
+    q, k, beta, c, systems, scores, queries, keys_in, keys_out, totals, start, end, scale, q_t, q_h, k_t, k_h, H, K,
     G: tl.constexpr, C: tl.constexpr, B: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A and P with a decay per channel, whose sums are c [T, HV, K], and scale q e^c, k e^c, k e^{c_C - c}, e^{c_C}.
+    """L and P with a decay per channel, whose sums are c [T, HV, K], and scale q e^c, k e^c, k e^{c_C - c}, e^{c_C}.
 
     Grid: M, HV; H: HV.
     """
@@ -139,6 +164,5 @@ def prepare_channels(
         overlaps += only(seen, tl.dot(ks * since, tl.trans(weighted), input_precision=PRECISION))
     betas = tl.load(beta + tokens * H + h, mask=inside, other=0.0)
     lower = tl.where(place[:, None] > place[None, :], overlaps * betas[:, None], 0.0)
-    places = (tokens[:, None] * H + h) * C + place[None, :]
-    tl.store(scores + places, (pairs * scale).to(scores.dtype.element_ty), mask=inside[:, None])
-    tl.store(inverses + places, inverse_of(lower, C), mask=inside[:, None])
+    store_pairs(scores, pairs * scale, token, last, h, H, place, C)
+    store_pairs(systems, lower, token, last, h, H, place, C)

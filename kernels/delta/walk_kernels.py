@@ -207,8 +207,8 @@ def back(
         right = finely(inverse, change.to(dys.dtype), PRECISION)
         if not SUMMARY:
             there = inside[:, None] & (columns < V)[None, :]
-            places = (tokens[:, None] * H + h) * V + columns[None, :]
-            tl.store(rights + places, right.to(rights.dtype.element_ty), mask=there)
+            at = (tokens[:, None] * H + h) * V + columns[None, :]
+            tl.store(rights + at, right.to(rights.dtype.element_ty), mask=there)
         erased = right * betas[:, None]
         if DECAY == 1:
             from_start = since_start(c, resets)
