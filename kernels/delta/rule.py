@@ -277,7 +277,8 @@ class _Call:
             "G": self.groups if self.decay < 2 else 1, "GROUP": stream.group, "C": CHUNK, "BK": BK, "BV": BV,
             "DECAY": self.decay, "WHOLE": self.whole, "HAS_ENTERED": entered is not None and not summary,
             "HAS_ENTER": enter is not None, "WANT_LEAVE": leave is not None, "SUMMARY": summary,
-            "PRECISION": precision(self.q), "num_warps": 8 if BK >= 128 else 4, "num_stages": _stages(self.q),
+            "PRECISION": precision(self.q), "num_warps": 8 if BK >= 128 else 4,
+            "num_stages": _stages(self.q) if _room() >= 180_000 else 1,
         }  # fmt: skip
         grid = columns, HV, self.runs
         if dy is None:
@@ -300,7 +301,7 @@ class _Call:
         stream = self.stream
         walk_kernels().join[-(-V // BV), HV](
             states, transitions, stream.segment, stream.first, stream.segments, S, HV, K, V, GROUP=stream.group,
-            BK=tile(K, 128), BV=BV, REVERSE=reverse, num_warps=8,
+            BK=tile(K, 128), BV=BV, REVERSE=reverse, num_warps=8, num_stages=1,
         )  # fmt: skip
 
     def gradients(
@@ -361,6 +362,16 @@ class _Call:
 def _stages(x: Tensor) -> int:
     """Loads ahead: tiles of float32 leave no room for them."""
     return 1 if x.dtype == torch.float32 else 2
+
+
+@functools.cache
+def _room() -> int:
+    """Bytes of shared memory that a program may take."""
+    triton: Any = importlib.import_module("triton")
+    if triton.knobs.runtime.interpret:
+        return 0
+    driver = triton.runtime.driver.active
+    return driver.utils.get_device_properties(driver.get_current_device())["max_shared_mem"]
 
 
 @functools.cache
