@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from torchlinearmoe.kernels.chunk_table import CHUNK
-from torchlinearmoe.kernels.linear import walk
 from torchlinearmoe.kernels.linear.per_channel import cumulated
 from torchlinearmoe.kernels.linear.walk import (
     Stream,
@@ -38,12 +37,10 @@ from torchlinearmoe.kernels.linear.walk import (
     or_nothing,
     precision,
     rows_ready,
+    stretches_of,
     strides,
     tile,
 )
-
-WIDEST_TRANSITION = 128
-"""Keys of more channels walk whole segments: their transitions do not fit into shared memory."""
 
 
 @torch.library.custom_op("torchlinearmoe::delta_rule", mutates_args=())
@@ -158,18 +155,8 @@ class _Call:
 
     @property
     def cut(self) -> bool:
-        """Stretches run at once."""
-        return walk.stretches_of(self.stream.places) > 1 and self.q.shape[2] <= WIDEST_TRANSITION
-
-    @property
-    def whole(self) -> bool:
-        """Segments are walked whole, not stretches."""
-        return not self.cut and walk.stretches_of(self.stream.places) > 1
-
-    @property
-    def runs(self) -> int:
-        """Stretches or segments."""
-        return self.stream.segments if self.whole else self.stream.stretches
+        """There are several stretches."""
+        return self.stream.stretches > 1
 
     def prepared(self) -> _Made:
         """A, P, and of a decay per channel what it makes of queries and keys."""
@@ -275,12 +262,12 @@ class _Call:
         )  # fmt: skip
         chosen: dict[str, Any] = {
             "G": self.groups if self.decay < 2 else 1, "GROUP": stream.group, "C": CHUNK, "BK": BK, "BV": BV,
-            "DECAY": self.decay, "WHOLE": self.whole, "HAS_ENTERED": entered is not None and not summary,
+            "DECAY": self.decay, "HAS_ENTERED": entered is not None and not summary,
             "HAS_ENTER": enter is not None, "WANT_LEAVE": leave is not None, "SUMMARY": summary,
             "PRECISION": precision(self.q), "num_warps": 8 if BK >= 128 else 4,
             "num_stages": _stages(self.q) if _room() >= 180_000 else 1,
         }  # fmt: skip
-        grid = columns, HV, self.runs
+        grid = columns, HV, stream.stretches
         if dy is None:
             walk_kernels().onward[grid](
                 *inputs, given(y, any_), given(writes, any_), given(inner, any_), given(transitions, any_), *where,
@@ -301,7 +288,7 @@ class _Call:
         stream = self.stream
         walk_kernels().join[-(-V // BV), HV](
             states, transitions, stream.segment, stream.first, stream.segments, S, HV, K, V, GROUP=stream.group,
-            BK=tile(K, 128), BV=BV, REVERSE=reverse, num_warps=8, num_stages=1,
+            BK=tile(K, 256), BV=BV, B=tile(K, 32), REVERSE=reverse, num_warps=8, num_stages=1,
         )  # fmt: skip
 
     def gradients(
@@ -396,10 +383,9 @@ def gradient_kernels() -> Any:
 def _(q, k, v, beta, g, initial, start, end, segment, first, scale, want_final):
     (T, HV, V), K = v.shape, q.shape[2]
     final = q.new_empty((first.shape[0] - 1, HV, K, V) if want_final else (0,), dtype=torch.float32)
-    S = walk.stretches_of(start.shape[0])
-    cut = S > 1 and K <= WIDEST_TRANSITION
-    states = q.new_empty((S, HV, K, V) if cut else (0,), dtype=torch.float32)
-    transitions = q.new_empty((S, HV, K, K) if cut else (0,), dtype=torch.float32)
+    S = stretches_of(start.shape[0])
+    states = q.new_empty((S, HV, K, V) if S > 1 else (0,), dtype=torch.float32)
+    transitions = q.new_empty((S, HV, K, K) if S > 1 else (0,), dtype=torch.float32)
     return q.new_empty(T, HV, V), final, states, transitions
 
 

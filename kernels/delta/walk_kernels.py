@@ -15,8 +15,7 @@ the system is -r x^T, and no other solution is stored.
 
 A stretch is GROUP chunks of the whole stream. As a function of what enters, what leaves it is M E + B; `onward` and
 `back` with SUMMARY give B, and M by K columns more, which begin as the identity; `join` folds them; the way back goes
-by M^T. So a long document fills the chip. A stretch in which a document begins passes nothing on. WHOLE: programs walk
-segments instead, and nothing is joined.
+by M^T. So a long document fills the chip. A stretch in which a document begins passes nothing on.
 
 DECAY: 0 none; 1 one per token and head, g [T, HV]: q, k as they are, and rows of products take the factors; 2 one per
 channel: q_in, k_in, k_out and a as `solve_kernels.prepare_channels` makes them.
@@ -61,19 +60,11 @@ def pairs_of(x, tokens, inside, h, H, place, C: tl.constexpr, TRANSPOSED: tl.con
 
 
 @triton.jit
-def run_of(s, first, N, GROUP: tl.constexpr, WHOLE: tl.constexpr):
-    """The chunks from .. to of a stretch, or of a segment."""
-    if WHOLE:
-        return tl.load(first + s), tl.load(first + s + 1)
-    return s * GROUP, tl.minimum(s * GROUP + GROUP, tl.load(first + N))
-
-
-@triton.jit
 def onward(
     q, k, k_out, v, beta, g, totals, inverses, scores, entered, enter, leave, y, writes, states, transitions,
     start, end, segment, first, N, scale, q_t, q_h, k_t, k_h, v_t, v_h, H, K, V,
     G: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
-    WHOLE: tl.constexpr, HAS_ENTERED: tl.constexpr, HAS_ENTER: tl.constexpr, WANT_LEAVE: tl.constexpr,
+    HAS_ENTERED: tl.constexpr, HAS_ENTER: tl.constexpr, WANT_LEAVE: tl.constexpr,
     WANT_Y: tl.constexpr, WANT_WRITES: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y [T, HV, V], or x and the states of all chunks, or the summaries of stretches. Grid: tiles of V, HV, stretches.
@@ -84,7 +75,8 @@ def onward(
     tile, h, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows = tl.arange(0, BK)
     place = tl.arange(0, C)
-    lowest, highest = run_of(s, first, N, GROUP, WHOLE)
+    lowest = s * GROUP
+    highest = tl.minimum(lowest + GROUP, tl.load(first + N))
     state = tl.zeros([BK, BV], dtype=tl.float32)
     width = V
     if SUMMARY:
@@ -159,7 +151,7 @@ def back(
     q, k, k_out, dy, beta, g, totals, inverses, scores, entered, enter, leave, rights, states,
     start, end, segment, first, N, scale, q_t, q_h, k_t, k_h, y_t, y_h, H, K, V,
     G: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
-    WHOLE: tl.constexpr, HAS_ENTERED: tl.constexpr, HAS_ENTER: tl.constexpr, WANT_LEAVE: tl.constexpr,
+    HAS_ENTERED: tl.constexpr, HAS_ENTER: tl.constexpr, WANT_LEAVE: tl.constexpr,
     SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """r [T, HV, V] and the gradients of all chunks' states, or B of stretches, walked from the right.
@@ -170,7 +162,8 @@ def back(
     rows = tl.arange(0, BK)
     columns = tile * BV + tl.arange(0, BV)
     place = tl.arange(0, C)
-    lowest, highest = run_of(s, first, N, GROUP, WHOLE)
+    lowest = s * GROUP
+    highest = tl.minimum(lowest + GROUP, tl.load(first + N))
     state = tl.zeros([BK, BV], dtype=tl.float32)
     if HAS_ENTERED:
         places, mask = state_places(s, True, h, H, K, V, rows, columns, False)
@@ -234,11 +227,12 @@ def back(
 @triton.jit
 def join(
     states, transitions, segment, first, N, S, H, K, V,
-    GROUP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr,
+    GROUP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, B: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """B of the S stretches become the states that enter them, in place. Grid: tiles of V, HV.
 
-    M: [S, HV, K, K]. From the right it is transposed, and what ends with a stretch hands nothing to it.
+    M: [S, HV, K, K]. From the right it is transposed, and what ends with a stretch hands nothing to it. Products read
+    the state where it has been stored, part by part.
     """
     rows = tl.arange(0, BK)
     columns = tl.program_id(0) * BV + tl.arange(0, BV)
@@ -250,12 +244,19 @@ def join(
         places, mask = state_places(s, True, h, H, K, V, rows, columns, False)
         summary = tl.load(states + places, mask=mask, other=0.0)
         tl.store(states + places, state, mask=mask)
-        places, mask = state_places(s, True, h, H, K, K, rows, rows, REVERSE)
-        passed = tl.dot(tl.load(transitions + places, mask=mask, other=0.0), state, input_precision="tf32x3")
+        tl.debug_barrier()
+        passed = tl.zeros([BK, BV], dtype=tl.float32)
+        for j in range(tl.cdiv(K, B)):
+            some = j * B + tl.arange(0, B)
+            at, inside = state_places(s, True, h, H, K, K, rows, some, REVERSE)
+            part = tl.load(transitions + at, mask=inside, other=0.0)
+            at_state, in_state = state_places(s, True, h, H, K, V, some, columns, False)
+            whole = tl.load(states + at_state, mask=in_state, other=0.0)
+            passed += tl.dot(part, whole, input_precision="tf32x3")
         if REVERSE:
             last = tl.minimum(s * GROUP + GROUP, chunks) - 1
-            there = last >= s * GROUP
-            n = tl.load(segment + last, mask=there, other=0)
-            ends = there & (last + 1 == tl.load(first + n + 1))
+            filled = last >= s * GROUP
+            n = tl.load(segment + last, mask=filled, other=0)
+            ends = filled & (last + 1 == tl.load(first + n + 1))
             passed = tl.where(ends, 0.0, passed)
         state = passed + summary

@@ -55,9 +55,9 @@ def test_documents_that_go_on_over_stretches(interpreter: ProcessPoolExecutor, k
     assert_close(found, case.run("torch"), 1e-5)
 
 
-def test_wide_keys_walk_whole_documents(interpreter: ProcessPoolExecutor) -> None:
+def test_wide_keys_over_stretches(interpreter: ProcessPoolExecutor) -> None:
     torch.manual_seed(6)
-    case = FAMILIES["gated_delta"]((0, 140, 64, 3), "in out", H=1, K=rule.WIDEST_TRANSITION + 2, V=20)
+    case = FAMILIES["gated_delta"]((0, 140, 64, 3), "in out", H=1, K=130, V=20)
     found = interpreter.submit(run, case, torch.float32, 2).result()
     assert_close(found, case.run("torch"), 1e-5)
 
