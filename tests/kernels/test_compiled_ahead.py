@@ -22,21 +22,45 @@ CHIPS = {"A100": (80, 166912), "RTX 4090": (89, 101376), "H100": (90, 232448)}
 """Capability and bytes of shared memory a block."""
 
 
-def compile_families(chip: str) -> list[str]:
+LINEAR = ("identity", "scalar", "diagonal", "bonus", "slots")
+DELTAS = ("delta", "gated_delta", "kda")
+
+
+def compile_families(chip: str, kinds: tuple[str, ...]) -> list[str]:
     """Forward and backward of every kind, with and without states, at the width of models."""
     from fake_gpu import FakeGPU
 
     gpu = FakeGPU(*CHIPS[chip]).install()
-    for kind in ("identity", "scalar", "diagonal", "bonus", "slots"):
+    for kind in kinds:
         for states in ("", "in out"):
             case = FAMILIES[kind]((1100, 30), states, H=1, K=128, V=128)
             forced(case.operator, "triton", lambda case=case: case.run("triton", torch.bfloat16))
     return gpu.compiled
 
 
+def compiled(chip: str, kinds: tuple[str, ...]) -> set[str]:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # Triton keeps its driver
+        return set(pool.submit(compile_families, chip, kinds).result())
+
+
 @pytest.mark.parametrize("chip", CHIPS)
 def test_linear_recurrences_compile_for(chip: str) -> None:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # Triton keeps its driver
-        names = pool.submit(compile_families, chip).result()
+    names = compiled(chip, LINEAR)
     expected = {"summarize", "join", "walk", "decay_gradients", "cumulate", "prepare_channels", "channel_gradients"}
-    assert expected | {"passing_of_chunks"} <= set(names)
+    assert expected | {"passing_of_chunks"} <= names
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_delta_rules_compile_for(chip: str) -> None:
+    expected = {
+        "prepare",
+        "prepare_channels",
+        "invert",
+        "cumulate",
+        "onward",
+        "back",
+        "join",
+        "pair_gradients",
+        "gradients",
+    }
+    assert expected | {"decay_gradients", "channel_gradients"} <= compiled(chip, DELTAS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import Case, assert_close, relative_error
 from cases.families import FAMILIES, mixed_decays
+from torch.nn import functional as F
 
 from torchlinearmoe.kernels import choose
 from torchlinearmoe.kernels.delta import delta_rule
@@ -19,6 +20,7 @@ from torchlinearmoe.segments import Segments
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("little_tuning")]
 TOLERANCE = 2e-2
 """Two to three roundings to bfloat16 (2^-9 each) of values that add up without order."""
+DELTAS = ("delta", "gated_delta", "grouped_delta", "kda", "grouped_kda")
 RAGGED, EVEN = (1, 63, 0, 64, 130, 7), (64, 64, 64)
 
 
@@ -86,7 +88,7 @@ def test_fla_leaves_finite_states_under_strong_constant_decays():
 
 @pytest.mark.parametrize("states", ["", "in out"])
 @pytest.mark.parametrize("K, V", [(24, 40), (64, 96), (128, 128), (256, 200), (64, 512)])
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", [*KINDS, *DELTAS])
 def test_our_kernels_agree_at_any_width_over_stretches(family: str, K: int, V: int, states: str):
     torch.manual_seed(1)
     for dtype, tolerance in ((torch.bfloat16, TOLERANCE), (torch.float16, 2e-3), (torch.float32, 1e-5)):
@@ -95,15 +97,49 @@ def test_our_kernels_agree_at_any_width_over_stretches(family: str, K: int, V: i
         for name in case.sums if dtype != torch.float32 else ():
             found.pop(f"d_{name}", None)
             expected.pop(f"d_{name}", None)
-        assert_close(found, expected, tolerance)
+        assert_close(found, expected, tolerance * (case.tolerance if family in DELTAS else 1))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
-def test_our_kernels_are_accurate_over_32768_tokens_of_mixed_decays(dtype: torch.dtype, tolerance: float):
+@pytest.mark.parametrize("family", ["scalar", "gated_delta", "kda"])
+def test_our_kernels_are_accurate_over_32768_tokens_of_mixed_decays(family: str, dtype: torch.dtype, tolerance: float):
     torch.manual_seed(9)
-    case = mixed_decays(FAMILIES["scalar"]((32768,), "in out", K=64, V=64)).rounded(dtype)
+    case = mixed_decays(FAMILIES[family]((32768,), "in out", K=64, V=64)).rounded(dtype)
     expected = case.run("torch", torch.float64, "cuda")
     assert_close(case.run("triton", dtype, "cuda"), expected, tolerance)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 8e-2)])
+@pytest.mark.parametrize("family", DELTAS)
+def test_our_kernels_flip_one_key_over_and_over(family: str, dtype: torch.dtype, tolerance: float):
+    """At beta = 2 a transition has the eigenvalue -1; the overlaps of equal keys are the largest there are."""
+    torch.manual_seed(7)
+    case = FAMILIES[family]((1100,), "in out", K=128, V=128)
+    inputs = case.inputs
+    inputs["beta"] = torch.full_like(inputs["beta"], 2.0)
+    inputs["k"] = F.normalize(inputs["k"][:1] + 0.05 * inputs["k"], dim=-1)
+    if "log_decay" in inputs:
+        inputs["log_decay"] = inputs["log_decay"] / 100
+    case = case.rounded(dtype)
+    assert_close(case.run("triton", dtype, "cuda"), case.run("torch", torch.float64, "cuda"), tolerance)
+
+
+@pytest.mark.parametrize("family", ["scalar", "diagonal", *DELTAS])
+def test_our_kernels_give_the_same_bits_twice(family: str):
+    torch.manual_seed(10)
+    case = FAMILIES[family]((*RAGGED, 1100, 70), "in out", K=128, V=128).rounded(torch.bfloat16)
+    first, second = (case.run("triton", torch.bfloat16, "cuda") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("family", ["gated_delta", "kda"])
+def test_our_kernels_are_part_of_one_compiled_graph(family: str):
+    torch.manual_seed(1)
+    torch._dynamo.reset()
+    case = FAMILIES[family]((3, 64, 130, 187), "in out", K=64, V=96).rounded(torch.bfloat16)
+    expected = case.run("triton", torch.bfloat16, "cuda")
+    case.function = torch.compile(case.function, fullgraph=True)
+    assert_close(case.run("triton", torch.bfloat16, "cuda"), expected, TOLERANCE)
 
 
 @pytest.mark.parametrize("family", ["scalar", "diagonal", "gated_delta", "kda", "dplr"])
@@ -151,6 +187,8 @@ def test_nothing_waits_for_the_gpu_without_states():
         linear_recurrence(q, k, v, gate[..., 0], segments=segments, backend="triton")
         delta_rule(q, k, v, gate[..., 0].exp(), segments=segments, backend="torch")
         delta_rule(q, k, v, gate[..., 0].exp(), gate, segments=segments, backend="torch")
+        delta_rule(q, k, v, gate[..., 0].exp(), gate[..., 0], segments=segments, backend="triton")
+        delta_rule(q, k, v, gate[..., 0].exp(), gate, segments=segments, backend="triton")
         dplr_rule(q, k, v, -k, k, gate, segments=segments, backend="torch")
     finally:
         torch.cuda.set_sync_debug_mode(previous)
