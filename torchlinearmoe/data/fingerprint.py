@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from torchlinearmoe.data.splits import Splits
 from torchlinearmoe.data.store import TokenStore
 from torchlinearmoe.errors import RecipeError, UserError
 
@@ -73,6 +74,15 @@ def fingerprint(stores: Sequence[TokenStore]) -> Fingerprint:
             digest.update(np.diff(store.offsets).astype("<i8").tobytes())
     documents, tokens = sum(store.num_documents for store in stores), sum(store.num_tokens for store in stores)
     return Fingerprint(documents, tokens, digest.hexdigest())
+
+
+def fingerprint_of(splits: Splits[Any]) -> Fingerprint:
+    """Of all documents of either split, stored or made."""
+    if splits.stores:
+        return fingerprint(splits.stores)
+    streams = (splits.train, splits.validation)
+    digest = hashlib.blake2b(splits.made_of.encode(), digest_size=16).hexdigest()
+    return Fingerprint(sum(stream.num_documents for stream in streams), sum(map(len, streams)), digest)
 
 
 def follow(

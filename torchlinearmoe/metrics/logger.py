@@ -60,19 +60,35 @@ class MetricsLogger:
             self._console.advance(step)
 
     def validation(
-        self, step: int, loss: float | torch.Tensor | None, others: Mapping[str, float | torch.Tensor] | None = None
+        self,
+        step: int,
+        loss: float | torch.Tensor | None,
+        others: Mapping[str, float | torch.Tensor] | None = None,
+        accuracies: Mapping[str, float] | None = None,
     ) -> None:
-        """The loss on held-out data after step `step`, and on `others` by their names. Call it before `log` of the same
-        step, whose line takes them in as `validation_loss` and `validation_loss/NAME`; without such a call they get a
-        line of their own."""
+        """The loss on held-out data after step `step`, and on `others` by their names, and the accuracies on either,
+        that on the held-out data under the name "". Call it before `log` of the same step, whose line takes them in as
+        `validation_loss` and `validation_loss/NAME`; without such a call they get a line of their own."""
+        own = {} if loss is None else {"": loss}
+        losses = {_named("validation_loss", name): float(value) for name, value in {**own, **(others or {})}.items()}
+        hits = {_named("validation_accuracy", name): value for name, value in (accuracies or {}).items()}
+        self._measured(step, losses | hits)
+
+    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        """What tasks found after step `step`, `evaluation/TASK/METRIC` each; as `validation`."""
+        self._measured(step, figures)
+
+    def _measured(self, step: int, figures: Mapping[str, float]) -> None:
         if not self._active:
             return
-        self._write_waiting_validation()
-        own = {} if loss is None else {"validation_loss": float(loss)}
-        losses = own | {f"validation_loss/{name}": float(value) for name, value in (others or {}).items()}
-        self._validated = (step, losses)
+        waiting: dict[str, float] = {}
+        if self._validated is not None and self._validated[0] == step:
+            waiting = self._validated[1]
+        else:
+            self._write_waiting_validation()
+        self._validated = (step, {**waiting, **figures})
         if self._console.is_terminal:  # where the figures that hold it are soon replaced
-            self._say_validation(step, losses)
+            self._say_measured(step, figures)
 
     def log(
         self,
@@ -99,7 +115,7 @@ class MetricsLogger:
             line |= losses
             self._validated = None
             if len(losses) > ("validation_loss" in losses) and not self._console.is_terminal:
-                self._say_validation(step, losses)
+                self._say_measured(step, losses)
         self._write_waiting_validation()
         self._write(step, line)
         if self._tensorboard is not None and expert_load is not None:
@@ -130,11 +146,21 @@ class MetricsLogger:
             self._validated = None
             self._write(step, losses)
             if not self._console.is_terminal:
-                self._say_validation(step, losses)
+                self._say_measured(step, losses)
 
-    def _say_validation(self, step: int, losses: Mapping[str, float]) -> None:
-        told = [f"{name.replace('validation_loss/', 'of ')} {loss:.4f}" for name, loss in losses.items()]
-        self._console.message(f"step {step} | {', '.join(told).replace('validation_loss', 'validation loss')}")
+    def _say_measured(self, step: int, figures: Mapping[str, float]) -> None:
+        """One line of the losses and accuracies, and one a task."""
+        lines: dict[str, list[str]] = {}
+        for name, value in figures.items():
+            kind, _, rest = name.partition("/")
+            task, _, metric = rest.partition("/")
+            if kind == "evaluation":
+                lines.setdefault(f"{task}: ", []).append(f"{metric} {value:.4f}")
+            else:
+                of = f"of {rest}" if rest and kind == "validation_loss" else f"{kind.replace('_', ' ')} {rest}".strip()
+                lines.setdefault("", []).append(f"{of} {value:.4f}")
+        for task, told in lines.items():
+            self._console.message(f"step {step} | {task}{', '.join(told)}")
 
     def _write(self, step: int, line: dict[str, Any]) -> None:
         for key in _LOSSES & line.keys():
@@ -149,6 +175,10 @@ class MetricsLogger:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         with nullcontext() if error is None else suppress(OSError):  # the error on its way out matters more
             self.close()
+
+
+def _named(kind: str, name: str) -> str:
+    return f"{kind}/{name}" if name else kind
 
 
 _LOSSES = {"loss", "validation_loss"}

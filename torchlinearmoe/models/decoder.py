@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.initialize import Normal, initialize, set_initializers
-from torchlinearmoe.kernels.cross_entropy import chunk_loss, linear_cross_entropy
+from torchlinearmoe.kernels.cross_entropy import chunk_hits, chunk_loss, linear_cross_entropy
 from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.base import Carried, Carry, Context, LayerPlace, Mixer, State
@@ -57,7 +57,7 @@ class Head(Module):
     def __init__(self, width: int, vocab_size: int, std: float, tied: bool) -> None:
         super().__init__()
         self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, width))
-        self.kernel, self.backend = chunk_loss, "auto"
+        self.kernel, self.backend, self.hits = chunk_loss, "auto", chunk_hits
         if not tied:
             set_initializers(self, weight=Normal(std))
 

@@ -16,7 +16,7 @@ from torchlinearmoe.plotting.run import Run
 from torchlinearmoe.recipe import Recipe
 from torchlinearmoe.recipe.parse import flatten
 
-SILENT = ("metrics.", "checkpoint.", "training.output_dir", "data.cache", "data.workers")
+SILENT = ("metrics.", "evaluation.", "checkpoint.", "training.output_dir", "data.cache", "data.workers")
 """Beginnings of keys that say nothing of what a run learns."""
 MOST = 4
 """Keys in a name; beyond them the folder is named."""

@@ -34,6 +34,7 @@ SECTIONS = {
     "parallel": schema.ParallelRecipe,
     "checkpoint": schema.CheckpointRecipe,
     "metrics": schema.MetricsRecipe,
+    "evaluation": schema.EvaluationRecipe,
 }
 NESTED = {"moe", "mixer_options"}
 """Fields of ModelRecipe that are sections of their own in the file."""
