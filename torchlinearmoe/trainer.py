@@ -39,6 +39,7 @@ from torchlinearmoe.metrics.logger import MetricsLogger
 from torchlinearmoe.metrics.meter import Meter, peak_memory_gib
 from torchlinearmoe.metrics.mfu import mfu, peak_flops
 from torchlinearmoe.metrics.profiling import MemorySnapshot, StepProfiler
+from torchlinearmoe.metrics.wandb import check_wandb
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.models.flops import training_flops_per_token
 from torchlinearmoe.moe.routers import Routers
@@ -52,7 +53,8 @@ from torchlinearmoe.parallel.context import own_part
 from torchlinearmoe.parallel.inputs import Inputs
 from torchlinearmoe.parallel.mesh import Degrees, Meshes
 from torchlinearmoe.parallel.tensor import sum_partial_gradients
-from torchlinearmoe.recipe import Recipe
+from torchlinearmoe.recipe import Recipe, dump
+from torchlinearmoe.recipe.parse import read_keys
 from torchlinearmoe.resume import choose_checkpoint, counts_of
 from torchlinearmoe.run_folder import with_begin_of_text, write_recipe
 from torchlinearmoe.runtime import StopSignal, choose_dtype, on_rank_0
@@ -86,6 +88,8 @@ class Trainer:
         check_modules(self.whole, device.type, self.dtype, training.compile)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer)
         check_vocabulary(self.tokenizer, recipe.model.vocab_size)
+        if recipe.metrics.wandb:
+            check_wandb()
         self.evaluation = Evaluation(recipe.evaluation, self.tokenizer) if recipe.evaluation.tasks else None
         self.checkpoints = CheckpointManager(self.folder / "checkpoints", recipe.checkpoint.keep)
         source, self.resume_notes = choose_checkpoint(recipe, self.checkpoints, self.tokenizer)
@@ -152,6 +156,9 @@ class Trainer:
                 resumed_step=self.step,
                 rank=self.rank,
                 tensorboard=recipe.metrics.tensorboard,
+                wandb=recipe.metrics.wandb,
+                recipe=dump(recipe),
+                settings=read_keys(recipe),
             )
         self.resumed_from = source
         self.stop_signal = 0

@@ -1,4 +1,5 @@
-"""The trainer's one door to the outside: a logged step goes to the file, to TensorBoard and to the terminal."""
+"""The trainer's one door to the outside: a logged step goes to the file, to TensorBoard, to Weights & Biases where that
+is asked for, and to the terminal."""
 
 import math
 import time
@@ -13,6 +14,7 @@ import torch
 from torchlinearmoe.metrics.console import Console
 from torchlinearmoe.metrics.record import Record, truncate_after
 from torchlinearmoe.metrics.tensorboard import TensorBoard
+from torchlinearmoe.metrics.wandb import WeightsAndBiases
 
 METRIC_KEYS = ("loss", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu", "memory_gib", "skipped_steps")
 """What every line of a logged step holds beside `step`; a value that is not known is None.
@@ -28,6 +30,7 @@ class MetricsLogger:
     On every rank the calls are the same. No call is a collective: the values given on rank 0 are the ones told.
 
     resumed_step: the step whose checkpoint was loaded, 0 for a fresh start: lines and events after it are removed.
+    recipe, settings: the run's recipe as text, and flat; wandb: a project of Weights & Biases, or empty.
     clock: seconds since 1970.
     """
 
@@ -39,6 +42,9 @@ class MetricsLogger:
         resumed_step: int = 0,
         rank: int = 0,
         tensorboard: bool = True,
+        wandb: str = "",
+        recipe: str = "",
+        settings: Mapping[str, Any] | None = None,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -50,6 +56,9 @@ class MetricsLogger:
         truncate_after(folder / "metrics.jsonl", resumed_step)
         self._record = Record(folder / "metrics.jsonl")
         self._tensorboard = TensorBoard(folder / "tensorboard", resumed_step=resumed_step) if tensorboard else None
+        if self._tensorboard is not None and recipe:
+            self._tensorboard.recipe(recipe, settings or {}, resumed_step)
+        self._wandb = WeightsAndBiases(wandb, folder, settings or {}) if wandb else None
         self._console = Console(total_steps=total_steps, step=resumed_step, stream=stream)
         self._validated: tuple[int, dict[str, float]] | None = None  # validation losses that wait for their step's line
 
@@ -137,8 +146,9 @@ class MetricsLogger:
             self._active = False
             self._console.close()
             self._record.close()
-            if self._tensorboard is not None:
-                self._tensorboard.close()
+            for sink in (self._tensorboard, self._wandb):
+                if sink is not None:
+                    sink.close()
 
     def _write_waiting_validation(self) -> None:
         if self._validated is not None:
@@ -166,8 +176,9 @@ class MetricsLogger:
         for key in _LOSSES & line.keys():
             line[key.replace("loss", "perplexity")] = _perplexity(line[key])
         self._record.write({"step": step, "time": round(self._clock(), 3), **line})
-        if self._tensorboard is not None:
-            self._tensorboard.scalars(step, line)
+        for sink in (self._tensorboard, self._wandb):
+            if sink is not None:
+                sink.scalars(step, line)
 
     def __enter__(self) -> "MetricsLogger":
         return self

@@ -309,6 +309,16 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def read_keys(recipe: schema.Recipe) -> dict[str, Any]:
+    """A recipe as {"section.key": value}, without the options of mixers that no layer runs."""
+    used = used_sections(recipe.model)
+    return {
+        key: value
+        for key, value in flatten(recipe).items()
+        if not (key.startswith("mixer.") and key.split(".")[1] not in used)
+    }
+
+
 def _plain(value: Any) -> Any:
     """A value without dataclasses in its lists."""
     if isinstance(value, tuple):

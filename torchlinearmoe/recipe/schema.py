@@ -366,6 +366,8 @@ class MetricsRecipe:
     """Measure in validations also the share of labels that are the model's most probable token."""
     tensorboard: bool = True
     """Write TensorBoard events."""
+    wandb: str = ""
+    """Project of Weights & Biases that gets the figures too; empty: none."""
     baselines: bool = False
     """Print the held-out loss of uniform, unigram and bigram models at the start and compare with them at the end."""
     mixer_ablation: bool = False
