@@ -82,7 +82,8 @@ def counted_hits(passes: Passes, device: torch.device) -> Iterator[Tensor]:
         return count
 
     for head in heads:
-        head.kernel, head.backend = counting(head), "torch"  # the one that reads what it is given
+        # The backend that reads the kernel it is given.
+        head.kernel, head.backend = counting(head), "torch"  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield counts
     finally:

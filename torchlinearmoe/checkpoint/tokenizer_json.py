@@ -12,6 +12,7 @@ A piece that is a token as a whole is that token, whatever its merges say (`igno
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from torchlinearmoe.checkpoint.tokenizer_files import CONFIG, MADE_FROM, TOKENIZER
@@ -40,8 +41,8 @@ def tokenizer_json(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
     vocabulary = {spelled[token]: rank for token, rank in tokenizer.ranks.items() if token} | tokenizer.special_tokens
     split = {
         "type": "Split",
-        # Two quantifiers in a row are one possessive one there, and a repetition of the first in the other's patterns.
-        "pattern": {"Regex": tokenizer.pattern.replace("}+", "}")},
+        # `{1,3}+` gives nothing back in tiktoken's patterns, and in the other's repeats itself.
+        "pattern": {"Regex": re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", tokenizer.pattern)},
         "behavior": "Isolated",
         "invert": False,
     }

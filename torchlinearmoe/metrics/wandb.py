@@ -9,6 +9,7 @@ WANDB_MODE=offline keeps all of it in the folder.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,7 @@ class WeightsAndBiases:
     def __init__(self, project: str, folder: Path, settings: Mapping[str, Any]) -> None:
         """settings: the recipe, flat."""
         check_wandb()
-        import wandb  # pyright: ignore[reportMissingImports]
-
+        wandb: Any = importlib.import_module("wandb")
         kept = folder / "wandb" / "run.id"
         kept.parent.mkdir(parents=True, exist_ok=True)
         known = kept.read_text(encoding="utf-8").strip() if kept.exists() else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torchlinearmoe.plotting.figures import empty_figure
 
@@ -24,7 +25,7 @@ def draw_tradeoff(curves: Mapping[str, Curve], file: Path) -> None:
     figure = empty_figure(1)
     plot = figure.subplots()
     for number, (name, curve) in enumerate(curves.items()):
-        style = {"color": f"C{number % 10}", "marker": "os^v"[number // 10 % 4]}
+        style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "os^v"[number // 10 % 4]}
         plot.plot(*zip(*sorted(curve.points)), label=name, **style)
         if curve.others:
             plot.plot(*zip(*sorted(curve.others)), linestyle=":", alpha=0.5, label=f"{name}, published", **style)

@@ -181,7 +181,8 @@ class TorchLinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if (generation_config.num_beams or 1) > 1:
             raise ValueError(f"num_beams = {generation_config.num_beams}: beams cannot share a state; use num_beams=1")
-        model_kwargs["max_state_length"] = generation_config.max_length
+        embedded = model_kwargs.get("inputs_embeds")  # which max_length does not count
+        model_kwargs["max_state_length"] = generation_config.max_length + (0 if embedded is None else embedded.shape[1])
         state, length = model_kwargs.get("state"), getattr(generation_config, "_mask_length", None)
         if state is not None and length is not None and model_kwargs.get("attention_mask") is None:
             model_kwargs["attention_mask"] = state.positions.new_ones(len(state.seen), length)

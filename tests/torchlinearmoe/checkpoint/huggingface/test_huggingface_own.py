@@ -190,7 +190,7 @@ def test_hidden_states_and_embeddings_are_those_of_the_decoder(kind: str, tmp_pa
     )
 
     torch.testing.assert_close(theirs(inputs_embeds=embedded, attention_mask=mask).logits, found.logits)
-    told = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
+    told = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     said = theirs.generate(inputs_embeds=embedded, attention_mask=mask, **told)
     assert said.tolist() == theirs.generate(tokens, attention_mask=mask, **told)[:, 9:].tolist()
     with pytest.raises(ValueError, match="exactly one"):
