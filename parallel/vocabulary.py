@@ -31,7 +31,8 @@ def split_vocabulary(model: Decoder, group: str, rank: int, ranks: int) -> None:
         model.embed.forward = partial(embed_rows, model.embed, first=first, rows=rows, group=group)  # pyright: ignore
     if not model.holds_last:
         return
-    model.head.kernel, model.head.backend = SplitLoss(first, group, ranks).chunk_loss, "torch"
+    split = SplitLoss(first, group, ranks)
+    model.head.kernel, model.head.backend, model.head.hits = split.chunk_loss, "torch", split.chunk_hits
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         h_TD, *rest = args
@@ -73,3 +74,11 @@ class SplitLoss:
         log_total = log_totals.logsumexp(0)
         gradient = (torch.exp(wide - log_total[:, None]) - hot.to(wide.dtype)) * valid[:, None]
         return torch.where(valid, log_total - targets.sum(0), 0).sum(), gradient.to(logits.dtype)
+
+    def chunk_hits(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """How many labels of a chunk are the most probable token of all, the same on every rank."""
+        best, place = logits.double().max(-1)  # float64 holds any id
+        found = gather_rows(torch.stack((best, (place + self.first).double())), self.group)
+        every_best, ids = found.view(self.ranks, 2, -1).unbind(1)
+        chosen = ids.gather(0, every_best.argmax(0, keepdim=True)).squeeze(0)
+        return (chosen == labels).sum()

@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": ("generate", "continues a prompt with the model of a run or checkpoint"),
     "convert": ("convert", "Hugging Face weights in and out"),
     "evaluate": ("evaluate", "asks a model lm-eval's tasks, or questions made from the text that ships"),
+    "recall": ("recall.__main__", "associative recall against the size of the state, a sweep over mixers"),
     "plot": ("plot", "curves of runs as pictures"),
     "train-tokenizer": ("data.train_tokenizer", "a byte-pair encoding of one's own text"),
     "benchmark": ("benchmark.__main__", "what this machine does"),

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from torchlinearmoe.commands import Failure, add_device_options, device_and_dtype, failures_on_one_line
 
 if TYPE_CHECKING:
-    from torchlinearmoe.data.tokenizer import Tokenizer
     from torchlinearmoe.harness.lm import LinearMoELM
 
 
@@ -55,32 +54,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    try:
-        import lm_eval  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        missing = error.name or "lm_eval"
-        raise Failure(
-            f"evaluate needs lm-eval ({missing} is not installed); pip install lm-eval, or the extra "
-            "'torchlinearmoe[eval]'"
-        ) from None
+    from torchlinearmoe.harness.asking import ask, check_lm_eval
+    from torchlinearmoe.harness.tasks import Tasks
+
+    check_lm_eval("evaluate")
     from lm_eval.utils import handle_non_serializable, make_table  # pyright: ignore[reportMissingImports]
 
     if options.samples and not options.output:
         raise Failure("--samples: they go into the file that --output names; add it")
     with _ranks(), _model(options) as model:
-        # Errors by resampling: tasks start processes for it, which a rank that holds a GPU must not.
-        os.environ.setdefault("DISABLE_MULTIPROC", "1")
-        manager, tasks = _tasks(options, model.ids)
-        simple_evaluate: Any = lm_eval.simple_evaluate  # its decorator hides what it takes
-        results = simple_evaluate(
-            model=model,
-            tasks=tasks,
-            task_manager=manager,
+        tasks = Tasks(options.tasks.split(","), model.ids, "--tasks", options.include_path)
+        results = ask(
+            model,
+            tasks,
             num_fewshot=options.num_fewshot,
-            limit=int(options.limit) if options.limit and options.limit >= 1 else options.limit,
+            limit=options.limit,
             gen_kwargs=options.gen_kwargs,
-            bootstrap_iters=1000,
-            log_samples=options.samples,
+            resamplings=1000,
+            samples=options.samples,
         )
         if results is None:
             return 0  # another rank than the first
@@ -140,30 +131,6 @@ def _model(options: argparse.Namespace) -> Iterator[LinearMoELM]:
         max_length=options.max_length,
         name=str(options.checkpoint),
     )
-
-
-def _tasks(options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Any, list[Any]]:
-    """lm-eval's index of tasks, and the wanted ones: names and files as it takes them, our own made."""
-    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
-
-    from torchlinearmoe.errors import nearest
-    from torchlinearmoe.harness.local import LOCAL, local_task
-
-    folder = options.include_path
-    if folder is not None and not Path(folder).is_dir():
-        raise Failure(f"--include-path {folder}: no such folder")
-    names: list[str] = list(dict.fromkeys(filter(None, map(str.strip, options.tasks.split(",")))))
-    if not names:
-        raise Failure("--tasks: names none; give local, or names of lm-eval's tasks")
-    names = list(dict.fromkeys(each for name in names for each in (LOCAL if name == "local" else [name])))
-    others = [name for name in names if name not in LOCAL]
-    manager = TaskManager(include_path=folder, include_defaults=bool(others))  # thousands of files are read for it
-    for name in others:
-        if name not in manager.task_index and not Path(name).is_file():
-            close, _, _ = nearest(name, ["local", *LOCAL, *manager.task_index]).partition("legal: ")
-            told = close.strip() or "python -m lm_eval ls tasks lists lm-eval's"
-            raise Failure(f"--tasks {name}: no such task, and no file of one; {told}")
-    return manager, [local_task(name, tokenizer) if name in LOCAL else name for name in names]
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from torchlinearmoe.data.packing import MicroBatch
+from torchlinearmoe.data.packing import IGNORED, MicroBatch
+from torchlinearmoe.kernels.cross_entropy import ChunkKernel
 from torchlinearmoe.mixers.base import Mixer
 from torchlinearmoe.models.block import Block
-from torchlinearmoe.models.decoder import Decoder
+from torchlinearmoe.models.decoder import Decoder, Head
 from torchlinearmoe.optim.gradients import clear_gradients, gradient_parts, summed
 from torchlinearmoe.parallel.fsdp import reshard
 from torchlinearmoe.parallel.inputs import Inputs
@@ -59,6 +60,35 @@ def held_out_loss(
         dist.all_reduce(total, group=group)
     loss, count = total.tolist()
     return loss / max(count, 1.0)
+
+
+@contextmanager
+def counted_hits(passes: Passes, device: torch.device) -> Iterator[Tensor]:
+    """What comes back counts, while inside: [labels that are the most probable token, labels], float64, on this rank.
+
+    Of the rank that has the last layers: others, in a pipeline, count none.
+    """
+    counts = torch.zeros(2, dtype=torch.float64, device=device)
+    heads = [part.head for part in passes.parts if part.holds_last]
+    before = [(head.kernel, head.backend) for head in heads]
+
+    def counting(head: Head) -> ChunkKernel:
+        loss, hits = head.kernel, head.hits
+
+        def count(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            counts.add_(torch.stack([hits(logits, labels), (labels != IGNORED).sum()]))
+            return loss(logits, labels)
+
+        return count
+
+    for head in heads:
+        # The backend that reads the kernel it is given.
+        head.kernel, head.backend = counting(head), "torch"  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield counts
+    finally:
+        for head, (kernel, backend) in zip(heads, before):
+            head.kernel, head.backend = kernel, backend
 
 
 @contextmanager

@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--chat", action="store_true", help="each prompt is a message to a finetuned model, written in its template")
     add("--system", default="", metavar="TEXT", help="with --chat, the system message before it")
     add("--max-tokens", type=int, default=200, metavar="N", help="longest continuation, in tokens (default 200)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
     add(
         "--temperature",
         type=float,
@@ -76,6 +77,8 @@ def _generate(options: argparse.Namespace) -> int:
     temperature = 0.0 if options.greedy else options.temperature
     sampling = Sampling(temperature=temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     texts = _prompts(options.prompt)
+    if "" in options.stop:
+        raise Failure("--stop: the text is empty; leave it out")
     device, dtype = device_and_dtype(options)
     options.checkpoint = find_checkpoint(options.checkpoint)
     with torch.device(device):
@@ -93,7 +96,7 @@ def _generate(options: argparse.Namespace) -> int:
     )
     shown = ["" if options.hide_prompt or options.chat else text for text in texts]
     try:
-        _write(generation, tokenizer, shown)
+        _write(generation, tokenizer, shown, options.stop)
     except BrokenPipeError:
         # The reader has gone; nothing can be written any more, not even when Python closes the stream.
         sys.stdout = None
@@ -128,26 +131,33 @@ def _prompts(given: list[str] | None) -> list[str]:
 
 
 class _Text:
-    """The text of one sequence as its tokens come; a token may end inside a character."""
+    """The text of one sequence as its tokens come, up to a stop string; a token may end inside a character."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        from torchlinearmoe.generation.stops import StopText
+
+        self._tokenizer, self._until = tokenizer, StopText(stops)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token: int) -> str:
-        return self._decoder.decode(self._tokenizer.decode_bytes([token]))
+        return self._until.add(self._decoder.decode(self._tokenizer.decode_bytes([token])))
+
+    @property
+    def done(self) -> bool:
+        """A stop string has come."""
+        return self._until.done
 
     def end(self) -> str:
-        return self._decoder.decode(b"", final=True)
+        return self._until.add(self._decoder.decode(b"", final=True)) + self._until.end()
 
 
-def _write(generation: Generation, tokenizer: Tokenizer, shown: list[str]) -> None:
+def _write(generation: Generation, tokenizer: Tokenizer, shown: list[str], stops: Sequence[str] = ()) -> None:
     """One sequence as it comes, several one after another when all are done; a line of figures to stderr."""
     from torchlinearmoe.generation import state_bytes
     from torchlinearmoe.generation.decode import grows
 
     streaming = len(shown) == 1
-    texts = [_Text(tokenizer) for _ in shown]
+    texts = [_Text(tokenizer, stops) for _ in shown]
     written = list(shown)
     tokens, first, begin = 0, None, time.perf_counter()
     if streaming:
@@ -159,6 +169,8 @@ def _write(generation: Generation, tokenizer: Tokenizer, shown: list[str]) -> No
                 continue
             tokens += 1
             piece = texts[row].add(token)
+            if texts[row].done:
+                generation.running[row] = False
             written[row] += piece
             if streaming and piece:
                 print(piece, end="", flush=True)

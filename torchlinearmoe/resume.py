@@ -30,7 +30,7 @@ from torchlinearmoe.recipe import Recipe
 from torchlinearmoe.recipe.parse import flatten
 from torchlinearmoe.recipe.remarks import unread, value_of
 
-FREE_SECTIONS = ("parallel", "metrics", "checkpoint")
+FREE_SECTIONS = ("parallel", "metrics", "checkpoint", "evaluation")
 FREE_KEYS = {
     *("training.steps", "training.tokens", "training.output_dir", "training.device", "training.deterministic"),
     *("training.compile", "training.compile_backend", "training.max_skipped_steps"),

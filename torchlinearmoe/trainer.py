@@ -22,13 +22,16 @@ from torchlinearmoe.checkpoint.manager import CheckpointManager
 from torchlinearmoe.checkpoint.model import begins_as_trained, model_files
 from torchlinearmoe.commands import bytes_bar
 from torchlinearmoe.data.baselines import Baselines, baseline_losses
-from torchlinearmoe.data.fingerprint import DataState, fingerprint, follow
+from torchlinearmoe.data.chat_template import load_template
+from torchlinearmoe.data.fingerprint import DataState, fingerprint_of, follow
 from torchlinearmoe.data.loader import Packed, build_loader, build_validation_loader
 from torchlinearmoe.data.open import open_data
 from torchlinearmoe.data.packing import MicroBatch
 from torchlinearmoe.data.splits import Splits, Stream
 from torchlinearmoe.data.tokenizer import check_vocabulary, load_tokenizer
-from torchlinearmoe.evaluation import first_bad_layer, held_out_loss, silent_mixers
+from torchlinearmoe.evaluation import counted_hits, first_bad_layer, held_out_loss, silent_mixers
+from torchlinearmoe.harness.training import Evaluation
+from torchlinearmoe.harness.whole import whole_model
 from torchlinearmoe.kernels.choose import check_modules
 from torchlinearmoe.late import LateNumbers, to_device
 from torchlinearmoe.metrics import report
@@ -36,6 +39,7 @@ from torchlinearmoe.metrics.logger import MetricsLogger
 from torchlinearmoe.metrics.meter import Meter, peak_memory_gib
 from torchlinearmoe.metrics.mfu import mfu, peak_flops
 from torchlinearmoe.metrics.profiling import MemorySnapshot, StepProfiler
+from torchlinearmoe.metrics.wandb import check_wandb
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.models.flops import training_flops_per_token
 from torchlinearmoe.moe.routers import Routers
@@ -49,7 +53,8 @@ from torchlinearmoe.parallel.context import own_part
 from torchlinearmoe.parallel.inputs import Inputs
 from torchlinearmoe.parallel.mesh import Degrees, Meshes
 from torchlinearmoe.parallel.tensor import sum_partial_gradients
-from torchlinearmoe.recipe import Recipe
+from torchlinearmoe.recipe import Recipe, dump
+from torchlinearmoe.recipe.parse import read_keys
 from torchlinearmoe.resume import choose_checkpoint, counts_of
 from torchlinearmoe.run_folder import with_begin_of_text, write_recipe
 from torchlinearmoe.runtime import StopSignal, choose_dtype, on_rank_0
@@ -83,13 +88,16 @@ class Trainer:
         check_modules(self.whole, device.type, self.dtype, training.compile)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer)
         check_vocabulary(self.tokenizer, recipe.model.vocab_size)
+        if recipe.metrics.wandb:
+            check_wandb()
+        self.evaluation = Evaluation(recipe.evaluation, self.tokenizer) if recipe.evaluation.tasks else None
         self.checkpoints = CheckpointManager(self.folder / "checkpoints", recipe.checkpoint.keep)
         source, self.resume_notes = choose_checkpoint(recipe, self.checkpoints, self.tokenizer)
         self.checkpoints.clear()
         fresh = source is None and recipe.checkpoint.init_from
         self.initial_weights = InitialWeights(recipe) if fresh else None
         self.splits = self._open_data(source)
-        recipe = self.recipe = with_begin_of_text(recipe, self.splits.stores[0].begin_of_text)
+        recipe = self.recipe = with_begin_of_text(recipe, self.splits.begin_of_text)
         self.model_files = model_files(recipe, self.tokenizer)
         self.data, self.data_note = self._follow_data(source)
         built = build_parallel_model(recipe, self.meshes, device, self.dtype)
@@ -148,6 +156,9 @@ class Trainer:
                 resumed_step=self.step,
                 rank=self.rank,
                 tensorboard=recipe.metrics.tensorboard,
+                wandb=recipe.metrics.wandb,
+                recipe=dump(recipe),
+                settings=read_keys(recipe),
             )
         self.resumed_from = source
         self.stop_signal = 0
@@ -178,7 +189,7 @@ class Trainer:
         baselines = self._begin()
         stop = StopSignal()
         profile_folder = self.folder / "profile"
-        metrics, checkpoint = self.recipe.metrics, self.recipe.checkpoint
+        metrics, checkpoint, evaluation = self.recipe.metrics, self.recipe.checkpoint, self.recipe.evaluation
         gc.collect()
         gc.freeze()
         try:
@@ -202,6 +213,8 @@ class Trainer:
                         self._diverged(batches)
                     if last or validates:
                         self._validate()
+                    if last or (evaluation.interval and self.step % evaluation.interval == 0):
+                        self._evaluate()
                     if logs:
                         self._log(loss, grad_norm, lr)
                     self.metrics.advance(self.step)
@@ -306,7 +319,7 @@ class Trainer:
 
     def _follow_data(self, source: Path | None) -> tuple[DataState, str | None]:
         """How the data go on from where the run stood, and a line to say."""
-        now = on_rank_0(lambda: fingerprint(self.splits.stores, self.recipe.data.min_length))
+        now = on_rank_0(lambda: fingerprint_of(self.splits, self.recipe.data.min_length))
         if source is None:
             return DataState(now), None
         extra, training = read_extra(source), self.recipe.training
@@ -351,10 +364,38 @@ class Trainer:
     def _validate(self) -> None:
         limit, others = self.recipe.metrics.validation_batches, self.splits.others
         if len(self.splits.validation) or others:
+            own = {"": self.splits.validation} if len(self.splits.validation) else {}
             with self.meter.paused():
-                loss = self._held_out_loss(limit) if len(self.splits.validation) else None
-                losses = {name: self._held_out_loss(limit, stream) for name, stream in others.items()}
-            self.metrics.validation(self.step, loss, losses)
+                found = {name: self._held_out(limit, stream) for name, stream in {**own, **others}.items()}
+            losses = {name: loss for name, (loss, _) in found.items()}
+            hits = {name: accuracy for name, (_, accuracy) in found.items() if accuracy is not None}
+            self.metrics.validation(self.step, losses.pop("", None), losses, hits)
+
+    def _held_out(self, limit: int, stream: Stream) -> tuple[float, float | None]:
+        """The loss on some data, and where the recipe asks for it the share of labels that greedy decoding says."""
+        if not self.recipe.metrics.validation_accuracy:
+            return self._held_out_loss(limit, stream), None
+        with counted_hits(self.passes, self.device) as counts:
+            loss = self._held_out_loss(limit, stream)
+        for group in (self.meshes.loss_group, self.meshes.pipeline_group):
+            dist.all_reduce(counts, group=group)
+        hits, labels = counts.tolist()
+        return loss, hits / max(labels, 1.0)
+
+    def _evaluate(self) -> None:
+        if self.evaluation is None:
+            return
+        data = self.recipe.data
+        tokenizer = self.tokenizer.starting(bool(data.begin_of_text))
+        ends = (
+            {load_template(data.chat_template, tokenizer).end_id(tokenizer)}
+            if data.format == "messages"
+            else set[int]()
+        )
+        with self.meter.paused():
+            model = whole_model(self.recipe.model, self.parts, self.meshes.pipeline_group, self.device, self.dtype)
+            found = self.evaluation.ask(model, tokenizer, ends)
+        self.metrics.evaluation(self.step, found)
 
     def _log(self, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         """One line of metrics; every rank takes part in the sums."""

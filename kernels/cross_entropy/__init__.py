@@ -37,6 +37,11 @@ def chunk_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(valid, losses, 0).sum(), gradient.to(logits.dtype)
 
 
+def chunk_hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many labels of a chunk are the most probable token. logits: [C, V]; labels: int64 [C], IGNORED never are."""
+    return (logits.argmax(-1) == labels).sum()
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

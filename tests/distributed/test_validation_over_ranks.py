@@ -41,6 +41,47 @@ def test_validation_gathers_no_weight_for_good(ranks: RankPool, tmp_path: Path) 
     assert all(ranks(2, still_sharded, settings(write_corpus(tmp_path), tmp_path / "run")))
 
 
+def accuracies(rank: int, tables: Settings) -> tuple[float, float | None]:
+    """After a few steps, which teach which ids are values."""
+    trainer = build(tables)
+    trainer.run()
+    return trainer._held_out(0, trainer.splits.validation)
+
+
+ACCURACY_LAYOUTS: dict[str, tuple[int, Settings]] = {
+    "data 2": (2, {}),
+    "tensor 2": (2, {"parallel": {"tensor": 2}}),
+    "context 2": (2, {"parallel": {"context": 2}}),
+    "pipeline 2": (2, {"parallel": {"pipeline": 2}}),
+    "pipeline 2 x tensor 2": (4, {"parallel": {"pipeline": 2, "tensor": 2}}),
+}
+
+
+@pytest.mark.parametrize(
+    "layout", every_run(ACCURACY_LAYOUTS, *list(ACCURACY_LAYOUTS)[:4], slow=list(ACCURACY_LAYOUTS)[4:])
+)
+def test_the_accuracy_is_that_of_one_process(ranks: RankPool, tmp_path: Path, layout: str) -> None:
+    """Of recall, whose asked keys are few; a vocabulary over ranks agrees on the most probable token."""
+    size, changes = ACCURACY_LAYOUTS[layout]
+    asked = {
+        "model": {"layout": "LN", "num_layers": 2, "num_kv_heads": 2, "init_std": 0.3},
+        "data": {
+            "paths": None,
+            "format": "recall",
+            "recall": [{"pairs": 3, "length": 24, "examples": 400}],
+            "recall_vocabulary": 16,
+            "validation_fraction": 0.5,
+        },
+        "training": {"steps": 12},
+        "optimizer": {"lr": 2e-2},
+        "metrics": {"validation_accuracy": True},
+    }
+    (one,) = ranks(1, accuracies, settings(tmp_path / "none", tmp_path / "one", asked))
+    assert one[1] is not None and 0.01 < one[1] < 0.5
+    for found in ranks(size, accuracies, settings(tmp_path / "none", tmp_path / "found", asked, changes)):
+        assert found == pytest.approx(one, rel=1e-4)
+
+
 def held_out_losses(rank: int, tables: Settings) -> tuple[float, float]:
     """Under the capacity, and without."""
     trainer = build(tables)

@@ -1,6 +1,7 @@
 """Held-out loss by hand, mixers switched off, and the place where a value went bad."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 from torchlinearmoe import build_model
 from torchlinearmoe.data.packing import IGNORED, MicroBatch, Sample, collate, ignored_sample
-from torchlinearmoe.evaluation import first_bad_layer, held_out_loss, silent_mixers
+from torchlinearmoe.evaluation import counted_hits, first_bad_layer, held_out_loss, silent_mixers
 from torchlinearmoe.generation.padded import forward_masked
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.moe import MoE
@@ -103,6 +104,25 @@ def test_the_loss_is_a_mean_over_tokens_and_leaves_no_trace(model: Decoder) -> N
     assert model.training and all(module.training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_hits_are_labels_that_greedy_decoding_says(model: Decoder) -> None:
+    model.eval()
+    right = labels = 0
+    found = list(batches())
+    for index, batch in enumerate(found):
+        cu_seqlens = torch.tensor(batch.cu_seqlens, dtype=torch.int32)
+        said = model(batch.tokens[None], cu_seqlens=cu_seqlens)[0].argmax(-1)
+        wanted = torch.where((torch.arange(24) % 3 == 0) & (batch.labels != IGNORED), said, batch.labels)
+        found[index] = replace(batch, labels=wanted)
+        right += int((said == wanted).sum())
+        labels += int((wanted != IGNORED).sum())
+    loss = held_out_loss(Loop(model), found, CPU)
+    before = model.head.kernel, model.head.backend
+    with counted_hits(Loop(model), CPU) as counts:
+        assert held_out_loss(Loop(model), found, CPU) == pytest.approx(loss, rel=1e-6)
+    assert counts.tolist() == [right, labels] and 0 < right < labels
+    assert (model.head.kernel, model.head.backend) == before
 
 
 def test_with_silent_mixers_a_token_knows_of_no_other(model: Decoder) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from torchlinearmoe.data.splits import Splits
 from torchlinearmoe.data.store import TokenStore
 from torchlinearmoe.errors import RecipeError, UserError
 
@@ -78,6 +79,15 @@ def fingerprint(stores: Sequence[TokenStore], min_length: int = 0) -> Fingerprin
         counts = [(len(long), int(long.sum())) for found in lengths for long in [found[found >= min_length]]]
         documents, tokens = (sum(column) for column in zip(*counts))
     return Fingerprint(documents, tokens, digest.hexdigest())
+
+
+def fingerprint_of(splits: Splits[Any], min_length: int = 0) -> Fingerprint:
+    """Of all documents of either split, stored, those of `min_length` ids, or made."""
+    if splits.stores:
+        return fingerprint(splits.stores, min_length)
+    streams = (splits.train, splits.validation)
+    digest = hashlib.blake2b(splits.made_of.encode(), digest_size=16).hexdigest()
+    return Fingerprint(sum(stream.num_documents for stream in streams), sum(map(len, streams)), digest)
 
 
 def follow(

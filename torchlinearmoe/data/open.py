@@ -14,6 +14,7 @@ from torchlinearmoe.data.chat_template import load_template
 from torchlinearmoe.data.conversations import open_conversations
 from torchlinearmoe.data.mixture import MixedStream
 from torchlinearmoe.data.prepare import Tell
+from torchlinearmoe.data.recall import open_recall
 from torchlinearmoe.data.shared import Decide, alone
 from torchlinearmoe.data.splits import Splits, TokenStream, check_not_empty, open_splits
 from torchlinearmoe.data.tokenizer import Tokenizer
@@ -34,6 +35,8 @@ def open_data(
     `run_folder` is where the run writes, `decide` picks the rank that finds and tokenises the data for all; `tell` is
     called with (done, total) in bytes of text meanwhile.
     """
+    if data.format == "recall":
+        return open_recall(data)
     where: dict[str, Any] = {
         "tokenizer": tokenizer,
         "begins": data.begin_of_text,
@@ -50,7 +53,7 @@ def open_data(
         splits = _open_sources(data, where)
     else:
         splits = _open_paths(data, data.paths, data.validation_fraction, where)
-    where["begins"] = splits.stores[0].begin_of_text is not None
+    where["begins"] = splits.begin_of_text is not None
     others = dict(splits.others)
     for name, path in named(data.validation_paths, "data.validation_paths").items():
         others[name] = _open_paths(data, [path], 0, {**where, "min_length": 0}).train

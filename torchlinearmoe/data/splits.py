@@ -278,6 +278,13 @@ class Splits(Generic[S]):
     """Folders under `data.paths` in which something was passed over because training wrote it."""
     unknown: Mapping[str, int] = field(default_factory=dict)
     """Files of no known kind there: how many, by suffix."""
+    made_of: str = ""
+    """What documents that are not stored are a function of."""
+
+    @property
+    def begin_of_text(self) -> int | None:
+        """The token that documents start with where it is not the end of text."""
+        return self.stores[0].begin_of_text if self.stores else None
 
 
 def open_splits(

@@ -16,13 +16,16 @@ from torchlinearmoe.models.decoder import Decoder, DecodeState
 
 
 def forward_masked(model: Decoder, tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """Logits [B, T, V] of int64 [B, T], each sequence by itself; zero where `mask` [B, T] is."""
+    """Logits [B, T, V] of int64 [B, T], or of embeddings [B, T, D]; each sequence by itself.
+
+    Zero where `mask` [B, T] is.
+    """
     if mask is None or bool(mask.all()):
         return model(tokens)
     valid = mask.bool()
     lengths = [count for count in valid.sum(1).tolist() if count]
     documents = Documents.prompts(lengths, tokens.device)
-    return _spread(model(tokens[valid], documents=documents), valid)
+    return spread(model(tokens[valid], documents=documents), valid)
 
 
 def prefill_masked(
@@ -34,13 +37,14 @@ def prefill_masked(
     valid = mask.bool()
     lengths = valid.sum(1).tolist()
     order = valid.int().argsort(dim=1, descending=True, stable=True)
-    logits, state = model.prefill(tokens.gather(1, order), state, lengths)
+    rows = torch.arange(tokens.shape[0], device=tokens.device)[:, None]
+    logits, state = model.prefill(tokens[rows, order], state, lengths)
     front = torch.arange(tokens.shape[1], device=tokens.device) < valid.sum(1, keepdim=True)
-    return _spread(logits[front], valid), state
+    return spread(logits[front], valid), state
 
 
-def _spread(logits: Tensor, valid: Tensor) -> Tensor:
-    """Logits of the valid tokens, row after row, back to where the tokens stood."""
+def spread(logits: Tensor, valid: Tensor) -> Tensor:
+    """What there is of the valid tokens, row after row, back to where they stood; zero elsewhere."""
     out = logits.new_zeros(*valid.shape, logits.shape[-1])
     out[valid] = logits
     return out

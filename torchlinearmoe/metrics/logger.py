@@ -1,4 +1,5 @@
-"""The trainer's one door to the outside: a logged step goes to the file, to TensorBoard and to the terminal."""
+"""The trainer's one door to the outside: a logged step goes to the file, to TensorBoard, to Weights & Biases where that
+is asked for, and to the terminal."""
 
 import math
 import time
@@ -13,6 +14,7 @@ import torch
 from torchlinearmoe.metrics.console import Console
 from torchlinearmoe.metrics.record import Record, truncate_after
 from torchlinearmoe.metrics.tensorboard import TensorBoard
+from torchlinearmoe.metrics.wandb import WeightsAndBiases
 
 METRIC_KEYS = ("loss", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu", "memory_gib", "skipped_steps")
 """What every line of a logged step holds beside `step`; a value that is not known is None.
@@ -28,6 +30,7 @@ class MetricsLogger:
     On every rank the calls are the same. No call is a collective: the values given on rank 0 are the ones told.
 
     resumed_step: the step whose checkpoint was loaded, 0 for a fresh start: lines and events after it are removed.
+    recipe, settings: the run's recipe as text, and flat; wandb: a project of Weights & Biases, or empty.
     clock: seconds since 1970.
     """
 
@@ -39,6 +42,9 @@ class MetricsLogger:
         resumed_step: int = 0,
         rank: int = 0,
         tensorboard: bool = True,
+        wandb: str = "",
+        recipe: str = "",
+        settings: Mapping[str, Any] | None = None,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -50,6 +56,9 @@ class MetricsLogger:
         truncate_after(folder / "metrics.jsonl", resumed_step)
         self._record = Record(folder / "metrics.jsonl")
         self._tensorboard = TensorBoard(folder / "tensorboard", resumed_step=resumed_step) if tensorboard else None
+        if self._tensorboard is not None and recipe:
+            self._tensorboard.recipe(recipe, settings or {}, resumed_step)
+        self._wandb = WeightsAndBiases(wandb, folder, settings or {}) if wandb else None
         self._console = Console(total_steps=total_steps, step=resumed_step, stream=stream)
         self._validated: tuple[int, dict[str, float]] | None = None  # validation losses that wait for their step's line
 
@@ -60,19 +69,35 @@ class MetricsLogger:
             self._console.advance(step)
 
     def validation(
-        self, step: int, loss: float | torch.Tensor | None, others: Mapping[str, float | torch.Tensor] | None = None
+        self,
+        step: int,
+        loss: float | torch.Tensor | None,
+        others: Mapping[str, float | torch.Tensor] | None = None,
+        accuracies: Mapping[str, float] | None = None,
     ) -> None:
-        """The loss on held-out data after step `step`, and on `others` by their names. Call it before `log` of the same
-        step, whose line takes them in as `validation_loss` and `validation_loss/NAME`; without such a call they get a
-        line of their own."""
+        """The loss on held-out data after step `step`, and on `others` by their names, and the accuracies on either,
+        that on the held-out data under the name "". Call it before `log` of the same step, whose line takes them in as
+        `validation_loss` and `validation_loss/NAME`; without such a call they get a line of their own."""
+        own = {} if loss is None else {"": loss}
+        losses = {_named("validation_loss", name): float(value) for name, value in {**own, **(others or {})}.items()}
+        hits = {_named("validation_accuracy", name): value for name, value in (accuracies or {}).items()}
+        self._measured(step, losses | hits)
+
+    def evaluation(self, step: int, figures: Mapping[str, float]) -> None:
+        """What tasks found after step `step`, `evaluation/TASK/METRIC` each; as `validation`."""
+        self._measured(step, figures)
+
+    def _measured(self, step: int, figures: Mapping[str, float]) -> None:
         if not self._active:
             return
-        self._write_waiting_validation()
-        own = {} if loss is None else {"validation_loss": float(loss)}
-        losses = own | {f"validation_loss/{name}": float(value) for name, value in (others or {}).items()}
-        self._validated = (step, losses)
+        waiting: dict[str, float] = {}
+        if self._validated is not None and self._validated[0] == step:
+            waiting = self._validated[1]
+        else:
+            self._write_waiting_validation()
+        self._validated = (step, {**waiting, **figures})
         if self._console.is_terminal:  # where the figures that hold it are soon replaced
-            self._say_validation(step, losses)
+            self._say_measured(step, figures)
 
     def log(
         self,
@@ -99,7 +124,7 @@ class MetricsLogger:
             line |= losses
             self._validated = None
             if len(losses) > ("validation_loss" in losses) and not self._console.is_terminal:
-                self._say_validation(step, losses)
+                self._say_measured(step, losses)
         self._write_waiting_validation()
         self._write(step, line)
         if self._tensorboard is not None and expert_load is not None:
@@ -121,8 +146,9 @@ class MetricsLogger:
             self._active = False
             self._console.close()
             self._record.close()
-            if self._tensorboard is not None:
-                self._tensorboard.close()
+            for sink in (self._tensorboard, self._wandb):
+                if sink is not None:
+                    sink.close()
 
     def _write_waiting_validation(self) -> None:
         if self._validated is not None:
@@ -130,18 +156,29 @@ class MetricsLogger:
             self._validated = None
             self._write(step, losses)
             if not self._console.is_terminal:
-                self._say_validation(step, losses)
+                self._say_measured(step, losses)
 
-    def _say_validation(self, step: int, losses: Mapping[str, float]) -> None:
-        told = [f"{name.replace('validation_loss/', 'of ')} {loss:.4f}" for name, loss in losses.items()]
-        self._console.message(f"step {step} | {', '.join(told).replace('validation_loss', 'validation loss')}")
+    def _say_measured(self, step: int, figures: Mapping[str, float]) -> None:
+        """One line of the losses and accuracies, and one a task."""
+        lines: dict[str, list[str]] = {}
+        for name, value in figures.items():
+            kind, _, rest = name.partition("/")
+            task, _, metric = rest.partition("/")
+            if kind == "evaluation":
+                lines.setdefault(f"{task}: ", []).append(f"{metric} {value:.4f}")
+            else:
+                of = f"of {rest}" if rest and kind == "validation_loss" else f"{kind.replace('_', ' ')} {rest}".strip()
+                lines.setdefault("", []).append(f"{of} {value:.4f}")
+        for task, told in lines.items():
+            self._console.message(f"step {step} | {task}{', '.join(told)}")
 
     def _write(self, step: int, line: dict[str, Any]) -> None:
         for key in _LOSSES & line.keys():
             line[key.replace("loss", "perplexity")] = _perplexity(line[key])
         self._record.write({"step": step, "time": round(self._clock(), 3), **line})
-        if self._tensorboard is not None:
-            self._tensorboard.scalars(step, line)
+        for sink in (self._tensorboard, self._wandb):
+            if sink is not None:
+                sink.scalars(step, line)
 
     def __enter__(self) -> "MetricsLogger":
         return self
@@ -149,6 +186,10 @@ class MetricsLogger:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         with nullcontext() if error is None else suppress(OSError):  # the error on its way out matters more
             self.close()
+
+
+def _named(kind: str, name: str) -> str:
+    return f"{kind}/{name}" if name else kind
 
 
 _LOSSES = {"loss", "validation_loss"}

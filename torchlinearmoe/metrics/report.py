@@ -94,6 +94,9 @@ def where_it_is(recipe: Recipe, splits: Splits, tokenizer: Tokenizer, checkpoint
         curves += f", tensorboard --logdir {folder / 'tensorboard'}"
     yield f"checkpoint: {checkpoint}"
     yield f"curves: {curves}"
+    if recipe.data.format == "recall":
+        yield f"next: python -m torchlinearmoe.plot {shlex.quote(str(folder))}"
+        return
     told = [shlex.quote(str(checkpoint)), *_prompt(recipe, splits, tokenizer)]
     yield f"next: python -m torchlinearmoe.generate {' '.join(told)}"
 

@@ -24,6 +24,17 @@ class TensorBoard:
         self._excepthook, threading.excepthook = threading.excepthook, self._hear
         self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else 0)
 
+    def recipe(self, text: str, settings: Mapping[str, Any], step: int) -> None:
+        """The recipe, to be read, and its keys as hyperparameters beside the curves of the losses."""
+        from torch.utils.tensorboard.summary import hparams
+
+        self._writer.add_text("recipe", f"```toml\n{text}\n```", step)
+        plain = {
+            key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in settings.items()
+        }
+        for summary in hparams(plain, dict.fromkeys(("loss", "validation_loss"), 0.0)):
+            self._writer._get_file_writer().add_summary(summary)
+
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """One scalar for each number in `values`, under its key; other values are passed over."""
         for key, value in values.items():

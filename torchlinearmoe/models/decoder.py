@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.initialize import Normal, initialize, set_initializers
-from torchlinearmoe.kernels.cross_entropy import chunk_loss, linear_cross_entropy
+from torchlinearmoe.kernels.cross_entropy import chunk_hits, chunk_loss, linear_cross_entropy
 from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.mixers.base import Carried, Carry, Context, LayerPlace, Mixer, State
@@ -57,7 +57,7 @@ class Head(Module):
     def __init__(self, width: int, vocab_size: int, std: float, tied: bool) -> None:
         super().__init__()
         self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, width))
-        self.kernel, self.backend = chunk_loss, "auto"
+        self.kernel, self.backend, self.hits = chunk_loss, "auto", chunk_hits
         if not tied:
             set_initializers(self, weight=Normal(std))
 
@@ -125,12 +125,13 @@ class Decoder(Module):
         tokens: int64 [B, T]; cu_seqlens: int32 [N + 1] with B == 1, each document by itself. Returns [B, T, V]. With
         `documents` the tokens are one flat stream [T] (logits [T, V]); with `labels`, int64 [T] and -100 where there
         is no target, the summed cross entropy comes back, and `totals` of the step attaches the routers' losses.
+        Floating-point tokens, here and in what follows, are embeddings, with a dimension D more.
         """
-        shape = tokens.shape
+        shape = tokens.shape[:-1] if tokens.is_floating_point() else tokens.shape
         if documents is None:
-            documents = _documents_of(tokens, cu_seqlens)
+            documents = _documents_of(tokens[..., 0] if len(shape) < tokens.dim() else tokens, cu_seqlens)
             self._check_tokens(tokens)
-        h = self.hidden(tokens.reshape(-1), documents, totals)
+        h = self.hidden(tokens.reshape(-1, *tokens.shape[len(shape) :]), documents, totals)
         if labels is not None:
             return self.project(h, labels.reshape(-1))
         logits = self.project(h)
@@ -159,7 +160,7 @@ class Decoder(Module):
         Returns logits [B, T, V], zero on the padding, and the new state. Softmax layers write into the given state's
         room. Raises ValueError where a sequence outgrows `max_length` of a state with softmax layers.
         """
-        batch, width = tokens.shape
+        batch, width = tokens.shape[:2]
         counts = [width] * batch if lengths is None else [int(n) for n in lengths]
         if len(counts) != batch or min(counts) < 0 or max(counts) > width:
             raise ValueError(f"lengths = {counts}: must be {batch} numbers between 0 and {width}")
@@ -186,7 +187,7 @@ class Decoder(Module):
 
     def _check_tokens(self, tokens: Tensor) -> None:
         """Raise ValueError for ids that have no embedding: on a GPU one would end the process."""
-        if tokens.numel() and tokens.device.type != "meta":
+        if tokens.numel() and tokens.device.type != "meta" and not tokens.is_floating_point():
             least, most = (int(n) for n in tokens.aminmax())
             if least < 0 or most >= self.recipe.vocab_size:
                 wrong = least if least < 0 else most
@@ -209,7 +210,8 @@ class Decoder(Module):
 
     def _run(self, tokens: Tensor, context: Context, states: list[State] | None) -> tuple[Tensor, list[State]]:
         """Flat tokens [T] through the blocks and the last norm, [T, D]."""
-        x, after, _ = self.run_layers(self.embed(tokens), context, states, {})
+        x = tokens if tokens.is_floating_point() else self.embed(tokens)
+        x, after, _ = self.run_layers(x, context, states, {})
         return self.norm(x), after
 
     def run_layers(

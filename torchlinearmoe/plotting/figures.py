@@ -23,13 +23,14 @@ RANGE = 3
 """Of a heat map's colours, in doublings of the balanced load either way; the same for all, so that maps compare."""
 
 
-def check_matplotlib() -> None:
-    """Raise UserError where there is no matplotlib."""
+def check_matplotlib(command: str = "plot", instead: str = "") -> None:
+    """Raise UserError where there is no matplotlib, which `command` needs; `instead` is another way out."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         raise UserError(
-            "plot needs matplotlib, which is not installed; pip install matplotlib, or the extra 'torchlinearmoe[plot]'"
+            f"{command} needs matplotlib, which is not installed; pip install matplotlib, or the extra "
+            f"'torchlinearmoe[plot]'{instead}"
         ) from None
 
 
@@ -83,7 +84,7 @@ def curves(
 
     keys: with what is said of each in the legend. Returns None where no run has any of them.
     """
-    figure = _figure(1)
+    figure = empty_figure(1)
     plot: Axes = figure.subplots()
     drawn = 0
     for number, (run, label) in enumerate(zip(runs, labels)):
@@ -128,7 +129,7 @@ def load_maps(runs: Sequence[Run], labels: Sequence[str], axis: str) -> Figure |
     ]
     if not rows:
         return None
-    figure = _figure(len(rows))
+    figure = empty_figure(len(rows))
     grid = figure.subplots(len(rows), 2, squeeze=False)
     for (run, title, kind), plots in zip(rows, grid):
         for plot, key, said in zip(plots, ("max", "min"), ("busiest", "idlest")):
@@ -164,7 +165,7 @@ def _edges(count: int) -> list[float]:
     return [index - 0.5 for index in range(count + 1)]
 
 
-def _figure(rows: int) -> Figure:
+def empty_figure(rows: int) -> Figure:
     """An empty picture that needs no display."""
     from matplotlib.figure import Figure
 

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from torchlinearmoe.families.base import DIMENSIONS
-from torchlinearmoe.models.layer_mixers import used_sections
 from torchlinearmoe.plotting.run import Run
 from torchlinearmoe.recipe import Recipe
-from torchlinearmoe.recipe.parse import flatten
+from torchlinearmoe.recipe.parse import read_keys
 
-SILENT = ("metrics.", "checkpoint.", "training.output_dir", "data.cache", "data.workers")
+SILENT = ("metrics.", "evaluation.", "checkpoint.", "training.output_dir", "data.cache", "data.workers")
 """Beginnings of keys that say nothing of what a run learns."""
 MOST = 4
 """Keys in a name; beyond them the folder is named."""
@@ -48,13 +47,7 @@ def _told_apart(names: list[str], runs: Sequence[Run]) -> list[str]:
 
 def _table(recipe: Recipe) -> dict[str, Any]:
     """The keys of a recipe that are read, by name."""
-    used = used_sections(recipe.model)
-    flat = flatten(recipe)
-    return {
-        key: value
-        for key, value in flat.items()
-        if not key.startswith(SILENT) and not (key.startswith("mixer.") and key.split(".")[1] not in used)
-    }
+    return {key: value for key, value in read_keys(recipe).items() if not key.startswith(SILENT)}
 
 
 def _differing(tables: Sequence[dict[str, Any]]) -> list[str]:

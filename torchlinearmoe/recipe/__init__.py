@@ -14,6 +14,7 @@ from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.recipe.schema import (
     CheckpointRecipe,
     DataRecipe,
+    EvaluationRecipe,
     MetricsRecipe,
     ModelRecipe,
     MoERecipe,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointRecipe",
     "DataRecipe",
+    "EvaluationRecipe",
     "MetricsRecipe",
     "ModelRecipe",
     "MoERecipe",

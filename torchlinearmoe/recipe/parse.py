@@ -34,6 +34,7 @@ SECTIONS = {
     "parallel": schema.ParallelRecipe,
     "checkpoint": schema.CheckpointRecipe,
     "metrics": schema.MetricsRecipe,
+    "evaluation": schema.EvaluationRecipe,
 }
 NESTED = {"moe", "mixer_options"}
 """Fields of ModelRecipe that are sections of their own in the file."""
@@ -326,6 +327,16 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
         path = f"{prefix}.{key}" if prefix else key
         flat |= flatten(item, SECTION_NAMES.get(path, path))
     return flat
+
+
+def read_keys(recipe: schema.Recipe) -> dict[str, Any]:
+    """A recipe as {"section.key": value}, without the options of mixers that no layer runs."""
+    used = used_sections(recipe.model)
+    return {
+        key: value
+        for key, value in flatten(recipe).items()
+        if not (key.startswith("mixer.") and key.split(".")[1] not in used)
+    }
 
 
 def _plain(value: Any) -> Any:

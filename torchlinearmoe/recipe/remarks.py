@@ -64,10 +64,20 @@ def unread(recipe: Recipe) -> dict[str, str]:
             recipe.data.validation_fraction
             or recipe.data.validation_paths
             or any(source.split == "validation" for source in recipe.data.sources),
-            "metrics.validation_interval metrics.validation_batches",
+            "metrics.validation_interval metrics.validation_batches metrics.validation_accuracy",
             "data.validation_fraction above 0",
         ),
+        (
+            recipe.evaluation.tasks,
+            "evaluation.interval evaluation.num_fewshot evaluation.limit evaluation.batch_tokens",
+            "evaluation.tasks",
+        ),
         (recipe.data.format == "text", "data.text_key", "data.format = 'text'"),
+        (
+            recipe.data.format == "recall",
+            "data.recall data.recall_vocabulary data.recall_fill data.recall_seed",
+            "data.format = 'recall'",
+        ),
     )
     return {key: needs for read, keys, needs in rules if not read for key in keys.split() if value_of(recipe, key)}
 

@@ -159,6 +159,18 @@ class SourceRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecallRecipe:
+    """An entry of `data.recall`."""
+
+    pairs: int
+    """Keys, each with a value, that a document lists and asks for."""
+    length: int
+    """Tokens of a document."""
+    examples: int = 20_000
+    """Different documents trained on; their counts are the shares of the entries."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataRecipe:
     """`[data]`: text and tokenizer."""
 
@@ -170,8 +182,18 @@ class DataRecipe:
     that the weights give; each source is gone through in epochs of its own."""
     text_key: str = "text"
     """Where JSON and parquet have the text; `a.b` for a nested key."""
-    format: Literal["text", "messages"] = "text"
-    """Text, every token of which is trained, or JSONL or parquet of messages, of which the responses are."""
+    format: Literal["text", "messages", "recall"] = "text"
+    """Text, every token of which is trained, JSONL or parquet of messages, of which the responses are, or multi-query
+    associative recall, made here, of which the answers are."""
+    recall: tuple[RecallRecipe, ...] = ()
+    """What documents of recall are: a list of `{pairs = ..., length = ..., examples = ...}`. A packed sequence holds
+    documents of one entry."""
+    recall_vocabulary: int = 8192
+    """Ids of recall: the lower half, but 0, are keys, the upper half values."""
+    recall_fill: Literal["random", "zero"] = "random"
+    """What stands between the questions of recall: any id, or 0."""
+    recall_seed: int = 0
+    """Which documents of recall: each is a function of this, of its entry and of its number."""
     chat_template: str = "chatml"
     """How messages are written: `chatml`, `plain`, `tools` (chatml with calls of tools), `tokenizer` for the Jinja
     template that lies with the tokenizer, or a template file, TOML or `.jinja`."""
@@ -357,8 +379,12 @@ class MetricsRecipe:
     """Steps between validations; 0 validates only at the end."""
     validation_batches: int = 0
     """Micro-batches a rank of one validation; 0 takes the whole held-out split."""
+    validation_accuracy: bool = False
+    """Measure in validations also the share of labels that are the model's most probable token."""
     tensorboard: bool = True
     """Write TensorBoard events."""
+    wandb: str = ""
+    """Project of Weights & Biases that gets the figures too; empty: none."""
     baselines: bool = False
     """Print the held-out loss of uniform, unigram and bigram models at the start and compare with them at the end."""
     mixer_ablation: bool = False
@@ -372,6 +398,22 @@ class MetricsRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationRecipe:
+    """`[evaluation]`: tasks of lm-eval that the model is asked while it trains."""
+
+    tasks: tuple[str, ...] = ()
+    """What `evaluate --tasks` takes: names of lm-eval's tasks, files of task YAML, `local`; empty: none."""
+    interval: int = 0
+    """Steps between evaluations; 0 evaluates only at the end."""
+    num_fewshot: int | None = None
+    """Examples before each question; absent: as the task says."""
+    limit: float | None = None
+    """Questions of each task at most, below 1 their share; absent: all."""
+    batch_tokens: int = 8192
+    """Tokens that are read at once, on each rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A whole recipe. `load_recipe` makes one; `parse.dump` writes it back as TOML."""
 
@@ -382,3 +424,4 @@ class Recipe:
     parallel: ParallelRecipe
     checkpoint: CheckpointRecipe
     metrics: MetricsRecipe
+    evaluation: EvaluationRecipe

@@ -8,7 +8,7 @@ from torchlinearmoe.errors import RecipeError, divisors, nearest
 from torchlinearmoe.kernels.operator import legal_names
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.models.layer_mixers import LETTERS, used_mixers
-from torchlinearmoe.recipe.schema import ModelRecipe, MoERecipe, Recipe
+from torchlinearmoe.recipe.schema import DataRecipe, ModelRecipe, MoERecipe, Recipe
 
 LIMITS = {
     "model": {
@@ -104,6 +104,7 @@ def _positive(recipe: Recipe) -> None:
         ("training", training, "sequence_length micro_batch_size activation_checkpointing_every max_skipped_steps"),
         ("metrics", recipe.metrics, "interval memory_snapshot_step"),
         ("checkpoint", recipe.checkpoint, "keep"),
+        ("evaluation", recipe.evaluation, "batch_tokens"),
     ):
         for name in names.split():
             value = getattr(owner, name)
@@ -124,6 +125,7 @@ def _positive(recipe: Recipe) -> None:
         ("training", training, "seed"),
         ("checkpoint", recipe.checkpoint, "interval upcycle_noise"),
         ("metrics", recipe.metrics, "validation_interval validation_batches"),
+        ("evaluation", recipe.evaluation, "interval"),
         ("data", recipe.data, "workers min_length"),
         ("optimizer", recipe.optimizer, "lr min_lr weight_decay clip_norm"),
         ("parallel", recipe.parallel, "pipeline_stages_per_rank"),
@@ -157,15 +159,20 @@ def _positive(recipe: Recipe) -> None:
             "below 1"
         )
     _sources(recipe)
+    _recall(recipe)
+    _evaluation(recipe)
     if recipe.data.min_length and recipe.data.validation_fraction and recipe.data.validation_split == "tokens":
         raise RecipeError("data.min_length: leaves out whole documents; set data.validation_split = 'documents'")
-    if recipe.data.format == "messages" and recipe.data.validation_split == "tokens":
-        raise RecipeError("data.validation_split = 'tokens': conversations are held out whole; set it to 'documents'")
     roles = recipe.data.trained_roles
     if not roles or "" in roles or len(set(roles)) < len(roles):
         raise RecipeError(f"data.trained_roles = {list(roles)}: name each role once that is trained, one at least")
-    if recipe.data.format == "messages" and recipe.metrics.baselines:
-        raise RecipeError("metrics.baselines = true: there are no count models of messages; set it to false")
+    if recipe.data.format != "text" and recipe.data.validation_split == "tokens":
+        held_out = "conversations" if recipe.data.format == "messages" else "documents of recall"
+        raise RecipeError(f"data.validation_split = 'tokens': {held_out} are held out whole; set it to 'documents'")
+    if recipe.data.format != "text" and recipe.metrics.baselines:
+        raise RecipeError(
+            f"metrics.baselines = true: there are no count models of {recipe.data.format}; set it to false"
+        )
     if not 0 < recipe.optimizer.decay_fraction <= 1:
         raise RecipeError(f"optimizer.decay_fraction = {recipe.optimizer.decay_fraction}: must lie in (0, 1]")
     if not all(0 <= beta < 1 for beta in recipe.optimizer.betas):
@@ -195,6 +202,56 @@ def _sources(recipe: Recipe) -> None:
         raise RecipeError("data.sources: mixtures are of text; name messages in data.paths")
     if data.validation_split == "tokens":
         raise RecipeError("data.validation_split = 'tokens': sources hold out whole documents; set it to 'documents'")
+
+
+def _evaluation(recipe: Recipe) -> None:
+    evaluation = recipe.evaluation
+    if "" in evaluation.tasks:
+        raise RecipeError(f"evaluation.tasks = {list(evaluation.tasks)}: a name is empty; take it out")
+    if evaluation.tasks and recipe.data.format == "recall":
+        raise RecipeError("evaluation.tasks: a model of recall knows no text; leave them out")
+    if evaluation.limit is not None and evaluation.limit <= 0:
+        raise RecipeError(f"evaluation.limit = {evaluation.limit}: must be positive, or left out for all questions")
+    if evaluation.num_fewshot is not None and evaluation.num_fewshot < 0:
+        raise RecipeError(f"evaluation.num_fewshot = {evaluation.num_fewshot}: must not be negative")
+
+
+def _recall(recipe: Recipe) -> None:
+    data, length = recipe.data, recipe.training.sequence_length
+    if data.format != "recall":
+        return
+    if not data.recall:
+        raise RecipeError(
+            "data.recall = []: names no documents; with data.format = 'recall' give {pairs = ..., length = ...}"
+        )
+    for name in ("paths", "sources", "validation_paths"):
+        if getattr(data, name):
+            raise RecipeError(f"data.{name}: data.format = 'recall' makes its own documents; take it out")
+    for name in ("min_length", "packing"):
+        if getattr(data, name) != getattr(DataRecipe(), name):
+            raise RecipeError(f"data.{name}: documents of recall fill their sequences; take it out")
+    if not 4 <= data.recall_vocabulary <= recipe.model.vocab_size:
+        raise RecipeError(
+            f"data.recall_vocabulary = {data.recall_vocabulary}: must lie between 4 and model.vocab_size = "
+            f"{recipe.model.vocab_size}"
+        )
+    if data.recall_seed < 0:
+        raise RecipeError(f"data.recall_seed = {data.recall_seed}: must not be negative")
+    keys = data.recall_vocabulary // 2 - 1
+    for entry in data.recall:
+        told = f"data.recall: {entry.pairs} pairs in {entry.length} tokens"
+        if not 1 <= entry.pairs <= keys:
+            raise RecipeError(f"{told}: data.recall_vocabulary = {data.recall_vocabulary} has keys for 1 to {keys}")
+        if entry.length < 4 * entry.pairs or entry.length % 2:
+            raise RecipeError(f"{told}: a length must be even and at least four times the pairs")
+        if length % entry.length:
+            raise RecipeError(
+                f"{told}: the length must divide training.sequence_length = {length}; legal: {divisors(length)}"
+            )
+        if not 1 <= entry.examples < 2**32:
+            raise RecipeError(f"{told}: examples = {entry.examples}: must lie between 1 and {2**32 - 1}")
+    if len({(entry.pairs, entry.length) for entry in data.recall}) < len(data.recall):
+        raise RecipeError("data.recall: two entries have the same pairs and length; make them one")
 
 
 def _layers(recipe: Recipe) -> None:

@@ -107,3 +107,25 @@ def test_line_without_a_promised_key_is_a_mistake(tmp_path):
         del incomplete["skipped_steps"]
         with pytest.raises(AssertionError, match="skipped_steps"):
             logger.log(1, incomplete)
+
+
+def test_accuracies_and_tasks_stand_beside_the_losses_of_their_step(tmp_path):
+    stream = io.StringIO()
+    with MetricsLogger(tmp_path, total_steps=10, tensorboard=False, stream=stream) as logger:
+        logger.validation(2, 3.0, {"forum": 4.0}, {"": 0.25, "forum": 0.5})
+        logger.evaluation(2, {"evaluation/local_text/bits_per_byte": 1.5, "evaluation/arc/acc": 0.75})
+        logger.log(2, values(2.0))
+        logger.evaluation(3, {"evaluation/arc/acc": 0.5})  # a step that is not logged
+        logger.validation(4, 2.0)
+    first, second, third = lines(tmp_path)
+    assert (first["step"], first["loss"], first["validation_loss/forum"]) == (2, 2.0, 4.0)
+    assert (first["validation_accuracy"], first["validation_accuracy/forum"]) == (0.25, 0.5)
+    assert (first["evaluation/local_text/bits_per_byte"], first["evaluation/arc/acc"]) == (1.5, 0.75)
+    assert (second["step"], second["evaluation/arc/acc"]) == (3, 0.5) and "validation_loss" not in second
+    assert (third["step"], third["validation_loss"]) == (4, 2.0) and "evaluation/arc/acc" not in third
+    told = stream.getvalue()
+    assert (
+        "step 2 | validation loss 3.0000, of forum 4.0000, validation accuracy 0.2500, validation accuracy forum 0.5000"
+        in told
+    )
+    assert "step 2 | arc: acc 0.7500" in told and "step 3 | arc: acc 0.5000" in told

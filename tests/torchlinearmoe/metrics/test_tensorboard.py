@@ -73,3 +73,18 @@ def test_resumed_run_hides_the_events_after_its_step(tmp_path):
     second.scalars(3, {"loss": 20.0})
     second.close()
     assert [(e.step, e.value) for e in read(tmp_path).Scalars("loss")] == [(1, 11.0), (2, 12.0), (3, 20.0)]
+
+
+def test_the_recipe_is_there_as_text_and_as_hyperparameters(tmp_path):
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    board = TensorBoard(tmp_path)
+    board.recipe("[model]\nmixer = 'gla'", {"model.mixer": "gla", "optimizer.lr": 0.5, "data.paths": ("a", "b")}, 0)
+    board.close()
+    events = read(tmp_path)
+    (text,) = events.Tensors("recipe/text_summary")
+    assert text.tensor_proto.string_val[0].decode() == "```toml\n[model]\nmixer = 'gla'\n```"
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    started = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert started["model.mixer"].string_value == "gla" and started["optimizer.lr"].number_value == 0.5
+    assert started["data.paths"].string_value == "('a', 'b')"

@@ -36,7 +36,9 @@ from torchlinearmoe.checkpoint.model import (
 from torchlinearmoe.checkpoint.nonfinite import is_finite, tell_nonfinite
 from torchlinearmoe.checkpoint.plain import is_there, read_plain
 from torchlinearmoe.checkpoint.stream import Progress, SavedWeights
+from torchlinearmoe.checkpoint.tokenizer_files import CONFIG as TOKENIZER_CONFIG
 from torchlinearmoe.checkpoint.tokenizer_files import read_tokenizer_file, tokenizer_names
+from torchlinearmoe.checkpoint.tokenizer_json import exported_files
 from torchlinearmoe.families.huggingface import Config
 
 LAYER = re.compile(r"layers\.\d+\.")
@@ -180,8 +182,16 @@ def _special_ids(checkpoint: Path) -> dict[str, Config]:
 def _write_small_files(folder: Path, weights: SavedWeights, config: Config) -> None:
     tokenizer = weights.path / TOKENIZER_FOLDER
     if is_there(tokenizer):
-        for name in tokenizer_names(weights.path, TOKENIZER_FOLDER):
-            (folder / Path(name).name).write_bytes(read_tokenizer_file(weights.path, name))
+        files = {
+            Path(name).name: read_tokenizer_file(weights.path, name)
+            for name in tokenizer_names(weights.path, TOKENIZER_FOLDER)
+        }
+        if files:
+            max_length = weights.recipe.model.max_length
+            read = checkpoint_tokenizer(weights.path)
+            files |= exported_files(read, max_length, files.get(TOKENIZER_CONFIG))
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
     if is_there(weights.path / (learned := TEMPLATE_FILES["jinja"])):
         (folder / learned).write_bytes(read_plain(weights.path, learned))
     if "auto_map" in config:

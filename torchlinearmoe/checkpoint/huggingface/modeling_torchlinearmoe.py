@@ -6,18 +6,22 @@ it. Decoding keeps torchlinearmoe's state (of constant size in linear layers) in
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 try:
     from torchlinearmoe.checkpoint.huggingface.own import float32_names
-    from torchlinearmoe.generation.padded import forward_masked, prefill_masked
+    from torchlinearmoe.generation.padded import forward_masked, prefill_masked, spread
     from torchlinearmoe.models.decoder import Decoder, DecodeState
     from torchlinearmoe.recipe import resolve
 except ImportError as error:
@@ -41,6 +45,7 @@ class Output(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     state: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class TorchLinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
@@ -51,11 +56,13 @@ class TorchLinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _is_stateful = True
     _no_split_modules = ["Block"]
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: TorchLinearMoEConfig) -> None:
         super().__init__(config)
         model = resolve({**config.recipe, "training": {"steps": 1}}).model
         self.model = Decoder(model)
+        self.gradient_checkpointing = False  # transformers sets it
         self._keep_in_fp32_modules_strict = {f"model.{name}" for name in float32_names(model)}
         self.post_init()
 
@@ -95,34 +102,71 @@ class TorchLinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         state: Any = None,
         use_cache: bool = False,
         max_state_length: int | None = None,
         return_dict: bool | None = True,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
     ) -> Output | tuple[Any, ...]:
-        """Logits [B, T, V] of tokens [B, T].
+        """Logits [B, T, V] of tokens [B, T], or of embeddings [B, T, D] in their place.
 
+        output_hidden_states: also what each layer reads, and what the head does, [B, T, D] each.
         attention_mask: [B, T], or longer when a `state` holds the tokens before. use_cache: return a `state` to go on
         from; `max_state_length` bounds what softmax layers keep (default: the recipe's model.max_length).
         """
-        batch, length = input_ids.shape
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("input_ids and inputs_embeds: give exactly one of them")
+        batch, length = inputs.shape[:2]
         mask = None if attention_mask is None else attention_mask[:, -length:]
-        if state is None and not use_cache:
-            logits = forward_masked(self.model, input_ids, mask)
-        elif state is not None and length == 1 and (mask is None or bool(mask.all())):
-            logits, state = self.model.step(input_ids[:, 0], state)
-            logits = logits[:, None]
-        else:
-            state = self.model.init_state(batch, max_state_length) if state is None else state
-            logits, state = prefill_masked(self.model, input_ids, mask, state)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        seen: list[Tensor] = []
+        with self._watched(seen if wanted else None), self._checkpointed():
+            if state is None and not use_cache:
+                logits = forward_masked(self.model, inputs, mask)
+            elif state is not None and length == 1 and (mask is None or bool(mask.all())):
+                logits, state = self.model.step(inputs[:, 0], state)
+                logits = logits[:, None]
+            else:
+                state = self.model.init_state(batch, max_state_length) if state is None else state
+                logits, state = prefill_masked(self.model, inputs, mask, state)
+        valid = torch.ones(batch, length, dtype=torch.bool, device=inputs.device) if mask is None else mask.bool()
+        hidden_states = tuple(spread(h, valid) for h in seen) if wanted else None
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        output = Output(loss=loss, logits=logits, state=state)
+        output = Output(loss=loss, logits=logits, state=state, hidden_states=hidden_states)
         return output if return_dict is not False else output.to_tuple()
+
+    @contextmanager
+    def _watched(self, seen: list[Tensor] | None) -> Iterator[None]:
+        """Inside, `seen` gets what each layer reads and what the head does, of all valid tokens, row after row."""
+        hooks: list[Any] = []
+        if seen is not None:
+            for block in self.model.layers.values():
+                hooks.append(block.register_forward_pre_hook(lambda module, args: seen.append(args[0])))
+            hooks.append(self.model.norm.register_forward_hook(lambda module, args, output: seen.append(output)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def _checkpointed(self) -> Iterator[None]:
+        """Inside, blocks keep their inputs alone and run again in the backward, where that was asked for."""
+        blocks = list(self.model.layers.values()) if self.gradient_checkpointing and self.training else []
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.forward
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -137,7 +181,8 @@ class TorchLinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if (generation_config.num_beams or 1) > 1:
             raise ValueError(f"num_beams = {generation_config.num_beams}: beams cannot share a state; use num_beams=1")
-        model_kwargs["max_state_length"] = generation_config.max_length
+        embedded = model_kwargs.get("inputs_embeds")  # which max_length does not count
+        model_kwargs["max_state_length"] = generation_config.max_length + (0 if embedded is None else embedded.shape[1])
         state, length = model_kwargs.get("state"), getattr(generation_config, "_mask_length", None)
         if state is not None and length is not None and model_kwargs.get("attention_mask") is None:
             model_kwargs["attention_mask"] = state.positions.new_ones(len(state.seen), length)
@@ -149,6 +194,7 @@ class TorchLinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
         state: Any = None,
         use_cache: bool | None = True,
         max_state_length: int | None = None,
+        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What one forward reads: with a `state`, every token that it has not seen. Raises ValueError."""
@@ -156,8 +202,10 @@ class TorchLinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("attention_mask: a prompt ends in padding; pad on the left")
         if state is not None:
             input_ids, attention_mask = _unread(input_ids, attention_mask, state)
+        embedded = state is None and inputs_embeds is not None
         return {
-            "input_ids": input_ids,
+            "input_ids": None if embedded else input_ids,
+            "inputs_embeds": inputs_embeds if embedded else None,
             "attention_mask": attention_mask,
             "state": state,
             "use_cache": use_cache is not False,

@@ -77,6 +77,7 @@ class TiktokenTokenizer(Tokenizer):
             )
         except ValueError as error:
             raise UserError(f"{options_path}: pattern = {pattern!r}: {_one_line(error)}") from None
+        self.ranks, self.pattern = ranks, pattern
         self._known = {*ranks.values(), *special.values()}
         self._without_rank = {byte for byte in range(256) if bytes([byte]) not in ranks}
         self.vocab_size = self._encoding.max_token_value + 1

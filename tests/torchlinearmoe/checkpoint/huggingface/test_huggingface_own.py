@@ -156,3 +156,72 @@ def test_a_fresh_model_of_the_architecture_is_initialised(tmp_path: Path) -> Non
     for name, value in ours.named_parameters():
         drawn = fresh.get_parameter(f"model.{name}")
         assert drawn.isfinite().all() and drawn.std(correction=0) <= 1.5 * value.std(correction=0) + 1e-3, name
+
+
+def test_every_export_has_a_tokenizer_that_transformers_loads(tmp_path: Path) -> None:
+    source, _ = checkpoint(tmp_path / "run", "hybrid")
+    export_checkpoint(source, tmp_path / "exported")
+    ours, theirs = checkpoint_tokenizer(source), transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert theirs("And the Word was")["input_ids"] == ours.encode("And the Word was")
+    assert theirs.eos_token_id == ours.end_of_text
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_hidden_states_and_embeddings_are_those_of_the_decoder(kind: str, tmp_path: Path) -> None:
+    source, ours = checkpoint(tmp_path / "run", kind)
+    export_checkpoint(source, tmp_path / "exported")
+    theirs = load(tmp_path / "exported")
+    tokens = torch.randint(1000, (2, 9))
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+    found = theirs(tokens, attention_mask=mask, output_hidden_states=True)
+    assert len(found.hidden_states) == len(ours.layers) + 1 and theirs(tokens).hidden_states is None
+    embedded = ours.embed(tokens)
+    torch.testing.assert_close(found.hidden_states[0], embedded * mask[..., None])
+    torch.testing.assert_close(ours.project(found.hidden_states[-1][1]), found.logits[1])
+    alone = theirs(tokens[:1, 4:], output_hidden_states=True)
+    for one, whole in zip(alone.hidden_states, found.hidden_states):
+        torch.testing.assert_close(one[0], whole[0, 4:], atol=1e-5, rtol=1e-4)
+    kept = theirs(tokens, attention_mask=mask, output_hidden_states=True, use_cache=True)
+    torch.testing.assert_close(kept.hidden_states, found.hidden_states, atol=1e-5, rtol=1e-4)
+    stepped = theirs(tokens[:, :1], state=kept.state, use_cache=True, output_hidden_states=True)
+    assert [tuple(h.shape) for h in stepped.hidden_states] == [(2, 1, ours.recipe.hidden_size)] * len(
+        found.hidden_states
+    )
+
+    torch.testing.assert_close(theirs(inputs_embeds=embedded, attention_mask=mask).logits, found.logits)
+    told = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    said = theirs.generate(inputs_embeds=embedded, attention_mask=mask, **told)
+    assert said.tolist() == theirs.generate(tokens, attention_mask=mask, **told)[:, 9:].tolist()
+    with pytest.raises(ValueError, match="exactly one"):
+        theirs(tokens, inputs_embeds=embedded)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients_from_fewer_saved_tensors(tmp_path: Path) -> None:
+    source, _ = checkpoint(tmp_path / "run", "hybrid")
+    export_checkpoint(source, tmp_path / "exported")
+    theirs = load(tmp_path / "exported").train()
+    tokens = torch.randint(1000, (2, 12))
+
+    def gradients() -> tuple[dict[str, torch.Tensor], int]:
+        saved = 0
+
+        def keep(value: torch.Tensor) -> torch.Tensor:
+            nonlocal saved
+            saved += 1
+            return value
+
+        theirs.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            loss = theirs(tokens, labels=tokens).loss
+        loss.backward()
+        return {name: p.grad.clone() for name, p in theirs.named_parameters() if p.grad is not None}, saved
+
+    plain, many = gradients()
+    theirs.gradient_checkpointing_enable()
+    found, few = gradients()
+    assert few < many / 2 and found.keys() == plain.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(found[name], gradient)
+    theirs.gradient_checkpointing_disable()
+    assert gradients()[1] == many
