@@ -25,7 +25,7 @@ from torchlinearmoe.data.prepared import (
     read_json,
 )
 from torchlinearmoe.data.records import BadLine
-from torchlinearmoe.data.store import TokenStore, is_store, name_of, take_away
+from torchlinearmoe.data.store import TokenStore, is_store, name_of, remove_orphans, take_away
 from torchlinearmoe.data.tokenizer import Tokenizer
 from torchlinearmoe.errors import UserError, visible
 
@@ -99,7 +99,8 @@ def _mend(folder: Path) -> None:
 
 
 def _remove_outdated(cache: Path, folder: Path) -> None:
-    """Remove what was begun in the cache and never finished, from files that are not as they were."""
+    """Remove what was begun in the cache and never finished, by killed processes or from files as they were."""
+    remove_orphans(cache)
     for begun in cache.glob("*"):
         if begun == folder or is_complete(begun) or is_store(begun) or not is_cached(begun):
             continue

@@ -39,7 +39,7 @@ from torchlinearmoe.data.prepared import (
 from torchlinearmoe.data.records import BadLine
 from torchlinearmoe.data.shards import BAD, Job, shards_of, write_unit
 from torchlinearmoe.data.store import DESCRIPTION, is_store
-from torchlinearmoe.data.summary import Summary, count_duplicates
+from torchlinearmoe.data.summary import SCRATCH, Summary, count_duplicates
 from torchlinearmoe.data.tokenizer import Tokenizer
 from torchlinearmoe.data.units import plan_units
 from torchlinearmoe.errors import UserError
@@ -91,6 +91,7 @@ def prepare(
     with disk.one_line(f"cannot write tokens to '{options.named or output}'", lambda: options.way_out):
         (output / SHARDS).mkdir(parents=True, exist_ok=True)
         with _alone(output, options.waits):
+            _remove_leftovers(output)
             job = _planned(files, tokenizer, output, options)
             if is_complete(output):
                 return Summary(**_fields(read_manifest(output)["summary"]))
@@ -155,6 +156,13 @@ def _alone(output: Path, waits: bool) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _remove_leftovers(output: Path) -> None:
+    """Delete what a killed start had not finished beside the shards."""
+    for name in (*(f".{whole}.*" for whole in (PLAN, MANIFEST, BAD_LINES)), f"{SCRATCH}*"):
+        for left in output.glob(name):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _planned(files: Sequence[Path], tokenizer: Tokenizer, output: Path, options: Options) -> Job:

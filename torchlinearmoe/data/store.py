@@ -231,7 +231,7 @@ def written_aside(
     told = f"cannot write tokens to '{named or folder.parent}'"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_orphans(folder.parent)
+        remove_orphans(folder.parent)
         aside = Path(mkdtemp(prefix=f".{folder.name}-{socket.gethostname()}-{os.getpid()}-", dir=folder.parent))
     except OSError as error:
         raise UserError(f"{told}: {error.strerror}; {way_out}") from None
@@ -250,7 +250,7 @@ def written_aside(
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _remove_orphans(cache: Path) -> None:
+def remove_orphans(cache: Path) -> None:
     """Delete what writers left half done that were killed on this host; those of others may still live."""
     for path in cache.glob(".*"):
         left = ORPHAN.fullmatch(path.name)

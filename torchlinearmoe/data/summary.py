@@ -15,6 +15,8 @@ import numpy as np
 AT_ONCE = 1 << 24
 """Keys that are sorted together."""
 BUCKETS = 256
+SCRATCH = ".keys-"
+"""How the folder begins that keys are sorted in."""
 
 
 @dataclass
@@ -93,7 +95,7 @@ def count_duplicates(keys: Iterable[np.ndarray], total: int, scratch: Path) -> i
     if total <= AT_ONCE:
         found = np.concatenate([np.asarray(some) for some in keys] or [np.empty(0, np.uint64)])
         return len(found) - len(np.unique(found))
-    folder = Path(mkdtemp(prefix=".keys-", dir=scratch))
+    folder = Path(mkdtemp(prefix=SCRATCH, dir=scratch))
     try:
         with ExitStack() as open_files:
             files = [open_files.enter_context((folder / str(b)).open("wb")) for b in range(BUCKETS)]

@@ -131,6 +131,16 @@ def test_a_start_goes_on_where_another_one_stopped(tmp_path, files, letters, mon
     assert calls < starts + len(wanted), "nothing is left to do"
 
 
+def test_what_a_killed_start_left_is_no_other_s_work(tmp_path, files, letters):
+    prepare(files, letters, tmp_path / "whole")
+    (tmp_path / "out" / ".keys-abc").mkdir(parents=True)
+    for name in (".plan.json.7", ".prepared.json.7", ".bad_lines.jsonl.7", ".keys-abc/0"):
+        (tmp_path / "out" / name).write_text("{")
+    prepare(files, letters, tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert not list((tmp_path / "out").glob(".[!l]*"))
+
+
 def test_damaged_shards_are_found_and_made_again(tmp_path, files, letters):
     options = Options(shard_tokens=300)
     prepare(files, letters, tmp_path / "out", options)

@@ -107,6 +107,18 @@ def test_an_interrupted_start_goes_on(tmp_path, folder, monkeypatch):
         assert (tmp_path / "out" / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
+def test_processes_write_what_one_does(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(units, "LEAST_BYTES", 10_000)
+    chat, files = Chat(load_template("tools"), ("user", "tool")), find_sources([folder]).files
+    prepare(files, TOKENIZER, tmp_path / "one", Options(chat=chat))
+    monkeypatch.setattr("torchlinearmoe.data.prepare.WORTH_A_WORKER", 1)
+    prepare(files, TOKENIZER, tmp_path / "two", Options(chat=chat), workers=2)
+    names = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.npy"))
+    assert len(names) > 7
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
 def test_parquet_of_messages_is_the_same(tmp_path, folder):
     pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
     entries = [entry for entry in ENTRIES if "messages" in entry]

@@ -4,6 +4,7 @@ import codecs
 import json
 import logging
 import os
+import shutil
 import socket
 import sys
 import types
@@ -195,6 +196,15 @@ def test_what_killed_writers_left_is_removed(tmp_path, letters):
     dead, living, others = (tmp_path / f".x-{name}-left" for name in names)
     for folder in (dead, living, others):
         folder.mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("abc")
+    cache = tmp_path / "cache"
+    for folder in (dead, living, others):
+        (cache / folder.name).mkdir(parents=True)
+    open_splits([tmp_path / "text"], tokenizer=letters, validation_fraction=0, cache=cache)
+    assert {path.name for path in cache.glob(".*")} == {living.name, others.name}
+    shutil.rmtree(cache)
+    shutil.rmtree(tmp_path / "text")
     write_store(tmp_path / "own", ["abc"], letters)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, others.name, "own"])
     assert isinstance(TokenStore(tmp_path / "own").num_tokens, int)
