@@ -48,7 +48,7 @@ def cumulate(g, c, start, end, D, C: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def _sums_at(c, token, place, last, stride, columns, width):
+def sums_at(c, token, place, last, stride, columns, width):
     """[C, B] of c [T, H, K] at those places of a chunk, the last one's after it; c: the pointer of the head."""
     places = (token + tl.minimum(place, last))[:, None] * stride + columns[None, :]
     return tl.load(c + places, mask=(columns < width)[None, :], other=0.0)
@@ -58,28 +58,28 @@ def _sums_at(c, token, place, last, stride, columns, width):
 def _sums_read(sums, c, token, place, last, stride, columns, width, BONUS: tl.constexpr):
     """c', of which `sums` are c."""
     if BONUS:
-        before = _sums_at(c, token, tl.maximum(place - 1, 0), last, stride, columns, width)
+        before = sums_at(c, token, tl.maximum(place - 1, 0), last, stride, columns, width)
         return tl.where(place[:, None] > 0, before, 0.0)
     return sums
 
 
 @triton.jit
-def _half_weights(sums, read, c, token, place, last, stride, columns, width, HALF: tl.constexpr):
+def half_weights(sums, read, c, token, place, last, stride, columns, width, HALF: tl.constexpr):
     """Factors of the rows of blocks of 2 HALF tokens, relative to the border of their halves: <= 1."""
-    border = _sums_at(c, token, place // (2 * HALF) * (2 * HALF) + HALF - 1, last, stride, columns, width)
+    border = sums_at(c, token, place // (2 * HALF) * (2 * HALF) + HALF - 1, last, stride, columns, width)
     later = place % (2 * HALF) >= HALF
     return tl.exp2(tl.where(later[:, None], read - border, border - sums))
 
 
 @triton.jit
-def _half_pairs(place, HALF: tl.constexpr):
+def half_pairs(place, HALF: tl.constexpr):
     """[t, s]: t in the later, s in the earlier half of a block of 2 HALF tokens."""
     block, later = place // (2 * HALF), place % (2 * HALF) >= HALF
     return tl.where(later, block, -1)[:, None] == tl.where(later, -2, block)[None, :]
 
 
 @triton.jit
-def _block_pairs(place, BONUS: tl.constexpr):
+def block_pairs(place, BONUS: tl.constexpr):
     """[t, s]: s before t in one block of BLOCK tokens, or t itself."""
     first = (place // BLOCK * BLOCK)[:, None]
     if BONUS:
@@ -88,7 +88,7 @@ def _block_pairs(place, BONUS: tl.constexpr):
 
 
 @triton.jit
-def _only(seen, x):
+def only(seen, x):
     return tl.where(seen, x, tl.zeros_like(x))
 
 
@@ -114,7 +114,7 @@ def prepare_channels(
     for i in range(tl.cdiv(K, B)):
         columns = i * B + tl.arange(0, B)
         ks = rows_of(k, tokens, inside, k_t, k_h, h, K, columns).to(tl.float32)
-        sums = _sums_at(c, token, place, last, stride, columns, K)
+        sums = sums_at(c, token, place, last, stride, columns, K)
         total = tl.load(c + (token + last) * stride + columns, mask=columns < K, other=0.0)
         places = (tokens[:, None] * H + h) * K + columns[None, :]
         mask = inside[:, None] & (columns < K)[None, :]
@@ -125,18 +125,18 @@ def prepare_channels(
             read = _sums_read(sums, c, token, place, last, stride, columns, K, BONUS)
             tl.store(queries + places, (qs * (tl.exp2(read) * scale)).to(queries.dtype.element_ty), mask=mask)
             for level in tl.static_range(3):
-                weights = _half_weights(sums, read, c, token, place, last, stride, columns, K, 32 >> level)
+                weights = half_weights(sums, read, c, token, place, last, stride, columns, K, 32 >> level)
                 product = tl.dot(
                     (qs * weights).to(OPERAND), tl.trans((ks * weights).to(OPERAND)), input_precision=PRECISION
                 )
-                pairs += _only(_half_pairs(place, 32 >> level), product)
-            middle = _sums_at(c, token, place // BLOCK * BLOCK + MIDDLE, last, stride, columns, K)
+                pairs += only(half_pairs(place, 32 >> level), product)
+            middle = sums_at(c, token, place // BLOCK * BLOCK + MIDDLE, last, stride, columns, K)
             product = tl.dot(
                 (qs * tl.exp2(read - middle)).to(OPERAND),
                 tl.trans((ks * tl.exp2(middle - sums)).to(OPERAND)),
                 input_precision=PRECISION,
             )
-            pairs += _only(_block_pairs(place, BONUS), product)
+            pairs += only(block_pairs(place, BONUS), product)
             if BONUS:
                 extra = tl.load(bonus + h * K + columns, mask=columns < K, other=0.0)
                 own += tl.sum(qs * ks * extra[None, :], 1)
@@ -177,17 +177,17 @@ def channel_gradients(
     mask = inside[:, None] & (columns < K)[None, :]
     qs = rows_of(q, tokens, inside, q_t, q_h, h, K, columns).to(tl.float32)
     ks = rows_of(k, tokens, inside, k_t, k_h, h, K, columns).to(tl.float32)
-    sums = _sums_at(c, token, place, last, stride, columns, K)
+    sums = sums_at(c, token, place, last, stride, columns, K)
     read = _sums_read(sums, c, token, place, last, stride, columns, K, BONUS)
-    middle = _sums_at(c, token, place // BLOCK * BLOCK + MIDDLE, last, stride, columns, K)
+    middle = sums_at(c, token, place // BLOCK * BLOCK + MIDDLE, last, stride, columns, K)
     since, until = tl.exp2(read - middle), tl.exp2(middle - sums)
-    seen = _only(_block_pairs(place, BONUS), dscores).to(OPERAND)
+    seen = only(block_pairs(place, BONUS), dscores).to(OPERAND)
     dqs = since * tl.dot(seen, (ks * until).to(OPERAND), input_precision=PRECISION)
     if WANT_DK:
         dks = until * tl.dot(tl.trans(seen), (qs * since).to(OPERAND), input_precision=PRECISION)
     for level in tl.static_range(3):
-        weights = _half_weights(sums, read, c, token, place, last, stride, columns, K, 32 >> level)
-        seen = _only(_half_pairs(place, 32 >> level), dscores).to(OPERAND)
+        weights = half_weights(sums, read, c, token, place, last, stride, columns, K, 32 >> level)
+        seen = only(half_pairs(place, 32 >> level), dscores).to(OPERAND)
         dqs += weights * tl.dot(seen, (ks * weights).to(OPERAND), input_precision=PRECISION)
         if WANT_DK:
             dks += weights * tl.dot(tl.trans(seen), (qs * weights).to(OPERAND), input_precision=PRECISION)
