@@ -159,7 +159,7 @@ def dplr_backward(
     kernels("gradient").channel_gradients[-(-K // B), stream.places, H](
         q, k, a, b, c, v, x, do, r, states, dstates, *pairs, dq, dk, da, db, given(dg, c), start, end, scale,
         *strides(q), *strides(k), *strides(a), *strides(b), *strides(v), *strides(do), H, K, V, C=CHUNK, B=B,
-        BV=tile(V, 64), LEVELS=levels, WANT_DG=want_dg, OPERAND=operand(q), PRECISION=precision(q), num_warps=4,
+        BV=tile(V, 64), LEVELS=levels, WANT_DG=want_dg, OPERAND=operand(q), PRECISION=precision(q), num_warps=8,
         num_stages=1,
     )  # fmt: skip
     return dq, dk, dv, da, db, or_nothing(dg, q), or_nothing(dinitial, q)
@@ -193,7 +193,7 @@ class _Walk:
         self._launch(columns, entered, transitions, None, None, None)
         BV = tile(V, 16)
         kernels("walk").join[-(-V // BV), H](
-            entered, transitions, S, H, K, V, BK=tile(K, 128), BV=BV, REVERSE=self.reverse, num_warps=4, num_stages=1
+            entered, transitions, S, H, K, V, BK=tile(K, 128), BV=BV, REVERSE=self.reverse, num_warps=8, num_stages=1
         )
         return entered, transitions
 
@@ -230,7 +230,7 @@ class _Walk:
             given(transitions, u), given(leave, u), given(states, u), given(z, u), *stream.tensors, stream.segments,
             *strides(u), H, K, V, GROUP=stream.group, C=CHUNK, BK=tile(K, 128), BV=min(self._columns, tile(V, 64)),
             REVERSE=self.reverse, SUMMARY=states is None, HAS_ENTERED=entered is not None,
-            HAS_ENTER=self.enter is not None, WANT_LEAVE=leave is not None, PRECISION=precision(u), num_warps=4,
+            HAS_ENTER=self.enter is not None, WANT_LEAVE=leave is not None, PRECISION=precision(u), num_warps=8,
             num_stages=1,
         )  # fmt: skip
 
@@ -281,7 +281,7 @@ def _made(
     for x, with_b, with_k, factor, kind in ((q, qb, qk, scale, operand(q)), (a, inverse, ak, 1.0, fine)):
         kernels("chunk").score[M, H](
             x, b, k, c, with_b, with_k, stream.start, stream.end, factor, *strides(x), *strides(b), *strides(k), H, K,
-            C=CHUNK, B=tile(K, 32), LEVELS=levels, BEFORE=x is a, OPERAND=kind, PRECISION=precision(q), num_warps=4,
+            C=CHUNK, B=tile(K, 32), LEVELS=levels, BEFORE=x is a, OPERAND=kind, PRECISION=precision(q), num_warps=8 if x is a else 4,
             num_stages=1,
         )  # fmt: skip
     made = _Chunks(

@@ -87,6 +87,8 @@ def walk(
             places, mask = state_places(n, leaves, h, H, K, V, rows, columns, False)
             tl.store(leave + places, state, mask=mask)
     if SUMMARY:
+        if REVERSE:  # what entered the document is not of the one before
+            state = tl.where(lowest == tl.load(first + tl.load(segment + lowest)), 0.0, state)
         if tile < tiles:
             places, mask = state_places(s, True, h, H, K, V, rows, columns, False)
             tl.store(entered + places, state, mask=mask)
