@@ -39,6 +39,28 @@ def sums_before(c, token, place, last, stride, columns, width):
 
 
 @triton.jit
+def middles(place, SIZE: tl.constexpr):
+    """Of each place the last in the earlier half of its block of SIZE tokens."""
+    return place // SIZE * SIZE + SIZE // 2 - 1
+
+
+@triton.jit
+def factors(exponent, HALVES: tl.constexpr):
+    """2^exponent relative to the middle of a block; where halves of it read each other it is at most 1."""
+    return tl.exp2(tl.minimum(exponent, 0.0)) if HALVES else tl.exp2(exponent)
+
+
+@triton.jit
+def level_pairs(x, place, SIZE: tl.constexpr, HALVES: tl.constexpr):
+    """x [t, s] where t and s are in different halves of a block of SIZE tokens, or in one such block."""
+    if HALVES:
+        return only(half_pairs(place, SIZE // 2), x)
+    if SIZE == place.shape[0]:
+        return x
+    return only(place[:, None] // SIZE == place[None, :] // SIZE, x)
+
+
+@triton.jit
 def pairs_of(x, tokens, inside, h, H, C: tl.constexpr, TRANSPOSED: tl.constexpr):
     """[t, s] of x [T, H, C], or [s, t]."""
     place = tl.arange(0, C)
@@ -71,35 +93,12 @@ def finely(x, y, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def inverse_of(strict, C: tl.constexpr):
-    """(I - strict)^-1 of a strictly lower [C, C]."""
-    blocks: tl.constexpr = C // SMALL
-    block, small = tl.arange(0, blocks), tl.arange(0, SMALL)
-    own = block[:, None, None, None] == block[None, None, :, None]
-    diagonal = tl.sum(tl.where(own, tl.reshape(strict, [blocks, SMALL, blocks, SMALL]), 0.0), 2)
-    row = small[None, :, None]
-    inverse = tl.where(row == small[None, None, :], 1.0, 0.0) + tl.zeros([blocks, SMALL, SMALL], dtype=tl.float32)
-    for i in range(1, SMALL):
-        weights = tl.sum(tl.where(row == i, diagonal, 0.0), 1)
-        earlier = tl.sum(weights[:, :, None] * inverse, 1)
-        inverse = tl.where(row == i, inverse + earlier[:, None, :], inverse)
-    found = tl.reshape(tl.where(own, inverse[:, :, None, :], 0.0), [C, C])
-    place = tl.arange(0, C)
-    t, s = place[:, None], place[None, :]
-    part = tl.where((t // SMALL > s // SMALL) & (t // (2 * SMALL) == s // (2 * SMALL)), strict, 0.0)
-    found += tl.dot(found, tl.dot(part, found, input_precision="tf32x3"), input_precision="tf32x3")
-    part = tl.where(t // (2 * SMALL) > s // (2 * SMALL), strict, 0.0)
-    found += tl.dot(found, tl.dot(part, found, input_precision="tf32x3"), input_precision="tf32x3")
-    return found
-
-
-@triton.jit
 def score(
     x, b, k, c, with_b, with_k, start, end, scale, x_t, x_h, b_t, b_h, k_t, k_h, H, K,
     C: tl.constexpr, B: tl.constexpr, LEVELS: tl.constexpr, BEFORE: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """qb and qk of x = q, or with BEFORE A (float32) and ak of x = a. BLOCK = C / 2^LEVELS. Grid: M, H."""
+    """qb and qk of x = q, or with BEFORE ab (float32) and ak of x = a. BLOCK = C / 2^LEVELS. Grid: M, H."""
     m, h = tl.program_id(0), tl.program_id(1)
     place = tl.arange(0, C)
     token = tl.load(start + m).to(tl.int64)
@@ -110,9 +109,6 @@ def score(
     tokens = token + place
     stride = H * K
     c += h * K
-    BLOCK: tl.constexpr = C >> LEVELS
-    seen = place[:, None] > place[None, :] if BEFORE else place[:, None] >= place[None, :]
-    near = seen & (place[:, None] // BLOCK == place[None, :] // BLOCK)
     pairs_b = tl.zeros([C, C], dtype=tl.float32)
     pairs_k = tl.zeros([C, C], dtype=tl.float32)
     for i in range(tl.cdiv(K, B)):
@@ -122,23 +118,57 @@ def score(
         ks = rows_of(k, tokens, inside, k_t, k_h, h, K, columns).to(tl.float32)
         sums = sums_at(c, token, place, last, stride, columns, K)
         read = sums_before(c, token, place, last, stride, columns, K) if BEFORE else sums
-        for level in tl.static_range(LEVELS):
-            HALF: tl.constexpr = (C // 2) >> level
-            border = sums_at(c, token, place // (2 * HALF) * (2 * HALF) + HALF - 1, last, stride, columns, K)
-            since = (xs * tl.exp2(tl.minimum(read - border, 0.0))).to(OPERAND)
-            until = tl.exp2(tl.minimum(border - sums, 0.0))
-            far = half_pairs(place, HALF)
-            pairs_b += only(far, tl.dot(since, tl.trans((bs * until).to(OPERAND)), input_precision=PRECISION))
-            pairs_k += only(far, tl.dot(since, tl.trans((ks * until).to(OPERAND)), input_precision=PRECISION))
-        middle = sums_at(c, token, place // BLOCK * BLOCK + BLOCK // 2 - 1, last, stride, columns, K)
-        since, until = (xs * tl.exp2(read - middle)).to(OPERAND), tl.exp2(middle - sums)
-        pairs_b += only(near, tl.dot(since, tl.trans((bs * until).to(OPERAND)), input_precision=PRECISION))
-        pairs_k += only(near, tl.dot(since, tl.trans((ks * until).to(OPERAND)), input_precision=PRECISION))
-    store_pairs(with_k, pairs_k, tokens, inside, h, H, C)
-    if BEFORE:
-        store_pairs(with_b, inverse_of(pairs_b, C), tokens, inside, h, H, C)
-    else:
-        store_pairs(with_b, pairs_b, tokens, inside, h, H, C)
+        for level in tl.static_range(LEVELS + 1):
+            middle = sums_at(c, token, middles(place, C >> level), last, stride, columns, K)
+            since = (xs * factors(read - middle, level < LEVELS)).to(OPERAND)
+            until = factors(middle - sums, level < LEVELS)
+            product = tl.dot(since, tl.trans((bs * until).to(OPERAND)), input_precision=PRECISION)
+            pairs_b += level_pairs(product, place, C >> level, level < LEVELS)
+            product = tl.dot(since, tl.trans((ks * until).to(OPERAND)), input_precision=PRECISION)
+            pairs_k += level_pairs(product, place, C >> level, level < LEVELS)
+    seen = place[:, None] > place[None, :] if BEFORE else place[:, None] >= place[None, :]
+    store_pairs(with_b, only(seen, pairs_b), tokens, inside, h, H, C)
+    store_pairs(with_k, only(seen, pairs_k), tokens, inside, h, H, C)
+
+
+@triton.jit
+def invert_blocks(pairs, start, end, H, C: tl.constexpr):
+    """The diagonal blocks L of `pairs` [T, H, C] become (I - L)^-1. Grid: M, H."""
+    m, h = tl.program_id(0), tl.program_id(1)
+    token = tl.load(start + m).to(tl.int64)
+    last = tl.load(end + m) - 1 - token
+    if last < 0:
+        return
+    block, small = tl.arange(0, C // SMALL)[:, None, None], tl.arange(0, SMALL)
+    row, column = small[None, :, None], small[None, None, :]
+    place = block * SMALL + row
+    places = ((token + place) * H + h) * C + block * SMALL + column
+    lower = tl.load(pairs + places, mask=place + column * 0 <= last, other=0.0)
+    inverse = tl.where(row == column, 1.0, tl.zeros_like(lower))
+    for i in range(1, SMALL):
+        weights = tl.sum(tl.where(row == i, lower, 0.0), 1)
+        earlier = tl.sum(weights[:, :, None] * inverse, 1)
+        inverse = tl.where(row == i, inverse + earlier[:, None, :], inverse)
+    tl.store(pairs + places, inverse, mask=place + column * 0 <= last)
+
+
+@triton.jit
+def merge_blocks(pairs, start, end, H, C: tl.constexpr):
+    """What `invert_blocks` left becomes the inverse of the whole chunk. Grid: M, H."""
+    m, h = tl.program_id(0), tl.program_id(1)
+    place = tl.arange(0, C)
+    tokens = tl.load(start + m).to(tl.int64) + place
+    inside = tokens < tl.load(end + m)
+    if tl.load(start + m) >= tl.load(end + m):
+        return
+    lower = pairs_of(pairs, tokens, inside, h, H, C, False)
+    t, s = place[:, None], place[None, :]
+    found = only(t // SMALL == s // SMALL, lower)
+    part = only((t // SMALL > s // SMALL) & (t // (2 * SMALL) == s // (2 * SMALL)), lower)
+    found += tl.dot(found, tl.dot(part, found, input_precision="tf32x3"), input_precision="tf32x3")
+    part = only(t // (2 * SMALL) > s // (2 * SMALL), lower)
+    found += tl.dot(found, tl.dot(part, found, input_precision="tf32x3"), input_precision="tf32x3")
+    store_pairs(pairs, found, tokens, inside, h, H, C)
 
 
 @triton.jit

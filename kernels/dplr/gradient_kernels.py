@@ -9,8 +9,16 @@ x and r: what tokens read along a, and its gradient, [T, H, V].
 import triton
 import triton.language as tl
 
-from torchlinearmoe.kernels.dplr.chunk_kernels import pairs_of, store_pairs, store_rows, sums_before
-from torchlinearmoe.kernels.linear.channel_kernels import half_pairs, only, sums_at
+from torchlinearmoe.kernels.dplr.chunk_kernels import (
+    factors,
+    level_pairs,
+    middles,
+    pairs_of,
+    store_pairs,
+    store_rows,
+    sums_before,
+)
+from torchlinearmoe.kernels.linear.channel_kernels import only, sums_at
 from torchlinearmoe.kernels.linear.walk_kernels import rows_of
 
 
@@ -41,8 +49,10 @@ def pair_gradients(
 
 
 @triton.jit
-def _seen_pairs(x, tokens, inside, h, H, seen, C: tl.constexpr, OPERAND: tl.constexpr):
-    return only(seen, pairs_of(x, tokens, inside, h, H, C, False)).to(OPERAND)
+def _pairs(
+    x, tokens, inside, h, H, place, C: tl.constexpr, SIZE: tl.constexpr, HALVES: tl.constexpr, OPERAND: tl.constexpr
+):  # fmt: skip
+    return level_pairs(pairs_of(x, tokens, inside, h, H, C, False), place, SIZE, HALVES).to(OPERAND)
 
 
 @triton.jit
@@ -99,28 +109,20 @@ def channel_gradients(
     dbs *= until
     passing = passing * tl.exp2(total) + tl.sum(ks * dks + bs * dbs, 0)
     qs *= scale
-    BLOCK: tl.constexpr = C >> LEVELS
     for level in tl.static_range(LEVELS + 1):
-        if level < LEVELS:
-            HALF: tl.constexpr = (C // 2) >> level
-            border = sums_at(c, token, place // (2 * HALF) * (2 * HALF) + HALF - 1, last, stride, columns, K)
-            since, since_a = tl.exp2(tl.minimum(sums - border, 0.0)), tl.exp2(tl.minimum(before - border, 0.0))
-            until = tl.exp2(tl.minimum(border - sums, 0.0))
-            seen = half_pairs(place, HALF)
-        else:
-            border = sums_at(c, token, place // BLOCK * BLOCK + BLOCK // 2 - 1, last, stride, columns, K)
-            since, since_a, until = tl.exp2(sums - border), tl.exp2(before - border), tl.exp2(border - sums)
-            seen = place[:, None] // BLOCK == place[None, :] // BLOCK
-        pairs = _seen_pairs(dqk, tokens, inside, h, H, seen, C, OPERAND)
+        middle = sums_at(c, token, middles(place, C >> level), last, stride, columns, K)
+        since, since_a = factors(sums - middle, level < LEVELS), factors(before - middle, level < LEVELS)
+        until = factors(middle - sums, level < LEVELS)
+        pairs = _pairs(dqk, tokens, inside, h, H, place, C, C >> level, level < LEVELS, OPERAND)
         found = tl.dot(pairs, (ks * until).to(OPERAND), input_precision=PRECISION)
         from_q = tl.dot(tl.trans(pairs), (qs * since).to(OPERAND), input_precision=PRECISION)
-        pairs = _seen_pairs(dqb, tokens, inside, h, H, seen, C, OPERAND)
+        pairs = _pairs(dqb, tokens, inside, h, H, place, C, C >> level, level < LEVELS, OPERAND)
         dqs += since * tl.dot(pairs, (bs * until).to(OPERAND), found, input_precision=PRECISION)
         found = tl.dot(tl.trans(pairs), (qs * since).to(OPERAND), input_precision=PRECISION)
-        pairs = _seen_pairs(dab, tokens, inside, h, H, seen, C, OPERAND)
+        pairs = _pairs(dab, tokens, inside, h, H, place, C, C >> level, level < LEVELS, OPERAND)
         dbs += until * tl.dot(tl.trans(pairs), (a_s * since_a).to(OPERAND), found, input_precision=PRECISION)
         found = tl.dot(pairs, (bs * until).to(OPERAND), input_precision=PRECISION)
-        pairs = _seen_pairs(dak, tokens, inside, h, H, seen, C, OPERAND)
+        pairs = _pairs(dak, tokens, inside, h, H, place, C, C >> level, level < LEVELS, OPERAND)
         das += since_a * tl.dot(pairs, (ks * until).to(OPERAND), found, input_precision=PRECISION)
         dks += until * tl.dot(tl.trans(pairs), (a_s * since_a).to(OPERAND), from_q, input_precision=PRECISION)
     if WANT_DG:
