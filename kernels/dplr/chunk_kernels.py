@@ -25,7 +25,7 @@ is [T, H, C], by the place in the chunk; totals: e^{c_C}, [M, H, K].
 import triton
 import triton.language as tl
 
-from torchlinearmoe.kernels.linear.channel_kernels import half_pairs, only, sums_at
+from torchlinearmoe.kernels.linear.channel_kernels import only, sums_at
 from torchlinearmoe.kernels.linear.walk_kernels import rows_of
 
 SMALL = tl.constexpr(16)
@@ -39,25 +39,24 @@ def sums_before(c, token, place, last, stride, columns, width):
 
 
 @triton.jit
-def middles(place, SIZE: tl.constexpr):
-    """Of each place the last in the earlier half of its block of SIZE tokens."""
-    return place // SIZE * SIZE + SIZE // 2 - 1
+def middles(place, size):
+    """Of each place the last in the earlier half of its block of `size` tokens."""
+    return place // size * size + size // 2 - 1
 
 
 @triton.jit
-def factors(exponent, HALVES: tl.constexpr):
+def factors(exponent, halves):
     """2^exponent relative to the middle of a block; where halves of it read each other it is at most 1."""
-    return tl.exp2(tl.minimum(exponent, 0.0)) if HALVES else tl.exp2(exponent)
+    return tl.exp2(tl.minimum(exponent, tl.where(halves, 0.0, 128.0)))
 
 
 @triton.jit
-def level_pairs(x, place, SIZE: tl.constexpr, HALVES: tl.constexpr):
-    """x [t, s] where t and s are in different halves of a block of SIZE tokens, or in one such block."""
-    if HALVES:
-        return only(half_pairs(place, SIZE // 2), x)
-    if SIZE == place.shape[0]:
-        return x
-    return only(place[:, None] // SIZE == place[None, :] // SIZE, x)
+def block_pairs(x, place, size, halves):
+    """x [t, s] where t and s are in one block of `size` tokens, of halves t in the later and s in the earlier one."""
+    block = place // size
+    half = place % size >= size // 2
+    reads, read = tl.where(half | ~halves, block, -1), tl.where(half & halves, -2, block)
+    return only(reads[:, None] == read[None, :], x)
 
 
 @triton.jit
@@ -118,14 +117,14 @@ def score(
         ks = rows_of(k, tokens, inside, k_t, k_h, h, K, columns).to(tl.float32)
         sums = sums_at(c, token, place, last, stride, columns, K)
         read = sums_before(c, token, place, last, stride, columns, K) if BEFORE else sums
-        for level in tl.static_range(LEVELS + 1):
-            middle = sums_at(c, token, middles(place, C >> level), last, stride, columns, K)
-            since = (xs * factors(read - middle, level < LEVELS)).to(OPERAND)
-            until = factors(middle - sums, level < LEVELS)
+        for level in range(LEVELS + 1):
+            size, halves = C >> level, level < LEVELS
+            middle = sums_at(c, token, middles(place, size), last, stride, columns, K)
+            since, until = (xs * factors(read - middle, halves)).to(OPERAND), factors(middle - sums, halves)
             product = tl.dot(since, tl.trans((bs * until).to(OPERAND)), input_precision=PRECISION)
-            pairs_b += level_pairs(product, place, C >> level, level < LEVELS)
+            pairs_b += block_pairs(product, place, size, halves)
             product = tl.dot(since, tl.trans((ks * until).to(OPERAND)), input_precision=PRECISION)
-            pairs_k += level_pairs(product, place, C >> level, level < LEVELS)
+            pairs_k += block_pairs(product, place, size, halves)
     seen = place[:, None] > place[None, :] if BEFORE else place[:, None] >= place[None, :]
     store_pairs(with_b, only(seen, pairs_b), tokens, inside, h, H, C)
     store_pairs(with_k, only(seen, pairs_k), tokens, inside, h, H, C)

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from torchlinearmoe.kernels.dplr.chunk_kernels import (
+    block_pairs,
     factors,
-    level_pairs,
     middles,
     pairs_of,
     store_pairs,
@@ -49,10 +49,8 @@ def pair_gradients(
 
 
 @triton.jit
-def _pairs(
-    x, tokens, inside, h, H, place, C: tl.constexpr, SIZE: tl.constexpr, HALVES: tl.constexpr, OPERAND: tl.constexpr
-):  # fmt: skip
-    return level_pairs(pairs_of(x, tokens, inside, h, H, C, False), place, SIZE, HALVES).to(OPERAND)
+def _pairs(x, tokens, inside, h, H, place, size, halves, C: tl.constexpr, OPERAND: tl.constexpr):
+    return block_pairs(pairs_of(x, tokens, inside, h, H, C, False), place, size, halves).to(OPERAND)
 
 
 @triton.jit
@@ -109,20 +107,21 @@ def channel_gradients(
     dbs *= until
     passing = passing * tl.exp2(total) + tl.sum(ks * dks + bs * dbs, 0)
     qs *= scale
-    for level in tl.static_range(LEVELS + 1):
-        middle = sums_at(c, token, middles(place, C >> level), last, stride, columns, K)
-        since, since_a = factors(sums - middle, level < LEVELS), factors(before - middle, level < LEVELS)
-        until = factors(middle - sums, level < LEVELS)
-        pairs = _pairs(dqk, tokens, inside, h, H, place, C, C >> level, level < LEVELS, OPERAND)
+    for level in range(LEVELS + 1):
+        size, halves = C >> level, level < LEVELS
+        middle = sums_at(c, token, middles(place, size), last, stride, columns, K)
+        since, since_a = factors(sums - middle, halves), factors(before - middle, halves)
+        until = factors(middle - sums, halves)
+        pairs = _pairs(dqk, tokens, inside, h, H, place, size, halves, C, OPERAND)
         found = tl.dot(pairs, (ks * until).to(OPERAND), input_precision=PRECISION)
         from_q = tl.dot(tl.trans(pairs), (qs * since).to(OPERAND), input_precision=PRECISION)
-        pairs = _pairs(dqb, tokens, inside, h, H, place, C, C >> level, level < LEVELS, OPERAND)
+        pairs = _pairs(dqb, tokens, inside, h, H, place, size, halves, C, OPERAND)
         dqs += since * tl.dot(pairs, (bs * until).to(OPERAND), found, input_precision=PRECISION)
         found = tl.dot(tl.trans(pairs), (qs * since).to(OPERAND), input_precision=PRECISION)
-        pairs = _pairs(dab, tokens, inside, h, H, place, C, C >> level, level < LEVELS, OPERAND)
+        pairs = _pairs(dab, tokens, inside, h, H, place, size, halves, C, OPERAND)
         dbs += until * tl.dot(tl.trans(pairs), (a_s * since_a).to(OPERAND), found, input_precision=PRECISION)
         found = tl.dot(pairs, (bs * until).to(OPERAND), input_precision=PRECISION)
-        pairs = _pairs(dak, tokens, inside, h, H, place, C, C >> level, level < LEVELS, OPERAND)
+        pairs = _pairs(dak, tokens, inside, h, H, place, size, halves, C, OPERAND)
         das += since_a * tl.dot(pairs, (ks * until).to(OPERAND), found, input_precision=PRECISION)
         dks += until * tl.dot(tl.trans(pairs), (a_s * since_a).to(OPERAND), from_q, input_precision=PRECISION)
     if WANT_DG:

@@ -281,7 +281,7 @@ def _made(
     for x, with_b, with_k, factor, kind in ((q, qb, qk, scale, operand(q)), (a, inverse, ak, 1.0, fine)):
         kernels("chunk").score[M, H](
             x, b, k, c, with_b, with_k, stream.start, stream.end, factor, *strides(x), *strides(b), *strides(k), H, K,
-            C=CHUNK, B=tile(K, 32), LEVELS=levels, BEFORE=x is a, OPERAND=kind, PRECISION=precision(q), num_warps=4,
+            C=CHUNK, B=tile(K, 32), LEVELS=levels, BEFORE=x is a, OPERAND=kind, PRECISION=precision(q), num_warps=8,
             num_stages=1,
         )  # fmt: skip
     kernels("chunk").invert_blocks[M, H](inverse, stream.start, stream.end, H, C=CHUNK, num_warps=2)
