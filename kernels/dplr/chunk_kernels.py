@@ -2,16 +2,17 @@
 
 c_t is the sum of a chunk's log decays up to and including t, per channel, and c'_t the sum before t. Scores are
 
-    qb_ts = scale * sum_i q_ti e^{c_ti - c_si} b_si    for s <= t      ab_ts = sum_i a_ti e^{c'_ti - c_si} b_si    for s < t
+    qb_ts = scale * sum_i q_ti e^{c_ti - c_si} b_si    for s <= t
+    ab_ts = sum_i a_ti e^{c'_ti - c_si} b_si           for s < t
 
-and qk, ak with k in place of b; A = (I - ab)^-1. The decays are inside the sums, so pairs are split: a block of BLOCK
-tokens reads itself relative to its middle, and above that the later half of a block reads the earlier one relative to
-the border between them, where both factors are at most 1. Where log decays are bounded by -L, BLOCK is as large as
-e^{L BLOCK / 2} allows, the whole chunk for RWKV7; without a bound it is 8, and a log decay below -20 counts as -20,
-under the rounding of float32.
+and qk, ak with k in place of b; A = (I - ab)^-1. The decays are inside the sums, so pairs are split, LEVELS times: the
+later half of a block of tokens reads the earlier one relative to the border between them, where both factors are at
+most 1. What is left are blocks of C / 2^LEVELS tokens, relative to one in their middle. Where log decays are bounded by
+-L, blocks of B tokens keep factors to e^{L B / 2}: for RWKV7 that is the whole chunk. Without a bound they have 8
+tokens, and a log decay below -20 counts as -20, under the rounding of float32.
 
-A is made in float32, of scores whose operands are float32, for rounded to 16 bits they are most of the error where what
-is removed repeats itself. It is inverted as it is in the delta rule: diagonal blocks of 16 by substitution, and merges
+A is made in float32, of scores whose operands are float32 (TF32), for rounded to 16 bits they are most of the error
+where what is removed repeats itself: diagonal blocks of 16 by substitution, and merges
 
     [ T1        ]                             with T the inverse of the blocks and M what lies between
     [ T2 M T1    T2 ] = T + T M T             two of them, on all of the chunk at once

@@ -1,7 +1,7 @@
 """Triton kernels of the gradients of DPLR, chunk by chunk and all at once (`rule.py` has the algebra).
 
-c and c' as in `chunk_kernels`. E and R: the states that enter chunks and the gradients of those that leave, [M, H, K, V];
-x and r: what tokens read along a, and its gradient, [T, H, V].
+c, c' and LEVELS as in `chunk_kernels`. E and R: the states that enter chunks and the gradients of those that leave,
+[M, H, K, V]; x and r: what tokens read along a, and its gradient, [T, H, V].
 """
 
 # pyright: basic, reportIndexIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false

@@ -9,8 +9,8 @@ the sum before t, and
     o  = q_in E + qk v + qb x                       E' = e^{c_C} E + b_out^T x + k_out^T v
 
 qb, qk, ab, ak: scores, decayed, of a chunk's earlier tokens (`chunk_kernels`). A knows nothing of states, so it is made
-for all chunks at once, and A ak and A a_in with it; the walk then has x = (A ak) v + (A a_in) E. States that enter chunks
-are written, as products read them, and o is made of them, again for all chunks at once.
+for all chunks at once, and A ak and A a_in with it; the walk then has x = (A ak) v + (A a_in) E. States that enter
+chunks are written, as products read them, and o is made of them, again for all chunks at once.
 
 Backward. x solves its system exactly, so with R the gradient of the state that leaves a chunk and r that of x's right
 side,
@@ -32,8 +32,8 @@ take written and read, twice 2 D^2 / C of states, 2 D of x and o. Kept for the b
 place of the decays, and for each stretch of 16 or 32 chunks a state and a transition. Temporary, backward: 8 D + 6 C
 and 4 D^2 / C a token in 16 bits.
 
-Products take the type of the inputs, what is scaled up and down float32 where that is float16, and add up in float32; the
-inverse is float32, as are states. Nothing is tuned at run time, sums have one order: the same bits on every run.
+Products take the type of the inputs, what is scaled up and down float32 where that is float16, and add up in float32;
+the inverse is float32, as are states. Nothing is tuned at run time, sums have one order: the same bits on every run.
 
 Two operators of torch.library, forward and backward, so that torch.compile takes them into its graphs. What an operator
 has not got is an empty tensor.
@@ -99,8 +99,8 @@ def dplr(
     """o [T, H, V], the final states [N, H, K, V], empty where they are not wanted, what enters stretches, [S, H, K, V],
     and their transitions, [S, H, K, K], both empty of a single stretch, and the sums c of log decays, [T, H, K].
 
-    q, k, a, b: [T, H, K]; v: [T, H, V] of one type; g: [T, H, K] and initial: [N, H, K, V] in fp32; start, end, segment:
-    [M], first: [N + 1], a `ChunkTable`; levels: of `levels_of`.
+    q, k, a, b: [T, H, K]; v: [T, H, V] of one type; g: [T, H, K] and initial: [N, H, K, V] in fp32; start, end,
+    segment: [M], first: [N + 1], a `ChunkTable`; levels: of `levels_of`.
     """
     q, k, v, a, b = (rows_ready(x) for x in (q, k, v, a, b))
     stream = Stream(start, end, segment, first)
@@ -237,7 +237,11 @@ class _Walk:
 
 @dataclass(frozen=True)
 class _Chunks:
-    """What `chunk_kernels` make of the inputs, by the names of the module's docstring; `solved` by A or its transpose."""
+    """What `chunk_kernels` make of the inputs, by the names of the module's docstring.
+
+    solved_a = A a_in and solved_ak = A ak; solved_b = A^T b_out and solved_qb = A^T qb^T, with a_in, where gradients
+    are wanted.
+    """
 
     stream: Stream
     qb: Tensor
@@ -255,9 +259,7 @@ class _Chunks:
 
     def onward(self, v: Tensor, initial: Tensor | None) -> _Walk:
         """The walk of E and x."""
-        return _Walk(
-            self.stream, False, self.solved_ak, self.solved_a, self.b_out, self.k_out, v, self.totals, initial
-        )
+        return _Walk(self.stream, False, self.solved_ak, self.solved_a, self.b_out, self.k_out, v, self.totals, initial)
 
     def back(self, do: Tensor, dfinal: Tensor | None) -> _Walk:
         """The walk of R and r."""
@@ -329,9 +331,7 @@ def _(q, k, v, a, b, g, initial, start, end, segment, first, scale, levels, want
 
 
 @dplr_backward.register_fake
-def _(
-    q, k, v, a, b, c, initial, entered, transitions, do, dfinal, start, end, segment, first, scale, levels, want_dg
-):
+def _(q, k, v, a, b, c, initial, entered, transitions, do, dfinal, start, end, segment, first, scale, levels, want_dg):
     dq, dk, dv, da, db = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, a, b))
     dg = q.new_empty(c.shape if want_dg else (0,), dtype=torch.float32)
     return dq, dk, dv, da, db, dg, q.new_empty((0,) if initial is None else initial.shape, dtype=torch.float32)

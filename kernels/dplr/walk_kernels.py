@@ -2,8 +2,8 @@
 
     z = near u + w S             S' = e^{c_C} S + b^T z + k^T u
 
-Onward, S is the state that enters a chunk, u = v, and z is what tokens read along a. From the last chunk to the first, S
-is the gradient R of the state that leaves it, u = do, and z the gradient r of what they read (`rule.py` says of what
+Onward, S is the state that enters a chunk, u = v, and z is what tokens read along a. From the last chunk to the first,
+S is the gradient R of the state that leaves it, u = do, and z the gradient r of what they read (`rule.py` says of what
 w, b, k and near are made).
 
 A stretch is GROUP chunks of the whole stream, whatever documents they are of. What leaves it is X S + Y of what enters,
@@ -11,8 +11,7 @@ X [K, K]: with SUMMARY `walk` gives Y, and X by K columns more that begin as the
 them, the way back by X^T, and `walk` starts there. So a long document fills the chip. A stretch in which a document
 begins passes nothing on.
 
-Matrices that are wanted transposed are loaded that way; no product of a product is transposed, which Triton 3.4 to 3.7.0
-miscompiles on Hopper GPUs (https://github.com/fla-org/flash-linear-attention/issues/640).
+Only what was loaded is transposed; no product of a product is, which Triton 3.4 to 3.7.0 miscompiles on Hopper GPUs (https://github.com/fla-org/flash-linear-attention/issues/640).
 
 w, b, k: [T, H, K], contiguous; near: [T, H, C]; totals: e^{c_C}, [M, H, K].
 """
