@@ -43,6 +43,26 @@ def compiled(chip: str, kinds: tuple[str, ...]) -> set[str]:
         return set(pool.submit(compile_families, chip, kinds).result())
 
 
+def compile_dplr(chip: str) -> list[str]:
+    """As RWKV7 calls it and without a bound, with and without states, over stretches."""
+    from fake_gpu import FakeGPU
+
+    gpu = FakeGPU(*CHIPS[chip]).install()
+    for states, bound in (("", -0.6065306597126334), ("in out", None)):
+        case = FAMILIES["dplr"]((1100, 30), states, H=1, K=128, V=128)
+        case.options["lower_bound"] = bound
+        forced(case.operator, "triton", lambda case=case: case.run("triton", torch.bfloat16))
+    return gpu.compiled
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_dplr_compiles_for(chip: str) -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        names = pool.submit(compile_dplr, chip).result()
+    expected = {"score", "invert_blocks", "merge_blocks", "spread", "walk", "join", "output", "pair_gradients"}
+    assert expected | {"channel_gradients"} <= set(names)
+
+
 @pytest.mark.parametrize("chip", CHIPS)
 def test_linear_recurrences_compile_for(chip: str) -> None:
     names = compiled(chip, LINEAR)
