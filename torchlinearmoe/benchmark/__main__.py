@@ -1,4 +1,4 @@
-"""`python -m torchlinearmoe.benchmark train|kernels|optimizer|multi [options] [--section.key=value ...]`."""
+"""`python -m torchlinearmoe.benchmark train|kernels|moe|loss|attention|optimizer|multi [options] [--section.key=value ...]`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from torchlinearmoe.benchmark import kernels, multi, optimizer, train
+from torchlinearmoe.benchmark import attention, kernels, loss, moe, multi, optimizer, train
 from torchlinearmoe.commands import failures_on_one_line
 
-SUBCOMMANDS = {"train": train, "kernels": kernels, "optimizer": optimizer, "multi": multi}
+SUBCOMMANDS = {
+    "train": train,
+    "kernels": kernels,
+    "moe": moe,
+    "loss": loss,
+    "attention": attention,
+    "optimizer": optimizer,
+    "multi": multi,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

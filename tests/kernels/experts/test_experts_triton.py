@@ -64,7 +64,7 @@ def arguments(kept: float) -> tuple[Tensor | None, ...]:
 
 
 def check_operators(kept: float) -> None:
-    """torch.library's own checks of both operators; the last compares outputs, of which some rows may be unspecified."""
+    """torch.library's own checks of both operators; the third compares outputs, of which rows may be unspecified."""
     inputs = arguments(kept)
     checks = ("test_schema", "test_faketensor", *(["test_aot_dispatch_dynamic"] if kept == 1 else []))
     torch.library.opcheck(ours.whole, (*inputs, "loop"), test_utils=(*checks, "test_autograd_registration"))
