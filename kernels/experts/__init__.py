@@ -43,7 +43,8 @@ def routed_experts(
     float64); gate_up_EDF: [E, D, 2F], gate first, and down_EFD: [E, F, D] of x's dtype; keep_Tk: bool [T, k], None when
     all stay; products: backend of the grouped products, one of `kernels/grouped_mm/`.
     """
-    facts = call(x_TD.shape[1], down_EFD.shape[1], x_TD.device.type, x_TD.dtype)
+    _, hidden, width = down_EFD.shape  # of a parameter, whose shape the compiler takes for a constant
+    facts = call(width, hidden, x_TD.device.type, x_TD.dtype)
     return choose(OPERATOR, backend, facts).run(x_TD, ids_Tk, weights_Tk, gate_up_EDF, down_EFD, keep_Tk, products)
 
 

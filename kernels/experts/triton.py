@@ -48,7 +48,7 @@ def experts(
     products: str,
 ) -> Tensor:
     """As `routed_experts`."""
-    facts = grouped_mm.call(x_TD.shape[1], down_EFD.shape[1], x_TD.device.type, x_TD.dtype)
+    facts = grouped_mm.call(*down_EFD.shape[1:], x_TD.device.type, x_TD.dtype)
     name = choose(grouped_mm.OPERATOR, products, facts).name
     return whole(x_TD, ids_Tk, weights_Tk, gate_up_EDF, down_EFD, keep_Tk, name)[0]
 

@@ -1,4 +1,4 @@
-"""`python -m torchlinearmoe.benchmark train|kernels|moe|loss|attention|optimizer|multi [options] [--section.key=value ...]`."""
+"""`python -m torchlinearmoe.benchmark COMMAND [options] [--section.key=value ...]`, for the commands of SUBCOMMANDS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`benchmark attention`: causal softmax attention of packed documents, beside PyTorch's SDPA compiled on them as a batch.
+"""`benchmark attention`: causal softmax attention of packed documents, beside SDPA compiled on them as a batch.
 
 Heads are the recipe's. The floor is that of the pairs that see each other, or of the bytes where these take longer.
 """

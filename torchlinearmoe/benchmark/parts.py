@@ -80,9 +80,10 @@ def contest(name: str, module: PartModule, arguments: argparse.Namespace, overri
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if device == "cpu" and sequences * length * model.hidden_size > WITHOUT_GPU:
+        most = WITHOUT_GPU // model.hidden_size
         raise RecipeError(
-            f"--shape {arguments.shape}: no GPU is visible; without one give at most {WITHOUT_GPU // model.hidden_size} "
-            f"tokens of model.hidden_size = {model.hidden_size}"
+            f"--shape {arguments.shape}: no GPU is visible; without one give at most {most} tokens of "
+            f"model.hidden_size = {model.hidden_size}"
         )
     facts, backends = module.call(model, device, dtype), module.OPERATOR.find_backends()
     names = arguments.contestants or [

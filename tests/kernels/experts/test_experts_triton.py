@@ -81,6 +81,25 @@ def test_the_operators_are_what_the_compiler_takes_them_for(interpreter: Process
     interpreter.submit(check_operators, kept).result()
 
 
+def compiled_and_eager(kept: float) -> None:
+    """Results and gradients through one full graph of any number of tokens, and without the compiler."""
+    run = torch.compile(ours.experts, fullgraph=True, backend="aot_eager")
+    for tokens in (20, 23):
+        torch.manual_seed(tokens)
+        case = experts.routed(tokens, 5, 3, kept=kept)
+        found = []
+        for function in (run, ours.experts):
+            case.function = lambda *, backend, function=function, **given: function(**given, products="auto")
+            found.append(case.run("triton", torch.float32))
+        assert_close(*found, 1e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize("kept", [1.0, 0.5])
+def test_one_full_graph_gives_what_eager_gives(interpreter: ProcessPoolExecutor, kept: float) -> None:
+    interpreter.submit(compiled_and_eager, kept).result()
+
+
 @pytest.mark.parametrize("kept", [1.0, 0.5])
 def test_step_by_step_compiles_whole(kept: float) -> None:
     torch.manual_seed(2)
