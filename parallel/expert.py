@@ -62,6 +62,7 @@ class ExchangeDispatch:
     """Rows go to the ranks of `group` that hold their experts: all-to-all with uneven splits."""
 
     regions = ("local.dispatch", "local.combine")
+    stays_here = False
 
     def __init__(self, num_experts: int, group: ProcessGroup) -> None:
         self.local = LocalDispatch(num_experts)

@@ -20,27 +20,33 @@ CHUNK_ELEMENTS = 2**28
 """Logits of one chunk."""
 
 
-def loss(hidden: Tensor, weight: Tensor, labels: Tensor, kernel: ChunkKernel) -> Tensor:
-    """As `linear_cross_entropy`."""
+def loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, kernel: ChunkKernel, chunk_elements: int | None = None
+) -> Tensor:
+    """As `linear_cross_entropy`; chunk_elements: CHUNK_ELEMENTS by default."""
     if not torch.is_grad_enabled():
         # An autograd.Function would see the parameters' requires_grad and compute gradients that nobody asked for.
         hidden, weight = hidden.detach(), weight.detach()
-    return _LinearCrossEntropy.apply(hidden, weight, labels, kernel)  # pyright: ignore[reportReturnType]
+    return _LinearCrossEntropy.apply(hidden, weight, labels, kernel, chunk_elements)  # pyright: ignore[reportReturnType]
 
 
-def chunk_rows(tokens: int, vocab_size: int) -> int:
-    """Tokens of a chunk: the tokens halved until the logits fit CHUNK_ELEMENTS, so that chunks are equal."""
+def chunk_rows(tokens: int, vocab_size: int, elements: int | None = None) -> int:
+    """Tokens of a chunk: the tokens halved until the logits fit `elements`, CHUNK_ELEMENTS by default, so that chunks
+    are equal."""
+    elements = elements or CHUNK_ELEMENTS
     rows = tokens
-    while rows > 1 and rows * vocab_size > CHUNK_ELEMENTS:
+    while rows > 1 and rows * vocab_size > elements:
         rows = -(-rows // 2)
     return rows
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, kernel: ChunkKernel) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, kernel: ChunkKernel, chunk_elements: int | None
+    ) -> Tensor:
         kind = wide_type(hidden.dtype)
-        rows = chunk_rows(hidden.shape[0], weight.shape[0])
+        rows = chunk_rows(hidden.shape[0], weight.shape[0], chunk_elements)
         loss = torch.zeros((), dtype=kind, device=hidden.device)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -62,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (grad,) = grads
         d_hidden, d_weight = ctx.saved_tensors
         if d_hidden is not None:
@@ -70,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if d_weight is not None:
             scaled = torch.empty_like(d_weight, dtype=ctx.weight_dtype)
             d_weight = torch.mul(d_weight, grad.to(d_weight.dtype), out=scaled)
-        return d_hidden, d_weight, None, None
+        return d_hidden, d_weight, None, None, None
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, kind: torch.dtype) -> Tensor:

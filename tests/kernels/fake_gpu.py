@@ -6,6 +6,8 @@ their contents stay as they are.
 
 from __future__ import annotations
 
+import subprocess
+import tempfile
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +24,8 @@ class FakeGPU:
     shared: int
     compiled: list[str] = field(default_factory=list)
     """Names of the kernels, as often as they were compiled."""
+    resources: dict[str, str] | None = None
+    """Given a dict: what each kernel takes, as cuobjdump says, by name and its place in `compiled`."""
 
     def install(self) -> FakeGPU:
         """Make Triton's runtime of this process take it for its driver."""
@@ -56,5 +60,17 @@ class FakeGPU:
 
     def _load(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
         assert len(binary) > 0
+        if self.resources is not None:
+            self.resources[f"{name} {len(self.compiled)}"] = _resources(binary)
         self.compiled.append(name)
         return 1, 1, 128, 0, 1024
+
+
+def _resources(binary: bytes) -> str:
+    """The line with registers, stack and local memory: "REG:18 STACK:0 SHARED:0 LOCAL:0 ..."."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(binary)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return next(line.strip() for line in said.splitlines() if "REG:" in line)

@@ -84,3 +84,41 @@ def test_delta_rules_compile_for(chip: str) -> None:
         "gradients",
     }
     assert expected | {"decay_gradients", "channel_gradients"} <= compiled(chip, DELTAS)
+
+
+def compile_movement(chip: str, width: int, hidden: int, experts: int) -> tuple[list[str], dict[str, str]]:
+    """A layer's way from tokens to sums, dropless and with dropped assignments, and the head's loss."""
+    from fake_gpu import FakeGPU
+
+    from torchlinearmoe.kernels.cross_entropy import triton as head
+    from torchlinearmoe.kernels.dispatch import triton as dispatch
+    from torchlinearmoe.kernels.experts import triton as layer
+    from torchlinearmoe.kernels.swiglu import triton as gates
+
+    gpu, x = FakeGPU(*CHIPS[chip], resources={}).install(), torch.zeros(8, width, dtype=torch.bfloat16)
+    for dropless in (True, False):
+        ids, weights = torch.zeros(8, 6, dtype=torch.int64), torch.ones(8, 6)
+        keep = None if dropless else torch.ones(8, 6, dtype=torch.bool)
+        order, inverse, _, offsets = (z.zero_() for z in dispatch.sorted_rows(ids, experts, keep))
+        limit = layer._limit(offsets, keep)
+        rows = dispatch.gather_rows(x, order, 6, limit)
+        dispatch.gather_sum(rows, None, inverse, limit)
+        dispatch.weighted_sum(rows, weights, order, inverse)
+        dispatch.weighted_sum_backward(rows, weights, order, x)
+        gate_up = x.new_zeros(48, 2 * hidden)
+        h = gates.forward(gate_up, weights, order, limit)
+        gates.backward(gate_up, weights, order, h, limit, again=True)
+        gates.gated_backward(gate_up, gates.gated(gate_up))
+    head.chunk_loss(x.new_zeros(4, 151936), torch.zeros(4, dtype=torch.int64))
+    assert gpu.resources is not None
+    return gpu.compiled, gpu.resources
+
+
+@pytest.mark.parametrize("sizes", [(1024, 896, 64), (2048, 1408, 160)], ids=["A0.3B", "A1B"])
+@pytest.mark.parametrize("chip", CHIPS)
+def test_movement_gates_and_head_compile_without_spilling_for(chip: str, sizes: tuple[int, int, int]) -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        names, resources = pool.submit(compile_movement, chip, *sizes).result()
+    moved = {"sort_count", "sort_scatter", "gather_rows", "gather_sum", "gather_weighted"}
+    assert moved | {"swiglu_forward", "swiglu_backward", "cross_entropy_rows"} <= set(names)
+    assert all(" STACK:0 " in line and " LOCAL:0 " in line for line in resources.values()), resources

@@ -1,4 +1,4 @@
-"""`python -m torchlinearmoe.benchmark train|kernels|optimizer|data|multi [options] [--section.key=value ...]`."""
+"""`python -m torchlinearmoe.benchmark COMMAND [options] [--section.key=value ...]`, for the commands of SUBCOMMANDS."""
 
 from __future__ import annotations
 
@@ -6,10 +6,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from torchlinearmoe.benchmark import data, kernels, multi, optimizer, train
+from torchlinearmoe.benchmark import attention, data, kernels, loss, moe, multi, optimizer, train
 from torchlinearmoe.commands import failures_on_one_line
 
-SUBCOMMANDS = {"train": train, "kernels": kernels, "optimizer": optimizer, "data": data, "multi": multi}
+SUBCOMMANDS = {
+    "train": train,
+    "kernels": kernels,
+    "moe": moe,
+    "loss": loss,
+    "attention": attention,
+    "optimizer": optimizer,
+    "data": data,
+    "multi": multi,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ import torch
 
 from torchlinearmoe.benchmark.contest import run_contestant, show
 from torchlinearmoe.benchmark.kernel_calls import OPERATORS
+from torchlinearmoe.benchmark.parts import parse_shape
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.kernels.choose import decide, this_machine
 from torchlinearmoe.kernels.operator import Call, operators
@@ -42,9 +43,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Time all and print their table; 1 when nothing was timed."""
     if overrides:
         raise RecipeError(f"{overrides[0]}: kernels have no recipe; see --help")
-    sequences, _, length = arguments.shape.partition("x")
-    if not (sequences.isdigit() and length.isdigit() and int(sequences) and int(length)):
-        raise RecipeError(f"--shape {arguments.shape}: a shape reads SEQUENCESxLENGTH, e.g. 8x16384")
+    sequences, length = parse_shape(arguments.shape)
     for name in ("repeats", "heads", "width"):
         if getattr(arguments, name) < (least := 3 if name == "repeats" else 1):
             raise RecipeError(f"--{name} {getattr(arguments, name)}: must be at least {least}")
@@ -67,7 +66,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
                 "kind": kind,
                 "backend": name,
                 "compile": fused,
-                "lengths": [int(length)] * int(sequences),
+                "lengths": [length] * sequences,
                 "heads": arguments.heads,
                 "width": arguments.width,
                 "repeats": arguments.repeats,

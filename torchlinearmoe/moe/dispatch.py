@@ -34,6 +34,11 @@ class Dispatcher(Protocol):
         """Methods that are compiled."""
         ...
 
+    @property
+    def stays_here(self) -> bool:
+        """All experts are on this rank, so that they may take the tokens themselves."""
+        ...
+
     def dispatch(self, x_TD: Tensor, routing: Routing, keep_Tk: Tensor | None = None) -> tuple[Tensor, Tensor, Any]:
         """Rows sorted by expert, counts of the experts that this rank computes, and a context for `combine`."""
         ...
@@ -47,6 +52,7 @@ class LocalDispatch:
     """All experts on this rank: a stable sort by expert and its inverse."""
 
     regions = ("dispatch", "combine")
+    stays_here = True
 
     def __init__(self, num_experts: int):
         self.num_experts = num_experts

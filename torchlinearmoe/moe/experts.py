@@ -1,4 +1,4 @@
-"""The routed experts: E SwiGLU networks over rows sorted by expert.
+"""The routed experts: E SwiGLU networks over rows sorted by expert, or over tokens that say which of them they want.
 
 y[r] = (silu(x[r] Wg_e) * (x[r] Wu_e)) Wd_e for the expert e of row r.
 
@@ -7,28 +7,40 @@ x instead of two and their sum. An expert stays one block of dim 0, so expert pa
 Hugging Face checkpoint's `gate_proj.weight`, `up_proj.weight` [F, D] and `down_proj.weight` [D, F] of expert e are
 `gate_up[e, :, :F].T`, `gate_up[e, :, F:].T` and `down[e].T`.
 
-R rows, D model width, F expert width, E experts (the local ones under expert parallelism).
+T tokens, k experts a token, R rows, D model width, F expert width, E experts (the local ones under expert parallelism).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from torchlinearmoe.initialize import Normal, set_initializers
+from torchlinearmoe.kernels import experts as whole
 from torchlinearmoe.kernels import grouped_mm as products
-from torchlinearmoe.kernels.choose import KernelCall
-from torchlinearmoe.kernels.grouped_mm import grouped_mm
-from torchlinearmoe.kernels.swiglu import swiglu
+from torchlinearmoe.kernels.choose import KernelCall, choose
+from torchlinearmoe.kernels.experts.plain import BACKEND as STEP_BY_STEP
+from torchlinearmoe.kernels.experts.plain import expert_rows
+from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.module import Module
+
+
+class Assigned(NamedTuple):
+    """What tokens want of the experts."""
+
+    ids_Tk: Tensor
+    weights_Tk: Tensor
+    keep_Tk: Tensor | None
 
 
 class Experts(Module):
     """E SwiGLU experts as two 3-D parameters, `gate_up` [E, D, 2F] and `down` [E, F, D].
 
-    backend: of their products, "auto" or one of `kernels/grouped_mm/`.
+    backend: "auto", one of `kernels/experts/` for the whole way from tokens to their sums, or one of
+    `kernels/grouped_mm/` for the products on it.
     """
 
     regions = ("forward",)
@@ -44,32 +56,45 @@ class Experts(Module):
         out_std: float = 0.02,
     ):
         super().__init__()
-        self.backend = backend
+        self.whole = backend if backend in whole.OPERATOR.find_backends() else "auto"
+        self.products = backend if self.whole == "auto" or backend in products.OPERATOR.find_backends() else "auto"
         self.gate_up = nn.Parameter(torch.empty(num_experts, width, 2 * hidden_size))
         self.down = nn.Parameter(torch.empty(num_experts, hidden_size, width))
         set_initializers(self, gate_up=Normal(std), down=Normal(out_std))
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
-        """The two products."""
+        """The two products, and the whole of which they are a part."""
         for _, inner, outer in (self.gate_up.shape, self.down.shape):
-            yield products.OPERATOR, self.backend, products.call(inner, outer, device, dtype)
+            yield products.OPERATOR, self.products, products.call(inner, outer, device, dtype)
+        yield whole.OPERATOR, self.whole, self._call(device, dtype)
 
-    def forward(self, x_RD: Tensor, counts_E: Tensor, padded: bool = False) -> Tensor:
-        """x_RD: [R, D] sorted by expert; counts_E: integer [E], rows of each expert, on x's device. Returns [R, D].
+    def take_tokens(self, x_TD: Tensor) -> bool:
+        """Whether the backend goes from tokens to their sums by itself; else rows are sorted and summed around it."""
+        return choose(whole.OPERATOR, self.whole, self._call(x_TD.device.type, x_TD.dtype)) is not STEP_BY_STEP
+
+    def _call(self, device: str, dtype: torch.dtype) -> Call:
+        return whole.call(self.down.shape[2], self.down.shape[1], device, dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        counts_E: Tensor | None = None,
+        padded: bool = False,
+        assigned: Assigned | None = None,
+    ) -> Tensor:
+        """Rows to rows, or with `assigned` tokens [T, D] to their weighted sums [T, D].
+
+        x: [R, D] sorted by expert; counts_E: integer [E], rows of each expert, on x's device. Returns [R, D].
 
         With `padded` there may be more rows than `counts_E` sums to: whatever the surplus rows at the end hold, they
         give zeros and receive zero gradients. Without it the counts must sum to R (not checked: that would stop the
         GPU).
         """
         gate_up_EDF, down_EFD = self.gate_up, self.down
-        backend = self.backend
-        offsets_E = counts_E.cumsum(0).to(torch.int32)
-        if not padded:
-            hidden_RF = swiglu(grouped_mm(x_RD, gate_up_EDF, offsets_E, backend))
-            return grouped_mm(hidden_RF, down_EFD, offsets_E, backend)
-        # torch.where on both sides: forward it keeps unspecified memory out of y, backward out of the gradient of x.
-        # In between the surplus rows may hold anything: no product sums over them.
-        real_R1 = (torch.arange(x_RD.shape[0], device=x_RD.device) < offsets_E[-1]).unsqueeze(1)
-        x_RD = torch.where(real_R1, x_RD, 0)
-        hidden_RF = swiglu(grouped_mm(x_RD, gate_up_EDF, offsets_E, backend))
-        return torch.where(real_R1, grouped_mm(hidden_RF, down_EFD, offsets_E, backend), 0)
+        if assigned is None:
+            assert counts_E is not None
+            return expert_rows(x, counts_E, gate_up_EDF, down_EFD, padded, self.products)
+        ids_Tk, weights_Tk, keep_Tk = assigned
+        return whole.routed_experts(
+            x, ids_Tk, weights_Tk, gate_up_EDF, down_EFD, keep_Tk, products=self.products, backend=self.whole
+        )

@@ -24,7 +24,7 @@ from torchlinearmoe.moe.accounting import account
 from torchlinearmoe.moe.balance import Balance, attach_loss
 from torchlinearmoe.moe.capacity import DROP_POLICIES, expert_capacity, keep_within_capacity
 from torchlinearmoe.moe.dispatch import Dispatcher, LocalDispatch
-from torchlinearmoe.moe.experts import Experts
+from torchlinearmoe.moe.experts import Assigned, Experts
 from torchlinearmoe.moe.router import Router, Routing
 from torchlinearmoe.moe.statistics import LoadStatistics
 from torchlinearmoe.moe.totals import StepTotals
@@ -99,9 +99,13 @@ class MoE(Module):
             counted_T = self.balance.layout.own(documents.counted)
         keep_Tk = self._keep(routing, documents, counted_T)
         routing = self._account(routing, keep_Tk, totals, documents, counted_T)
-        x_RD, counts_E, context = self.dispatcher.dispatch(x_TD, routing, keep_Tk)
-        y_RD = self.experts(x_RD, counts_E, context.padded)
-        y_TD = self.dispatcher.combine(y_RD, context)
+        if self.dispatcher.stays_here and self.experts.take_tokens(x_TD):
+            assigned = Assigned(routing.topk_ids_Tk, routing.topk_weights_Tk, keep_Tk)
+            y_TD = self.experts(x_TD, assigned=assigned)
+        else:
+            x_RD, counts_E, context = self.dispatcher.dispatch(x_TD, routing, keep_Tk)
+            y_RD = self.experts(x_RD, counts_E, context.padded)
+            y_TD = self.dispatcher.combine(y_RD, context)
         return y_TD if self.shared is None else self.add_shared(y_TD, x_TD)
 
     def _keep(self, routing: Routing, documents: Documents | None, counted_T: Tensor | None) -> Tensor | None:

@@ -74,7 +74,9 @@ class MoERecipe:
     """Over capacity, drop the least probable assignments or the latest tokens."""
     backend: str = "auto"
     """How the experts are multiplied, a file of `kernels/grouped_mm/`: all in one launch (`grouped_mm`), one after the
-    other (`loop`), which takes any width and float64, or by the definition (`reference`)."""
+    other (`loop`), which takes any width and float64, or by the definition (`reference`). Or what goes from tokens to
+    their weighted sums, a file of `kernels/experts/`: step by step (`torch`), or with Triton kernels around the
+    products (`triton`), where no `parallel.expert` spreads the experts."""
 
 
 @dataclass(frozen=True, kw_only=True)

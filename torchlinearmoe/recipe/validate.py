@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from torchlinearmoe.errors import RecipeError, divisors, nearest
+from torchlinearmoe.kernels.experts import OPERATOR as experts_operator
+from torchlinearmoe.kernels.grouped_mm import OPERATOR as products_operator
 from torchlinearmoe.kernels.operator import legal_names
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.models.layer_mixers import LETTERS, used_mixers
@@ -359,6 +361,12 @@ def _parallel(recipe: Recipe) -> None:
         raise RecipeError(f"parallel.data_shard = {parallel.data_shard}: must be at least 1, or -1 for what is left")
     if parallel.expert > 1 and not experts:
         raise RecipeError(f"parallel.expert = {parallel.expert}: there are no experts (moe.num_experts = 0); legal: 1")
+    apart = {*experts_operator.find_backends()} - {*products_operator.find_backends(), "torch"}
+    if parallel.expert > 1 and (backend := recipe.model.moe.backend) in apart:
+        raise RecipeError(
+            f"moe.backend = '{backend}': computes experts that lie on one rank, parallel.expert = {parallel.expert} "
+            "spreads them; use 'auto' or 'grouped_mm'"
+        )
     if experts % parallel.expert:
         raise RecipeError(
             f"parallel.expert = {parallel.expert}: must divide moe.num_experts = {experts}; legal: {divisors(experts)}"

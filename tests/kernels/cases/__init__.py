@@ -43,8 +43,9 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """T."""
-        return self.options["segments"].tokens
+        """T of a stream of documents, 0 of what has none."""
+        segments = self.options.get("segments")
+        return 0 if segments is None else segments.tokens
 
     def rounded(self, dtype: torch.dtype) -> Case:
         """The case with inputs that `dtype` holds exactly, so that only the computation's errors are compared."""

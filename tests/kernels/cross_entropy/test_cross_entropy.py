@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+from concurrent.futures import ProcessPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from torchlinearmoe.kernels.cross_entropy import IGNORED, chunk_loss, chunked, linear_cross_entropy
+from torchlinearmoe.kernels.cross_entropy import triton as in_place
 
 T, D, V = 37, 16, 53
 
@@ -109,3 +113,53 @@ def test_a_second_derivative_is_refused():
 
 def _matmuls(profile) -> int:
     return sum(event.count for event in profile.key_averages() if event.key in ("aten::mm", "aten::mm.out"))
+
+
+def in_chunks() -> None:
+    """Our Triton kernel over several chunks, beside torch's loss; every chunk's logits give way to their gradient."""
+    hidden, weight, labels = _inputs(torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(in_place, "CHUNK_BYTES", 10 * V * 4)
+        assert chunked.chunk_rows(T, V, in_place.CHUNK_BYTES // 4) == 10
+        actual = _run(in_place.loss(hidden, weight, labels, chunk_loss), hidden, weight)
+    expected = _run(F.cross_entropy(hidden @ weight.t(), labels, reduction="sum"), hidden, weight)
+    for mine, torchs in zip(actual, expected):
+        torch.testing.assert_close(mine, torchs, rtol=1e-5, atol=1e-5)
+    logits = hidden.detach() @ weight.detach().t()
+    before, (loss, gradient) = logits.clone(), chunk_loss(logits, labels)
+    torch.testing.assert_close(in_place.chunk_loss(logits, labels, gradient=False), (loss, before))
+    torch.testing.assert_close(in_place.chunk_loss(logits, labels), (loss, gradient))
+    torch.testing.assert_close(logits, gradient)
+
+
+def in_tiles() -> None:
+    """Rows of several tiles, whose maximum is anywhere; large logits neither overflow nor lose the loss."""
+    torch.manual_seed(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(in_place, "LANES", 4)
+        logits = torch.randn(5, 100) * torch.tensor([1.0, 300.0, 1e4, 1.0, 0.0])[:, None]
+        labels = torch.tensor([0, 99, 64, IGNORED, 31])
+        expected = chunk_loss(logits, labels)
+        torch.testing.assert_close(in_place.chunk_loss(logits, labels), expected)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.parametrize("compared", [in_chunks, in_tiles])
+def test_our_triton_puts_the_gradient_in_the_place_of_logits(interpreter: ProcessPoolExecutor, compared) -> None:
+    interpreter.submit(compared).result()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens, vocab_size", [(1000, 151936), (4096, 50257)])
+def test_our_triton_is_close_to_float64_at_the_size_of_models_on_a_gpu(tokens: int, vocab_size: int) -> None:
+    torch.manual_seed(2)
+    logits = (torch.randn(tokens, vocab_size, device="cuda") * 3).bfloat16()
+    labels = torch.randint(0, vocab_size, (tokens,), device="cuda")
+    labels[::7] = IGNORED
+    loss, gradient = chunk_loss(logits[:200].double(), labels[:200])
+    found, there = in_place.chunk_loss(logits[:200].clone(), labels[:200])
+    torch.testing.assert_close(found.double(), loss, rtol=1e-5, atol=0)
+    assert (there.double() - gradient).norm() < 5e-3 * gradient.norm()
+    again = [in_place.chunk_loss(logits.clone(), labels) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*again, strict=True))
+    assert torch.equal(again[0][1][:200], there)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torchlinearmoe.benchmark import __main__ as command
-from torchlinearmoe.benchmark import kernels, optimizer, profile, train
+from torchlinearmoe.benchmark import kernels, optimizer, parts, profile, train
 from torchlinearmoe.benchmark.categories import CATEGORIES
 from torchlinearmoe.benchmark.kernel_calls import OPERATORS, timed_call
 from torchlinearmoe.kernels.operator import operators
@@ -20,7 +20,7 @@ TINY += ["--moe.num_experts=4", "--moe.hidden_size=16"]
 def shown(monkeypatch: pytest.MonkeyPatch) -> dict[str, list]:
     """Rows of the tables, by title."""
     tables: dict[str, list] = {}
-    for module in (train, kernels, optimizer, profile):
+    for module in (train, kernels, optimizer, parts, profile):
         monkeypatch.setattr(module, "show", lambda title, rows: tables.update({title: list(rows)}))
     return tables
 
@@ -74,6 +74,41 @@ def test_kernels_are_held_to_their_definition_and_timed(shown, capsys):
     with pytest.raises(SystemExit):
         command.main(["kernels", "--operators", "linear:wide"])
     assert "legal: linear:identity, linear:constant" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("part", "backends"), [("moe", ["torch"]), ("loss", ["torch"]), ("attention", ["sdpa"])])
+def test_parts_of_a_step_are_held_to_their_definition_and_timed(shown, capsys, part, backends):
+    small = ["--recipe", RECIPE, "--shape", "2x16", "--repeats", "3", "--eager", *TINY]
+    assert command.main([part, *small]) == 0
+    ((title, rows),) = shown.items()
+    assert title.startswith(f"{part}, 2x16")
+    assert [row["contestant"] for row in rows] == [*backends, "pytorch"]
+    for row in rows:
+        assert row["ms"] > 0 and row["forward_ms"] > 0 and row["difference"] < 1e-5, row
+        assert math.isclose(row["of_floor"], row["floor_ms"] / row["ms"])
+    assert "needs a CUDA device" in capsys.readouterr().out  # backends that were left out
+    shown.clear()
+    assert command.main([part, *small, "--contestants", "reference", "nothing"]) == 0
+    ((_, (slow, refused)),) = shown.items()
+    assert slow["difference"] == 0 and "legal: " in refused["error"]
+
+
+@pytest.mark.parametrize("part", ["moe", "loss", "attention"])
+def test_parts_that_no_gpu_is_there_for_are_refused_in_one_line(monkeypatch, capsys, part):
+    monkeypatch.setattr(parts.torch.cuda, "is_available", lambda: False)
+    for arguments, told in (
+        ([], "no GPU is visible"),
+        (["--shape", "8"], "a shape reads"),
+        (["--repeats", "2"], "at le"),
+    ):
+        with pytest.raises(SystemExit):
+            command.main([part, *arguments])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: --") and told in line
+    if part == "moe":
+        with pytest.raises(SystemExit):
+            command.main([part, "--recipe", RECIPE, "--moe.num_experts=0", "--moe.top_k=0"])
+        assert "no experts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -49,6 +49,8 @@ SUMMED = (
         ("moe", RADIX),
         ("moe", GATHERED),
         ("moe", "triton_poi_fused_floor_divide_index_select_5"),
+        *(("moe", name) for name in ("sort_count", "sort_scatter", "gather_rows", "gather_sum", "gather_weighted")),
+        ("head", "cross_entropy_rows"),
         ("head", "triton_red_fused__to_copy_arange_clamp_eq_exp_logsumexp_mul_ne_sub_unsqueeze_0"),
         ("optimizer", "_adamw"),
         ("optimizer", "_square_sum"),

@@ -34,9 +34,10 @@ def case(build):
 
 @pytest.mark.parametrize("capacity_factor", [None, 0.5])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_grouped_equals_loop(case, capacity_factor: float | None, compiled: bool) -> None:
+@pytest.mark.parametrize("backend", ["grouped_mm", "triton"])
+def test_grouped_equals_loop(case, backend: str, capacity_factor: float | None, compiled: bool) -> None:
     make, x, dy = case
-    grouped = make("grouped_mm", capacity_factor=capacity_factor)
+    grouped = make(backend, capacity_factor=capacity_factor)
     loop = make("loop", capacity_factor=capacity_factor)
     loop.load_state_dict(grouped.state_dict())
     if compiled:
@@ -46,9 +47,10 @@ def test_grouped_equals_loop(case, capacity_factor: float | None, compiled: bool
 
 
 @pytest.mark.parametrize("options", [{}, {"capacity_factor": 0.5}, {"balance_scope": "global"}, {"balance": "bias"}])
-def test_nothing_waits_for_the_host_and_bits_repeat(case, options: dict) -> None:
+@pytest.mark.parametrize("backend", ["grouped_mm", "triton"])
+def test_nothing_waits_for_the_host_and_bits_repeat(case, backend: str, options: dict) -> None:
     make, x, dy = case
-    layer = make("grouped_mm", **options)
+    layer = make(backend, **options)
     first = results(layer, x, dy)
     torch.cuda.set_sync_debug_mode("error")
     try:

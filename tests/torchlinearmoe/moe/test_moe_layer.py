@@ -154,3 +154,22 @@ def test_initialisation_covers_the_layer(build) -> None:
     initialize(layer, seed=0)
     assert layer.step_counts_E.sum() == layer.statistics.counts_E.sum() == layer.router.expert_bias.sum() == 0
     assert all(0 < p.abs().max() < 0.2 for p in layer.parameters())
+
+
+@pytest.mark.parametrize("factor", [None, 0.5])
+def test_a_backend_that_goes_from_tokens_to_sums_gives_the_same(build, factor: float | None, monkeypatch) -> None:
+    torch.manual_seed(10)
+    options = {"capacity_factor": factor, "balance_coefficient": 0.1}
+    steps, whole = (build(D, backend=backend, **options) for backend in ("loop", "reference"))
+    whole.load_state_dict(steps.state_dict())
+    assert whole.experts.take_tokens(torch.zeros(1, D)) and not steps.experts.take_tokens(torch.zeros(1, D))
+    monkeypatch.setattr(whole.dispatcher, "dispatch", None)
+    documents = Documents.packed([0, 3, 4, 6, 12, 18, 19, 24], 6, filled=(4, 0, 6, 1))
+    totals = StepTotals(24, 4, torch.tensor(11.0, dtype=torch.float64))
+    x, dy = torch.randn(2, 24, D, dtype=torch.float64)
+    results = []
+    for layer in (steps, whole):
+        inputs = [x.requires_grad_(), *layer.parameters()]
+        y = layer(x, totals=totals, documents=documents)
+        results.append([y, *torch.autograd.grad(y, inputs, dy)])
+    torch.testing.assert_close(*results)

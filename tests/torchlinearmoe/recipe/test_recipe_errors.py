@@ -360,6 +360,13 @@ def test_a_dense_model_has_no_experts_to_spread(family: str):
     assert message == "parallel.expert = 2: there are no experts (moe.num_experts = 0); legal: 1"
 
 
+def test_a_backend_for_experts_of_one_rank_does_not_go_with_those_of_several():
+    told = (
+        "moe.backend = 'triton': computes experts that lie on one rank, parallel.expert = 2 spreads them; use 'auto' or"
+    )
+    assert _refused({"moe": {"backend": "triton"}, "parallel": {"expert": 2}}).startswith(told)
+
+
 def test_sources_that_cannot_be_mixed_are_named():
     a = {"path": "a"}
     _refused({"data": {"sources": ["a"]}}, "data.sources = 'a': must be a table of path, weight, split")
