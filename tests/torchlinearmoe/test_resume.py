@@ -177,6 +177,11 @@ def test_what_lies_elsewhere_or_is_told_by_default_is_the_same(tmp_path: Path) -
     assert go_on(source, now, load_tokenizer(moved), step=3, data_known=True) == []
     with pytest.raises(RecipeError, match="data.paths"):
         go_on(source, now, load_tokenizer(moved), step=3, data_known=False)
+    fewer = told["data"] | {"min_length": 30}
+    with pytest.raises(RecipeError, match="data.min_length = 30: the checkpoint to resume was made with 0;"):
+        go_on(source, recipe(data=fewer), load_tokenizer(), step=3, data_known=True)
+    restarted = recipe(data=fewer | {"on_change": "restart_epoch"})
+    assert go_on(source, restarted, load_tokenizer(), step=3, data_known=True) == []
     template.write_text(template.read_text().replace("User", "Asker"))
     with pytest.raises(RecipeError, match="data.chat_template = '.*mine.toml': the checkpoint to resume was made with"):
         go_on(source, now, load_tokenizer(moved), step=3, data_known=True)

@@ -17,7 +17,7 @@ from torchlinearmoe.data.chat_template import load_template
 from torchlinearmoe.data.conversations import Conversations, open_conversations
 from torchlinearmoe.data.loader import build_loader, build_validation_loader
 from torchlinearmoe.data.messages import Message
-from torchlinearmoe.data.packing import IGNORED
+from torchlinearmoe.data.packing import IGNORED, collate
 from torchlinearmoe.data.splits import Splits
 from torchlinearmoe.data.tokenizer import load_tokenizer
 from torchlinearmoe.errors import UserError
@@ -86,6 +86,23 @@ def test_an_epoch_has_every_conversation_once_with_labels_on_its_response_alone(
     whole = build_validation_loader(stream, sequence_length=160, micro_batch_size=2)
     assert [d for batch in whole for d in documents_of(batch)] == expected
     assert sum(batch.valid_tokens for batch in whole) == sum(l != IGNORED for _, labels in expected for l in labels)
+
+
+def test_best_fit_keeps_conversations_whole_in_fewer_sequences(tmp_path: Path) -> None:
+    store = opened(write(tmp_path, random_pairs(60))).train.store
+    everyone = np.ones(store.num_documents, dtype=bool)
+    found = {}
+    for packing in ("concatenate", "best_fit"):
+        samples = Conversations(store, everyone, packing=packing).samples(160)
+        batches = [collate([samples[index]]) for index in range(len(samples))]
+        found[packing] = sorted(document for batch in batches for document in documents_of(batch)), len(samples)
+        filled = sum(batch.counted_tokens for batch in batches)
+        assert samples.padding == pytest.approx(1 - filled / (160 * len(samples)))
+        assert sum(batch.begun for batch in batches) == 60 and not any(batch.cut for batch in batches)
+    assert found["best_fit"][0] == found["concatenate"][0] and found["best_fit"][1] <= found["concatenate"][1]
+    long = Conversations(store, everyone, min_length=40)
+    assert long.left_out == (np.diff(store.offsets) < 40).sum() == 60 - long.num_documents > 0
+    assert f"; {long.left_out} shorter than data.min_length = 40 are left out; " in str(long.note(160))
 
 
 def test_the_order_is_the_same_on_any_number_of_ranks(tmp_path: Path) -> None:

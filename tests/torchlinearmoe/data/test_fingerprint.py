@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from torchlinearmoe.data.chat import Chat
@@ -36,6 +37,11 @@ def test_it_knows_documents_not_places(tmp_path: Path) -> None:
     store = next((tmp_path / "a-cache").iterdir())
     splits = open_splits([store], tokenizer=load_tokenizer(), validation_fraction=0.2)
     assert fingerprint(splits.stores) == found
+    lengths = np.diff(splits.stores[0].offsets)
+    long = lengths[lengths >= (bound := int(lengths.max()))]
+    chosen = fingerprint(splits.stores, bound)
+    assert 0 < chosen.documents == len(long) < 30 and chosen.tokens == long.sum()
+    assert chosen.hash != found.hash
     others = [TEXTS[:-1], [*TEXTS, "one more"], [*TEXTS[:-1], "document 99 of some words"], TEXTS[::-1]]
     different = {known(tmp_path / f"other{number}", texts).hash for number, texts in enumerate(others)}
     assert len(different | {found.hash}) == 5
