@@ -38,7 +38,8 @@ def tokenizer_json(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
     """The contents of a `tokenizer.json` with the same ids for every text without special tokens."""
     letter = {byte: letter for letter, byte in byte_level_alphabet().items()}
     spelled = {token: "".join(letter[byte] for byte in token) for token in tokenizer.ranks if token}
-    vocabulary = {spelled[token]: rank for token, rank in tokenizer.ranks.items() if token} | tokenizer.special_tokens
+    vocabulary = {spelled[token]: rank for token, rank in tokenizer.ranks.items() if token}
+    vocabulary |= dict(tokenizer.special_tokens)
     split = {
         "type": "Split",
         # `{1,3}+` gives nothing back in tiktoken's patterns, and in the other's repeats itself.
