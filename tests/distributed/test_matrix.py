@@ -1,7 +1,7 @@
 """Every mixer and every family under every kind of parallelism trains as one process does.
 
-`pytest -m distributed_full` runs all of it, but for a few cells that always run, and prints the table: the greatest relative error of the losses and the
-first gradients, and that of the last gradients, or why a recipe is refused.
+`pytest -m distributed_full` runs all of it, but for a few cells that always run, and prints the table: the greatest
+relative error of the losses and the first gradients, and that of the last gradients, or why a recipe is refused.
 """
 
 from __future__ import annotations
