@@ -73,7 +73,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "broken index": (lambda f: cut(f / "model.safetensors.index.json", 5), "index.json: cannot be read"),
     "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json"),
     "broken config": (lambda f: cut(f / "config.json", 5), "config.json: cannot be read"),
-    "unknown architecture": (config(architectures=["Qwen3ForCausalLM"]), "architectures = ['Qwen3ForCausalLM']"),
+    "unknown architecture": (config(architectures=["GemmaForCausalLM"]), "architectures = ['GemmaForCausalLM']"),
     "no architecture": (config(architectures=None), "architectures = None"),
     "missing key": (config(num_experts=None), "'num_experts' is missing"),
     "key of another type": (config(hidden_size="many"), "model.hidden_size = 'many'"),
