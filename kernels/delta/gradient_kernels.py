@@ -237,30 +237,32 @@ def channel_gradients(
     read = reads * qs + erases * ks * betas[:, None]
     late = leaves * ks
     passing *= tl.exp2(total)
-    # Of the pairs: dqs of their queries, dks of keys that read, keys that are read.
-    dpairs = pairs_of(dscores, tokens, inside, h, H, place, C, False).to(tl.float32)
-    dlow = pairs_of(dlower, tokens, inside, h, H, place, C, False).to(tl.float32)
-    dpairs_t = pairs_of(dscores, tokens, inside, h, H, place, C, True).to(tl.float32)
-    dlow_t = pairs_of(dlower, tokens, inside, h, H, place, C, True).to(tl.float32) * betas[None, :]
+    # Of the pairs: dqs of their queries, dks of keys that read, dread of keys that are read.
+    dpairs = pairs_of(dscores, tokens, inside, h, H, place, C, False)
+    dlow = pairs_of(dlower, tokens, inside, h, H, place, C, False)
+    dpairs_t = pairs_of(dscores, tokens, inside, h, H, place, C, True)
+    dlow_t = pairs_of(dlower, tokens, inside, h, H, place, C, True)
     middle = sums_at(c, token, place // BLOCK * BLOCK + MIDDLE, last, stride, columns, K)
     since, until = tl.exp2(sums - middle), tl.exp2(middle - sums)
     seen = block_pairs(place, False)
     seen_t = (place[:, None] // BLOCK == place[None, :] // BLOCK) & (place[:, None] <= place[None, :])
     weighted = ks * until
-    dqs = since * tl.dot(only(seen, dpairs), weighted, input_precision=PRECISION)
-    dks = since * tl.dot(only(seen, dlow), weighted, input_precision=PRECISION)
-    dread = tl.dot(only(seen_t, dpairs_t), qs * since, input_precision=PRECISION)
-    dread = until * tl.dot(only(seen_t, dlow_t), ks * since, dread, input_precision=PRECISION)
+    dqs = since * tl.dot(only(seen, dpairs).to(tl.float32), weighted, input_precision=PRECISION)
+    dks = since * tl.dot(only(seen, dlow).to(tl.float32), weighted, input_precision=PRECISION)
+    part = tl.dot(only(seen_t, dpairs_t).to(tl.float32), qs * since, input_precision=PRECISION)
+    weighted = ks * since * betas[:, None]
+    dread = until * tl.dot(only(seen_t, dlow_t).to(tl.float32), weighted, part, input_precision=PRECISION)
     for level in tl.static_range(3):
         weights = half_weights(sums, sums, c, token, place, last, stride, columns, K, 32 >> level)
         seen = half_pairs(place, 32 >> level)
         half, later = place // (64 >> level), place % (64 >> level) >= (32 >> level)
         seen_t = tl.where(later, -1, half)[:, None] == tl.where(later, half, -2)[None, :]
         weighted = ks * weights
-        dqs += weights * tl.dot(only(seen, dpairs), weighted, input_precision=PRECISION)
-        dks += weights * tl.dot(only(seen, dlow), weighted, input_precision=PRECISION)
-        part = tl.dot(only(seen_t, dpairs_t), qs * weights, input_precision=PRECISION)
-        dread += weights * tl.dot(only(seen_t, dlow_t), weighted, part, input_precision=PRECISION)
+        dqs += weights * tl.dot(only(seen, dpairs).to(tl.float32), weighted, input_precision=PRECISION)
+        dks += weights * tl.dot(only(seen, dlow).to(tl.float32), weighted, input_precision=PRECISION)
+        part = tl.dot(only(seen_t, dpairs_t).to(tl.float32), qs * weights, input_precision=PRECISION)
+        weighted *= betas[:, None]
+        dread += weights * tl.dot(only(seen_t, dlow_t).to(tl.float32), weighted, part, input_precision=PRECISION)
     read += qs * dqs + ks * (dks * betas[:, None] - dread)
     tl.store(dbeta + (tile * T + tokens) * H + h, tl.sum(ks * (erases + dks), 1), mask=inside)
     places = (tokens[:, None] * H + h) * K + columns[None, :]

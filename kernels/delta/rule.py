@@ -181,7 +181,7 @@ class _Call:
         totals = q.new_empty(M, HV, K, dtype=torch.float32)
         solve_kernels().prepare_channels[grid](
             q, k, self.beta, sums, inverses, scores, queries, keys, keys_out, totals, *shared, G=self.groups, C=CHUNK,
-            B=tile(K, 32), PRECISION=precision(q), num_warps=4, num_stages=1,
+            B=tile(K, 32), PRECISION=precision(q), num_warps=8, num_stages=1,
         )  # fmt: skip
         invert()
         return _Made(inverses, scores, queries, keys, keys_out, sums, totals)
@@ -325,7 +325,7 @@ class _Call:
             dg = torch.empty_like(made.sums)
             gradient_kernels().channel_gradients[tiles, M, HV](
                 q, k, self.beta, made.sums, dscores, dlower, dy, writes, rights, states, dstates, dq, dk, dg, more,
-                *shared, **chosen, num_stages=1,
+                *shared, **chosen | {"num_warps": 8}, num_stages=1,
             )  # fmt: skip
         else:
             read, late, left = None, None, None
