@@ -103,7 +103,7 @@ def test_the_float32_delta_rule_goes_by_the_gated_kernel_and_is_barred_with_it()
         ("quadratic", "fla", call("taylor"), HOPPER, "it computes delta (channels), delta (gated)"),
         ("linear", "mamba_ssm", call("scalar"), HOPPER, "it computes ssd"),
         ("ssd", "mamba_ssm", call("ssd"), lacking("mamba_ssm"), "pip install --no-build-isolation"),
-        ("delta", "triton", call("channels"), HOPPER, "it computes linear (bonus), linear (constant), linear"),
+        ("delta", "triton", call("channels"), HOPPER, "linear (bonus), linear (constant), linear"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_computed_is_refused_in_one_line_with_key_reason_and_way_out(
