@@ -47,8 +47,8 @@ def middles(place, size):
 
 @triton.jit
 def factors(exponent, halves):
-    """2^exponent relative to the middle of a block; where halves of it read each other it is at most 1."""
-    return tl.exp2(tl.minimum(exponent, tl.where(halves, 0.0, 128.0)))
+    """2^exponent [C, B], relative to the middle of a block; where halves [C] of it read each other at most 1."""
+    return tl.exp2(tl.minimum(exponent, tl.where(halves, 0.0, 128.0)[:, None]))
 
 
 @triton.jit
@@ -119,7 +119,8 @@ def score(
         sums = sums_at(c, token, place, last, stride, columns, K)
         read = sums_before(c, token, place, last, stride, columns, K) if BEFORE else sums
         for level in range(LEVELS + 1):
-            size, halves = C >> level, level < LEVELS
+            size = C >> level
+            halves = place * 0 + size > (C >> LEVELS)
             middle = sums_at(c, token, middles(place, size), last, stride, columns, K)
             since, until = (xs * factors(read - middle, halves)).to(OPERAND), factors(middle - sums, halves)
             product = tl.dot(since, tl.trans((bs * until).to(OPERAND)), input_precision=PRECISION)

@@ -108,7 +108,8 @@ def channel_gradients(
     passing = passing * tl.exp2(total) + tl.sum(ks * dks + bs * dbs, 0)
     qs *= scale
     for level in range(LEVELS + 1):
-        size, halves = C >> level, level < LEVELS
+        size = C >> level
+        halves = place * 0 + size > (C >> LEVELS)
         middle = sums_at(c, token, middles(place, size), last, stride, columns, K)
         since, since_a = factors(sums - middle, halves), factors(before - middle, halves)
         until = factors(middle - sums, halves)

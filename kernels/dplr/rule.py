@@ -155,7 +155,7 @@ def dplr_backward(
         )  # fmt: skip
     dq, dk, da, db = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (q, k, a, b))
     dg = torch.empty_like(c) if want_dg else None
-    B = tile(K, 32)
+    B = tile(K, 16 if levels else 32)  # with levels wider ones leave the registers
     kernels("gradient").channel_gradients[-(-K // B), stream.places, H](
         q, k, a, b, c, v, x, do, r, states, dstates, *pairs, dq, dk, da, db, given(dg, c), start, end, scale,
         *strides(q), *strides(k), *strides(a), *strides(b), *strides(v), *strides(do), H, K, V, C=CHUNK, B=B,

@@ -111,9 +111,7 @@ def check_operators(states: bool) -> None:
     lengths = (70, 0, 1) if states else (2, 1)
     drawn = case(lengths, "in", H=1)
     names = ("q", "k", "v", "a", "b", "log_decay", "initial_state")
-    inputs = [drawn.inputs[name].float() for name in names]
-    if not states:
-        inputs[-1] = None
+    inputs = [drawn.inputs[name].float() if states or name != "initial_state" else None for name in names]
     table = table_of(Segments.of_lengths(lengths))
     places = (table.start_M, table.end_M, table.segment_M, table.first_N1)
     leaves = [x if x is None else x.detach().clone().requires_grad_() for x in inputs]
