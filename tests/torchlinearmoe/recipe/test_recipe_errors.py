@@ -40,7 +40,7 @@ def test_unknown_names_are_told_with_the_closest_legal_one():
     _refused({"mixer": {"hgrn": {}}}, "[mixer.hgrn]", "did you mean 'hgrn2'?")
     _refused({"mixer": {"hgrn2": {"convs": 1}}}, "mixer.hgrn2.convs: ", "did you mean 'conv'?")
     _refused({"mixer": {"lasp2": {}}}, "[mixer.lasp2]", "[mixer.linear_attention]")
-    _refused({"model": {"family": "qwen"}}, "model.family = 'qwen'", "did you mean 'qwen2'?")
+    _refused({"model": {"family": "qwenn2"}}, "model.family = 'qwenn2'", "did you mean 'qwen2'?")
     _refused({"model": {"size": "A0.3"}}, "model.size = 'A0.3'", "did you mean 'A0.3B'?")
     _refused({"model": {"mixer": "hgrn3"}}, "model.mixer = 'hgrn3'", "did you mean 'hgrn2'?")
     _refused({"model": {"mixers": ["hgrn2", "nonsense"]}}, "model.mixers[1] = 'nonsense'", "legal: ")
