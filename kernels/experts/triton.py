@@ -50,7 +50,8 @@ def experts(
     products: str,
 ) -> Tensor:
     """As `routed_experts`."""
-    facts = grouped_mm.call(*down_EFD.shape[1:], x_TD.device.type, x_TD.dtype)
+    _, hidden, width = down_EFD.shape
+    facts = grouped_mm.call(hidden, width, x_TD.device.type, x_TD.dtype)
     name = choose(grouped_mm.OPERATOR, products, facts).name
     return whole(x_TD, ids_Tk, weights_Tk, gate_up_EDF, down_EFD, keep_Tk, name)[0]
 
