@@ -62,6 +62,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 d_weight = gradient.t() @ part
             elif wants_weight:
                 d_weight = _add_product(d_weight, gradient.t(), part, kind)
+            del gradient  # or it is held beside the next chunk's logits
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         return loss

@@ -14,6 +14,8 @@ the products, for R rows (indices and what tokens have once left out):
     forward    x written D | gate read 2 F, written F | sum read D                                 2 D + 3 F
     backward   dy written D | gate read 3 F, written 3 F | x written D | sum read D                3 D + 6 F
 
+R = 131072, D = 1024, F = 896, bfloat16: 1.24 and 2.21 GB, 0.29 and 0.52 ms at 4.2 TB/s, beside 2.16 TFLOP of products.
+
 Rows that no expert has (dropped assignments, padding) come last; kernels look up on the device where they begin.
 
 T tokens, k experts a token, R = T * k rows, D model width, F expert width, E experts.
@@ -48,7 +50,8 @@ def experts(
     products: str,
 ) -> Tensor:
     """As `routed_experts`."""
-    facts = grouped_mm.call(*down_EFD.shape[1:], x_TD.device.type, x_TD.dtype)
+    _, hidden, width = down_EFD.shape
+    facts = grouped_mm.call(hidden, width, x_TD.device.type, x_TD.dtype)
     name = choose(grouped_mm.OPERATOR, products, facts).name
     return whole(x_TD, ids_Tk, weights_Tk, gate_up_EDF, down_EFD, keep_Tk, name)[0]
 

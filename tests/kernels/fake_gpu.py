@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 
@@ -71,6 +72,6 @@ def _resources(binary: bytes) -> str:
     with tempfile.NamedTemporaryFile() as file:
         file.write(binary)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return next(line.strip() for line in said.splitlines() if "REG:" in line)

@@ -6,7 +6,6 @@ Heads are the recipe's. The floor is that of the pairs that see each other, or o
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +24,7 @@ __all__ = ["OPERATOR", "add_arguments", "call", "part", "run"]
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Time all and print their table; 1 when nothing was timed."""
-    return contest("attention", sys.modules[__name__], arguments, overrides)
+    return contest("attention", arguments, overrides)
 
 
 def call(model: ModelRecipe, device: str, dtype: torch.dtype) -> Call:

@@ -6,7 +6,6 @@ The floor is that of the three products. `extra_gib` is the most that was held b
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +22,7 @@ __all__ = ["OPERATOR", "add_arguments", "call", "part", "run"]
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Time all and print their table; 1 when nothing was timed."""
-    return contest("loss", sys.modules[__name__], arguments, overrides)
+    return contest("loss", arguments, overrides)
 
 
 def call(model: ModelRecipe, device: str, dtype: torch.dtype) -> Call:

@@ -7,7 +7,6 @@ of the products, or of the bytes where these take longer.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -29,7 +28,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Time all and print their table; 1 when nothing was timed."""
     if not load_recipe(arguments.recipe, overrides).model.moe.num_experts:
         raise RecipeError(f"--recipe {arguments.recipe}: has no experts (moe.num_experts = 0)")
-    return contest("moe", sys.modules[__name__], arguments, overrides)
+    return contest("moe", arguments, overrides)
 
 
 def call(model: ModelRecipe, device: str, dtype: torch.dtype) -> Call:

@@ -7,6 +7,7 @@ A part's file has `part`, a call as a recipe's model makes it, and `call`, the f
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -61,6 +62,11 @@ class PartModule(Protocol):
         ...
 
 
+def part_module(name: str) -> PartModule:
+    """The file of the part `name`."""
+    return importlib.import_module(f"torchlinearmoe.benchmark.{name}")  # pyright: ignore[reportReturnType]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommands' options."""
     parser.add_argument("--recipe", default="recipes/qwen2_hgrn2.toml", help="TOML recipe (default: %(default)s)")
@@ -71,12 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, default=300, help="seconds a contestant (default: %(default)s)")
 
 
-def contest(name: str, module: PartModule, arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+def contest(name: str, arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Time all contestants of the part `name` and print their table; 1 when nothing was timed."""
     if arguments.repeats < 3:
         raise RecipeError(f"--repeats {arguments.repeats}: must be at least 3")
     sequences, length = parse_shape(arguments.shape)
-    model = load_recipe(arguments.recipe, overrides).model
+    module, model = part_module(name), load_recipe(arguments.recipe, overrides).model
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if device == "cpu" and sequences * length * model.hidden_size > WITHOUT_GPU:

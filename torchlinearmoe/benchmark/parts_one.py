@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 import time
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchlinearmoe.benchmark.contest import answer
-from torchlinearmoe.benchmark.parts import Part, PartModule
+from torchlinearmoe.benchmark.parts import Part, part_module
 from torchlinearmoe.benchmark.rates import measure_rates
 from torchlinearmoe.benchmark.timing import time_steps
 from torchlinearmoe.recipe import load_recipe
@@ -25,7 +24,7 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
     """Figures of `options`: part, contestant, recipe, overrides, lengths, compile, repeats."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    module: PartModule = importlib.import_module(f"torchlinearmoe.benchmark.{options['part']}")  # pyright: ignore
+    module = part_module(options["part"])
     model = load_recipe(options["recipe"], options["overrides"]).model
 
     def draw(contestant: str, lengths: tuple[int, ...]) -> Part:

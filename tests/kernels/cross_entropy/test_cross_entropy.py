@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import weakref
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -63,6 +64,21 @@ def test_bfloat16_is_close_to_float64_with_a_float32_loss(monkeypatch, rows: int
     for grad, truth in zip(grads, exact):
         assert grad.dtype == torch.bfloat16
         assert (grad.double() - truth).norm() < 2e-2 * truth.norm()
+
+
+def test_a_chunk_is_let_go_before_the_next_is_made(monkeypatch):
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 5 * V)
+    hidden, weight, labels = _inputs(torch.float32)
+    held: list[weakref.ref[Tensor]] = []
+
+    def kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        assert all(tensor() is None for tensor in held)
+        loss, gradient = chunk_loss(logits, labels)
+        held.extend(map(weakref.ref, (logits, gradient)))
+        return loss, gradient
+
+    linear_cross_entropy(hidden, weight, labels, kernel)
+    assert len(held) > 4
 
 
 def test_large_logits_neither_overflow_nor_lose_the_loss():
