@@ -132,7 +132,7 @@ class _Problem:
         return {
             "K": K, "F": self.F, "GROUP": self.group, "C": CHUNK, "BK": tile(K, 128), "BF": tile(self.F, block),
             "BV": tile(self.v.shape[2], columns), "TAYLOR": self.taylor, "NORMALIZE": self.normalize,
-            "REVERSE": reverse, "PRECISION": precision(self.q), "num_warps": 4,
+            "REVERSE": reverse, "PRECISION": precision(self.q),
         }  # fmt: skip
 
     def states(
@@ -184,6 +184,7 @@ class _Problem:
             w, u, given(r, w), given(delta, w), given(states, sums), given(enter, sums), sums, *self.stream, self.N,
             self.scale, *strides(w), *strides(u), H, u.shape[2], self.shapes[1][3], self.Y, pitch, **options,
             DOCUMENTS=documents, HAS_STATES=states is not None, HAS_GIVEN=enter is not None, num_stages=self.stages,
+            num_warps=4,
         )  # fmt: skip
 
     def outputs(
@@ -205,6 +206,7 @@ class _Problem:
             x, w, u, given(r, x), given(states, x), given(enter, x), y, *self.stream, self.N, self.scale, eps,
             *strides(x), *strides(w), *strides(u), H, V, self.shapes[1][3], self.Y, **options,
             HAS_STATES=states is not None, HAS_GIVEN=enter is not None, num_stages=self.stages,
+            num_warps=4,
         )  # fmt: skip
         return y
 
@@ -222,12 +224,12 @@ class _Problem:
     ) -> Tensor:
         """dx [T, H, K]."""
         (_, H, V), dx = u.shape, torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        options = self.options(reverse, block=16 if self.wide else 32, columns=32 if self.wide else 128)
+        options = self.options(reverse, block=32, columns=32 if self.wide else 128)
         kernels().gradients[self.M, H](
             x, w, a, u, given(r, x), given(delta, x), given(states, x), given(enter, x), dx, *self.stream, self.N,
             self.scale, *strides(x), *strides(w), *strides(a), *strides(u), H, V, self.shapes[1][3], self.Y, **options,
             PARTS=-(-V // options["BV"]), HAS_STATES=states is not None, HAS_GIVEN=enter is not None,
-            num_stages=self.stages,
+            num_stages=self.stages, num_warps=4,
         )  # fmt: skip
         return dx
 

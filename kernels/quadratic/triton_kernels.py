@@ -376,7 +376,7 @@ def _through_features(
     for block in range(blocks):
         left, right, weight = feature_places(block, scale, K, F, TAYLOR, BF)
         change_of = tl.zeros([C, BF], dtype=tl.float32)
-        for part in tl.static_range(PARTS):
+        for part in range(PARTS):
             columns = part * BV + tl.arange(0, BV)
             mine = rows_of(a, own, there, a_t, a_h, h, V, columns)
             state = state_block(states, row, True, h, H, V, pitch, block, columns, F, BF).to(xs.dtype)
@@ -433,7 +433,7 @@ def gradients(
         ws = rows_of(w, wide, inside, w_t, w_h, h, K, channels)
         products = scale * tl.dot(xs, tl.trans(ws), input_precision=PRECISION)
         change_of = tl.zeros([C, C], dtype=tl.float32)
-        for part in tl.static_range(PARTS):
+        for part in range(PARTS):
             columns = part * BV + tl.arange(0, BV)
             mine = rows_of(a, wide_own, there, a_t, a_h, h, V, columns)
             theirs = rows_of(u, wide, inside, u_t, u_h, h, V, columns)
