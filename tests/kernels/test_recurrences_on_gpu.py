@@ -100,6 +100,21 @@ def test_our_kernels_agree_at_any_width_over_stretches(family: str, K: int, V: i
         assert_close(found, expected, tolerance * (case.tolerance if family in DELTAS else 1))
 
 
+@pytest.mark.parametrize("states", ["", "in out"])
+@pytest.mark.parametrize("K, V", [(5, 40), (16, 64), (16, 128), (24, 200), (64, 96), (16, 512)])
+@pytest.mark.parametrize("family", ["taylor", "square"])
+def test_quadratic_attention_agrees_at_any_width_over_stretches(family: str, K: int, V: int, states: str):
+    torch.manual_seed(1)
+    for dtype, tolerance in ((torch.bfloat16, TOLERANCE), (torch.float16, 5e-3), (torch.float32, 1e-5)):
+        case = FAMILIES[family]((*RAGGED, 1100, 70), states, K=K, V=V)
+        case.options["scale"] = K**-0.5
+        case = case.rounded(dtype)
+        expected, found = case.run("torch", torch.float64, "cuda"), case.run("triton", dtype, "cuda")
+        assert_close(found, expected, tolerance)
+        again = case.run("triton", dtype, "cuda")
+        assert all(torch.equal(found[name], again[name]) for name in found)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("family", ["scalar", "gated_delta", "kda"])
 def test_our_kernels_are_accurate_over_32768_tokens_of_mixed_decays(family: str, dtype: torch.dtype, tolerance: float):
