@@ -104,8 +104,14 @@ def batches(recipe: Path) -> list[list[list[int]]]:
     """The rows of every step, and what the data are known by."""
     data, training = load_recipe(recipe).data, load_recipe(recipe).training
     splits = open_data(data, load_tokenizer(), recipe.parent / "cache")
-    told = {"sequence_length": training.sequence_length, "micro_batch_size": training.micro_batch_size}
-    loader = build_loader(splits.train, **told, samples_per_step=4, seed=training.seed, stop_step=STEPS)
+    loader = build_loader(
+        splits.train,
+        sequence_length=training.sequence_length,
+        micro_batch_size=training.micro_batch_size,
+        samples_per_step=4,
+        seed=training.seed,
+        stop_step=STEPS,
+    )
     rows = [[batch.tokens.tolist() for batch in step] for step in loader]
     assert len(rows) == STEPS
     return [*rows, [[hash(fingerprint(splits.stores))]]]

@@ -122,9 +122,9 @@ class RecallSamples:
         """A sample that counts for nothing."""
         return ignored_sample(self.length, 0)
 
-    def order(self, seed: int, first: int = 0) -> Order:
+    def order(self, seed: int, first: int = 0, stream: tuple[int, ...] = ()) -> Order:
         """All of them, epoch after epoch."""
-        return SampleOrder(len(self), seed, first)
+        return SampleOrder(len(self), seed, first, stream)
 
 
 def open_recall(data: DataRecipe) -> Splits[RecallStream]:

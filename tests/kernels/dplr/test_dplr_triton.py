@@ -121,6 +121,7 @@ def check_operators(states: bool) -> None:
         with torch.no_grad():
             _, final, entered, transitions, c = dplr(*leaves, *places, 0.25, 3, states)
         q, k, v, a, b, _, initial = inputs
+        assert v is not None
         d_final = torch.randn_like(final) if states else None
         arguments = (q, k, v, a, b, c, initial, entered, transitions, torch.randn_like(v), d_final)
         # A gradient has none of its own.

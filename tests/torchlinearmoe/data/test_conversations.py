@@ -89,19 +89,19 @@ def test_an_epoch_has_every_conversation_once_with_labels_on_its_response_alone(
 
 
 def test_best_fit_keeps_conversations_whole_in_fewer_sequences(tmp_path: Path) -> None:
-    store = opened(write(tmp_path, random_pairs(60))).train.store
-    everyone = np.ones(store.num_documents, dtype=bool)
+    stores, everyone = opened(write(tmp_path, random_pairs(60))).train.stores, (0, 1 << 64)
+    lengths = np.concatenate([np.diff(store.offsets) for store in stores])
     found = {}
     for packing in ("concatenate", "best_fit"):
-        samples = Conversations(store, everyone, packing=packing).samples(160)
+        samples = Conversations(stores, everyone, packing=packing).samples(160)
         batches = [collate([samples[index]]) for index in range(len(samples))]
         found[packing] = sorted(document for batch in batches for document in documents_of(batch)), len(samples)
         filled = sum(batch.counted_tokens for batch in batches)
         assert samples.padding == pytest.approx(1 - filled / (160 * len(samples)))
         assert sum(batch.begun for batch in batches) == 60 and not any(batch.cut for batch in batches)
     assert found["best_fit"][0] == found["concatenate"][0] and found["best_fit"][1] <= found["concatenate"][1]
-    long = Conversations(store, everyone, min_length=40)
-    assert long.left_out == (np.diff(store.offsets) < 40).sum() == 60 - long.num_documents > 0
+    long = Conversations(stores, everyone, min_length=40)
+    assert long.left_out == (lengths < 40).sum() == 60 - long.num_documents > 0
     assert f"; {long.left_out} shorter than data.min_length = 40 are left out; " in str(long.note(160))
 
 

@@ -85,6 +85,8 @@ def test_the_recipe_is_there_as_text_and_as_hyperparameters(tmp_path):
     (text,) = events.Tensors("recipe/text_summary")
     assert text.tensor_proto.string_val[0].decode() == "```toml\n[model]\nmixer = 'gla'\n```"
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    started = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    started = plugin_data_pb2.HParamsPluginData.FromString(  # pyright: ignore[reportAttributeAccessIssue]
+        content
+    ).session_start_info.hparams
     assert started["model.mixer"].string_value == "gla" and started["optimizer.lr"].number_value == 0.5
     assert started["data.paths"].string_value == "('a', 'b')"

@@ -149,7 +149,11 @@ class TorchLinearMoEForCausalLM(PreTrainedModel, GenerationMixin):
         if seen is not None:
             for block in self.model.layers.values():
                 hooks.append(block.register_forward_pre_hook(lambda module, args: seen.append(args[0])))
-            hooks.append(self.model.norm.register_forward_hook(lambda module, args, output: seen.append(output)))
+
+            def keep(module: nn.Module, arguments: Any, output: Any) -> None:
+                seen.append(output)
+
+            hooks.append(self.model.norm.register_forward_hook(keep))
         try:
             yield
         finally:
