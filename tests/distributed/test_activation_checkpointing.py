@@ -50,9 +50,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def figures(result: Result) -> list[dict[str, float]]:
-    """Everything logged but speeds and times."""
+    """Everything logged but speeds and times, and what a step had nothing of."""
     measured = {"time", "tokens_per_second", "mfu", "memory_gib", "step_time", "data_wait", "data_wait_share"}
-    return [flat({key: value for key, value in line.items() if key not in measured}) for line in result.lines]
+    lines = [{key: value for key, value in line.items() if value is not None} for line in result.lines]
+    return [flat({key: value for key, value in line.items() if key not in measured}) for line in lines]
 
 
 def flat(line: dict[str, Any]) -> dict[str, Any]:
