@@ -103,7 +103,6 @@ def test_the_float32_delta_rule_goes_by_the_gated_kernel_and_is_barred_with_it()
         ("quadratic", "fla", call("taylor"), HOPPER, "it computes delta (channels), delta (gated)"),
         ("linear", "mamba_ssm", call("scalar"), HOPPER, "it computes ssd"),
         ("ssd", "mamba_ssm", call("ssd"), lacking("mamba_ssm"), "pip install --no-build-isolation"),
-        ("ssd", "triton", call("ssd"), HOPPER, "it computes delta (channels), delta (gated), delta (plain)"),
         ("delta", "triton", call("plain", channels=257), HOPPER, "at most 256 channels"),
     ],
 )  # fmt: skip
