@@ -38,7 +38,9 @@ def test_what_cannot_multiply_is_refused_by_the_recipes_key():
         _chosen("grouped_mm", torch.float64, 8, 8)
     with pytest.raises(UserError, match="^moe.backend = 'grouped_mm': .*make their widths multiples of 8"):
         _chosen("grouped_mm", torch.bfloat16, 8, 12)
-    with pytest.raises(UserError, match="^moe.backend = 'triton': cannot compute grouped_mm: it computes experts; use "):
+    with pytest.raises(UserError, match="^moe.backend = 'triton': cannot compute grouped_mm: it computes experts; "):
         _chosen("triton", torch.float32, 8, 8)
-    with pytest.raises(UserError, match="^moe.backend = 'fused': legal: auto, reference, grouped_mm, loop"):
+    with pytest.raises(
+        UserError, match="^moe.backend = 'fused': legal: auto, reference, torch, triton, grouped_mm, loop"
+    ):
         _chosen("fused", torch.float32, 8, 8)
