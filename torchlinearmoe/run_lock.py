@@ -74,13 +74,13 @@ def locked(folder: Path) -> Iterator[None]:
     another run holds the folder, UserError when it cannot be written.
     """
     own = Owner.here()
-    on_rank_0(lambda: take(folder, own))
-    try:
-        with _ending_on_sigterm():
+    with _ending_on_sigterm():  # before there is a lock that it would leave behind
+        try:
+            on_rank_0(lambda: take(folder, own))
             yield
-    finally:
-        if dist.get_rank() == 0:
-            release(folder, own)
+        finally:
+            if dist.get_rank() == 0:
+                release(folder, own)
 
 
 def take(folder: Path, own: Owner) -> None:
