@@ -35,8 +35,10 @@ def shadow_split_parameters(model: Decoder) -> None:
     """Shadow the split parameters of every unit of `model`; call it after FSDP.
 
     Layers are units whether FSDP knows them or not, because a checkpointed one runs again outside the model's forward.
+    So are shared modules, which a zero-bubble stage runs once more after the backwards of its step.
     """
-    units = {model, *model.layers.values(), *(m for m in model.modules() if isinstance(m, FSDPModule))}
+    shards = (module for module in model.modules() if isinstance(module, FSDPModule))
+    units = {model, *model.layers.values(), *model.shared.values(), *shards}
     for unit in units:
         shadow(unit, units)
 
