@@ -27,18 +27,20 @@ from torchlinearmoe.families.huggingface import (
 )
 
 
-def _yarn(factor: float, original: int) -> dict[str, Any]:
+def yarn(factor: float, original: int, mscale: float) -> dict[str, Any]:
+    """`[model]` of a context `factor` times the `original` one, its attention sharpened by `mscale` in both places."""
     return {
         "max_length": int(factor * original),
         "rope_scaling": "yarn",
         "rope_factor": factor,
         "rope_original_length": original,
-        "rope_mscale": 0.707,
-        "rope_mscale_all_dim": 0.707,
+        "rope_mscale": mscale,
+        "rope_mscale_all_dim": mscale,
     }
 
 
-def _mla(head_dim: int, rope: int, latent: int, query_latent: int) -> dict[str, int]:
+def latent_heads(head_dim: int, rope: int, latent: int, query_latent: int) -> dict[str, int]:
+    """`[mixer.mla]` of a preset."""
     return {
         "head_dim": head_dim,
         "qk_rope_head_dim": rope,
@@ -50,17 +52,17 @@ def _mla(head_dim: int, rope: int, latent: int, query_latent: int) -> dict[str, 
 
 PRESETS = {
     "debug": (
-        model_size(64, 4, 4, 4, 160, 1024, rope_theta=1e3, init_std=0.02, **_yarn(4.0, 256)),
+        model_size(64, 4, 4, 4, 160, 1024, rope_theta=1e3, init_std=0.02, **yarn(4.0, 256, 0.707)),
         moe_size(8, 2, 32, shared_hidden_size=64, num_groups=4, top_k_groups=2, first_dense_layers=1),
-        _mla(16, 8, 32, 24),
+        latent_heads(16, 8, 32, 24),
     ),
     "A2.4B": (
-        model_size(2048, 27, 16, 16, 10944, 102400, **_yarn(40.0, 4096)),
+        model_size(2048, 27, 16, 16, 10944, 102400, **yarn(40.0, 4096, 0.707)),
         moe_size(64, 6, 1408, shared_hidden_size=2 * 1408, first_dense_layers=1),
-        _mla(128, 64, 512, 0),
+        latent_heads(128, 64, 512, 0),
     ),
     "A21B": (
-        model_size(5120, 60, 128, 128, 12288, 102400, **_yarn(40.0, 4096)),
+        model_size(5120, 60, 128, 128, 12288, 102400, **yarn(40.0, 4096, 0.707)),
         moe_size(
             160,
             6,
@@ -71,7 +73,7 @@ PRESETS = {
             routed_scaling=16.0,
             first_dense_layers=1,
         ),
-        _mla(128, 64, 512, 1536),
+        latent_heads(128, 64, 512, 1536),
     ),
 }
 

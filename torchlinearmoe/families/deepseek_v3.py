@@ -8,9 +8,8 @@ which predict further tokens, are left out.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torchlinearmoe.families.base import FAMILIES, Family, model_size, moe_size
+from torchlinearmoe.families.deepseek_v2 import latent_heads, yarn
 from torchlinearmoe.families.huggingface import (
     LATENT,
     LATENT_KEYS,
@@ -34,45 +33,23 @@ from torchlinearmoe.families.sigmoid_routing import (
     write_experts,
 )
 
-
-def _yarn(factor: float, original: int) -> dict[str, Any]:
-    return {
-        "max_length": int(factor * original),
-        "rope_scaling": "yarn",
-        "rope_factor": factor,
-        "rope_original_length": original,
-        "rope_mscale": 1.0,
-        "rope_mscale_all_dim": 1.0,
-    }
-
-
-def _mla(head_dim: int, rope: int, latent: int, query_latent: int) -> dict[str, int]:
-    return {
-        "head_dim": head_dim,
-        "qk_rope_head_dim": rope,
-        "v_head_dim": head_dim,
-        "kv_lora_rank": latent,
-        "q_lora_rank": query_latent,
-    }
-
-
 PRESETS = {
     "debug": (
-        model_size(64, 4, 4, 4, 160, 1024, rope_theta=1e3, **_yarn(4.0, 256)),
+        model_size(64, 4, 4, 4, 160, 1024, rope_theta=1e3, **yarn(4.0, 256, 1.0)),
         moe_size(8, 2, 32, shared_hidden_size=32, routed_scaling=2.5, first_dense_layers=1, **SIGMOID, **grouped(4, 2)),
-        _mla(16, 8, 32, 24),
+        latent_heads(16, 8, 32, 24),
     ),
     "A3B": (
         model_size(2048, 27, 16, 16, 11264, 163840, max_length=8192, rope_theta=5e4, norm_eps=1e-5),
         moe_size(64, 6, 1408, shared_hidden_size=2 * 1408, routed_scaling=2.446, first_dense_layers=1, **SIGMOID),
-        _mla(128, 64, 512, 0),
+        latent_heads(128, 64, 512, 0),
     ),
     "A37B": (
-        model_size(7168, 61, 128, 128, 18432, 129280, **_yarn(40.0, 4096)),
+        model_size(7168, 61, 128, 128, 18432, 129280, **yarn(40.0, 4096, 1.0)),
         moe_size(
             256, 8, 2048, shared_hidden_size=2048, routed_scaling=2.5, first_dense_layers=3, **SIGMOID, **grouped(8, 4)
         ),
-        _mla(128, 64, 512, 1536),
+        latent_heads(128, 64, 512, 1536),
     ),
 }
 

@@ -20,7 +20,6 @@ from torchlinearmoe.data.sources import find_sources, read_documents
 from torchlinearmoe.data.splits import open_splits
 from torchlinearmoe.data.store import document_key, write_store
 from torchlinearmoe.data.summary import count_duplicates
-from torchlinearmoe.data.tokenizer import TiktokenTokenizer, load_tokenizer
 from torchlinearmoe.errors import UserError
 
 DRAWN = random.Random(0)
@@ -322,29 +321,3 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
         peaks.append(int(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout))
     assert peaks[1] < peaks[0] + 60_000, peaks
     assert peaks[2] < peaks[0] + 150_000, peaks
-
-
-@pytest.mark.slow
-def test_preparing_takes_little_beside_the_encoder(tmp_path, monkeypatch):
-    """CPU time of `prepare` beside that of tiktoken's own batch encoder on the same texts."""
-    monkeypatch.undo()
-    tokenizer = load_tokenizer()
-    assert isinstance(tokenizer, TiktokenTokenizer)
-    texts = list(read_documents(find_sources().files)) * 4
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-
-    def alone(number):
-        tokenizer._encoding.encode_ordinary_batch(texts, num_threads=1)
-
-    def prepared(number):
-        prepare([tmp_path / "a.jsonl"], tokenizer, tmp_path / f"{number}", Options())
-
-    def seconds(action):
-        found = []
-        for number in range(3):
-            begun = time.process_time()
-            action(number)
-            found.append(time.process_time() - begun)
-        return min(found)
-
-    assert seconds(prepared) < seconds(alone) / 0.8
