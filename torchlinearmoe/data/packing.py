@@ -96,6 +96,7 @@ class Samples:
     def __init__(self, stream: Ids, length: int, tail: bool = False) -> None:
         self.stream = stream
         self.length = length
+        self._tail = tail
         num_targets = max(len(stream) - 1, 0)
         self._len = -(-num_targets // length) if tail else num_targets // length
 
@@ -113,9 +114,10 @@ class Samples:
         goes_on = int(ids[0] != self.stream.start)
         begun = len(starts) - goes_on
         cut = int(begun > 0 and ids[-1] != self.stream.start)
-        if num_targets == self.length:
-            return Sample(tokens, labels, starts, begun=begun, cut=cut)
-        return Sample(tokens, labels, [*starts, num_targets], num_targets, begun, cut)
+        if num_targets < self.length:
+            starts.append(num_targets)
+        # Where one may have padding all say how far they are filled, or compiled regions would exist with and without.
+        return Sample(tokens, labels, starts, num_targets if self._tail else None, begun, cut)
 
     def ignored(self) -> Sample:
         """A sample that counts for nothing."""

@@ -79,7 +79,9 @@ def test_micro_batch_is_flat(make_stream):
     assert spell(batch.labels.tolist()) == "abc^de^........" and batch.labels.dtype == torch.int64
     assert batch.cu_seqlens == [0, 4, 5, 7, 10, 15]
     assert (batch.row_length, batch.num_sequences, batch.valid_tokens) == (5, 3, 7)
-    assert batch.filled == (5, 2, 0) and batch.counted_tokens == 7 and collate([samples[0]]).filled is None
+    assert batch.filled == (5, 2, 0) and batch.counted_tokens == 7
+    # Whether rows can have padding is a matter of all samples of a stream, not of each.
+    assert collate([samples[0]]).filled == (5,) and collate([Samples(samples.stream, 5)[0]]).filled is None
     documents = batch.documents("cpu")
     assert isinstance(documents, Documents)
     assert documents.positions.tolist() == [0, 1, 2, 3, 0, 0, 1, 0, 1, 2, 0, 1, 2, 3, 4]
