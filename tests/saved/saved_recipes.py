@@ -237,30 +237,6 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         },
         "training": {"steps": 9},
     },
-    "recall": {
-        "model": {"mixer": "gla"},
-        "data": {
-            "format": "recall",
-            "recall": [{"pairs": 4, "length": 64, "examples": 300}, {"pairs": 16, "length": 128}],
-            "recall_vocabulary": 512,
-            "recall_fill": "zero",
-            "recall_seed": 3,
-        },
-        "training": {"steps": 9, "sequence_length": 256},
-        "metrics": {"validation_accuracy": True},
-    },
-    "evaluated": {
-        "model": {"mixer": "gla"},
-        "training": {"steps": 9},
-        "metrics": {"wandb": "some-project"},
-        "evaluation": {
-            "interval": 50,
-            "tasks": ["local_text", "hellaswag"],
-            "num_fewshot": 2,
-            "limit": 100,
-            "batch_tokens": 4096,
-        },
-    },
     "mom_gla-inner": {
         "model": {"mixers": ["mom_gla", "mom_gated_delta_net"]},
         "mixer": {"mom_gla": {"inner": "linear_attention"}, "mom_gated_delta_net": {"inner": "gsa"}},
@@ -289,15 +265,31 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         },
         "training": {"steps": 9},
     },
-    "unrotated": {
+    "unrotated-recall": {
         "model": {"family": "llama3", "layout": "N"},
         "mixer": {"softmax_attention": {"rope": False}},
-        "training": {"steps": 9},
+        "data": {
+            "format": "recall",
+            "recall": [{"pairs": 4, "length": 64, "examples": 300}, {"pairs": 16, "length": 128}],
+            "recall_vocabulary": 512,
+            "recall_fill": "zero",
+            "recall_seed": 3,
+        },
+        "training": {"steps": 9, "sequence_length": 256},
+        "metrics": {"validation_accuracy": True},
     },
-    "unrotated-mla": {
+    "unrotated_mla-evaluated": {
         "model": {"family": "deepseek_v3", "layout": "N"},
         "mixer": {"mla": {"rope": False}},
         "training": {"steps": 9},
+        "metrics": {"wandb": "some-project"},
+        "evaluation": {
+            "interval": 50,
+            "tasks": ["local_text", "hellaswag"],
+            "num_fewshot": 2,
+            "limit": 100,
+            "batch_tokens": 4096,
+        },
     },
 }
 ONE_VALUE = {"optimizer.name"}
