@@ -23,8 +23,11 @@ def test_a_written_recipe_resolves_to_the_same_values(path: Path, tmp_path: Path
     recipe = load_recipe(path)
     found = json.loads(json.dumps(flatten(recipe)))
     for old, (mixer, key) in MOVED.items():
+        assert old not in found
+        if old not in recorded:  # written since
+            continue
         value = recorded.pop(old)
-        assert old not in found and (mixer not in used_sections(recipe.model) or found[f"mixer.{mixer}.{key}"] == value)
+        assert mixer not in used_sections(recipe.model) or found[f"mixer.{mixer}.{key}"] == value
     assert {key: found.get(key, "no such key") for key in recorded} == recorded
     write_recipe(recipe, tmp_path)
     assert load_recipe(tmp_path / "recipe.toml") == recipe
