@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torchlinearmoe.checkpoint.folder import clear
 from torchlinearmoe.disk import FULL
 from torchlinearmoe.errors import RecipeError
+from torchlinearmoe.processes import is_alive, started
 from torchlinearmoe.runtime import on_rank_0
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class Owner:
         return cls(
             host=socket.gethostname(),
             pid=os.getpid(),
-            started=_started(os.getpid()),
+            started=started(os.getpid()),
             launch="" if launch == "none" else launch,  # the default, which all launches share
             attempt=[int(os.environ.get(f"{name}_RESTART_COUNT", "0")) for name in ("SLURM", "TORCHELASTIC")],
         )
@@ -162,29 +163,13 @@ def _check(folder: Path, before: Owner, own: Owner) -> None:
         raise RecipeError(
             f"{told}; if it is no longer alive, remove {folder / LOCK_FILE}, else choose another training.output_dir"
         )
-    if _is_alive(before):
+    if _holds(before):
         raise RecipeError(f"{told}; wait for its end or choose another training.output_dir")
 
 
-def _is_alive(owner: Owner) -> bool:
-    """Whether a process of this host still runs."""
-    try:
-        os.kill(owner.pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # somebody else's
-    started = _started(owner.pid)
-    return started != 0 and (owner.started is None or started in (None, owner.started))
-
-
-def _started(pid: int) -> int | None:
-    """When a process started, in clock ticks; 0 for one that has ended and waits for its parent; None if unknown."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return 0 if state in "ZX" else int(fields[18])
+def _holds(owner: Owner) -> bool:
+    """Whether a process of this host still runs, and is not a later one of the same id."""
+    return is_alive(owner.pid) and (owner.started is None or started(owner.pid) in (None, owner.started))
 
 
 @contextmanager

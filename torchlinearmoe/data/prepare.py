@@ -38,7 +38,7 @@ from torchlinearmoe.data.prepared import (
 )
 from torchlinearmoe.data.records import BadLine
 from torchlinearmoe.data.shards import BAD, Job, shards_of, write_unit
-from torchlinearmoe.data.store import DESCRIPTION, is_store
+from torchlinearmoe.data.store import DESCRIPTION, is_store, remove_orphans
 from torchlinearmoe.data.summary import SCRATCH, Summary, count_duplicates
 from torchlinearmoe.data.tokenizer import Tokenizer
 from torchlinearmoe.data.units import plan_units
@@ -111,6 +111,7 @@ def prepare(
                 tokenizer.threads = max(workers, 1)
                 for unit in todo:
                     write_unit(job, unit, tokenizer, progress.add)
+            remove_orphans(output / SHARDS)  # workers of a killed start may have lived on for a while
             return _finish(job, tokenizer)
 
 

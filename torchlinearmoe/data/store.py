@@ -33,6 +33,7 @@ import numpy as np
 from torchlinearmoe import disk
 from torchlinearmoe.data.tokenizer import Tokenizer
 from torchlinearmoe.errors import UserError, visible
+from torchlinearmoe.processes import is_alive
 
 logger = logging.getLogger(__name__)
 
@@ -254,18 +255,8 @@ def remove_orphans(cache: Path) -> None:
     """Delete what writers left half done that were killed on this host; those of others may still live."""
     for path in cache.glob(".*"):
         left = ORPHAN.fullmatch(path.name)
-        if left and left["host"] == socket.gethostname() and not _is_alive(int(left["pid"])):
+        if left and left["host"] == socket.gethostname() and not is_alive(int(left["pid"])):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 def encode_texts(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[Encoded]]:
