@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from torchlinearmoe.benchmark import attention, data, kernels, loss, moe, multi, optimizer, train
+from torchlinearmoe.benchmark import attention, data, kernels, loss, moe, multi, optimizer, prepare, train
 from torchlinearmoe.commands import failures_on_one_line
 
 SUBCOMMANDS = {
@@ -17,6 +17,7 @@ SUBCOMMANDS = {
     "attention": attention,
     "optimizer": optimizer,
     "data": data,
+    "prepare": prepare,
     "multi": multi,
 }
 

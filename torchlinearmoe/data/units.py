@@ -17,7 +17,7 @@ from torchlinearmoe.data.records import Piece
 
 UNITS = 256
 """Wanted, within the bounds of their size."""
-LEAST_BYTES = 1 << 23
+LEAST_BYTES = 1 << 22
 MOST_BYTES = 1 << 29
 COMPRESSED = 4
 """Bytes of text in a compressed one, to weigh files."""

@@ -70,9 +70,9 @@ class TiktokenTokenizer(Tokenizer):
             )
         if len({*ranks.values(), *special.values()}) != len(ranks) + len(special):
             raise UserError(f"{path}: two tokens share an id; special_tokens are {special}")
-        self._encoding: tiktoken.Encoding
+        self.encoding: tiktoken.Encoding
         try:
-            self._encoding = tiktoken.Encoding(
+            self.encoding = tiktoken.Encoding(
                 path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
             )
         except ValueError as error:
@@ -80,7 +80,7 @@ class TiktokenTokenizer(Tokenizer):
         self.ranks, self.pattern = ranks, pattern
         self._known = {*ranks.values(), *special.values()}
         self._without_rank = {byte for byte in range(256) if bytes([byte]) not in ranks}
-        self.vocab_size = self._encoding.max_token_value + 1
+        self.vocab_size = self.encoding.max_token_value + 1
         self.end_of_text = special[end_of_text]
         self.begin_of_text = None if begin_of_text in (None, end_of_text) else special[begin_of_text]
         self.special_tokens = special
@@ -92,18 +92,18 @@ class TiktokenTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         self._check_bytes(text)
         with self._panics():
-            return self._encoding.encode_ordinary(text)
+            return self.encoding.encode_ordinary(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         for text in texts:
             self._check_bytes(text)
         with self._panics():
-            return self._encoding.encode_ordinary_batch(list(texts), num_threads=self.threads)
+            return self.encoding.encode_ordinary_batch(list(texts), num_threads=self.threads)
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         for text in texts:
             self._check_bytes(text)
-        encode = partial(self._encoding.encode_to_numpy, disallowed_special=())
+        encode = partial(self.encoding.encode_to_numpy, disallowed_special=())
         with self._panics():
             if self.threads == 1:
                 return [encode(text) for text in texts]
@@ -121,7 +121,7 @@ class TiktokenTokenizer(Tokenizer):
             raise UserError(f"{self.path}: tiktoken fails with its ranks or pattern: {_one_line(error)}") from None
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return self._encoding.decode_bytes([token for token in ids if token in self._known])
+        return self.encoding.decode_bytes([token for token in ids if token in self._known])
 
     def _check_bytes(self, text: str) -> None:
         """tiktoken panics on a byte without a rank."""
