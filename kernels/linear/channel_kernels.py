@@ -26,7 +26,7 @@ the chunk; totals: e^{c_C}, [M, H, K].
 import triton
 import triton.language as tl
 
-from torchlinearmoe.kernels.linear.walk_kernels import rows_of, state_places
+from torchlinearmoe.kernels.linear.walk_kernels import rows_of, state_of
 
 LEAST = tl.constexpr(-20.0)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -215,7 +215,7 @@ def channel_gradients(
         tl.store(dk + places, dks.to(dk.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "S"])
 def passing_of_chunks(
     read, written, states, dstates, ended, passing, segment, first, N, S, H, K, V,
     GROUP: tl.constexpr, B: tl.constexpr, BV: tl.constexpr, HAS_STATES: tl.constexpr, HAS_ENDED: tl.constexpr,
@@ -230,14 +230,12 @@ def passing_of_chunks(
     lowest = s * GROUP
     highest = tl.minimum(lowest + GROUP, tl.load(first + N))
     sums = tl.zeros([B], dtype=tl.float32)
-    if HAS_STATES:
-        there = s + 1 < S
-        for j in range(tl.cdiv(V, BV)):
-            columns_v = j * BV + tl.arange(0, BV)
-            places, mask = state_places(s + 1, there, h, H, K, V, columns, columns_v, False)
-            state = tl.load(states + places, mask=mask, other=0.0)
-            places, mask = state_places(s, there, h, H, K, V, columns, columns_v, False)
-            sums += tl.sum(state * tl.load(dstates + places, mask=mask, other=0.0), 1)
+    if HAS_STATES:  # noqa: SIM102 - a constant, not a value of the kernel
+        if s + 1 < S:
+            for j in range(tl.cdiv(V, BV)):
+                columns_v = j * BV + tl.arange(0, BV)
+                state = state_of(states, s + 1, h, H, K, V, columns, columns_v, False)
+                sums += tl.sum(state * state_of(dstates, s, h, H, K, V, columns, columns_v, False), 1)
     for i in range(highest - lowest):
         m = highest - 1 - i
         n = tl.load(segment + m)

@@ -21,6 +21,7 @@ from torchlinearmoe.kernels.linear.walk import (
     contiguous,
     given,
     left_states,
+    measured,
     or_nothing,
     rows_ready,
     stretches_of,
@@ -50,7 +51,8 @@ def per_head(
     """
     q, k, v = rows_ready(q), rows_ready(k), rows_ready(v)
     stream = Stream(start, end, segment, first)
-    walk = Walk(stream, scale, False, int(g is not None), contiguous(g), enter=contiguous(initial))
+    decays, totals = (None, None) if g is None else measured(g, stream, q.dtype)
+    walk = Walk(stream, scale, False, int(g is not None), decays, totals, contiguous(initial))
     entered = walk.states(k, v)
     final = left_states(walk.enter, (first.shape[0] - 1, *q.shape[1:], v.shape[2]), q) if want_final else None
     o, _ = walk.outputs(q, k, v, entered, leave=final)
@@ -78,8 +80,9 @@ def per_head_backward(
     """The gradients of q, k, v, g (empty where it is not wanted) and initial (empty without one)."""
     q, k, v, do = rows_ready(q), rows_ready(k), rows_ready(v), rows_ready(do)
     stream = Stream(start, end, segment, first)
-    onward = Walk(stream, scale, False, int(g is not None), contiguous(g), enter=contiguous(initial))
-    back = Walk(stream, scale, True, int(g is not None), contiguous(g), enter=contiguous(dfinal))
+    decays, totals = (None, None) if g is None else measured(g, stream, q.dtype)
+    onward = Walk(stream, scale, False, int(g is not None), decays, totals, contiguous(initial))
+    back = Walk(stream, scale, True, int(g is not None), decays, totals, contiguous(dfinal))
     states = entered if entered.numel() else None
     dstates = back.states(q, do)
     (T, H, K), V = q.shape, v.shape[2]

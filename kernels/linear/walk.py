@@ -76,9 +76,9 @@ class Walk:
     decay: int = 0
     """0 none, 1 per token and head, 2 per row of the state, 3 per column."""
     decays: Tensor | None = None
-    """Log decays per head, [T, H]."""
+    """[6, H, T], what `measured` makes of a decay per head."""
     totals: Tensor | None = None
-    """Factors over chunks, [M, H, rows or columns]."""
+    """[3, M, H] of the same, or factors over chunks, [M, H, rows or columns]."""
     enter: Tensor | None = None
     """[N, H, K, V]: the state that enters a segment from the side where the walk begins."""
 
@@ -94,13 +94,14 @@ class Walk:
         assert self.decay != 3
         states = w.new_empty(S, H, X, U, dtype=torch.float32)
         factors = w.new_empty(S, H, X if self.decay == 2 else 1, dtype=torch.float32)
-        BX, BU = tile(X, 128), tile(U, 64)
+        BX, BU = operand(X, 128, w), operand(U, 64, w)
         grid = -(-X // BX) * -(-U // BU), H, S
         walk_kernels().summarize[grid](
             w, u, given(self.decays, w), given(self.totals, w), given(self.enter, w), states, factors,
-            *stream.tensors, stream.segments, self.scale, *strides(w), *strides(u), H, X, U, GROUP=stream.group,
-            C=CHUNK, BX=BX, BU=BU, REVERSE=self.reverse, DECAY=self.decay, HAS_ENTER=self.enter is not None,
-            PRECISION=precision(w), num_warps=4, num_stages=_stages(w),
+            *stream.tensors, stream.segments, self.scale, *strides(w), *strides(u), H, X, U, w.shape[0], stream.places,
+            GROUP=stream.group, C=CHUNK, BX=BX, BU=BU, REVERSE=self.reverse, DECAY=self.decay,
+            HAS_ENTER=self.enter is not None, SCALED=self.scale != 1.0, PRECISION=precision(w), num_warps=4,
+            num_stages=_stages(w),
         )  # fmt: skip
         BX, BU = tile(X, 16), tile(U, 64)
         walk_kernels().join[-(-X // BX) * -(-U // BU), H](
@@ -131,7 +132,7 @@ class Walk:
         tokens; dtype: of y, u's by default.
         """
         stream, (T, H, X), U = self.stream, x.shape, u.shape[2]
-        BX, BU = tile(X, 128), tile(U, 64)
+        BX, BU = operand(X, 128, x), operand(U, 64, x)
         assert X <= BX, "wider states go in parts"
         grid = -(-U // BU), H, stream.stretches
         y = torch.empty(T, H, U, dtype=dtype or u.dtype, device=u.device)
@@ -141,16 +142,28 @@ class Walk:
             shape = (grid[0], T, H) if mode == 1 else (stream.places, H, U)
             total = y.new_empty(shape, dtype=torch.float32)
         z = u if sums_with is None else sums_with
-        walk_kernels().walk[grid](
-            x, w, u, given(self.decays, x), given(self.totals, x), given(scores, x), given(entered, x),
-            given(self.enter, x), given(leave, x), y, z, given(total, x),
-            *stream.tensors, stream.segments, self.scale, *strides(x), *strides(w), *strides(u), *strides(z),
-            H, X, U, T, GROUP=stream.group, C=CHUNK, BX=BX, BU=BU, REVERSE=self.reverse, DECAY=self.decay,
-            INSIDE=INSIDE[inside], TRANSPOSED=transposed, HAS_ENTERED=entered is not None,
-            HAS_ENTER=self.enter is not None, WANT_LEAVE=leave is not None, SUMS=mode, PRECISION=precision(x),
-            num_warps=4, num_stages=_stages(x),
-        )  # fmt: skip
+        for plain in (True, False) if self.decay == 1 else (True,):
+            walk_kernels().walk[grid](
+                x, w, u, given(self.decays, x), given(self.totals, x), given(scores, x), given(entered, x),
+                given(self.enter, x), given(leave, x), y, z, given(total, x),
+                *stream.tensors, stream.segments, self.scale, *strides(x), *strides(w), *strides(u), *strides(z),
+                H, X, U, T, stream.places, GROUP=stream.group, C=CHUNK, BX=BX, BU=BU, REVERSE=self.reverse,
+                DECAY=self.decay, PLAIN=plain, INSIDE=INSIDE[inside], TRANSPOSED=transposed,
+                HAS_ENTERED=entered is not None, HAS_ENTER=self.enter is not None, WANT_LEAVE=leave is not None,
+                SUMS=mode, SCALED=self.scale != 1.0, PRECISION=precision(x), num_warps=4, num_stages=_stages(x),
+            )  # fmt: skip
         return y, total
+
+
+def measured(g: Tensor, stream: Stream, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What walks read of log decays g [T, H]: `Walk.decays` and `Walk.totals`; dtype: of what is multiplied."""
+    least = -8.0 if dtype == torch.float16 else -80.0  # half of it is an exponent
+    T, H = g.shape
+    decays, totals = g.new_empty(6, H, T), g.new_empty(3, stream.places, H)
+    walk_kernels().measure[stream.places, H](
+        g.contiguous(), decays, totals, stream.start, stream.end, H, T, stream.places, C=CHUNK, LEAST=least, num_warps=1
+    )
+    return decays, totals
 
 
 def left_states(enter: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -188,6 +201,16 @@ def or_nothing(x: Tensor | None, like: Tensor) -> Tensor:
 def tile(width: int, most: int) -> int:
     """A power of two that holds `width`, from 16 to `most`."""
     return max(16, min(most, 1 << (width - 1).bit_length()))
+
+
+def operand(width: int, most: int, x: Tensor) -> int:
+    """The same for tiles of x's type that products take: never fewer than 128 bytes, 64 of two-byte numbers.
+
+    Narrower ones lie otherwise in shared memory, and the ptxas that Triton 3.6 brings (CUDA 12.8) then loses the
+    descriptors of a second one at the same place: it reads registers that nothing has written. See
+    `tests/kernels/unwritten.py`.
+    """
+    return max(tile(width, most), 128 // x.element_size())
 
 
 def precision(x: Tensor) -> str:

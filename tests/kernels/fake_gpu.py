@@ -15,6 +15,7 @@ from typing import Any
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from unwritten import unwritten
 
 
 @dataclass
@@ -25,6 +26,8 @@ class FakeGPU:
     shared: int
     compiled: list[str] = field(default_factory=list)
     """Names of the kernels, as often as they were compiled."""
+    faults: dict[str, list[str]] | None = None
+    """Given a dict: what each kernel reads that nothing wrote, by the same names."""
     resources: dict[str, str] | None = None
     """Given a dict: what each kernel takes, as cuobjdump says, by name and its place in `compiled`."""
 
@@ -61,6 +64,8 @@ class FakeGPU:
 
     def _load(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
         assert len(binary) > 0
+        if self.faults is not None and (found := unwritten(binary)):
+            self.faults[f"{name} {len(self.compiled)}"] = found
         if self.resources is not None:
             self.resources[f"{name} {len(self.compiled)}"] = _resources(binary)
         self.compiled.append(name)

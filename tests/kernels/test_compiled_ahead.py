@@ -11,8 +11,10 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from cases import forced
+from cases import cases_of, forced
 from cases.families import FAMILIES
+
+from torchlinearmoe.kernels.operator import operators
 
 pytestmark = [
     pytest.mark.slow,
@@ -127,3 +129,25 @@ def test_movement_gates_and_head_compile_with_hardly_a_spill_for(chip: str, size
 def test_quadratic_attention_compiles_for(chip: str) -> None:
     expected = {"written", "join", "outputs", "products_of_outputs", "gradients"}
     assert names(chip, "taylor", K=16) == expected
+
+
+def faults_of(name: str) -> dict[str, list[str]]:
+    """Of all cases of an operator, in the process of a fake GPU."""
+    from fake_gpu import FakeGPU
+
+    gpu = FakeGPU(*CHIPS["H100"], faults={}).install()
+    operator = operators()[name]
+    for index, draw in enumerate(cases_of(operator)):
+        torch.manual_seed(index)
+        case = draw().rounded(torch.bfloat16)
+        if case.kind in operator.find_backends()["triton"].kinds:
+            forced(operator, "triton", lambda case=case: case.run("triton", torch.bfloat16))
+    assert gpu.compiled and gpu.faults is not None
+    return gpu.faults
+
+
+@pytest.mark.parametrize("name", ["linear", "slots", "delta", "dplr", "quadratic", "cross_entropy"])
+def test_no_kernel_reads_registers_that_nothing_wrote(name: str) -> None:
+    """Of the installed Triton's compiler; narrow tiles are what an earlier one gets wrong (`unwritten.py`)."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(faults_of, name).result() == {}

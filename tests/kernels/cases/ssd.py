@@ -25,6 +25,6 @@ def case(lengths: tuple[int, ...], states: str, H: int = 2, G: int = 1, K: int =
 CASES = [
     *(partial(case, *where) for where in STREAMS),
     partial(case, (70, 3), "in out", H=4, G=2, K=40, V=72),
-    partial(case, (66,), "in out", H=1, K=33, V=17),
+    partial(case, (66, 9), "in out", H=1, K=33, V=17),
     partial(case, (1,) * 5, "in out", H=4, G=2),
 ]
