@@ -4,6 +4,8 @@ A backend is skipped, with its reason, where its package is missing or the choos
 Inputs are numbers that their type holds, so that only the arithmetic differs from the definition.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from cases import Case, assert_close, relative_error
@@ -86,34 +88,42 @@ def test_fla_leaves_finite_states_under_strong_constant_decays():
     assert final is not None and bool(final.isfinite().all())
 
 
-@pytest.mark.parametrize("states", ["", "in out"])
-@pytest.mark.parametrize("K, V", [(24, 40), (64, 96), (128, 128), (256, 200), (64, 512)])
+def widths(*wide: tuple[int, int]) -> list[Any]:
+    """Each in bfloat16 with states in and out; the first in the other types too, without states."""
+    first = [(*wide[0], "", dtype) for dtype in (torch.float16, torch.float32)]
+    return [
+        pytest.param(*case, id="-".join(map(str, case)))
+        for case in [*first, *((*w, "in out", torch.bfloat16) for w in wide)]
+    ]
+
+
+@pytest.mark.parametrize("K, V, states, dtype", widths((24, 40), (64, 96), (128, 128), (256, 200), (64, 512)))
 @pytest.mark.parametrize("family", [*KINDS, *DELTAS, "dplr"])
-def test_our_kernels_agree_at_any_width_over_stretches(family: str, K: int, V: int, states: str):
+def test_our_kernels_agree_at_any_width_over_stretches(family: str, K: int, V: int, states: str, dtype: torch.dtype):
     torch.manual_seed(1)
-    need("triton", FAMILIES[family]((1,), states, K=K, V=V))
-    for dtype, tolerance in ((torch.bfloat16, TOLERANCE), (torch.float16, 2e-3), (torch.float32, 1e-5)):
-        case = FAMILIES[family]((*RAGGED, 1100, 70), states, K=K, V=V).rounded(dtype)
-        expected, found = case.run("torch", torch.float64, "cuda"), case.run("triton", dtype, "cuda")
-        for name in case.sums if dtype != torch.float32 else ():
-            found.pop(f"d_{name}", None)
-            expected.pop(f"d_{name}", None)
-        assert_close(found, expected, tolerance * (1 if family in KINDS else case.tolerance))
+    case = FAMILIES[family]((*RAGGED, 1100, 70), states, K=K, V=V).rounded(dtype)
+    need("triton", case)
+    expected, found = case.run("torch", torch.float64, "cuda"), case.run("triton", dtype, "cuda")
+    for name in case.sums if dtype != torch.float32 else ():
+        found.pop(f"d_{name}", None)
+        expected.pop(f"d_{name}", None)
+    tolerance = {torch.bfloat16: TOLERANCE, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
+    assert_close(found, expected, tolerance * (1 if family in KINDS else case.tolerance))
 
 
-@pytest.mark.parametrize("states", ["", "in out"])
-@pytest.mark.parametrize("K, V", [(5, 40), (16, 64), (16, 128), (24, 200), (64, 96), (16, 512)])
+@pytest.mark.parametrize("K, V, states, dtype", widths((5, 40), (16, 64), (16, 128), (24, 200), (64, 96), (16, 512)))
 @pytest.mark.parametrize("family", ["taylor", "square"])
-def test_quadratic_attention_agrees_at_any_width_over_stretches(family: str, K: int, V: int, states: str):
+def test_quadratic_attention_agrees_at_any_width_over_stretches(
+    family: str, K: int, V: int, states: str, dtype: torch.dtype
+):
     torch.manual_seed(1)
-    for dtype, tolerance in ((torch.bfloat16, TOLERANCE), (torch.float16, 5e-3), (torch.float32, 1e-5)):
-        case = FAMILIES[family]((*RAGGED, 1100, 70), states, K=K, V=V)
-        case.options["scale"] = K**-0.5
-        case = case.rounded(dtype)
-        expected, found = case.run("torch", torch.float64, "cuda"), case.run("triton", dtype, "cuda")
-        assert_close(found, expected, tolerance)
-        again = case.run("triton", dtype, "cuda")
-        assert all(torch.equal(found[name], again[name]) for name in found)
+    case = FAMILIES[family]((*RAGGED, 1100, 70), states, K=K, V=V)
+    case.options["scale"] = K**-0.5
+    case = case.rounded(dtype)
+    expected, found = case.run("torch", torch.float64, "cuda"), case.run("triton", dtype, "cuda")
+    assert_close(found, expected, {torch.bfloat16: TOLERANCE, torch.float16: 5e-3, torch.float32: 1e-5}[dtype])
+    again = case.run("triton", dtype, "cuda")
+    assert all(torch.equal(found[name], again[name]) for name in found)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])

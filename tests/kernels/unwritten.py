@@ -47,4 +47,3 @@ def unwritten_in(program: str) -> list[str]:
             count = 4 if ".128" in name else 2 if ".64" in name or "WIDE" in name else 1
             written |= {int(target[1]) + i for i in range(count)}
     return found
-

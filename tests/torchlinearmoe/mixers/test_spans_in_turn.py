@@ -96,10 +96,16 @@ def check_on_gpu(case: Case, backend: str, size: int, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", [2, 4, 8])
 @every_mixer
-def test_spans_on_a_gpu_equal_the_whole(case: Case, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_on_gpu(case, "torch", size, monkeypatch)
+def test_spans_on_a_gpu_equal_the_whole(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_on_gpu(case, "torch", 4, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [2, 8])
+@pytest.mark.parametrize("name", MIXERS)
+def test_more_spans_on_a_gpu_equal_the_whole(name: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_on_gpu(Case(name, {}), "torch", size, monkeypatch)
 
 
 @pytest.mark.gpu
