@@ -35,11 +35,12 @@ BACKEND = Backend(
     "triton",
     delta_rule,
     KINDS,
-    order=None,  # until it has been compared on a GPU
+    order=40,
     dtypes=NARROW,
     devices=frozenset(("cuda",)),
     needs=("triton",),
     install="pip install triton",
     refuses=at_most_256_channels,
+    graphed=True,
     prepare=table_of,
 )

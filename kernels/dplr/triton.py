@@ -44,11 +44,12 @@ BACKEND = Backend(
     "triton",
     dplr_rule,
     ("dplr",),
-    order=None,  # until it has been compared on a GPU
+    order=40,
     dtypes=NARROW,
     devices=frozenset(("cuda",)),
     needs=("triton",),
     install="pip install triton",
     refuses=_refuses,
+    graphed=True,
     prepare=table_of,
 )

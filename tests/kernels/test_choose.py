@@ -137,21 +137,16 @@ def test_wide_keys_are_refused_by_delta_rules_only():
     ],
 )
 def test_auto_leaves_out_what_only_an_explicit_name_asks_for(facts, machine, words):
-    name, reason = auto("slots", facts, machine)
-    assert name == "torch" and words in reason
+    reason = fla("slots", facts, machine, auto=True)
+    assert reason is not None and words in reason
+    assert auto("slots", facts, machine)[0] == "triton"
     assert decide(operators()["slots"], "fla", facts, machine)[0] == "fla"
 
 
-OURS = ("linear", "ssd")
 ORDER = [
-    *[(operator, kind, HOPPER, "triton") for operator, kind in KERNELS if operator in OURS],
-    *[(operator, kind, HOPPER, "fla") for operator, kind in KERNELS if operator not in (*OURS, "quadratic")],
-    ("quadratic", "taylor", HOPPER, "torch"),
-    ("linear", "scalar", OLD_TRITON, "triton"),
-    ("delta", "gated", OLD_TRITON, "torch"),
-    ("ssd", "ssd", OLD_TRITON, "triton"),
-    ("linear", "identity", lacking("fla", "einops", "mamba_ssm"), "triton"),
-    ("linear", "diagonal", lacking("fla", "triton", "einops", "mamba_ssm"), "torch"),
+    *[(operator, kind, machine, "triton") for operator, kind in KERNELS for machine in (HOPPER, OLD_TRITON)],
+    *[(operator, kind, lacking("fla", "einops", "mamba_ssm"), "triton") for operator, kind in KERNELS],
+    *[(operator, kind, lacking("fla", "triton", "einops", "mamba_ssm"), "torch") for operator, kind in KERNELS],
     ("convolution", "convolution", HOPPER, "triton"),
     ("convolution", "convolution", lacking("triton"), "torch"),
     ("token_shift", "token_shift", HOPPER, "triton"),
@@ -160,7 +155,7 @@ ORDER = [
 
 
 @pytest.mark.parametrize("operator, kind, machine, expected", ORDER)
-def test_auto_takes_our_own_then_what_packages_have(operator, kind, machine, expected):
+def test_auto_takes_our_own_kernels_then_plain_pytorch(operator, kind, machine, expected):
     name, reason = auto(operator, call(kind), machine)
     assert name == expected
     first = max(operators()[operator].backends.values(), key=lambda b: b.order if b.order and kind in b.kinds else -1)
@@ -173,7 +168,7 @@ def test_auto_stays_with_plain_pytorch_on_the_cpu(operator, kind):
     assert auto(operator, call(kind, device="cpu"), HOPPER)[0] == "torch"
 
 
-@pytest.mark.parametrize("operator, kind", [("linear", "scalar"), ("linear", "diagonal"), ("ssd", "ssd")])
+@pytest.mark.parametrize("operator, kind", KERNELS)
 @pytest.mark.parametrize("exact", ["float32", "deterministic"])
 def test_auto_takes_our_kernels_where_results_must_be_exact(operator, kind, exact):
     machine = replace(HOPPER, deterministic=exact == "deterministic")
@@ -182,17 +177,14 @@ def test_auto_takes_our_kernels_where_results_must_be_exact(operator, kind, exac
 
 
 def test_a_reason_tells_why_without_the_way_out():
-    _, reason = auto("delta", call("gated"), OLD_TRITON)
-    assert "issues/640" in reason and "use '" not in reason and "install" not in reason
-    assert auto("delta", call("gated"), HOPPER) == ("fla", "preferred")
+    _, reason = auto("linear", call("scalar"), lacking("triton"))
+    assert reason.startswith("not triton: ") and "use '" not in reason and "install" not in reason
+    assert auto("delta", call("gated"), HOPPER) == ("triton", "preferred")
 
 
-def test_under_the_compiler_auto_takes_what_it_can_fuse_and_a_name_what_it_names():
-    for operator, kind in (*KERNELS, ("token_shift", "token_shift")):
-        if operator not in OURS:
-            assert auto(operator, call(kind), HOPPER, compiling=True) == ("torch", "torch.compile fuses it")
-    assert decide(operators()["linear"], "fla", call("scalar"), HOPPER, True)[0] == "fla"
-    assert decide(operators()["linear"], "triton", call("scalar"), HOPPER, True)[0] == "triton"
+@pytest.mark.parametrize("name", ["fla", "triton"])
+def test_under_the_compiler_a_name_gets_what_it_names(name):
+    assert decide(operators()["linear"], name, call("scalar"), HOPPER, True)[0] == name
 
 
 @pytest.mark.parametrize(
@@ -206,7 +198,7 @@ def test_under_the_compiler_auto_takes_what_it_can_fuse_and_a_name_what_it_names
         ({}, lacking("triton"), "torch"),
     ],
 )
-@pytest.mark.parametrize("operator, kind", [("convolution", "convolution"), ("linear", "diagonal"), ("ssd", "ssd")])
+@pytest.mark.parametrize("operator, kind", [("convolution", "convolution"), *KERNELS])
 def test_under_the_compiler_auto_takes_an_operator_that_is_faster_than_what_it_would_fuse(
     operator, kind, changes, machine, name
 ):
