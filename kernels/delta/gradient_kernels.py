@@ -1,7 +1,7 @@
 """Triton kernels of the delta rule's gradients, chunk by chunk, from what the walks of `walk_kernels` leave.
 
-With x what tokens write, r the gradient of their system's right side, E and R the states that enter a chunk and the
-gradient of the one that leaves it, the pairs inside a chunk have the gradients
+With x what tokens write, z its gradient, r = A^T z that of their system's right side, E and R the states that enter a
+chunk and the gradient of the one that leaves it, the pairs inside a chunk have, as x solves its system, the gradients
 
     dP = dy x^T  (s <= t)        dL = -r x^T  (s < t)
 
@@ -25,7 +25,7 @@ x, r: [T, HV, V]; states, dstates: [M, HV, K, V]; pairs [T, HV, C]; G = HV / H; 
 import triton
 import triton.language as tl
 
-from torchlinearmoe.kernels.delta.walk_kernels import pairs_of
+from torchlinearmoe.kernels.delta.solve_kernels import finely, pairs_of
 from torchlinearmoe.kernels.linear.channel_kernels import (
     BLOCK,
     MIDDLE,
@@ -45,13 +45,13 @@ from torchlinearmoe.kernels.linear.walk_kernels import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 def pair_gradients(
-    k, v, beta, g, scores, dy, writes, rights, dscores, dlower, dv, dbeta, dc, start, end, scale,
+    k, v, beta, g, inverses, scores, dy, writes, dwrites, rights, dscores, dlower, dv, dbeta, dc, start, end, scale,
     k_t, k_h, v_t, v_h, y_t, y_h, H, K, V,
     G: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dv, of dbeta and of the gradient of c what is in pairs, [T, HV], and what `gradients` multiplies by keys.
+    """r, dv, of dbeta and of the gradient of c what is in pairs, [T, HV], and what `gradients` multiplies by keys.
 
     dscores: scale dP, dlower: beta dL, with their weights; of DECAY 2, which has them in its sums, scale dP and dL, and
     dbeta and dc lack what is in pairs. Grid: M, HV; H: HV.
@@ -66,10 +66,12 @@ def pair_gradients(
     dpairs = tl.zeros([C, C], dtype=tl.float32)
     dlow = tl.zeros([C, C], dtype=tl.float32)
     dbetas = tl.zeros([C], dtype=tl.float32)
+    inverse = pairs_of(inverses, tokens, inside, h, H, place, C, True)
     for i in range(tl.cdiv(V, BV)):
         columns = i * BV + tl.arange(0, BV)
         xs = rows_of(writes, tokens, inside, H * V, V, h, V, columns)
-        rs = rows_of(rights, tokens, inside, H * V, V, h, V, columns)
+        dxs = rows_of(dwrites, tokens, inside, H * V, V, h, V, columns)
+        rs = finely(inverse, dxs, PRECISION).to(xs.dtype)
         dys = rows_of(dy, tokens, inside, y_t, y_h, h, V, columns)
         dpairs += tl.dot(dys, tl.trans(xs), input_precision=PRECISION)
         dlow -= tl.dot(rs, tl.trans(xs), input_precision=PRECISION)
@@ -77,6 +79,7 @@ def pair_gradients(
         dbetas += tl.sum(vs * rs, 1)
         there = inside[:, None] & (columns < V)[None, :]
         places = (tokens[:, None] * H + h) * V + columns[None, :]
+        tl.store(rights + places, rs, mask=there)
         tl.store(dv + places, (rs * betas[:, None]).to(dv.dtype.element_ty), mask=there)
     dpairs = tl.where(place[:, None] >= place[None, :], dpairs, 0.0)
     dlow = tl.where(place[:, None] > place[None, :], dlow, 0.0)
@@ -104,7 +107,7 @@ def pair_gradients(
     tl.store(dbeta + tokens * H + h, dbetas, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "T", "M"])
 def gradients(
     q, k, beta, g, dscores, dlower, dy, writes, rights, states, dstates, dq, dk, dbeta, read, late, left, start, end,
     scale, q_t, q_h, k_t, k_h, y_t, y_h, H, K, V, T, M,
@@ -170,7 +173,7 @@ def gradients(
     tl.store(dk + places, leaves.to(dk.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "H", "T", "M"])
 def decay_gradients(dc, read, late, left, dg, start, end, tiles, H, T, M, C: tl.constexpr):
     """dg [T, HV] of DECAY 1. Grid: M, HV; H: HV."""
     m, h = tl.program_id(0), tl.program_id(1)
@@ -188,7 +191,7 @@ def decay_gradients(dc, read, late, left, dg, start, end, tiles, H, T, M, C: tl.
     tl.store(dg + tokens * H + h, later + tl.cumsum(before, 0) - before + passing, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "T"])
 def channel_gradients(
     q, k, beta, c, dscores, dlower, dy, writes, rights, states, dstates, dq, dk, dg, dbeta, start, end,
     scale, q_t, q_h, k_t, k_h, y_t, y_h, H, K, V, T,
