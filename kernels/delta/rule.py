@@ -9,9 +9,9 @@ and [K, K]. All else lives within one pass: A, P, W, U, and of the backward pass
 the type of the inputs. Products take that type (float32 as three of TF32) and add up in float32; A is float32 and
 multiplies as two numbers of 16 bits. What an operator has not got is an empty tensor.
 
-Budget a token and value head of K = V = 128, in bfloat16: forward about 6 KB read and written and 0.4 MFLOP, of which
-the summaries are a third; backward 16 KB and 0.9 MFLOP. Dependent steps: two products for each chunk of a stretch, one
-for each stretch.
+Budget a token and value head of K = V = 128, in bfloat16: forward about 5.5 KB read and written and 0.34 MFLOP, of
+which summaries are a third; backward 13 KB and 0.7 MFLOP. Dependent steps: two products for each chunk of a stretch,
+one for each stretch.
 
 Legend: T tokens, H query/key heads, HV value heads, K/V key/value head dim, N segments, M places for chunks, S
 stretches, C tokens of a chunk.
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from torchlinearmoe.kernels.chunk_table import CHUNK
-from torchlinearmoe.kernels.linear.per_channel import cumulated
+from torchlinearmoe.kernels.linear.per_channel import cumulated, operand
 from torchlinearmoe.kernels.linear.walk import (
     Stream,
     contiguous,
@@ -41,6 +41,13 @@ from torchlinearmoe.kernels.linear.walk import (
     strides,
     tile,
 )
+
+COLUMNS = 128
+"""Of a state of 16 bits: as many as a walk's program holds at most."""
+WALK_WARPS, WALK_STAGES = 8, 2
+JOIN_COLUMNS, JOIN_WARPS, JOIN_STAGES = 16, 8, 2
+SPREAD_WARPS, PAIR_WARPS, GRADIENT_WARPS, CHANNEL_WARPS = 4, 4, 4, 8
+GRADIENT_COLUMNS = 64
 
 
 @torch.library.custom_op("torchlinearmoe::delta_rule", mutates_args=())
@@ -178,7 +185,7 @@ class _Call:
         totals = q.new_empty(M, HV, K, dtype=torch.float32)
         solve_kernels().prepare_channels[M, HV](
             q, k, self.beta, sums, inverses, scores, queries, keys_in, keys, totals, *shared, G=self.groups, C=CHUNK,
-            B=tile(K, 32), PRECISION=precision(q), num_warps=8, num_stages=1,
+            B=tile(K, 32), OPERAND=operand(q), PRECISION=precision(q), num_warps=CHANNEL_WARPS, num_stages=1,
         )  # fmt: skip
         return self._solved(inverses, scores, queries, keys_in, keys, sums, totals)
 
@@ -196,7 +203,7 @@ class _Call:
         solve_kernels().spread[grid](
             inverses, keys_in, v, self.beta, given(self.g, v), erasing, writing, stream.start, stream.end,
             *strides(keys_in), *strides(v), HV, K, V, G=self.groups if self.decay < 2 else 1, C=CHUNK,
-            BK=self.tile(K, 64), BV=self.tile(V, 64), DECAY=self.decay, PRECISION=precision(v), num_warps=4,
+            BK=self.tile(K, 64), BV=self.tile(V, 64), DECAY=self.decay, PRECISION=precision(v), num_warps=SPREAD_WARPS,
             num_stages=_stages(v),
         )  # fmt: skip
         return _Made(inverses, scores, queries, keys, erasing, writing, *more)
@@ -276,8 +283,8 @@ class _Call:
             "G": self.groups if self.decay < 2 else 1, "GROUP": stream.group, "C": CHUNK, "BK": BK, "BV": BV,
             "DECAY": self.decay, "HAS_ENTERED": entered is not None and not summary,
             "HAS_ENTER": enter is not None, "WANT_LEAVE": leave is not None, "SUMMARY": summary,
-            "PRECISION": precision(self.q), "num_warps": 8 if BK * BV > 64 * 128 or BK >= 128 else 4,
-            "num_stages": _stages(self.q) if _room() >= 180_000 and K <= 128 else 1,
+            "PRECISION": precision(self.q), "num_warps": WALK_WARPS if BK >= 128 else 4,
+            "num_stages": min(WALK_STAGES, _stages(self.q)) if _room() >= 220_000 and K <= 128 else 1,
         }  # fmt: skip
         grid = columns, HV, stream.stretches
         if dy is None:
@@ -294,7 +301,7 @@ class _Call:
     def tiles(self) -> tuple[int, int]:
         """Rows and columns of a state that a program holds."""
         K, V = self.q.shape[2], self.v.shape[2]
-        wide = 32 if self.q.dtype == torch.float32 else 128 if K <= 128 else 64
+        wide = 32 if self.q.dtype == torch.float32 else COLUMNS if K <= 128 else 64
         return self.tile(K, 256), self.tile(V, wide)
 
     def tile(self, width: int, most: int) -> int:
@@ -304,12 +311,12 @@ class _Call:
 
     def _join(self, states: Tensor, transitions: Tensor, *, reverse: bool) -> None:
         S, HV, K, V = states.shape
-        BV = tile(V, 16)
+        BV = tile(V, JOIN_COLUMNS)
         stream = self.stream
         walk_kernels().join[-(-V // BV), HV](
             states, transitions, stream.segment, stream.first, stream.segments, S, HV, K, V, GROUP=stream.group,
-            BK=tile(K, 256), BV=BV, B=128 if K <= 128 else 32, REVERSE=reverse, num_warps=8,
-            num_stages=2 if K <= 128 and _room() >= 180_000 else 1,
+            BK=tile(K, 256), BV=BV, B=128 if K <= 128 else 32, REVERSE=reverse, num_warps=JOIN_WARPS,
+            num_stages=JOIN_STAGES if K <= 128 and _room() >= 180_000 else 1,
         )  # fmt: skip
 
     def gradients(
@@ -328,20 +335,20 @@ class _Call:
             dlower, dv, dbeta, given(dc, q), stream.start, stream.end, self.scale, *strides(k), *strides(v),
             *strides(dy), HV, K, V,
             G=self.groups, C=CHUNK, BK=self.tile(K, 64 if narrow else 32), BV=self.tile(V, 64 if narrow else 32),
-            DECAY=self.decay, PRECISION=precision(q), num_warps=4, num_stages=_stages(q),
+            DECAY=self.decay, PRECISION=precision(q), num_warps=PAIR_WARPS, num_stages=_stages(q),
         )  # fmt: skip
         dtype = q.dtype if H == HV else torch.float32
         dq, dk = (torch.empty(T, HV, K, dtype=dtype, device=q.device) for _ in range(2))
         BK, BV = tile(K, 32), self.tile(V, 64 if narrow else 32)
         if narrow and self.decay < 2:
-            BK = self.tile(K, 64)
+            BK = self.tile(K, GRADIENT_COLUMNS)
         tiles = -(-K // BK)
         more = dbeta.new_empty(tiles, T, HV)
         shared = (
             stream.start, stream.end, self.scale, *strides(q), *strides(k), *strides(dy), HV, K, V, T,
         )  # fmt: skip
         chosen: dict[str, Any] = {
-            "G": self.groups, "C": CHUNK, "BK": BK, "BV": BV, "PRECISION": precision(q), "num_warps": 4,
+            "G": self.groups, "C": CHUNK, "BK": BK, "BV": BV, "PRECISION": precision(q), "num_warps": GRADIENT_WARPS,
         }  # fmt: skip
         dg = None
         if self.decay == 2:
@@ -349,7 +356,7 @@ class _Call:
             dg = torch.empty_like(made.sums)
             gradient_kernels().channel_gradients[tiles, M, HV](
                 q, k, self.beta, made.sums, dscores, dlower, dy, writes, rights, states, dstates, dq, dk, dg, more,
-                *shared, **chosen | {"num_warps": 8}, num_stages=1,
+                *shared, **chosen | {"num_warps": CHANNEL_WARPS}, OPERAND=operand(q), num_stages=1,
             )  # fmt: skip
         else:
             read, late, left = None, None, None

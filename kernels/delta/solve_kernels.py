@@ -32,18 +32,26 @@ from torchlinearmoe.kernels.linear.channel_kernels import (
     only,
     sums_at,
 )
-from torchlinearmoe.kernels.linear.walk_kernels import between, log_decays, rows_of, since_start
+from torchlinearmoe.kernels.linear.walk_kernels import between, log_decays, since_start
 
 SMALL = tl.constexpr(16)
 
 
 @triton.jit
-def pairs_of(x, tokens, inside, h, H, place, C: tl.constexpr, TRANSPOSED: tl.constexpr):
+def rows_of(x, token, place, inside, stride_t, stride_h, h, width, columns):
+    """[C, B] of x [T, H, width]; places are numbers of 32 bits, for 64 take twice the registers."""
+    x += token * stride_t + h * stride_h
+    mask = inside[:, None] & (columns < width)[None, :]
+    return tl.load(x + (place[:, None] * stride_t + columns[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def pairs_of(x, token, inside, h, H, place, C: tl.constexpr, TRANSPOSED: tl.constexpr):
     """[t, s] of x [T, HV, C], or [s, t]."""
+    x += (token * H + h) * C
     if TRANSPOSED:
-        places = (tokens[None, :] * H + h) * C + place[:, None]
-        return tl.load(x + places, mask=inside[None, :], other=0.0)
-    return tl.load(x + (tokens[:, None] * H + h) * C + place[None, :], mask=inside[:, None], other=0.0)
+        return tl.load(x + (place[None, :] * (H * C) + place[:, None]), mask=inside[None, :], other=0.0)
+    return tl.load(x + (place[:, None] * (H * C) + place[None, :]), mask=inside[:, None], other=0.0)
 
 
 @triton.jit
@@ -123,26 +131,27 @@ def spread(
     """
     m, h = tl.program_id(0), tl.program_id(1)
     place = tl.arange(0, C)
-    tokens = tl.load(start + m).to(tl.int64) + place
+    token = tl.load(start + m).to(tl.int64)
+    tokens = token + place
     inside = tokens < tl.load(end + m)
     if tl.load(start + m) >= tl.load(end + m):
         return
-    inverse = pairs_of(inverses, tokens, inside, h, H, place, C, False)
+    inverse = pairs_of(inverses, token, inside, h, H, place, C, False)
     betas = tl.load(beta + tokens * H + h, mask=inside, other=0.0)
     for i in range(tl.cdiv(V, BV)):
         columns = i * BV + tl.arange(0, BV)
-        vs = rows_of(v, tokens, inside, v_t, v_h, h, V, columns)
+        vs = rows_of(v, token, place, inside, v_t, v_h, h, V, columns)
         found = finely(inverse, (vs * betas[:, None]).to(vs.dtype), PRECISION)
-        places = (tokens[:, None] * H + h) * V + columns[None, :]
+        places = (token * H + h) * V + (place[:, None] * (H * V) + columns[None, :])
         tl.store(writing + places, found.to(writing.dtype.element_ty), mask=inside[:, None] & (columns < V)[None, :])
     if DECAY == 1:
         c, resets, _, _ = log_decays(g, tokens, inside, h, H)
         betas *= since_start(c, resets)
     for i in range(tl.cdiv(K, BK)):
         columns = i * BK + tl.arange(0, BK)
-        ks = rows_of(k, tokens, inside, k_t, k_h, h // G, K, columns)
+        ks = rows_of(k, token, place, inside, k_t, k_h, h // G, K, columns)
         found = finely(inverse, (ks * betas[:, None]).to(ks.dtype), PRECISION)
-        places = (tokens[:, None] * H + h) * K + columns[None, :]
+        places = (token * H + h) * K + (place[:, None] * (H * K) + columns[None, :])
         tl.store(erasing + places, found.to(erasing.dtype.element_ty), mask=inside[:, None] & (columns < K)[None, :])
 
 
@@ -173,8 +182,8 @@ def prepare(
     overlaps = tl.zeros([C, C], dtype=tl.float32)
     for i in range(tl.cdiv(K, B)):
         columns = i * B + tl.arange(0, B)
-        ks = rows_of(k, tokens, inside, k_t, k_h, h // G, K, columns)
-        qs = rows_of(q, tokens, inside, q_t, q_h, h // G, K, columns)
+        ks = rows_of(k, token, place, inside, k_t, k_h, h // G, K, columns)
+        qs = rows_of(q, token, place, inside, q_t, q_h, h // G, K, columns)
         pairs += tl.dot(qs, tl.trans(ks), input_precision=PRECISION)
         overlaps += tl.dot(ks, tl.trans(ks), input_precision=PRECISION)
     if DECAY == 1:
@@ -192,7 +201,7 @@ def prepare(
 @triton.jit(do_not_specialize=["H"])
 def prepare_channels(
     q, k, beta, c, systems, scores, queries, keys_in, keys_out, totals, start, end, scale, q_t, q_h, k_t, k_h, H, K,
-    G: tl.constexpr, C: tl.constexpr, B: tl.constexpr, PRECISION: tl.constexpr,
+    G: tl.constexpr, C: tl.constexpr, B: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """L and P with a decay per channel, whose sums are c [T, HV, K], and scale q e^c, k e^c, k e^{c_C - c}, e^{c_C}.
 
@@ -212,11 +221,11 @@ def prepare_channels(
     overlaps = tl.zeros([C, C], dtype=tl.float32)
     for i in range(tl.cdiv(K, B)):
         columns = i * B + tl.arange(0, B)
-        qs = rows_of(q, tokens, inside, q_t, q_h, h // G, K, columns).to(tl.float32)
-        ks = rows_of(k, tokens, inside, k_t, k_h, h // G, K, columns).to(tl.float32)
+        qs = rows_of(q, token, place, inside, q_t, q_h, h // G, K, columns).to(tl.float32)
+        ks = rows_of(k, token, place, inside, k_t, k_h, h // G, K, columns).to(tl.float32)
         sums = sums_at(c, token, place, last, stride, columns, K)
         total = tl.load(c + (token + last) * stride + columns, mask=columns < K, other=0.0)
-        places = (tokens[:, None] * H + h) * K + columns[None, :]
+        places = (token * H + h) * K + (place[:, None] * (H * K) + columns[None, :])
         mask = inside[:, None] & (columns < K)[None, :]
         since = tl.exp2(sums)
         tl.store(queries + places, (qs * (since * scale)).to(queries.dtype.element_ty), mask=mask)
@@ -226,14 +235,14 @@ def prepare_channels(
         for level in tl.static_range(3):
             weights = half_weights(sums, sums, c, token, place, last, stride, columns, K, 32 >> level)
             seen = half_pairs(place, 32 >> level)
-            weighted = ks * weights
-            pairs += only(seen, tl.dot(qs * weights, tl.trans(weighted), input_precision=PRECISION))
+            weighted = (ks * weights).to(OPERAND)
+            pairs += only(seen, tl.dot((qs * weights).to(OPERAND), tl.trans(weighted), input_precision=PRECISION))
             overlaps += only(seen, tl.dot(weighted, tl.trans(weighted), input_precision=PRECISION))
         middle = sums_at(c, token, place // BLOCK * BLOCK + MIDDLE, last, stride, columns, K)
         seen = block_pairs(place, False)
-        since, weighted = tl.exp2(sums - middle), ks * tl.exp2(middle - sums)
-        pairs += only(seen, tl.dot(qs * since, tl.trans(weighted), input_precision=PRECISION))
-        overlaps += only(seen, tl.dot(ks * since, tl.trans(weighted), input_precision=PRECISION))
+        since, weighted = tl.exp2(sums - middle), (ks * tl.exp2(middle - sums)).to(OPERAND)
+        pairs += only(seen, tl.dot((qs * since).to(OPERAND), tl.trans(weighted), input_precision=PRECISION))
+        overlaps += only(seen, tl.dot((ks * since).to(OPERAND), tl.trans(weighted), input_precision=PRECISION))
     betas = tl.load(beta + tokens * H + h, mask=inside, other=0.0)
     lower = tl.where(place[:, None] > place[None, :], overlaps * betas[:, None], 0.0)
     store_pairs(scores, pairs * scale, token, last, h, H, place, C)

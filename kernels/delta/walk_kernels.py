@@ -29,11 +29,10 @@ product is transposed, which Triton 3.4 to 3.7.0 miscompiles on Hopper GPUs
 import triton
 import triton.language as tl
 
-from torchlinearmoe.kernels.delta.solve_kernels import pairs_of
+from torchlinearmoe.kernels.delta.solve_kernels import pairs_of, rows_of
 from torchlinearmoe.kernels.linear.walk_kernels import (
     log_decays,
     passed_over,
-    rows_of,
     since_start,
     state_places,
     until_end,
@@ -76,35 +75,40 @@ def onward(
         n = tl.load(segment + m)
         begins = m == tl.load(first + n)
         if HAS_ENTER:
-            places, mask = state_places(n, begins, h, H, K, V, rows, columns, False)
-            fresh = tl.load(enter + places, mask=mask & (columns < width)[None, :], other=0.0)
-            state = tl.where(begins, fresh, state)
+            if begins:  # a load that a loop would make ahead takes shared memory
+                places, mask = state_places(n, True, h, H, K, V, rows, columns, False)
+                state = tl.load(enter + places, mask=mask & (columns < width)[None, :], other=0.0)
         else:
             state = tl.where(begins, 0.0, state)
-        tokens = tl.load(start + m).to(tl.int64) + place
+        token = tl.load(start + m).to(tl.int64)
+        tokens = token + place
         inside = tokens < tl.load(end + m)
-        erased = rows_of(erasing, tokens, inside, H * K, K, h, K, rows)
-        written = rows_of(writing, tokens, inside, H * V, V, h, width, columns)
+        erased = rows_of(erasing, token, place, inside, H * K, K, h, K, rows)
+        written = rows_of(writing, token, place, inside, H * V, V, h, width, columns)
         low = state.to(erased.dtype)
         written = (written - tl.dot(erased, low, input_precision=PRECISION)).to(erased.dtype)
         if DECAY == 1:
             c, resets, total, all_resets = log_decays(g, tokens, inside, h, H)
         there = inside[:, None] & (columns < V)[None, :]
         if WANT_Y:
-            qs = rows_of(q, tokens, inside, q_t, q_h, h // G, K, rows)
+            qs = rows_of(q, token, place, inside, q_t, q_h, h // G, K, rows)
             out = tl.dot(qs, low, input_precision=PRECISION)
             if DECAY == 1:
                 out *= (since_start(c, resets) * scale)[:, None]
             if DECAY == 0:
                 out *= scale
-            near = pairs_of(scores, tokens, inside, h, H, place, C, False)
+            near = pairs_of(scores, token, inside, h, H, place, C, False)
             out += tl.dot(near, written, input_precision=PRECISION)
-            tl.store(y + (tokens[:, None] * H + h) * V + columns[None, :], out.to(y.dtype.element_ty), mask=there)
+            tl.store(
+                y + (token * H + h) * V + (place[:, None] * (H * V) + columns[None, :]),
+                out.to(y.dtype.element_ty),
+                mask=there,
+            )
         if WANT_WRITES:
-            tl.store(writes + (tokens[:, None] * H + h) * V + columns[None, :], written, mask=there)
+            tl.store(writes + (token * H + h) * V + (place[:, None] * (H * V) + columns[None, :]), written, mask=there)
             places, mask = state_places(m, True, h, H, K, V, rows, columns, False)
             tl.store(states + places, low, mask=mask)
-        ks = rows_of(k, tokens, inside, k_t, k_h, h // G, K, rows)
+        ks = rows_of(k, token, place, inside, k_t, k_h, h // G, K, rows)
         if DECAY == 1:
             written = (written * until_end(c, resets, total, all_resets)[:, None]).to(ks.dtype)
             state = state * since_start(total, all_resets)
@@ -149,14 +153,16 @@ def back(
         n = tl.load(segment + m)
         ends = m + 1 == tl.load(first + n + 1)
         if HAS_ENTER:
-            places, mask = state_places(n, ends, h, H, K, V, rows, columns, False)
-            state = tl.where(ends, tl.load(enter + places, mask=mask, other=0.0), state)
+            if ends:
+                places, mask = state_places(n, True, h, H, K, V, rows, columns, False)
+                state = tl.load(enter + places, mask=mask, other=0.0)
         else:
             state = tl.where(ends, 0.0, state)
-        tokens = tl.load(start + m).to(tl.int64) + place
+        token = tl.load(start + m).to(tl.int64)
+        tokens = token + place
         inside = tokens < tl.load(end + m)
-        ks = rows_of(k, tokens, inside, k_t, k_h, h // G, K, rows)
-        dys = rows_of(dy, tokens, inside, y_t, y_h, h, V, columns)
+        ks = rows_of(k, token, place, inside, k_t, k_h, h // G, K, rows)
+        dys = rows_of(dy, token, place, inside, y_t, y_h, h, V, columns)
         low = state.to(ks.dtype)
         if not SUMMARY:
             places, mask = state_places(m, True, h, H, K, V, rows, columns, False)
@@ -165,11 +171,11 @@ def back(
         if DECAY == 1:
             c, resets, total, all_resets = log_decays(g, tokens, inside, h, H)
             change *= until_end(c, resets, total, all_resets)[:, None]
-        near = pairs_of(scores, tokens, inside, h, H, place, C, True)
+        near = pairs_of(scores, token, inside, h, H, place, C, True)
         change = tl.dot(near, dys, change, input_precision=PRECISION).to(dys.dtype)
         if not SUMMARY:
             there = inside[:, None] & (columns < V)[None, :]
-            tl.store(dwrites + (tokens[:, None] * H + h) * V + columns[None, :], change, mask=there)
+            tl.store(dwrites + (token * H + h) * V + (place[:, None] * (H * V) + columns[None, :]), change, mask=there)
         if DECAY == 1:
             dys = (dys * (since_start(c, resets) * scale)[:, None]).to(ks.dtype)
             state = state * since_start(total, all_resets)
@@ -177,8 +183,8 @@ def back(
             dys = (dys * scale).to(ks.dtype)
         if DECAY == 2:
             state = state * passed_over(totals, m, h, H, K, rows)[:, None]
-        qs = rows_of(q, tokens, inside, q_t, q_h, h // G, K, rows)
-        erased = rows_of(erasing, tokens, inside, H * K, K, h, K, rows)
+        qs = rows_of(q, token, place, inside, q_t, q_h, h // G, K, rows)
+        erased = rows_of(erasing, token, place, inside, H * K, K, h, K, rows)
         state += tl.dot(tl.trans(qs), dys, input_precision=PRECISION)
         state -= tl.dot(tl.trans(erased), change, input_precision=PRECISION)
         if WANT_LEAVE:
