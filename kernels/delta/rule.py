@@ -301,8 +301,8 @@ class _Call:
     def tiles(self) -> tuple[int, int]:
         """Rows and columns of a state that a program holds."""
         K, V = self.q.shape[2], self.v.shape[2]
-        wide = 32 if self.q.dtype == torch.float32 else COLUMNS if K <= 128 else 64
-        return self.tile(K, 256), self.tile(V, wide)
+        wide = 32 if K <= 128 else 16
+        return self.tile(K, 256), self.tile(V, wide if self.q.dtype == torch.float32 else COLUMNS if K <= 128 else 64)
 
     def tile(self, width: int, most: int) -> int:
         """Rows or columns that hold `width`: of 16 bits never fewer than 64, for a state of 64 x 32 that is added to
@@ -339,7 +339,7 @@ class _Call:
         )  # fmt: skip
         dtype = q.dtype if H == HV else torch.float32
         dq, dk = (torch.empty(T, HV, K, dtype=dtype, device=q.device) for _ in range(2))
-        BK, BV = tile(K, 32), self.tile(V, 64 if narrow else 32)
+        BK, BV = tile(K, 32 if narrow else 16), self.tile(V, 64 if narrow else 32)
         if narrow and self.decay < 2:
             BK = self.tile(K, GRADIENT_COLUMNS)
         tiles = -(-K // BK)
