@@ -1,7 +1,7 @@
 """Triton kernels of the delta rule's gradients, chunk by chunk, from what the walks of `walk_kernels` leave.
 
-With x what tokens write, r the gradient of their system's right side, E and R the states that enter a chunk and the
-gradient of the one that leaves it, the pairs inside a chunk have the gradients
+With x what tokens write, z its gradient, r = A^T z that of their system's right side, E and R the states that enter a
+chunk and the gradient of the one that leaves it, the pairs inside a chunk have, as x solves its system, the gradients
 
     dP = dy x^T  (s <= t)        dL = -r x^T  (s < t)
 
@@ -25,7 +25,7 @@ x, r: [T, HV, V]; states, dstates: [M, HV, K, V]; pairs [T, HV, C]; G = HV / H; 
 import triton
 import triton.language as tl
 
-from torchlinearmoe.kernels.delta.walk_kernels import pairs_of
+from torchlinearmoe.kernels.delta.solve_kernels import finely, pairs_of, rows_of
 from torchlinearmoe.kernels.linear.channel_kernels import (
     BLOCK,
     MIDDLE,
@@ -38,27 +38,27 @@ from torchlinearmoe.kernels.linear.channel_kernels import (
 from torchlinearmoe.kernels.linear.walk_kernels import (
     between,
     log_decays,
-    rows_of,
     since_start,
     state_places,
     until_end,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 def pair_gradients(
-    k, v, beta, g, scores, dy, writes, rights, dscores, dlower, dv, dbeta, dc, start, end, scale,
+    k, v, beta, g, inverses, scores, dy, writes, dwrites, rights, dscores, dlower, dv, dbeta, dc, start, end, scale,
     k_t, k_h, v_t, v_h, y_t, y_h, H, K, V,
     G: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dv, of dbeta and of the gradient of c what is in pairs, [T, HV], and what `gradients` multiplies by keys.
+    """r, dv, of dbeta and of the gradient of c what is in pairs, [T, HV], and what `gradients` multiplies by keys.
 
     dscores: scale dP, dlower: beta dL, with their weights; of DECAY 2, which has them in its sums, scale dP and dL, and
     dbeta and dc lack what is in pairs. Grid: M, HV; H: HV.
     """
     m, h = tl.program_id(0), tl.program_id(1)
     place = tl.arange(0, C)
-    tokens = tl.load(start + m).to(tl.int64) + place
+    token = tl.load(start + m).to(tl.int64)
+    tokens = token + place
     inside = tokens < tl.load(end + m)
     if tl.load(start + m) >= tl.load(end + m):
         return
@@ -66,17 +66,20 @@ def pair_gradients(
     dpairs = tl.zeros([C, C], dtype=tl.float32)
     dlow = tl.zeros([C, C], dtype=tl.float32)
     dbetas = tl.zeros([C], dtype=tl.float32)
+    inverse = pairs_of(inverses, token, inside, h, H, place, C, True)
     for i in range(tl.cdiv(V, BV)):
         columns = i * BV + tl.arange(0, BV)
-        xs = rows_of(writes, tokens, inside, H * V, V, h, V, columns)
-        rs = rows_of(rights, tokens, inside, H * V, V, h, V, columns)
-        dys = rows_of(dy, tokens, inside, y_t, y_h, h, V, columns)
+        xs = rows_of(writes, token, place, inside, H * V, V, h, V, columns)
+        dxs = rows_of(dwrites, token, place, inside, H * V, V, h, V, columns)
+        rs = finely(inverse, dxs, PRECISION).to(xs.dtype)
+        dys = rows_of(dy, token, place, inside, y_t, y_h, h, V, columns)
         dpairs += tl.dot(dys, tl.trans(xs), input_precision=PRECISION)
         dlow -= tl.dot(rs, tl.trans(xs), input_precision=PRECISION)
-        vs = rows_of(v, tokens, inside, v_t, v_h, h, V, columns).to(tl.float32)
+        vs = rows_of(v, token, place, inside, v_t, v_h, h, V, columns).to(tl.float32)
         dbetas += tl.sum(vs * rs, 1)
         there = inside[:, None] & (columns < V)[None, :]
-        places = (tokens[:, None] * H + h) * V + columns[None, :]
+        places = (token * H + h) * V + (place[:, None] * (H * V) + columns[None, :])
+        tl.store(rights + places, rs, mask=there)
         tl.store(dv + places, (rs * betas[:, None]).to(dv.dtype.element_ty), mask=there)
     dpairs = tl.where(place[:, None] >= place[None, :], dpairs, 0.0)
     dlow = tl.where(place[:, None] > place[None, :], dlow, 0.0)
@@ -84,13 +87,13 @@ def pair_gradients(
         overlaps = tl.zeros([C, C], dtype=tl.float32)
         for i in range(tl.cdiv(K, BK)):
             columns = i * BK + tl.arange(0, BK)
-            ks = rows_of(k, tokens, inside, k_t, k_h, h // G, K, columns)
+            ks = rows_of(k, token, place, inside, k_t, k_h, h // G, K, columns)
             overlaps += tl.dot(ks, tl.trans(ks), input_precision=PRECISION)
         if DECAY == 1:
             c, resets, _, _ = log_decays(g, tokens, inside, h, H)
             weights = between(c, resets, C, False)
             dlow *= weights
-            both = dpairs * pairs_of(scores, tokens, inside, h, H, place, C, False)
+            both = dpairs * pairs_of(scores, token, inside, h, H, place, C, False)
             dpairs *= weights
         overlaps *= dlow
         dbetas += tl.sum(overlaps, 1)
@@ -98,13 +101,13 @@ def pair_gradients(
         if DECAY == 1:
             both += overlaps * betas[:, None]
             tl.store(dc + tokens * H + h, tl.sum(both, 1) - tl.sum(both, 0), mask=inside)
-    places = (tokens[:, None] * H + h) * C + place[None, :]
+    places = (token * H + h) * C + (place[:, None] * (H * C) + place[None, :])
     tl.store(dscores + places, (dpairs * scale).to(dscores.dtype.element_ty), mask=inside[:, None])
     tl.store(dlower + places, dlow.to(dlower.dtype.element_ty), mask=inside[:, None])
     tl.store(dbeta + tokens * H + h, dbetas, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "T", "M"])
 def gradients(
     q, k, beta, g, dscores, dlower, dy, writes, rights, states, dstates, dq, dk, dbeta, read, late, left, start, end,
     scale, q_t, q_h, k_t, k_h, y_t, y_h, H, K, V, T, M,
@@ -116,7 +119,8 @@ def gradients(
     tile, m, h = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     columns = tile * BK + tl.arange(0, BK)
     place = tl.arange(0, C)
-    tokens = tl.load(start + m).to(tl.int64) + place
+    token = tl.load(start + m).to(tl.int64)
+    tokens = token + place
     inside = tokens < tl.load(end + m)
     if tl.load(start + m) >= tl.load(end + m):
         if DECAY == 1:
@@ -131,11 +135,11 @@ def gradients(
         places, mask = state_places(m, True, h, H, K, V, columns, columns_v, False)
         state = tl.load(states + places, mask=mask, other=0.0)
         dstate = tl.load(dstates + places, mask=mask, other=0.0)
-        dys = rows_of(dy, tokens, inside, y_t, y_h, h, V, columns_v)
+        dys = rows_of(dy, token, place, inside, y_t, y_h, h, V, columns_v)
         reads += tl.dot(dys, tl.trans(state), input_precision=PRECISION)
-        rs = rows_of(rights, tokens, inside, H * V, V, h, V, columns_v)
+        rs = rows_of(rights, token, place, inside, H * V, V, h, V, columns_v)
         erases -= tl.dot(rs, tl.trans(state), input_precision=PRECISION)
-        xs = rows_of(writes, tokens, inside, H * V, V, h, V, columns_v)
+        xs = rows_of(writes, token, place, inside, H * V, V, h, V, columns_v)
         leaves += tl.dot(xs, tl.trans(dstate), input_precision=PRECISION)
         if DECAY == 1:
             product += tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
@@ -148,29 +152,29 @@ def gradients(
         leaves *= until_end(c, resets, total, all_resets)[:, None]
         tl.store(left + (tile * M + m) * H + h, product * since_start(total, all_resets))
     betas = tl.load(beta + tokens * H + h, mask=inside, other=0.0)
-    qs = rows_of(q, tokens, inside, q_t, q_h, h // G, K, columns)
-    ks = rows_of(k, tokens, inside, k_t, k_h, h // G, K, columns)
+    qs = rows_of(q, token, place, inside, q_t, q_h, h // G, K, columns)
+    ks = rows_of(k, token, place, inside, k_t, k_h, h // G, K, columns)
     dbetas = tl.sum(erases * ks, 1)
     sums = (tile * T + tokens) * H + h
     tl.store(dbeta + sums, dbetas, mask=inside)
     if DECAY == 1:
         tl.store(read + sums, tl.sum(reads * qs, 1) + betas * dbetas, mask=inside)
         tl.store(late + sums, tl.sum(leaves * ks, 1), mask=inside)
-    dpairs = pairs_of(dscores, tokens, inside, h, H, place, C, False)
+    dpairs = pairs_of(dscores, token, inside, h, H, place, C, False)
     reads += tl.dot(dpairs, ks, input_precision=PRECISION)
-    places = (tokens[:, None] * H + h) * K + columns[None, :]
+    places = (token * H + h) * K + (place[:, None] * (H * K) + columns[None, :])
     mask = inside[:, None] & (columns < K)[None, :]
     tl.store(dq + places, reads.to(dq.dtype.element_ty), mask=mask)
     leaves += erases * betas[:, None]
-    dpairs = pairs_of(dscores, tokens, inside, h, H, place, C, True)
+    dpairs = pairs_of(dscores, token, inside, h, H, place, C, True)
     leaves += tl.dot(dpairs, qs, input_precision=PRECISION)
-    dlow = pairs_of(dlower, tokens, inside, h, H, place, C, False)
-    dlow += pairs_of(dlower, tokens, inside, h, H, place, C, True)
+    dlow = pairs_of(dlower, token, inside, h, H, place, C, False)
+    dlow += pairs_of(dlower, token, inside, h, H, place, C, True)
     leaves += tl.dot(dlow, ks, input_precision=PRECISION)
     tl.store(dk + places, leaves.to(dk.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "H", "T", "M"])
 def decay_gradients(dc, read, late, left, dg, start, end, tiles, H, T, M, C: tl.constexpr):
     """dg [T, HV] of DECAY 1. Grid: M, HV; H: HV."""
     m, h = tl.program_id(0), tl.program_id(1)
@@ -188,11 +192,12 @@ def decay_gradients(dc, read, late, left, dg, start, end, tiles, H, T, M, C: tl.
     tl.store(dg + tokens * H + h, later + tl.cumsum(before, 0) - before + passing, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "T"])
 def channel_gradients(
     q, k, beta, c, dscores, dlower, dy, writes, rights, states, dstates, dq, dk, dg, dbeta, start, end,
     scale, q_t, q_h, k_t, k_h, y_t, y_h, H, K, V, T,
-    G: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    G: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, dk, dg [T, HV, K] and what is missing of dbeta, [tiles, T, HV], of DECAY 2.
 
@@ -218,16 +223,16 @@ def channel_gradients(
         places, mask = state_places(m, True, h, H, K, V, columns, columns_v, False)
         state = tl.load(states + places, mask=mask, other=0.0)
         dstate = tl.load(dstates + places, mask=mask, other=0.0)
-        dys = rows_of(dy, tokens, inside, y_t, y_h, h, V, columns_v)
+        dys = rows_of(dy, token, place, inside, y_t, y_h, h, V, columns_v)
         reads += tl.dot(dys, tl.trans(state), input_precision=PRECISION)
-        rs = rows_of(rights, tokens, inside, H * V, V, h, V, columns_v)
+        rs = rows_of(rights, token, place, inside, H * V, V, h, V, columns_v)
         erases -= tl.dot(rs, tl.trans(state), input_precision=PRECISION)
-        xs = rows_of(writes, tokens, inside, H * V, V, h, V, columns_v)
+        xs = rows_of(writes, token, place, inside, H * V, V, h, V, columns_v)
         leaves += tl.dot(xs, tl.trans(dstate), input_precision=PRECISION)
         passing += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
     betas = tl.load(beta + tokens * H + h, mask=inside, other=0.0)
-    qs = rows_of(q, tokens, inside, q_t, q_h, h // G, K, columns).to(tl.float32)
-    ks = rows_of(k, tokens, inside, k_t, k_h, h // G, K, columns).to(tl.float32)
+    qs = rows_of(q, token, place, inside, q_t, q_h, h // G, K, columns).to(tl.float32)
+    ks = rows_of(k, token, place, inside, k_t, k_h, h // G, K, columns).to(tl.float32)
     sums = sums_at(c, token, place, last, stride, columns, K)
     total = tl.load(c + (token + last) * stride + columns, mask=columns < K, other=0.0)
     since = tl.exp2(sums)
@@ -238,34 +243,32 @@ def channel_gradients(
     late = leaves * ks
     passing *= tl.exp2(total)
     # Of the pairs: dqs of their queries, dks of keys that read, dread of keys that are read.
-    dpairs = pairs_of(dscores, tokens, inside, h, H, place, C, False)
-    dlow = pairs_of(dlower, tokens, inside, h, H, place, C, False)
-    dpairs_t = pairs_of(dscores, tokens, inside, h, H, place, C, True)
-    dlow_t = pairs_of(dlower, tokens, inside, h, H, place, C, True)
+    dpairs = pairs_of(dscores, token, inside, h, H, place, C, False).to(OPERAND)
+    dlow = pairs_of(dlower, token, inside, h, H, place, C, False).to(OPERAND)
     middle = sums_at(c, token, place // BLOCK * BLOCK + MIDDLE, last, stride, columns, K)
     since, until = tl.exp2(sums - middle), tl.exp2(middle - sums)
     seen = block_pairs(place, False)
-    seen_t = (place[:, None] // BLOCK == place[None, :] // BLOCK) & (place[:, None] <= place[None, :])
-    weighted = ks * until
-    dqs = since * tl.dot(only(seen, dpairs).to(tl.float32), weighted, input_precision=PRECISION)
-    dks = since * tl.dot(only(seen, dlow).to(tl.float32), weighted, input_precision=PRECISION)
-    part = tl.dot(only(seen_t, dpairs_t).to(tl.float32), qs * since, input_precision=PRECISION)
-    weighted = ks * since * betas[:, None]
-    dread = until * tl.dot(only(seen_t, dlow_t).to(tl.float32), weighted, part, input_precision=PRECISION)
+    near, below = only(seen, dpairs), only(seen, dlow)
+    weighted = (ks * until).to(OPERAND)
+    dqs = since * tl.dot(near, weighted, input_precision=PRECISION)
+    dks = since * tl.dot(below, weighted, input_precision=PRECISION)
+    part = tl.dot(tl.trans(near), (qs * since).to(OPERAND), input_precision=PRECISION)
+    weighted = (ks * since * betas[:, None]).to(OPERAND)
+    dread = until * tl.dot(tl.trans(below), weighted, part, input_precision=PRECISION)
     for level in tl.static_range(3):
         weights = half_weights(sums, sums, c, token, place, last, stride, columns, K, 32 >> level)
         seen = half_pairs(place, 32 >> level)
-        half, later = place // (64 >> level), place % (64 >> level) >= (32 >> level)
-        seen_t = tl.where(later, -1, half)[:, None] == tl.where(later, half, -2)[None, :]
+        near, below = only(seen, dpairs), only(seen, dlow)
         weighted = ks * weights
-        dqs += weights * tl.dot(only(seen, dpairs).to(tl.float32), weighted, input_precision=PRECISION)
-        dks += weights * tl.dot(only(seen, dlow).to(tl.float32), weighted, input_precision=PRECISION)
-        part = tl.dot(only(seen_t, dpairs_t).to(tl.float32), qs * weights, input_precision=PRECISION)
-        weighted *= betas[:, None]
-        dread += weights * tl.dot(only(seen_t, dlow_t).to(tl.float32), weighted, part, input_precision=PRECISION)
+        low = weighted.to(OPERAND)
+        dqs += weights * tl.dot(near, low, input_precision=PRECISION)
+        dks += weights * tl.dot(below, low, input_precision=PRECISION)
+        part = tl.dot(tl.trans(near), (qs * weights).to(OPERAND), input_precision=PRECISION)
+        low = (weighted * betas[:, None]).to(OPERAND)
+        dread += weights * tl.dot(tl.trans(below), low, part, input_precision=PRECISION)
     read += qs * dqs + ks * (dks * betas[:, None] - dread)
     tl.store(dbeta + (tile * T + tokens) * H + h, tl.sum(ks * (erases + dks), 1), mask=inside)
-    places = (tokens[:, None] * H + h) * K + columns[None, :]
+    places = (token * H + h) * K + (place[:, None] * (H * K) + columns[None, :])
     mask = inside[:, None] & (columns < K)[None, :]
     tl.store(dq + places, (reads + dqs).to(dq.dtype.element_ty), mask=mask)
     tl.store(dk + places, (leaves + dread + (erases + dks) * betas[:, None]).to(dk.dtype.element_ty), mask=mask)

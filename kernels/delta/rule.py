@@ -1,17 +1,17 @@
 """The delta rule by our Triton kernels, as two operators of torch.library.
 
-    prepare     the inverse A of each chunk's system, and scores P: nothing that depends on states
+    prepare     scores P, the inverse A of each chunk's system, its products W and U: nothing that depends on states
     walk        from the states that enter stretches, which are joined from summaries where there are several
-    gradients   A, P again; the walk again, for what tokens write and the states; the walk back; then all chunks at once
+    gradients   all of that again, for what tokens write and the states; the walk back; then all chunks at once
 
 Kept for the backward pass: the inputs, and of every 16 or 32 chunks the state that enters and the transition, [K, V]
-and [K, K]. All else lives within one pass: A, P, and of the backward pass a state a chunk and its gradient, in the type
-of the inputs. Products take that type (float32 as three of TF32) and add up in float32; A is float32 and multiplies as
-two numbers of 16 bits. What an operator has not got is an empty tensor.
+and [K, K]. All else lives within one pass: A, P, W, U, and of the backward pass a state a chunk and its gradient, in
+the type of the inputs. Products take that type (float32 as three of TF32) and add up in float32; A is float32 and
+multiplies as two numbers of 16 bits. What an operator has not got is an empty tensor.
 
-Budget a token and value head of K = V = 128, in bfloat16: forward about 5 KB read and written and 0.4 MFLOP, of which
-the summaries are half; backward 13 KB and 0.9 MFLOP. Dependent steps: three products for each chunk of a stretch, one
-for each stretch.
+Budget a token and value head of K = V = 128, in bfloat16: forward about 5.5 KB read and written and 0.34 MFLOP, of
+which summaries are a third; backward 13 KB and 0.7 MFLOP. Dependent steps: two products for each chunk of a stretch,
+one for each stretch.
 
 Legend: T tokens, H query/key heads, HV value heads, K/V key/value head dim, N segments, M places for chunks, S
 stretches, C tokens of a chunk.
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from torchlinearmoe.kernels.chunk_table import CHUNK
-from torchlinearmoe.kernels.linear.per_channel import cumulated
+from torchlinearmoe.kernels.linear.per_channel import cumulated, operand
 from torchlinearmoe.kernels.linear.walk import (
     Stream,
     contiguous,
@@ -41,6 +41,13 @@ from torchlinearmoe.kernels.linear.walk import (
     strides,
     tile,
 )
+
+COLUMNS = 128
+"""Of a state of 16 bits: as many as a walk's program holds at most."""
+WALK_WARPS, WALK_STAGES = 8, 2
+JOIN_COLUMNS, JOIN_WARPS, JOIN_STAGES = 16, 8, 2
+SPREAD_WARPS, PAIR_WARPS, GRADIENT_WARPS, CHANNEL_WARPS = 4, 4, 4, 8
+GRADIENT_COLUMNS = 64
 
 
 @torch.library.custom_op("torchlinearmoe::delta_rule", mutates_args=())
@@ -98,13 +105,13 @@ def delta_rule_backward(
     made, do = call.prepared(), rows_ready(do)
     initial, dfinal = contiguous(initial), contiguous(dfinal)
     (_, HV, V), K, M = v.shape, q.shape[2], start.shape[0]
-    writes, rights = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for _ in range(2))
+    writes, dwrites = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for _ in range(2))
     inner, dinner = (q.new_empty(M, HV, K, V) for _ in range(2))
     call.onward(made, states if call.cut else None, initial, writes=writes, states=inner)
     dstates = call.summaries_back(made, do, transitions, dfinal) if call.cut else None
     dinitial = None if initial is None else left_states(dfinal, tuple(initial.shape), q)
-    call.back(made, do, dstates, dfinal, leave=dinitial, rights=rights, states=dinner)
-    dq, dk, dv, dbeta, dg = call.gradients(made, do, writes, rights, inner, dinner)
+    call.back(made, do, dstates, dfinal, leave=dinitial, dwrites=dwrites, states=dinner)
+    dq, dk, dv, dbeta, dg = call.gradients(made, do, writes, dwrites, inner, dinner)
     return dq, dk, dv, dbeta, or_nothing(dg, q), or_nothing(dinitial, q)
 
 
@@ -119,9 +126,11 @@ class _Made:
     queries: Tensor
     """[T, H, K], or of a decay per channel scale q e^c, [T, HV, K]."""
     keys: Tensor
-    """The same of keys: k, or k e^c."""
-    keys_out: Tensor
     """k, or k e^{c_C - c}."""
+    erasing: Tensor
+    """W: [T, HV, K]."""
+    writing: Tensor
+    """U: [T, HV, V]."""
     sums: Tensor | None = None
     """c: [T, HV, K], of a decay per channel."""
     totals: Tensor | None = None
@@ -159,32 +168,45 @@ class _Call:
         return self.stream.stretches > 1
 
     def prepared(self) -> _Made:
-        """A, P, and of a decay per channel what it makes of queries and keys."""
+        """A, P, W, U, and of a decay per channel what it makes of queries and keys."""
         q, k, stream = self.q, self.k, self.stream
         (T, HV, _), K, M = self.v.shape, q.shape[2], stream.places
         inverses, scores = q.new_empty(T, HV, CHUNK, dtype=torch.float32), q.new_empty(T, HV, CHUNK)
-        grid = M, HV
-        invert = functools.partial(
-            solve_kernels().invert[grid], inverses, stream.start, stream.end, HV, C=CHUNK, num_warps=4
-        )
         shared = stream.start, stream.end, self.scale, *strides(q), *strides(k), HV, K
         if self.decay < 2:
-            solve_kernels().prepare[grid](
-                q, k, self.beta, given(self.g, q), inverses, scores, *shared, G=self.groups, C=CHUNK, B=tile(K, 64),
-                DECAY=self.decay, PRECISION=precision(q), num_warps=4, num_stages=_stages(q),
+            solve_kernels().prepare[M, HV](
+                q, k, self.beta, given(self.g, q), inverses, scores, *shared, G=self.groups, C=CHUNK,
+                B=self.tile(K, 64), DECAY=self.decay, PRECISION=precision(q), num_warps=4, num_stages=_stages(q),
             )  # fmt: skip
-            invert()
-            return _Made(inverses, scores, q, k, k)
+            return self._solved(inverses, scores, q, k, k)
         assert self.g is not None
         sums = cumulated(self.g, stream)
-        queries, keys, keys_out = (q.new_empty(T, HV, K) for _ in range(3))
+        queries, keys_in, keys = (q.new_empty(T, HV, K) for _ in range(3))
         totals = q.new_empty(M, HV, K, dtype=torch.float32)
-        solve_kernels().prepare_channels[grid](
-            q, k, self.beta, sums, inverses, scores, queries, keys, keys_out, totals, *shared, G=self.groups, C=CHUNK,
-            B=tile(K, 32), PRECISION=precision(q), num_warps=8, num_stages=1,
+        solve_kernels().prepare_channels[M, HV](
+            q, k, self.beta, sums, inverses, scores, queries, keys_in, keys, totals, *shared, G=self.groups, C=CHUNK,
+            B=tile(K, 32), OPERAND=operand(q), PRECISION=precision(q), num_warps=CHANNEL_WARPS, num_stages=1,
         )  # fmt: skip
-        invert()
-        return _Made(inverses, scores, queries, keys, keys_out, sums, totals)
+        return self._solved(inverses, scores, queries, keys_in, keys, sums, totals)
+
+    def _solved(
+        self, inverses: Tensor, scores: Tensor, queries: Tensor, keys_in: Tensor, keys: Tensor, *more: Tensor
+    ) -> _Made:
+        """inverses: L, which becomes A."""
+        v, stream = self.v, self.stream
+        (T, HV, V), K = v.shape, keys_in.shape[2]
+        grid = stream.places, HV
+        solve_kernels().invert[grid](
+            inverses, stream.start, stream.end, HV, C=CHUNK, DOUBLE=v.dtype == torch.float32, num_warps=1, num_stages=1
+        )
+        erasing, writing = v.new_empty(T, HV, K), v.new_empty(T, HV, V)
+        solve_kernels().spread[grid](
+            inverses, keys_in, v, self.beta, given(self.g, v), erasing, writing, stream.start, stream.end,
+            *strides(keys_in), *strides(v), HV, K, V, G=self.groups if self.decay < 2 else 1, C=CHUNK,
+            BK=self.tile(K, 64), BV=self.tile(V, 64), DECAY=self.decay, PRECISION=precision(v), num_warps=SPREAD_WARPS,
+            num_stages=_stages(v),
+        )  # fmt: skip
+        return _Made(inverses, scores, queries, keys, erasing, writing, *more)
 
     def summaries(self, made: _Made, initial: Tensor | None) -> tuple[Tensor, Tensor]:
         """The states that enter stretches, [S, HV, K, V], and their transitions, [S, HV, K, K]."""
@@ -226,11 +248,11 @@ class _Call:
         dfinal: Tensor | None,
         *,
         leave: Tensor | None,
-        rights: Tensor,
+        dwrites: Tensor,
         states: Tensor,
     ) -> None:
-        """Fill the gradients of right sides and of the states that leave chunks."""
-        self._walk(made, dy, entered, dfinal, leave=leave, writes=rights, inner=states)
+        """Fill the gradients of what tokens write and of the states that leave chunks."""
+        self._walk(made, dy, entered, dfinal, leave=leave, writes=dwrites, inner=states)
 
     def _walk(
         self,
@@ -246,78 +268,87 @@ class _Call:
         transitions: Tensor | None = None,
     ) -> None:
         """One walk, back where dy is given; a summary where nothing is to be filled."""
-        v = self.v if dy is None else dy
         HV, V = self.v.shape[1:]
         K, stream, any_ = self.q.shape[2], self.stream, self.q
         summary = y is None and writes is None
         BK, BV = self.tiles()
         columns = -(-V // BV) + (-(-K // BV) if transitions is not None else 0)
+        keys = made.queries, made.keys, made.erasing
         inputs = (
-            made.queries, made.keys, made.keys_out, v, self.beta, given(self.g, any_), given(made.totals, any_),
-            made.inverses, made.scores, given(entered, any_), given(enter, any_), given(leave, any_),
+            given(self.g, any_), given(made.totals, any_), made.scores, given(entered, any_), given(enter, any_),
+            given(leave, any_),
         )  # fmt: skip
-        where = (
-            *stream.tensors, stream.segments, self.scale, *strides(made.queries), *strides(made.keys), *strides(v),
-            HV, K, V,
-        )  # fmt: skip
+        where = *stream.tensors, stream.segments, self.scale, *strides(made.queries), *strides(made.keys)
         chosen: dict[str, Any] = {
             "G": self.groups if self.decay < 2 else 1, "GROUP": stream.group, "C": CHUNK, "BK": BK, "BV": BV,
             "DECAY": self.decay, "HAS_ENTERED": entered is not None and not summary,
             "HAS_ENTER": enter is not None, "WANT_LEAVE": leave is not None, "SUMMARY": summary,
-            "PRECISION": precision(self.q), "num_warps": 8 if BK >= 128 else 4,
-            "num_stages": _stages(self.q) if _room() >= 180_000 else 1,
+            "PRECISION": precision(self.q), "num_warps": WALK_WARPS if BK >= 128 else 4,
+            "num_stages": min(WALK_STAGES, _stages(self.q)) if _room() >= 220_000 and K <= 128 else 1,
         }  # fmt: skip
         grid = columns, HV, stream.stretches
         if dy is None:
             walk_kernels().onward[grid](
-                *inputs, given(y, any_), given(writes, any_), given(inner, any_), given(transitions, any_), *where,
-                **chosen, WANT_Y=y is not None, WANT_WRITES=writes is not None,
+                *keys, made.writing, *inputs, given(y, any_), given(writes, any_), given(inner, any_),
+                given(transitions, any_), *where, HV, K, V, **chosen, WANT_Y=y is not None,
+                WANT_WRITES=writes is not None,
             )  # fmt: skip
         else:
-            walk_kernels().back[grid](*inputs, given(writes, any_), given(inner, any_), *where, **chosen)
+            walk_kernels().back[grid](
+                *keys, dy, *inputs, given(writes, any_), given(inner, any_), *where, *strides(dy), HV, K, V, **chosen
+            )
 
     def tiles(self) -> tuple[int, int]:
         """Rows and columns of a state that a program holds."""
         K, V = self.q.shape[2], self.v.shape[2]
-        wide = self.q.dtype == torch.float32 or K > 128
-        return tile(K, 256), tile(V, 32 if wide else 64)
+        wide = 32 if K <= 128 else 16
+        return self.tile(K, 256), self.tile(V, wide if self.q.dtype == torch.float32 else COLUMNS if K <= 128 else 64)
+
+    def tile(self, width: int, most: int) -> int:
+        """Rows or columns that hold `width`: of 16 bits never fewer than 64, for a state of 64 x 32 that is added to
+        and multiplied in 16 bits came out wrong on Hopper with Triton 3.6."""
+        return tile(width, most) if self.q.dtype == torch.float32 else max(64, tile(width, most))
 
     def _join(self, states: Tensor, transitions: Tensor, *, reverse: bool) -> None:
         S, HV, K, V = states.shape
-        BV = tile(V, 16)
+        BV = tile(V, JOIN_COLUMNS)
         stream = self.stream
         walk_kernels().join[-(-V // BV), HV](
             states, transitions, stream.segment, stream.first, stream.segments, S, HV, K, V, GROUP=stream.group,
-            BK=tile(K, 256), BV=BV, B=tile(K, 32), REVERSE=reverse, num_warps=8, num_stages=1,
+            BK=tile(K, 256), BV=BV, B=128 if K <= 128 else 32, REVERSE=reverse, num_warps=JOIN_WARPS,
+            num_stages=JOIN_STAGES if K <= 128 and _room() >= 180_000 else 1,
         )  # fmt: skip
 
     def gradients(
-        self, made: _Made, dy: Tensor, writes: Tensor, rights: Tensor, states: Tensor, dstates: Tensor
+        self, made: _Made, dy: Tensor, writes: Tensor, dwrites: Tensor, states: Tensor, dstates: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Of q, k, v, beta and g."""
         q, k, v, stream = self.q, self.k, self.v, self.stream
         (T, HV, V), (_, H, K), M = v.shape, q.shape, stream.places
         dscores, dlower = (torch.empty_like(made.scores) for _ in range(2))
-        dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        dv, rights = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for _ in range(2))
         dbeta = q.new_empty(T, HV, dtype=torch.float32)
         dc = torch.empty_like(dbeta) if self.decay == 1 else None
         narrow = q.dtype != torch.float32
         gradient_kernels().pair_gradients[M, HV](
-            k, v, self.beta, given(self.g, q), made.scores, dy, writes, rights, dscores, dlower, dv, dbeta,
-            given(dc, q), stream.start, stream.end, self.scale, *strides(k), *strides(v), *strides(dy), HV, K, V,
-            G=self.groups, C=CHUNK, BK=tile(K, 64 if narrow else 32), BV=tile(V, 64 if narrow else 32),
-            DECAY=self.decay, PRECISION=precision(q), num_warps=4, num_stages=_stages(q),
+            k, v, self.beta, given(self.g, q), made.inverses, made.scores, dy, writes, dwrites, rights, dscores,
+            dlower, dv, dbeta, given(dc, q), stream.start, stream.end, self.scale, *strides(k), *strides(v),
+            *strides(dy), HV, K, V,
+            G=self.groups, C=CHUNK, BK=self.tile(K, 64 if narrow else 32), BV=self.tile(V, 64 if narrow else 32),
+            DECAY=self.decay, PRECISION=precision(q), num_warps=PAIR_WARPS, num_stages=_stages(q),
         )  # fmt: skip
         dtype = q.dtype if H == HV else torch.float32
         dq, dk = (torch.empty(T, HV, K, dtype=dtype, device=q.device) for _ in range(2))
-        BK, BV = tile(K, 64 if narrow and self.decay < 2 else 32), tile(V, 64 if narrow else 32)
+        BK, BV = tile(K, 32 if narrow else 16), self.tile(V, 64 if narrow else 32)
+        if narrow and self.decay < 2:
+            BK = self.tile(K, GRADIENT_COLUMNS)
         tiles = -(-K // BK)
         more = dbeta.new_empty(tiles, T, HV)
         shared = (
             stream.start, stream.end, self.scale, *strides(q), *strides(k), *strides(dy), HV, K, V, T,
         )  # fmt: skip
         chosen: dict[str, Any] = {
-            "G": self.groups, "C": CHUNK, "BK": BK, "BV": BV, "PRECISION": precision(q), "num_warps": 4,
+            "G": self.groups, "C": CHUNK, "BK": BK, "BV": BV, "PRECISION": precision(q), "num_warps": GRADIENT_WARPS,
         }  # fmt: skip
         dg = None
         if self.decay == 2:
@@ -325,7 +356,7 @@ class _Call:
             dg = torch.empty_like(made.sums)
             gradient_kernels().channel_gradients[tiles, M, HV](
                 q, k, self.beta, made.sums, dscores, dlower, dy, writes, rights, states, dstates, dq, dk, dg, more,
-                *shared, **chosen | {"num_warps": 8}, num_stages=1,
+                *shared, **chosen | {"num_warps": CHANNEL_WARPS}, OPERAND=operand(q), num_stages=1,
             )  # fmt: skip
         else:
             read, late, left = None, None, None

@@ -4,17 +4,18 @@ With the state E that enters a chunk and c_t the sum of its log decays up to and
 
     x_t = beta_t (v_t - e^{c_t} E^T k_t) - sum over s < t of L_ts x_s        L_ts = beta_t e^{c_t - c_s} k_t . k_s
 
-so x = A beta (v - (k e^c) E) with A = (I + L)^-1, which knows nothing of states: all chunks are inverted at once, and
-the walk that follows multiplies. A is made in float32, L too, for rounded to 16 bits they are most of the error where
-keys are alike and beta nears 2: diagonal blocks of 16 row by row, and two merges,
+so x = U - W E with U = A beta v, W = A beta (k e^c) and A = (I + L)^-1, which know nothing of states: all chunks are
+solved at once, and the walk that follows multiplies. A is made in float32, L too, for rounded to 16 bits they are most
+of the error where keys are alike and beta nears 2: diagonal blocks of 16 row by row, and two rounds of merges,
 
-    [ T1        ]                               with T the inverse of the blocks and M what lies between
-    [ -T2 M T1   T2 ] = T - T M T               two of them, on all of the chunk at once
+    [ T1        ]
+    [ -T2 M T1   T2 ]        with T1, T2 the inverses of two blocks and M what lies between
 
 Beside them scores P_ts = scale * e^{c_t - c_s} q_t . k_s, s <= t. With a decay per channel the decays are inside the
 sums over channels and pairs are split by halving, as `linear/channel_kernels.py` says.
 
-q, k: [T, H, K]; L and A (float32), P: [T, HV, C], by the place in the chunk; G = HV / H; beta: [T, HV].
+q, k: [T, H, K]; W: [T, HV, K]; U: [T, HV, V]; L and A (float32), P: [T, HV, C], by the place in the chunk; beta:
+[T, HV]; G = HV / H.
 """
 
 # pyright: basic, reportIndexIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
@@ -31,17 +32,67 @@ from torchlinearmoe.kernels.linear.channel_kernels import (
     only,
     sums_at,
 )
-from torchlinearmoe.kernels.linear.walk_kernels import between, log_decays, rows_of
+from torchlinearmoe.kernels.linear.walk_kernels import between, log_decays, since_start
 
 SMALL = tl.constexpr(16)
 
 
 @triton.jit
-def invert(lower, start, end, H, C: tl.constexpr):
-    """L becomes A, in place. Grid: M, HV; H: HV.
+def rows_of(x, token, place, inside, stride_t, stride_h, h, width, columns):
+    """[C, B] of x [T, H, width]; places are numbers of 32 bits, for 64 take twice the registers."""
+    x += token * stride_t + h * stride_h
+    mask = inside[:, None] & (columns < width)[None, :]
+    return tl.load(x + (place[:, None] * stride_t + columns[None, :]), mask=mask, other=0.0)
 
-    In a kernel of its own, and with the blocks handed on through memory, because the products of three parts need all
-    registers.
+
+@triton.jit
+def pairs_of(x, token, inside, h, H, place, C: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """[t, s] of x [T, HV, C], or [s, t]."""
+    x += (token * H + h) * C
+    if TRANSPOSED:
+        return tl.load(x + (place[None, :] * (H * C) + place[:, None]), mask=inside[None, :], other=0.0)
+    return tl.load(x + (place[:, None] * (H * C) + place[None, :]), mask=inside[:, None], other=0.0)
+
+
+@triton.jit
+def finely(a, b, PRECISION: tl.constexpr):
+    """a b of a float32 a; of 16 bits b it is the sum of a's upper and lower 16 bits by b."""
+    if b.dtype == tl.float32:
+        return tl.dot(a, b, input_precision=PRECISION)
+    upper = a.to(b.dtype)
+    lower = (a - upper.to(tl.float32)).to(b.dtype)
+    return tl.dot(lower, b, tl.dot(upper, b))
+
+
+@triton.jit
+def _block(x, stride, last, row, column, B: tl.constexpr):
+    """Places of B x B of one chunk's pairs, and which are there."""
+    place = tl.arange(0, B)
+    rows = row + place[:, None]
+    return x + rows * stride + column + place[None, :], (rows <= last) & (place[None, :] >= 0)
+
+
+@triton.jit
+def _merge(x, stride, last, corner, B: tl.constexpr, DOUBLE: tl.constexpr):
+    """Of 2 B x 2 B at a corner of the diagonal, whose blocks of B are inverted, what lies below them."""
+    at, there = _block(x, stride, last, corner + B, corner, B)
+    between = tl.load(at, mask=there, other=0.0)
+    of, inside = _block(x, stride, last, corner, corner, B)
+    first = tl.load(of, mask=inside, other=0.0)
+    of, inside = _block(x, stride, last, corner + B, corner + B, B)
+    second = tl.load(of, mask=inside, other=0.0)
+    if DOUBLE:
+        found = tl.dot(second.to(tl.float64), tl.dot(between.to(tl.float64), first.to(tl.float64))).to(tl.float32)
+    else:
+        found = tl.dot(second, tl.dot(between, first, input_precision="tf32x3"), input_precision="tf32x3")
+    tl.store(at, -found, mask=there)
+
+
+@triton.jit(do_not_specialize=["H"])
+def invert(lower, start, end, H, C: tl.constexpr, DOUBLE: tl.constexpr):
+    """L becomes A, in place; of float32 inputs its products are made in float64. Grid: M, HV; H: HV.
+
+    One warp a program, so that no warp waits for another; blocks are handed on through memory.
     """
     m, h = tl.program_id(0), tl.program_id(1)
     token = tl.load(start + m).to(tl.int64)
@@ -62,16 +113,46 @@ def invert(lower, start, end, H, C: tl.constexpr):
         inverse = tl.where(row == i, inverse - earlier[:, None, :], inverse)
     tl.store(lower + places, inverse, mask=inside)
     tl.debug_barrier()
+    for pair in tl.static_range(C // (2 * SMALL)):
+        _merge(lower, H * C, last, 2 * SMALL * pair, SMALL, DOUBLE)
+    tl.debug_barrier()
+    _merge(lower, H * C, last, 0, 2 * SMALL, DOUBLE)
+
+
+@triton.jit(do_not_specialize=["H"])
+def spread(
+    inverses, k, v, beta, g, erasing, writing, start, end, k_t, k_h, v_t, v_h, H, K, V,
+    G: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """W = A beta k e^c [T, HV, K] and U = A beta v [T, HV, V]. Grid: M, HV; H: HV.
+
+    k, of DECAY 2 k e^c; the same of G value heads.
+    """
+    m, h = tl.program_id(0), tl.program_id(1)
     place = tl.arange(0, C)
-    t, s = place[:, None], place[None, :]
-    places = t * (H * C) + s
-    system = tl.load(lower + places, mask=t <= last, other=0.0)
-    found = tl.where(t // SMALL == s // SMALL, system, 0.0)
-    part = tl.where((t // SMALL > s // SMALL) & (t // (2 * SMALL) == s // (2 * SMALL)), system, 0.0)
-    found -= tl.dot(found, tl.dot(part, found, input_precision="tf32x3"), input_precision="tf32x3")
-    part = tl.where(t // (2 * SMALL) > s // (2 * SMALL), system, 0.0)
-    found -= tl.dot(found, tl.dot(part, found, input_precision="tf32x3"), input_precision="tf32x3")
-    tl.store(lower + places, found, mask=t <= last)
+    token = tl.load(start + m).to(tl.int64)
+    tokens = token + place
+    inside = tokens < tl.load(end + m)
+    if tl.load(start + m) >= tl.load(end + m):
+        return
+    inverse = pairs_of(inverses, token, inside, h, H, place, C, False)
+    betas = tl.load(beta + tokens * H + h, mask=inside, other=0.0)
+    for i in range(tl.cdiv(V, BV)):
+        columns = i * BV + tl.arange(0, BV)
+        vs = rows_of(v, token, place, inside, v_t, v_h, h, V, columns)
+        found = finely(inverse, (vs * betas[:, None]).to(vs.dtype), PRECISION)
+        places = (token * H + h) * V + (place[:, None] * (H * V) + columns[None, :])
+        tl.store(writing + places, found.to(writing.dtype.element_ty), mask=inside[:, None] & (columns < V)[None, :])
+    if DECAY == 1:
+        c, resets, _, _ = log_decays(g, tokens, inside, h, H)
+        betas *= since_start(c, resets)
+    for i in range(tl.cdiv(K, BK)):
+        columns = i * BK + tl.arange(0, BK)
+        ks = rows_of(k, token, place, inside, k_t, k_h, h // G, K, columns)
+        found = finely(inverse, (ks * betas[:, None]).to(ks.dtype), PRECISION)
+        places = (token * H + h) * K + (place[:, None] * (H * K) + columns[None, :])
+        tl.store(erasing + places, found.to(erasing.dtype.element_ty), mask=inside[:, None] & (columns < K)[None, :])
 
 
 @triton.jit
@@ -83,7 +164,7 @@ def store_pairs(x, pairs, token, last, h, H, place, C: tl.constexpr):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 def prepare(
     q, k, beta, g, systems, scores, start, end, scale, q_t, q_h, k_t, k_h, H, K,
     G: tl.constexpr, C: tl.constexpr, B: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
@@ -101,8 +182,8 @@ def prepare(
     overlaps = tl.zeros([C, C], dtype=tl.float32)
     for i in range(tl.cdiv(K, B)):
         columns = i * B + tl.arange(0, B)
-        ks = rows_of(k, tokens, inside, k_t, k_h, h // G, K, columns)
-        qs = rows_of(q, tokens, inside, q_t, q_h, h // G, K, columns)
+        ks = rows_of(k, token, place, inside, k_t, k_h, h // G, K, columns)
+        qs = rows_of(q, token, place, inside, q_t, q_h, h // G, K, columns)
         pairs += tl.dot(qs, tl.trans(ks), input_precision=PRECISION)
         overlaps += tl.dot(ks, tl.trans(ks), input_precision=PRECISION)
     if DECAY == 1:
@@ -117,10 +198,10 @@ def prepare(
     store_pairs(systems, lower, token, last, h, H, place, C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 def prepare_channels(
     q, k, beta, c, systems, scores, queries, keys_in, keys_out, totals, start, end, scale, q_t, q_h, k_t, k_h, H, K,
-    G: tl.constexpr, C: tl.constexpr, B: tl.constexpr, PRECISION: tl.constexpr,
+    G: tl.constexpr, C: tl.constexpr, B: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """L and P with a decay per channel, whose sums are c [T, HV, K], and scale q e^c, k e^c, k e^{c_C - c}, e^{c_C}.
 
@@ -140,11 +221,11 @@ def prepare_channels(
     overlaps = tl.zeros([C, C], dtype=tl.float32)
     for i in range(tl.cdiv(K, B)):
         columns = i * B + tl.arange(0, B)
-        qs = rows_of(q, tokens, inside, q_t, q_h, h // G, K, columns).to(tl.float32)
-        ks = rows_of(k, tokens, inside, k_t, k_h, h // G, K, columns).to(tl.float32)
+        qs = rows_of(q, token, place, inside, q_t, q_h, h // G, K, columns).to(tl.float32)
+        ks = rows_of(k, token, place, inside, k_t, k_h, h // G, K, columns).to(tl.float32)
         sums = sums_at(c, token, place, last, stride, columns, K)
         total = tl.load(c + (token + last) * stride + columns, mask=columns < K, other=0.0)
-        places = (tokens[:, None] * H + h) * K + columns[None, :]
+        places = (token * H + h) * K + (place[:, None] * (H * K) + columns[None, :])
         mask = inside[:, None] & (columns < K)[None, :]
         since = tl.exp2(sums)
         tl.store(queries + places, (qs * (since * scale)).to(queries.dtype.element_ty), mask=mask)
@@ -154,14 +235,14 @@ def prepare_channels(
         for level in tl.static_range(3):
             weights = half_weights(sums, sums, c, token, place, last, stride, columns, K, 32 >> level)
             seen = half_pairs(place, 32 >> level)
-            weighted = ks * weights
-            pairs += only(seen, tl.dot(qs * weights, tl.trans(weighted), input_precision=PRECISION))
+            weighted = (ks * weights).to(OPERAND)
+            pairs += only(seen, tl.dot((qs * weights).to(OPERAND), tl.trans(weighted), input_precision=PRECISION))
             overlaps += only(seen, tl.dot(weighted, tl.trans(weighted), input_precision=PRECISION))
         middle = sums_at(c, token, place // BLOCK * BLOCK + MIDDLE, last, stride, columns, K)
         seen = block_pairs(place, False)
-        since, weighted = tl.exp2(sums - middle), ks * tl.exp2(middle - sums)
-        pairs += only(seen, tl.dot(qs * since, tl.trans(weighted), input_precision=PRECISION))
-        overlaps += only(seen, tl.dot(ks * since, tl.trans(weighted), input_precision=PRECISION))
+        since, weighted = tl.exp2(sums - middle), (ks * tl.exp2(middle - sums)).to(OPERAND)
+        pairs += only(seen, tl.dot((qs * since).to(OPERAND), tl.trans(weighted), input_precision=PRECISION))
+        overlaps += only(seen, tl.dot((ks * since).to(OPERAND), tl.trans(weighted), input_precision=PRECISION))
     betas = tl.load(beta + tokens * H + h, mask=inside, other=0.0)
     lower = tl.where(place[:, None] > place[None, :], overlaps * betas[:, None], 0.0)
     store_pairs(scores, pairs * scale, token, last, h, H, place, C)

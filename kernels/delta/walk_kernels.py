@@ -1,24 +1,23 @@
 """Triton kernels that walk the delta rule chunk by chunk, many stretches of chunks at once.
 
-With A and P of `solve_kernels`, E the state [K, V] that enters a chunk, a = e^{c_C} what is left of it at the end, and
-q_in = scale q e^c, k_in = k e^c, k_out = k e^{c_C - c}:
+With W, U and P of `solve_kernels`, E the state [K, V] that enters a chunk, a = e^{c_C} what is left of it at the end,
+q_in = scale q e^c and k_out = k e^{c_C - c}:
 
-    x  = A beta (v - k_in E)           what tokens write
+    x  = U - W E                       what tokens write
     y  = q_in E + P x                  E' = a E + k_out^T x
 
-and from the last chunk to the first, R the gradient of the state that leaves it and r that of A's right side,
+and from the last chunk to the first, R the gradient of the state that leaves it and z that of x,
 
-    r  = A^T (P^T dy + k_out R)        R' = a R + q_in^T dy - k_in^T (beta r)
+    z  = P^T dy + k_out R              R' = a R + q_in^T dy - W^T z
 
-which is all that gradients need beside x, E and R (`gradient_kernels`): x solves its system exactly, so the gradient of
-the system is -r x^T, and no other solution is stored.
+which is all that gradients need beside x, E and R (`gradient_kernels`).
 
 A stretch is GROUP chunks of the whole stream. As a function of what enters, what leaves it is M E + B; `onward` and
 `back` with SUMMARY give B, and M by K columns more, which begin as the identity; `join` folds them; the way back goes
 by M^T. So a long document fills the chip. A stretch in which a document begins passes nothing on.
 
 DECAY: 0 none; 1 one per token and head, g [T, HV]: q, k as they are, and rows of products take the factors; 2 one per
-channel: q_in, k_in, k_out and a as `solve_kernels.prepare_channels` makes them.
+channel: q_in, k_out and a as `solve_kernels.prepare_channels` makes them.
 
 States and their gradients of every chunk, as products read them: [M, HV, K, V], type of the inputs. No product of a
 product is transposed, which Triton 3.4 to 3.7.0 miscompiles on Hopper GPUs
@@ -30,39 +29,20 @@ product is transposed, which Triton 3.4 to 3.7.0 miscompiles on Hopper GPUs
 import triton
 import triton.language as tl
 
+from torchlinearmoe.kernels.delta.solve_kernels import pairs_of, rows_of
 from torchlinearmoe.kernels.linear.walk_kernels import (
     log_decays,
     passed_over,
-    rows_of,
     since_start,
     state_places,
     until_end,
 )
 
 
-@triton.jit
-def finely(a, b, PRECISION: tl.constexpr):
-    """a b of a float32 a; of 16 bits b it is the sum of a's upper and lower 16 bits by b."""
-    if b.dtype == tl.float32:
-        return tl.dot(a, b, input_precision=PRECISION)
-    upper = a.to(b.dtype)
-    lower = (a - upper.to(tl.float32)).to(b.dtype)
-    return tl.dot(lower, b, tl.dot(upper, b))
-
-
-@triton.jit
-def pairs_of(x, tokens, inside, h, H, place, C: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """[t, s] of x [T, HV, C], or [s, t]."""
-    if TRANSPOSED:
-        places = (tokens[None, :] * H + h) * C + place[:, None]
-        return tl.load(x + places, mask=inside[None, :], other=0.0)
-    return tl.load(x + (tokens[:, None] * H + h) * C + place[None, :], mask=inside[:, None], other=0.0)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["N", "H"])
 def onward(
-    q, k, k_out, v, beta, g, totals, inverses, scores, entered, enter, leave, y, writes, states, transitions,
-    start, end, segment, first, N, scale, q_t, q_h, k_t, k_h, v_t, v_h, H, K, V,
+    q, k, erasing, writing, g, totals, scores, entered, enter, leave, y, writes, states, transitions,
+    start, end, segment, first, N, scale, q_t, q_h, k_t, k_h, H, K, V,
     G: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
     HAS_ENTERED: tl.constexpr, HAS_ENTER: tl.constexpr, WANT_LEAVE: tl.constexpr,
     WANT_Y: tl.constexpr, WANT_WRITES: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
@@ -70,7 +50,8 @@ def onward(
     """y [T, HV, V], or x and the states of all chunks, or the summaries of stretches. Grid: tiles of V, HV, stretches.
 
     SUMMARY: B goes to entered [stretches, HV, K, V], M to transitions [stretches, HV, K, K], by tiles of K after those
-    of V. enter, leave: states of documents that enter and leave, [N, HV, K, V]. H: HV.
+    of V. erasing, writing: W, U; of DECAY 2, q and k are q_in and k_out. enter, leave: states of documents that enter
+    and leave, [N, HV, K, V]. H: HV.
     """
     tile, h, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows = tl.arange(0, BK)
@@ -94,45 +75,44 @@ def onward(
         n = tl.load(segment + m)
         begins = m == tl.load(first + n)
         if HAS_ENTER:
-            places, mask = state_places(n, begins, h, H, K, V, rows, columns, False)
-            fresh = tl.load(enter + places, mask=mask & (columns < width)[None, :], other=0.0)
-            state = tl.where(begins, fresh, state)
+            if begins:  # a load that a loop would make ahead takes shared memory
+                places, mask = state_places(n, True, h, H, K, V, rows, columns, False)
+                state = tl.load(enter + places, mask=mask & (columns < width)[None, :], other=0.0)
         else:
             state = tl.where(begins, 0.0, state)
-        tokens = tl.load(start + m).to(tl.int64) + place
+        token = tl.load(start + m).to(tl.int64)
+        tokens = token + place
         inside = tokens < tl.load(end + m)
-        ks = rows_of(k, tokens, inside, k_t, k_h, h // G, K, rows)
-        vs = rows_of(v, tokens, inside, v_t, v_h, h, width, columns)
-        betas = tl.load(beta + tokens * H + h, mask=inside, other=0.0)
-        low = state.to(ks.dtype)
-        found = tl.dot(ks, low, input_precision=PRECISION)
+        erased = rows_of(erasing, token, place, inside, H * K, K, h, K, rows)
+        written = rows_of(writing, token, place, inside, H * V, V, h, width, columns)
+        low = state.to(erased.dtype)
+        written = (written - tl.dot(erased, low, input_precision=PRECISION)).to(erased.dtype)
         if DECAY == 1:
             c, resets, total, all_resets = log_decays(g, tokens, inside, h, H)
-            from_start = since_start(c, resets)
-            found *= from_start[:, None]
-        right = ((vs - found) * betas[:, None]).to(vs.dtype)
-        inverse = pairs_of(inverses, tokens, inside, h, H, place, C, False)
-        written = finely(inverse, right, PRECISION).to(vs.dtype)
         there = inside[:, None] & (columns < V)[None, :]
         if WANT_Y:
-            qs = rows_of(q, tokens, inside, q_t, q_h, h // G, K, rows)
+            qs = rows_of(q, token, place, inside, q_t, q_h, h // G, K, rows)
             out = tl.dot(qs, low, input_precision=PRECISION)
             if DECAY == 1:
-                out *= (from_start * scale)[:, None]
+                out *= (since_start(c, resets) * scale)[:, None]
             if DECAY == 0:
                 out *= scale
-            near = pairs_of(scores, tokens, inside, h, H, place, C, False)
+            near = pairs_of(scores, token, inside, h, H, place, C, False)
             out += tl.dot(near, written, input_precision=PRECISION)
-            tl.store(y + (tokens[:, None] * H + h) * V + columns[None, :], out.to(y.dtype.element_ty), mask=there)
+            tl.store(
+                y + (token * H + h) * V + (place[:, None] * (H * V) + columns[None, :]),
+                out.to(y.dtype.element_ty),
+                mask=there,
+            )
         if WANT_WRITES:
-            tl.store(writes + (tokens[:, None] * H + h) * V + columns[None, :], written, mask=there)
+            tl.store(writes + (token * H + h) * V + (place[:, None] * (H * V) + columns[None, :]), written, mask=there)
             places, mask = state_places(m, True, h, H, K, V, rows, columns, False)
             tl.store(states + places, low, mask=mask)
+        ks = rows_of(k, token, place, inside, k_t, k_h, h // G, K, rows)
         if DECAY == 1:
-            written = (written * until_end(c, resets, total, all_resets)[:, None]).to(vs.dtype)
+            written = (written * until_end(c, resets, total, all_resets)[:, None]).to(ks.dtype)
             state = state * since_start(total, all_resets)
         if DECAY == 2:
-            ks = rows_of(k_out, tokens, inside, k_t, k_h, h, K, rows)
             state = state * passed_over(totals, m, h, H, K, rows)[:, None]
         state += tl.dot(tl.trans(ks), written, input_precision=PRECISION)
         if WANT_LEAVE:
@@ -146,15 +126,15 @@ def onward(
         tl.store(transitions + places, state, mask=mask & (columns < tl.where(width == 0, K, 0))[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "H"])
 def back(
-    q, k, k_out, dy, beta, g, totals, inverses, scores, entered, enter, leave, rights, states,
+    q, k, erasing, dy, g, totals, scores, entered, enter, leave, dwrites, states,
     start, end, segment, first, N, scale, q_t, q_h, k_t, k_h, y_t, y_h, H, K, V,
     G: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
     HAS_ENTERED: tl.constexpr, HAS_ENTER: tl.constexpr, WANT_LEAVE: tl.constexpr,
     SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """r [T, HV, V] and the gradients of all chunks' states, or B of stretches, walked from the right.
+    """z [T, HV, V] and the gradients of all chunks' states, or B of stretches, walked from the right.
 
     enter, leave: gradients of the states that leave documents, and of those that enter them. Grid: as `onward`.
     """
@@ -173,48 +153,40 @@ def back(
         n = tl.load(segment + m)
         ends = m + 1 == tl.load(first + n + 1)
         if HAS_ENTER:
-            places, mask = state_places(n, ends, h, H, K, V, rows, columns, False)
-            state = tl.where(ends, tl.load(enter + places, mask=mask, other=0.0), state)
+            if ends:
+                places, mask = state_places(n, True, h, H, K, V, rows, columns, False)
+                state = tl.load(enter + places, mask=mask, other=0.0)
         else:
             state = tl.where(ends, 0.0, state)
-        tokens = tl.load(start + m).to(tl.int64) + place
+        token = tl.load(start + m).to(tl.int64)
+        tokens = token + place
         inside = tokens < tl.load(end + m)
-        ks = rows_of(k, tokens, inside, k_t, k_h, h // G, K, rows)
-        dys = rows_of(dy, tokens, inside, y_t, y_h, h, V, columns)
-        betas = tl.load(beta + tokens * H + h, mask=inside, other=0.0)
+        ks = rows_of(k, token, place, inside, k_t, k_h, h // G, K, rows)
+        dys = rows_of(dy, token, place, inside, y_t, y_h, h, V, columns)
         low = state.to(ks.dtype)
         if not SUMMARY:
             places, mask = state_places(m, True, h, H, K, V, rows, columns, False)
             tl.store(states + places, low, mask=mask)
-        if DECAY == 2:
-            outs = rows_of(k_out, tokens, inside, k_t, k_h, h, K, rows)
-            change = tl.dot(outs, low, input_precision=PRECISION)
-        else:
-            change = tl.dot(ks, low, input_precision=PRECISION)
+        change = tl.dot(ks, low, input_precision=PRECISION)
         if DECAY == 1:
             c, resets, total, all_resets = log_decays(g, tokens, inside, h, H)
             change *= until_end(c, resets, total, all_resets)[:, None]
-        near = pairs_of(scores, tokens, inside, h, H, place, C, True)
-        change += tl.dot(near, dys, input_precision=PRECISION)
-        inverse = pairs_of(inverses, tokens, inside, h, H, place, C, True)
-        right = finely(inverse, change.to(dys.dtype), PRECISION)
+        near = pairs_of(scores, token, inside, h, H, place, C, True)
+        change = tl.dot(near, dys, change, input_precision=PRECISION).to(dys.dtype)
         if not SUMMARY:
             there = inside[:, None] & (columns < V)[None, :]
-            at = (tokens[:, None] * H + h) * V + columns[None, :]
-            tl.store(rights + at, right.to(rights.dtype.element_ty), mask=there)
-        erased = right * betas[:, None]
+            tl.store(dwrites + (token * H + h) * V + (place[:, None] * (H * V) + columns[None, :]), change, mask=there)
         if DECAY == 1:
-            from_start = since_start(c, resets)
-            erased *= from_start[:, None]
-            dys = (dys * (from_start * scale)[:, None]).to(ks.dtype)
+            dys = (dys * (since_start(c, resets) * scale)[:, None]).to(ks.dtype)
             state = state * since_start(total, all_resets)
         if DECAY == 0:
             dys = (dys * scale).to(ks.dtype)
         if DECAY == 2:
             state = state * passed_over(totals, m, h, H, K, rows)[:, None]
-        qs = rows_of(q, tokens, inside, q_t, q_h, h // G, K, rows)
+        qs = rows_of(q, token, place, inside, q_t, q_h, h // G, K, rows)
+        erased = rows_of(erasing, token, place, inside, H * K, K, h, K, rows)
         state += tl.dot(tl.trans(qs), dys, input_precision=PRECISION)
-        state -= tl.dot(tl.trans(ks), erased.to(ks.dtype), input_precision=PRECISION)
+        state -= tl.dot(tl.trans(erased), change, input_precision=PRECISION)
         if WANT_LEAVE:
             begins = m == tl.load(first + n)
             places, mask = state_places(n, begins, h, H, K, V, rows, columns, False)
@@ -224,15 +196,15 @@ def back(
         tl.store(entered + places, state, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "S", "H"])
 def join(
     states, transitions, segment, first, N, S, H, K, V,
     GROUP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, B: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """B of the S stretches become the states that enter them, in place. Grid: tiles of V, HV.
 
-    M: [S, HV, K, K]. From the right it is transposed, and what ends with a stretch hands nothing to it. Products read
-    the state where it has been stored, part by part.
+    M: [S, HV, K, K]. From the right it is transposed, and what ends with a stretch hands nothing to it. Of wide keys
+    products read the state where it has been stored, part by part.
     """
     rows = tl.arange(0, BK)
     columns = tl.program_id(0) * BV + tl.arange(0, BV)
@@ -244,15 +216,19 @@ def join(
         places, mask = state_places(s, True, h, H, K, V, rows, columns, False)
         summary = tl.load(states + places, mask=mask, other=0.0)
         tl.store(states + places, state, mask=mask)
-        tl.debug_barrier()
-        passed = tl.zeros([BK, BV], dtype=tl.float32)
-        for j in range(tl.cdiv(K, B)):
-            some = j * B + tl.arange(0, B)
-            at, inside = state_places(s, True, h, H, K, K, rows, some, REVERSE)
-            part = tl.load(transitions + at, mask=inside, other=0.0)
-            at_state, in_state = state_places(s, True, h, H, K, V, some, columns, False)
-            whole = tl.load(states + at_state, mask=in_state, other=0.0)
-            passed += tl.dot(part, whole, input_precision="tf32x3")
+        if B >= BK:
+            at, inside = state_places(s, True, h, H, K, K, rows, rows, REVERSE)
+            passed = tl.dot(tl.load(transitions + at, mask=inside, other=0.0), state, input_precision="tf32x3")
+        else:
+            tl.debug_barrier()
+            passed = tl.zeros([BK, BV], dtype=tl.float32)
+            for j in range(tl.cdiv(K, B)):
+                some = j * B + tl.arange(0, B)
+                at, inside = state_places(s, True, h, H, K, K, rows, some, REVERSE)
+                part = tl.load(transitions + at, mask=inside, other=0.0)
+                at_state, in_state = state_places(s, True, h, H, K, V, some, columns, False)
+                whole = tl.load(states + at_state, mask=in_state, other=0.0)
+                passed += tl.dot(part, whole, input_precision="tf32x3")
         if REVERSE:
             last = tl.minimum(s * GROUP + GROUP, chunks) - 1
             filled = last >= s * GROUP

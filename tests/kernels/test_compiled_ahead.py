@@ -24,22 +24,25 @@ CHIPS = {"A100": (80, 166912), "RTX 4090": (89, 101376), "H100": (90, 232448)}
 """Capability and bytes of shared memory a block."""
 
 
-def compile_families(chip: str, kinds: tuple[str, ...], K: int) -> list[str]:
-    """Forward and backward of every kind, with and without states, at the width of models."""
+def compile_families(
+    chip: str, kinds: tuple[str, ...], K: int, V: int = 128, dtype: torch.dtype = torch.bfloat16
+) -> list[str]:
+    """Forward and backward of every kind, with and without states. A kernel that takes more shared memory than a block
+    has is an error."""
     from fake_gpu import FakeGPU
 
     gpu = FakeGPU(*CHIPS[chip]).install()
     for kind in kinds:
         for states in ("", "in out"):
-            case = FAMILIES[kind]((1100, 30), states, H=1, K=K, V=128)
-            forced(case.operator, "triton", lambda case=case: case.run("triton", torch.bfloat16))
+            case = FAMILIES[kind]((1100, 30), states, H=1, K=K, V=V)
+            forced(case.operator, "triton", lambda case=case: case.run("triton", dtype))
     return gpu.compiled
 
 
-def names(chip: str, *kinds: str, K: int = 128) -> set[str]:
+def names(chip: str, *kinds: str, K: int = 128, V: int = 128, dtype: torch.dtype = torch.bfloat16) -> set[str]:
     """Of the kernels of these kinds."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # Triton keeps its driver
-        return set(pool.submit(compile_families, chip, kinds, K).result())
+        return set(pool.submit(compile_families, chip, kinds, K, V, dtype).result())
 
 
 def compile_dplr(chip: str) -> list[str]:
@@ -75,6 +78,7 @@ def test_delta_rules_compile_for(chip: str) -> None:
         "prepare",
         "prepare_channels",
         "invert",
+        "spread",
         "cumulate",
         "onward",
         "back",
@@ -83,6 +87,12 @@ def test_delta_rules_compile_for(chip: str) -> None:
         "gradients",
     }
     assert expected | {"decay_gradients", "channel_gradients"} <= names(chip, "delta", "gated_delta", "kda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("K, V", [(24, 40), (64, 96), (128, 128), (256, 200), (64, 512)])
+def test_delta_rules_fit_a_hopper_at_any_width(K: int, V: int, dtype: torch.dtype) -> None:
+    assert {"onward", "back"} <= names("H100", "delta", "grouped_delta", "grouped_kda", K=K, V=V, dtype=dtype)
 
 
 def compile_movement(chip: str, width: int, hidden: int, experts: int) -> tuple[list[str], dict[str, str]]:
