@@ -31,6 +31,25 @@ NOTHING = tl.constexpr(-1e30)
 """The log decay up to a token that is not there."""
 
 
+@triton.jit
+def log_decays(g, tokens, inside, h, H):
+    """Of a chunk: sums c of log decays up to each token, the resets so far, and both at the chunk's end."""
+    decays = tl.load(g + tokens * H + h, mask=inside, other=0.0)
+    resets = tl.where(decays < RESET, 1.0, 0.0)
+    decays = tl.where(decays < RESET, 0.0, decays)
+    return tl.cumsum(decays, 0), tl.cumsum(resets, 0), tl.sum(decays, 0), tl.sum(resets, 0)
+
+
+@triton.jit
+def since_start(c, n):
+    return tl.where(n == 0.0, tl.exp(c), 0.0)
+
+
+@triton.jit
+def until_end(c, n, total, resets):
+    return tl.where(n == resets, tl.exp(total - c), 0.0)
+
+
 @triton.jit(do_not_specialize=["T", "M"])
 def measure(g, measured, totals, start, end, H, T, M, C: tl.constexpr, LEAST: tl.constexpr):
     """What walks read of decays g [T, H]. Grid: M, H.
@@ -43,24 +62,18 @@ def measure(g, measured, totals, start, end, H, T, M, C: tl.constexpr, LEAST: tl
     m, h = tl.program_id(0), tl.program_id(1)
     tokens = tl.load(start + m).to(tl.int64) + tl.arange(0, C)
     inside = tokens < tl.load(end + m)
-    decays = tl.load(g + tokens * H + h, mask=inside, other=0.0)
-    resets = tl.where(decays < RESET, 1.0, 0.0)
-    decays = tl.where(decays < RESET, 0.0, decays)
-    c, n = tl.cumsum(decays, 0), tl.cumsum(resets, 0)
-    total, all_resets = tl.sum(decays, 0), tl.sum(resets, 0)
+    c, n, total, all_resets = log_decays(g, tokens, inside, h, H)
     plain = (all_resets == 0.0) & (total >= LEAST)
-    since = tl.where(n == 0.0, tl.exp(c), 0.0)
-    until = tl.where(n == all_resets, tl.exp(total - c), 0.0)
     half = tl.where(plain, total * 0.5, 0.0)
     places = measured + h.to(tl.int64) * T + tokens
     row = T.to(tl.int64) * H
     tl.store(places, c, mask=inside)
     tl.store(places + row, n, mask=inside)
-    tl.store(places + 2 * row, since, mask=inside)
-    tl.store(places + 3 * row, until, mask=inside)
+    tl.store(places + 2 * row, since_start(c, n), mask=inside)
+    tl.store(places + 3 * row, until_end(c, n, total, all_resets), mask=inside)
     tl.store(places + 4 * row, tl.exp(tl.where(plain, c - half, 0.0)), mask=inside)
     tl.store(places + 5 * row, tl.exp(tl.where(plain, half - c, 0.0)), mask=inside)
-    tl.store(totals + m * H + h, tl.where(all_resets == 0.0, tl.exp(total), 0.0))
+    tl.store(totals + m * H + h, since_start(total, all_resets))
     tl.store(totals + (M + m) * H + h, tl.exp(half))
     tl.store(totals + (2 * M + m) * H + h, tl.where(plain, 1.0, 0.0))
 
@@ -98,10 +111,11 @@ def rows_of(x, tokens, inside, stride_t, stride_h, h, width, columns):
 
 
 @triton.jit
-def state_places(row, h, H, X, U, rows, columns, TRANSPOSED: tl.constexpr):
-    """Where [rows, columns] of the state at `row` of [.., H, X, U], or [.., H, U, X], lies, and what is there."""
+def state_places(row, wanted, h, H, X, U, rows, columns, TRANSPOSED: tl.constexpr):
+    """Where [rows, columns] of the state at `row` of [.., H, X, U], or [.., H, U, X], lies, and what is there; nothing
+    unless it is wanted."""
     start = (row.to(tl.int64) * H + h) * X * U
-    mask = (rows < X)[:, None] & (columns < U)[None, :]
+    mask = (rows < tl.where(wanted, X, 0))[:, None] & (columns < U)[None, :]
     if TRANSPOSED:
         return start + columns[None, :] * X + rows[:, None], mask
     return start + rows[:, None] * U + columns[None, :], mask
@@ -110,7 +124,7 @@ def state_places(row, h, H, X, U, rows, columns, TRANSPOSED: tl.constexpr):
 @triton.jit
 def state_of(states, row, h, H, X, U, rows, columns, TRANSPOSED: tl.constexpr):
     """[rows, columns] of the state at `row`."""
-    places, mask = state_places(row, h, H, X, U, rows, columns, TRANSPOSED)
+    places, mask = state_places(row, True, h, H, X, U, rows, columns, TRANSPOSED)
     return tl.load(states + places, mask=mask, other=0.0)
 
 
@@ -173,7 +187,7 @@ def summarize(
             state += scale * tl.dot(tl.trans(ws), us, input_precision=PRECISION)
         else:
             state += tl.dot(tl.trans(ws), us, input_precision=PRECISION)
-    places, mask = state_places(s, h, H, X, U, rows, columns, False)
+    places, mask = state_places(s, True, h, H, X, U, rows, columns, False)
     tl.store(states + places, state, mask=mask)
     if DECAY == 2:
         tl.store(factors + (s * H + h) * X + rows, factor, mask=rows < tl.where(tl.program_id(0) % tiles_u == 0, X, 0))
@@ -184,7 +198,7 @@ def summarize(
 @triton.jit
 def _stretch_places(s, S, h, H, X, U, rows, columns):
     """Of the state of stretch s, nothing outside of 0 .. S - 1."""
-    places, _ = state_places(s, h, H, X, U, rows, columns, False)
+    places, _ = state_places(s, True, h, H, X, U, rows, columns, False)
     wide = tl.where((s >= 0) & (s < S), U, 0)
     return places, (rows < X)[:, None] & (columns < wide)[None, :]
 
@@ -338,7 +352,7 @@ def walk(
         if WANT_LEAVE:
             leaves = begins if REVERSE else ends
             if leaves:
-                places, mask = state_places(n, h, H, X, U, rows, columns, TRANSPOSED)
+                places, mask = state_places(n, True, h, H, X, U, rows, columns, TRANSPOSED)
                 tl.store(leave + places, state, mask=mask)
 
 
