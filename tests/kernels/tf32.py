@@ -19,17 +19,18 @@ def install() -> None:
     """Make the interpreter of this process truncate. Three products of TF32 ("tf32x3") stay exact."""
     from triton.runtime import interpreter
 
-    exact = interpreter.InterpreterBuilder.create_dot
+    builder: Any = interpreter.InterpreterBuilder
+    exact = builder.create_dot
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, *others: Any) -> Any:
         if a.data.dtype == np.float32 and input_precision.name == "TF32":
             a, b = (interpreter.TensorHandle(truncated(x.data), x.dtype) for x in (a, b))
         return exact(self, a, b, d, input_precision, *others)
 
-    interpreter.InterpreterBuilder.create_dot = create_dot
+    builder.create_dot = create_dot
 
 
-def product(precision: str) -> float:
+def product(precision: Any) -> float:
     """Of 1 + 2^-12 by 1, sixteen of them in a row, divided by 16; in a process that interprets."""
     import torch
     import triton
