@@ -68,6 +68,16 @@ from torchlinearmoe.kernels.linear.walk import (
 
 STEEPEST = 20.0
 """A log decay below minus this counts as that: `linear/channel_kernels.py`."""
+LEAST = 64
+"""Rows and columns of tiles of states and of what is multiplied with them in 16 bits: a warp group multiplies 64 rows,
+and narrower columns gave wrong numbers with Triton 3.6 on Hopper GPUs."""
+WALK_WARPS = 4
+"""Of 16 bits: eight would have each product of 64 tokens made twice."""
+PAIR_WARPS = 2
+"""Of scores and of the inverse. From four on Triton 3.6 multiplies by `wgmma` on Hopper GPUs, and where the left side
+goes through shared memory it has the fence for the right side after the barrier: a warp may read what another has not
+yet written, it seems. Fewer take `mma`, which needs no fence, and spill."""
+GRADIENT_WARPS = 8
 MOST_LEVELS = 3
 """Halvings that leave blocks of 8 tokens."""
 
@@ -159,8 +169,8 @@ def dplr_backward(
     kernels("gradient").channel_gradients[-(-K // B), stream.places, H](
         q, k, a, b, c, v, x, do, r, states, dstates, *pairs, dq, dk, da, db, given(dg, c), start, end, scale,
         *strides(q), *strides(k), *strides(a), *strides(b), *strides(v), *strides(do), H, K, V, C=CHUNK, B=B,
-        BV=tile(V, 64), LEVELS=levels, WANT_DG=want_dg, OPERAND=operand(q), PRECISION=precision(q), num_warps=8,
-        num_stages=1,
+        BV=tile(V, 64), LEVELS=levels, WANT_DG=want_dg, OPERAND=operand(q), PRECISION=precision(q),
+        num_warps=GRADIENT_WARPS, num_stages=1,
     )  # fmt: skip
     return dq, dk, dv, da, db, or_nothing(dg, q), or_nothing(dinitial, q)
 
@@ -210,10 +220,10 @@ class _Walk:
     @property
     def _columns(self) -> int:
         """Of a tile: a program has a state of K rows in registers."""
-        return 64 if self.w.dtype != torch.float32 else 16
+        return LEAST if self.w.dtype != torch.float32 else 16
 
     def _tiles(self, width: int) -> int:
-        return -(-width // min(self._columns, tile(self.u.shape[2], 64)))
+        return -(-width // self._columns)
 
     def _launch(
         self,
@@ -228,11 +238,16 @@ class _Walk:
         kernels("walk").walk[columns, H, stream.stretches](
             self.near, self.w, self.b, self.k, u, self.totals, given(self.enter, u), given(entered, u),
             given(transitions, u), given(leave, u), given(states, u), given(z, u), *stream.tensors, stream.segments,
-            *strides(u), H, K, V, GROUP=stream.group, C=CHUNK, BK=tile(K, 128), BV=min(self._columns, tile(V, 64)),
+            *strides(u), H, K, V, GROUP=stream.group, C=CHUNK, BK=_rows(K, u), BV=self._columns,
             REVERSE=self.reverse, SUMMARY=states is None, HAS_ENTERED=entered is not None,
-            HAS_ENTER=self.enter is not None, WANT_LEAVE=leave is not None, PRECISION=precision(u), num_warps=8,
-            num_stages=1,
+            HAS_ENTER=self.enter is not None, WANT_LEAVE=leave is not None, PRECISION=precision(u),
+            num_warps=8 if u.dtype == torch.float32 else WALK_WARPS, num_stages=1,
         )  # fmt: skip
+
+
+def _rows(K: int, x: Tensor, most: int = 128) -> int:
+    """Rows of a tile of states in products of x's type."""
+    return tile(K, most) if x.dtype == torch.float32 else max(LEAST, tile(K, most))
 
 
 @dataclass(frozen=True)
@@ -283,11 +298,13 @@ def _made(
     for x, with_b, with_k, factor, kind in ((q, qb, qk, scale, operand(q)), (a, inverse, ak, 1.0, fine)):
         kernels("chunk").score[M, H](
             x, b, k, c, with_b, with_k, stream.start, stream.end, factor, *strides(x), *strides(b), *strides(k), H, K,
-            C=CHUNK, B=tile(K, 32), LEVELS=levels, BEFORE=x is a, OPERAND=kind, PRECISION=precision(q), num_warps=8,
-            num_stages=1,
+            C=CHUNK, B=tile(K, 32), LEVELS=levels, BEFORE=x is a, OPERAND=kind, PRECISION=precision(q),
+            num_warps=PAIR_WARPS, num_stages=1,
         )  # fmt: skip
     kernels("chunk").invert_blocks[M, H](inverse, stream.start, stream.end, H, C=CHUNK, num_warps=2)
-    kernels("chunk").merge_blocks[M, H](inverse, stream.start, stream.end, H, C=CHUNK, num_warps=4, num_stages=1)
+    kernels("chunk").merge_blocks[M, H](
+        inverse, stream.start, stream.end, H, C=CHUNK, num_warps=PAIR_WARPS, num_stages=1
+    )
     made = _Chunks(
         stream, qb, qk, ak, rows(), rows(), rows(), rows(), pairs(), q.new_empty(M, H, K, dtype=torch.float32),
         rows() if back else None, rows() if back else None, pairs() if back else None,
@@ -306,9 +323,9 @@ def _output(
 ) -> Tensor:
     """x S + near_u u + near_z z, [T, H, V]."""
     (_, H, K), V = x.shape, u.shape[2]
-    y, BV = torch.empty_like(z), tile(V, 64)
+    y, BV = torch.empty_like(z), _rows(V, x, 64)
     kernels("chunk").output[-(-V // BV), stream.places, H](
-        x, states, near_u, u, near_z, z, y, stream.start, stream.end, *strides(u), H, K, V, C=CHUNK, B=tile(K, 64),
+        x, states, near_u, u, near_z, z, y, stream.start, stream.end, *strides(u), H, K, V, C=CHUNK, B=_rows(K, x, 64),
         BV=BV, TRANSPOSED=transposed, PRECISION=precision(x), num_warps=4, num_stages=1,
     )  # fmt: skip
     return y

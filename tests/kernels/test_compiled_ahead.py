@@ -65,6 +65,27 @@ def test_dplr_compiles_for(chip: str) -> None:
     assert expected | {"channel_gradients"} <= set(names)
 
 
+def compile_cases(chip: str, operator: str, dtype: torch.dtype) -> list[str]:
+    """Every width, stream and kind of the generic comparison; what does not fit the chip's shared memory raises."""
+    from cases import cases_of
+    from fake_gpu import FakeGPU
+
+    from torchlinearmoe.kernels.operator import operators
+
+    gpu = FakeGPU(*CHIPS[chip]).install()
+    for draw in cases_of(operators()[operator]):
+        case = draw()
+        forced(case.operator, "triton", lambda case=case: case.run("triton", dtype))
+    return gpu.compiled
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operator", ["dplr", "quadratic"])
+def test_every_case_fits(operator: str, dtype: torch.dtype) -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(compile_cases, "H100", operator, dtype).result()
+
+
 @pytest.mark.parametrize("chip", CHIPS)
 def test_linear_recurrences_compile_for(chip: str) -> None:
     expected = {"summarize", "join", "walk", "decay_gradients", "cumulate", "prepare_channels", "channel_gradients"}
