@@ -69,14 +69,12 @@ from torchlinearmoe.kernels.linear.walk import (
 STEEPEST = 20.0
 """A log decay below minus this counts as that: `linear/channel_kernels.py`."""
 LEAST = 64
-"""Rows and columns of tiles of states and of what is multiplied with them in 16 bits: a warp group multiplies 64 rows,
-and narrower columns gave wrong numbers with Triton 3.6 on Hopper GPUs."""
+"""Rows and columns of tiles of 16 bits that products of warp groups take: see `operand` of linear/walk.py."""
 WALK_WARPS = 4
 """Of 16 bits: eight would have each product of 64 tokens made twice."""
-PAIR_WARPS = 2
-"""Of scores and of the inverse. From four on Triton 3.6 multiplies by `wgmma` on Hopper GPUs, and where the left side
-goes through shared memory it has the fence for the right side after the barrier: a warp may read what another has not
-yet written, it seems. Fewer take `mma`, which needs no fence, and spill."""
+PAIR_WARPS = 8
+"""Of scores."""
+MERGE_WARPS = 4
 GRADIENT_WARPS = 8
 MOST_LEVELS = 3
 """Halvings that leave blocks of 8 tokens."""
@@ -303,7 +301,7 @@ def _made(
         )  # fmt: skip
     kernels("chunk").invert_blocks[M, H](inverse, stream.start, stream.end, H, C=CHUNK, num_warps=2)
     kernels("chunk").merge_blocks[M, H](
-        inverse, stream.start, stream.end, H, C=CHUNK, num_warps=PAIR_WARPS, num_stages=1
+        inverse, stream.start, stream.end, H, C=CHUNK, num_warps=MERGE_WARPS, num_stages=1
     )
     made = _Chunks(
         stream, qb, qk, ak, rows(), rows(), rows(), rows(), pairs(), q.new_empty(M, H, K, dtype=torch.float32),
@@ -312,7 +310,8 @@ def _made(
     kernels("chunk").spread[M, H](
         q, k, a, b, c, inverse, ak, qb, made.q_in, made.k_out, given(made.a_in, q), made.b_out, made.solved_a,
         made.solved_ak, given(made.solved_b, q), given(made.solved_qb, q), made.totals, stream.start, stream.end, scale,
-        *strides(q), *strides(k), *strides(a), *strides(b), H, K, C=CHUNK, B=tile(K, 32), BACK=back,
+        *strides(q), *strides(k), *strides(a), *strides(b), H, K, C=CHUNK,
+        B=tile(K, 32) if q.dtype == torch.float32 else LEAST, BACK=back,
         PRECISION=precision(q), num_warps=4, num_stages=1,
     )  # fmt: skip
     return made
