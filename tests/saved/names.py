@@ -45,6 +45,8 @@ FORMS: dict[str, dict[str, dict[str, Any]]] = {
     " shared and biased": {"moe": {"shared_hidden_size": 48, "shared_gate": True, "balance": "bias"}},
 }
 """What changes a family's names."""
+LIKE = {"minimax": "mixtral", "qwen3_5_moe": "qwen3_next"}
+"""Families whose names are those of another, but for what their groups say."""
 
 
 def groups() -> dict[str, Group]:
@@ -68,17 +70,21 @@ def _mixers() -> dict[str, Group]:
 
 
 def _families() -> dict[str, Group]:
-    """The `debug` size of each family in softmax layers, and its forms."""
+    """The `debug` size of each family in softmax layers, and its forms; of one in LIKE what differs from the other."""
     found: dict[str, Group] = {}
     for name in FAMILIES:
         for form, changes in FORMS.items():
-            tables = {
-                "model": {"family": name, "layout": "N", **changes.get("model", {})},
-                "moe": changes.get("moe", {}),
-            }
             if not form or FAMILIES[name].preset("debug")["moe"]["num_experts"] or "moe" not in changes:
-                found[f"family {name}{form}"] = _beside(_shapes(tables), found.get(f"family {name}", {}))
+                plain = found.get(f"family {name}", {})
+                if name in LIKE:
+                    plain = _shapes(_of_family(LIKE[name], changes))
+                found[f"family {name}{form}"] = _beside(_shapes(_of_family(name, changes)), plain)
     return found
+
+
+def _of_family(name: str, changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    model = {"family": name, "layout": "N", **changes.get("model", {})}
+    return {"model": model, "moe": changes.get("moe", {})}
 
 
 def _beside(names: Group, plain: Group) -> Group:

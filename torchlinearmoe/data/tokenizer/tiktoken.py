@@ -72,9 +72,7 @@ class TiktokenTokenizer(Tokenizer):
             raise UserError(f"{path}: two tokens share an id; special_tokens are {special}")
         self.encoding: tiktoken.Encoding
         try:
-            self.encoding = tiktoken.Encoding(
-                path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
-            )
+            self.encoding = tiktoken.Encoding(path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         except ValueError as error:
             raise UserError(f"{options_path}: pattern = {pattern!r}: {_one_line(error)}") from None
         self.ranks, self.pattern = ranks, pattern

@@ -90,6 +90,18 @@ KIMI: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+MINIMAX: dict[str, Any] = {
+    **DIMENSIONS,
+    "num_hidden_layers": 3,
+    "num_local_experts": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_attn_alpha_factor": 1.5,
+    "linear_attn_beta_factor": 0.75,
+    "full_attn_alpha_factor": 3,
+    "full_attn_beta_factor": 1.25,
+    "mlp_alpha_factor": 2.5,
+    "mlp_beta_factor": 0.5,
+}
 MSCALE: dict[str, Any] = {"mscale": 0.8, "mscale_all_dim": 0.5}
 WIDE: dict[str, Any] = {"head_dim": 12}
 
@@ -140,6 +152,7 @@ PUBLISHED: dict[str, Callable[[], Any]] = {
     "qwen3_next": lambda: transformers.Qwen3NextConfig(**HYBRID, intermediate_size=48, rope_parameters=rope()),
     "qwen3_5_moe": lambda: transformers.Qwen3_5MoeTextConfig(**HYBRID, rope_parameters=rope()),
     "kimi_linear": lambda: transformers.KimiLinearConfig(**KIMI),
+    "minimax": lambda: transformers.MiniMaxConfig(**MINIMAX, **WIDE, rope_parameters=rope()),
 }
 """`config.json` of each case."""
 
@@ -177,7 +190,21 @@ def make_exact(case: str) -> Any:
     if rotary is not None:
         with in_float64():
             model.model.rotary_emb = type(rotary)(config=model.config)
+    for module in model.modules():
+        if hasattr(module, "get_slope_rate"):
+            set_slopes(module)
     return model
+
+
+def set_slopes(layer: Any, slopes: torch.Tensor | None = None) -> None:
+    """MiniMax's slopes, and what is derived from them, which it makes in the default type; blocks of a few tokens."""
+    usual, layer.block_size = torch.get_default_dtype(), 16
+    torch.set_default_dtype(torch.float64)
+    try:
+        layer.slope_rate = layer.get_slope_rate() if slopes is None else slopes
+        layer.query_decay, layer.key_decay, layer.diagonal_decay = layer.decay_factors(layer.slope_rate)
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def released_name(case: str, name: str) -> str:
@@ -185,6 +212,12 @@ def released_name(case: str, name: str) -> str:
     if case.startswith("kimi_linear"):
         return re.sub(r"layers\.0\.block_sparse_moe\.(\w+_proj)", r"layers.0.mlp.\1", name)
     return name
+
+
+def as_released(case: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What transformers saves under the release's names, without what is derived from the config."""
+    found = {released_name(case, name): value for name, value in tensors.items()}
+    return {name: value for name, value in found.items() if not name.endswith(("slope_rate", "_decay"))}
 
 
 def save(model: Any, folder: Path, **options: Any) -> Path:

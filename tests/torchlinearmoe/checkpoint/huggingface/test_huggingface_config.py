@@ -44,6 +44,10 @@ def test_a_preset_is_the_same_model_after_config_json(family: str, size: str) ->
     [
         {"layout": "LN"},
         {"norm_offset": 1.0},
+        {"norm_placement": "post"},
+        {"attention_norm_placement": "stream"},
+        {"attention_scales": [2.0, 1.0]},
+        {"ffn_scales": [1.0, 0.5]},
         {"moe": {"score": "sigmoid"}},
         {"moe": {"selection_bias": True}},
         {"moe": {"balance": "bias"}},

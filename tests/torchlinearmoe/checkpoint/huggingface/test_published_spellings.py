@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from published_cases import make, released_name, save
+from published_cases import in_float64, make, make_exact, random_tokens, released_name, save, set_slopes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from torchlinearmoe import load_model
 from torchlinearmoe.checkpoint.huggingface.config import read_recipe, write_config
 from torchlinearmoe.checkpoint.huggingface.importing import import_directory
 from torchlinearmoe.checkpoint.huggingface.weights import PublishedWeights
@@ -96,6 +97,53 @@ def without_layer_types(config: Config, tensors: Tensors) -> tuple[Config, Tenso
     return {**config, "full_attention_interval": 2}, {**tensors, "mtp.norm.weight": torch.ones(2)}
 
 
+def in_words_of_minimax(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    """The keys of MiniMax-Text-01's own code; of a head's 12 channels 6 are rotated."""
+    told = {key: value for key, value in config.items() if not key.endswith("_factor")}
+    kinds = told.pop("layer_types")
+    told |= {"attn_type_list": [int(kind == "full_attention") for kind in kinds], "postnorm": True, "rotary_dim": 6}
+    told |= {"architectures": ["MiniMaxText01ForCausalLM"], "shared_intermediate_size": 0}
+    words = {"linear_attn": "linear_attention", "full_attn": "full_attention", "mlp": "mlp"}
+    for theirs, ours in words.items():
+        told |= {f"layernorm_{ours}_{name}": config[f"{theirs}_{name}_factor"] for name in ("alpha", "beta")}
+    return told, tensors
+
+
+def test_minimax_as_released_is_transformers_with_the_slopes_of_the_paper_and_half_rotations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.minimax import modeling_minimax
+
+    path = directory("minimax", tmp_path / "released", in_words_of_minimax)
+    weights = PublishedWeights(path)
+    assert sum(weights.ignored.values()) == 2 * 4
+    import_directory(path, tmp_path / "checkpoint")
+    model = make_exact("minimax")
+    config, rotate = model.config, modeling_minimax.apply_rotary_pos_emb
+    for index in (0, 2):
+        layer = model.model.layers[index].self_attn
+        slopes = 2.0 ** (-8 * torch.arange(1, 5, dtype=torch.float64) / 4)
+        set_slopes(layer, (slopes * (1 - index / 2 + 1e-5))[:, None, None])
+    with in_float64():
+        model.model.rotary_emb = type(model.model.rotary_emb)(
+            config=type(config)(**{**config.to_dict(), "head_dim": 6})
+        )
+
+    def half(q: Tensor, k: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, ...]:
+        turned = rotate(q[..., :6], k[..., :6], cosines, sines)
+        return tuple(torch.cat([first, x[..., 6:]], -1) for first, x in zip(turned, (q, k)))
+
+    monkeypatch.setattr(modeling_minimax, "apply_rotary_pos_emb", half)
+    tokens = random_tokens(2, 70)
+    with in_float64():
+        expected = model(tokens).logits
+    ours = load_model(tmp_path / "checkpoint").double()
+    torch.testing.assert_close(ours(tokens), expected, atol=1e-11, rtol=0)
+    told = write_config(weights.recipe.model)
+    assert told is not None and told["architectures"] == ["MiniMaxText01ForCausalLM"]
+    assert read_recipe(Path(), told).model == weights.recipe.model
+
+
 SPELLINGS = {
     "qwen3_5_moe": (with_pictures, {r"mtp..*": 1, r"model.visual..*": 1}),
     "deepseek_v3": (with_a_layer_beyond, {"model.layers.2+..*": 1}),
@@ -143,6 +191,7 @@ def test_an_export_into_another_type_keeps_selection_biases(tmp_path: Path) -> N
 def config_of(case: str, **changes: Any) -> Config:
     config = make(case).config.to_dict()
     names = {"qwen3_next": "Qwen3NextForCausalLM", "kimi_linear": "KimiLinearForCausalLM"}
+    names["minimax"] = "MiniMaxForCausalLM"
     return {
         key: value for key, value in {**config, "architectures": [names[case]], **changes}.items() if value != "absent"
     }
@@ -168,6 +217,15 @@ def config_of(case: str, **changes: Any) -> Config:
         ("kimi_linear", {"layer_types": "absent"}, "linear_attn_config.full_attn_layers = None: must be a list"),
         ("kimi_linear", {"mlp_layer_types": ["sparse", "dense", "sparse"]}, "only the first layers may be dense"),
         ("kimi_linear", {"num_expert_group": "many"}, "num_expert_group = 'many': must be a whole number"),
+        ("minimax", {"sliding_window": 8}, "sliding_window = 8: not supported"),
+        ("minimax", {"num_attention_heads": 6}, "num_attention_heads = 6: transformers' slopes are known here"),
+        ("minimax", {"head_dim": "wide"}, "head_dim = 'wide': must be whole numbers"),
+        ("minimax", {"mlp_beta_factor": 0}, r"model.ffn_scales = \[2.5, 0.0\]: both must be positive"),
+        (
+            "minimax",
+            {"architectures": ["MiniMaxText01ForCausalLM"], "layer_types": "absent", "attn_type_list": [2, 0, 0]},
+            r"attn_type_list = \[2, 0, 0\]: must be a list of 0 and 1",
+        ),
     ],
 )
 def test_what_means_another_model_is_named(case: str, changes: Config, why: str) -> None:
