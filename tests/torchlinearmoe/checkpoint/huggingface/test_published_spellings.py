@@ -139,6 +139,8 @@ def test_minimax_as_released_is_transformers_with_the_slopes_of_the_paper_and_ha
         expected = model(tokens).logits
     ours = load_model(tmp_path / "checkpoint").double()
     torch.testing.assert_close(ours(tokens), expected, atol=1e-11, rtol=0)
+    followed = read_recipe(Path(), config_of("minimax", rotary_dim=6)).model.mixer_options["softmax_attention"]
+    assert followed == weights.recipe.model.mixer_options["softmax_attention"]
     told = write_config(weights.recipe.model)
     assert told is not None and told["architectures"] == ["MiniMaxText01ForCausalLM"]
     assert read_recipe(Path(), told).model == weights.recipe.model
