@@ -45,7 +45,7 @@ FORMS: dict[str, dict[str, dict[str, Any]]] = {
     " shared and biased": {"moe": {"shared_hidden_size": 48, "shared_gate": True, "balance": "bias"}},
 }
 """What changes a family's names."""
-LIKE = {"minimax": "mixtral", "qwen3_5_moe": "qwen3_next"}
+LIKE = {"minimax": "mixtral", "olmo_hybrid": "llama3", "qwen3_5_moe": "qwen3_next"}
 """Families whose names are those of another, but for what their groups say."""
 
 

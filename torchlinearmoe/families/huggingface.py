@@ -48,6 +48,9 @@ class Name:
     """For each dim of theirs the dim of ours that it is, None for a dim of one, where they are not the same."""
     mixer: str = ""
     """The mixer of the layers that it is for; empty for any."""
+    joined: tuple[tuple[str, str], ...] = ()
+    """Tensors of ours and of theirs, this one among them, whose rows lie one behind the other: a directory may cut them
+    elsewhere than we do."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class Architecture:
     rotary: tuple[str, float] | None = None
     """The recipe key, a number of channels, that `partial_rotary_factor` tells, and the factor that a left-out one
     means; None: all channels are rotated."""
+    rope_switch: str = ""
+    """The recipe key, true or false, by which a rotary base of null turns rotation off."""
     rope_ignored: tuple[str, ...] = ()
     """Rotary parameters that change nothing for text."""
     float32: tuple[str, ...] = ()

@@ -102,6 +102,13 @@ MINIMAX: dict[str, Any] = {
     "mlp_alpha_factor": 2.5,
     "mlp_beta_factor": 0.5,
 }
+OLMO: dict[str, Any] = {
+    **DIMENSIONS,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "pad_token_id": None,
+    "eos_token_id": 1,
+}
 MSCALE: dict[str, Any] = {"mscale": 0.8, "mscale_all_dim": 0.5}
 WIDE: dict[str, Any] = {"head_dim": 12}
 
@@ -152,6 +159,15 @@ PUBLISHED: dict[str, Callable[[], Any]] = {
     "qwen3_next": lambda: transformers.Qwen3NextConfig(**HYBRID, intermediate_size=48, rope_parameters=rope()),
     "qwen3_5_moe": lambda: transformers.Qwen3_5MoeTextConfig(**HYBRID, rope_parameters=rope()),
     "kimi_linear": lambda: transformers.KimiLinearConfig(**KIMI),
+    "olmo_hybrid": lambda: transformers.OlmoHybridConfig(**OLMO, rope_parameters=rope(rope_theta=None)),
+    "olmo_hybrid rotated": lambda: transformers.OlmoHybridConfig(
+        **OLMO,
+        rope_parameters=rope(),
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=10,
+        linear_allow_neg_eigval=False,
+    ),
     "minimax": lambda: transformers.MiniMaxConfig(**MINIMAX, **WIDE, rope_parameters=rope()),
 }
 """`config.json` of each case."""
@@ -217,7 +233,24 @@ def released_name(case: str, name: str) -> str:
 def as_released(case: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What transformers saves under the release's names, without what is derived from the config."""
     found = {released_name(case, name): value for name, value in tensors.items()}
+    if case.startswith("olmo_hybrid"):
+        found = _olmo_as_released(found)
     return {name: value for name, value in found.items() if not name.endswith(("slope_rate", "_decay"))}
+
+
+def _olmo_as_released(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Convolutions as wide as their projections, and the names of the norms in softmax layers."""
+    found = dict(tensors)
+    for name in tensors:
+        layer = name.partition(".linear_attn.")[0]
+        if name.endswith("q_conv1d.weight"):
+            paths = [f"{layer}.linear_attn.{part}_conv1d.weight" for part in "qkv"]
+            widths = [len(tensors[f"{layer}.linear_attn.{part}_proj.weight"]) for part in "qkv"]
+            found |= zip(paths, torch.cat([tensors[path] for path in paths]).split(widths))
+        softmax = name.replace("feedforward_layer_norm", "self_attn.q_norm")
+        if softmax != name and softmax in tensors:
+            found[name.replace("feedforward_layer_norm", "post_attention_layernorm")] = found.pop(name)
+    return found
 
 
 def save(model: Any, folder: Path, **options: Any) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from published_cases import in_float64, make, make_exact, random_tokens, released_name, save, set_slopes
+from published_cases import as_released, in_float64, make, make_exact, random_tokens, released_name, save, set_slopes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -146,11 +146,18 @@ def test_minimax_as_released_is_transformers_with_the_slopes_of_the_paper_and_ha
     assert read_recipe(Path(), told).model == weights.recipe.model
 
 
+def cut_by_widths(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    """OLMo Hybrid's convolutions, which transformers saves in thirds, and positions that an older key leaves out."""
+    told = {key: value for key, value in config.items() if key != "rope_parameters"}
+    return {**told, "rope_theta": None}, as_released("olmo_hybrid", tensors)
+
+
 SPELLINGS = {
     "qwen3_5_moe": (with_pictures, {r"mtp..*": 1, r"model.visual..*": 1}),
     "deepseek_v3": (with_a_layer_beyond, {"model.layers.2+..*": 1}),
     "glm4_moe": (with_a_layer_beyond, {"model.layers.2+..*": 1}),
     "kimi_linear": (as_remote_code_has_it, {}),
+    "olmo_hybrid": (cut_by_widths, {}),
     "qwen3_next": (without_layer_types, {r"mtp..*": 1}),
 }
 
@@ -161,6 +168,20 @@ def test_a_released_directory_is_the_model_that_transformers_saves(case: str, tm
     found = PublishedWeights(directory(case, tmp_path / "released", change))
     assert_same_model(found, PublishedWeights(save(make(case), tmp_path / "saved")))
     assert found.ignored == ignored
+
+
+def test_convolutions_that_do_not_add_up_are_named(tmp_path: Path) -> None:
+    def longer(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+        name = "model.layers.0.linear_attn.k_conv1d.weight"
+        return config, {**tensors, name: torch.cat([tensors[name], tensors[name][:1]])}
+
+    with pytest.raises(UserError, match=r"'model\.layers\.0\.linear_attn\.q_conv1d\.weight' has shape \[32, 1, 4\]"):
+        PublishedWeights(directory("olmo_hybrid", tmp_path / "longer", longer))
+
+
+def test_a_hybrid_of_few_layers_has_one_of_softmax_attention() -> None:
+    config = config_of("olmo_hybrid", layer_types="absent")
+    assert layer_mixers(read_recipe(Path(), config).model) == ["gated_delta_net"] * 2 + ["softmax_attention"]
 
 
 def test_an_import_says_what_it_leaves_out_and_nothing_else_is(
@@ -193,7 +214,7 @@ def test_an_export_into_another_type_keeps_selection_biases(tmp_path: Path) -> N
 def config_of(case: str, **changes: Any) -> Config:
     config = make(case).config.to_dict()
     names = {"qwen3_next": "Qwen3NextForCausalLM", "kimi_linear": "KimiLinearForCausalLM"}
-    names["minimax"] = "MiniMaxForCausalLM"
+    names |= {"minimax": "MiniMaxForCausalLM", "olmo_hybrid": "OlmoHybridForCausalLM"}
     return {
         key: value for key, value in {**config, "architectures": [names[case]], **changes}.items() if value != "absent"
     }
@@ -219,6 +240,8 @@ def config_of(case: str, **changes: Any) -> Config:
         ("kimi_linear", {"layer_types": "absent"}, "linear_attn_config.full_attn_layers = None: must be a list"),
         ("kimi_linear", {"mlp_layer_types": ["sparse", "dense", "sparse"]}, "only the first layers may be dense"),
         ("kimi_linear", {"num_expert_group": "many"}, "num_expert_group = 'many': must be a whole number"),
+        ("olmo_hybrid", {"linear_key_head_dim": 0.5}, "linear_key_head_dim = 0.5: must be a whole number"),
+        ("olmo_hybrid", {"attention_bias": True}, "attention_bias = True: not supported"),
         ("minimax", {"sliding_window": 8}, "sliding_window = 8: not supported"),
         ("minimax", {"num_attention_heads": 6}, "num_attention_heads = 6: transformers' slopes are known here"),
         ("minimax", {"head_dim": "wide"}, "head_dim = 'wide': must be whole numbers"),
