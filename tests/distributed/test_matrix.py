@@ -59,7 +59,7 @@ REFUSED = {(f"family {name}", "ep 2") for name in FAMILIES if not FAMILIES[name]
 
 full = pytest.mark.distributed_full
 FEW = {"qwen3_next": "cp 2", "kimi_linear": "tp 2", "glm4_moe": "ep 2"}
-FEW |= {"minimax": "tp 2", "olmo_hybrid": "tp 2"}
+FEW |= {"minimax": "tp 2", "olmo_hybrid": "tp 2", "bailing_hybrid": "cp 2"}
 """Cells of published models that every run of the tests has, in float64."""
 
 

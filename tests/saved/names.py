@@ -45,7 +45,7 @@ FORMS: dict[str, dict[str, dict[str, Any]]] = {
     " shared and biased": {"moe": {"shared_hidden_size": 48, "shared_gate": True, "balance": "bias"}},
 }
 """What changes a family's names."""
-LIKE = {"minimax": "mixtral", "olmo_hybrid": "llama3", "qwen3_5_moe": "qwen3_next"}
+LIKE = {"minimax": "mixtral", "olmo_hybrid": "llama3", "qwen3_5_moe": "qwen3_next", "bailing_hybrid": "kimi_linear"}
 """Families whose names are those of another, but for what their groups say."""
 
 
@@ -60,7 +60,7 @@ def _mixers() -> dict[str, Group]:
     for name in MIXERS.names():
         for options in ({}, *MIXERS[name].variants):
             told = " ".join([name, *(f"{key}={value}" for key, value in options.items())])
-            families = (each for each in FAMILIES if FAMILIES[each].attention == name)
+            families = (each for each in FAMILIES if FAMILIES[each].attention == name and each not in LIKE)
             family = min(families, key=lambda each: len(FAMILIES[each].attention_options("debug")), default="qwen2")
             model = {"family": family, "mixer": name, "layout": "L", "num_layers": 2, "num_heads": 2, "num_kv_heads": 2}
             names = _shapes({"model": model, "mixer": {name: options}})

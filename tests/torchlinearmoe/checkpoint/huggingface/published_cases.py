@@ -102,6 +102,19 @@ MINIMAX: dict[str, Any] = {
     "mlp_alpha_factor": 2.5,
     "mlp_beta_factor": 0.5,
 }
+LING: dict[str, Any] = {
+    **{key: value for key, value in {**DIMENSIONS, **LATENT}.items() if key != "n_routed_experts"},
+    "num_hidden_layers": 3,
+    "q_lora_rank": None,
+    "num_local_experts": 8,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "pad_token_id": None,
+    "eos_token_id": 1,
+}
 OLMO: dict[str, Any] = {
     **DIMENSIONS,
     "num_hidden_layers": 3,
@@ -159,6 +172,12 @@ PUBLISHED: dict[str, Callable[[], Any]] = {
     "qwen3_next": lambda: transformers.Qwen3NextConfig(**HYBRID, intermediate_size=48, rope_parameters=rope()),
     "qwen3_5_moe": lambda: transformers.Qwen3_5MoeTextConfig(**HYBRID, rope_parameters=rope()),
     "kimi_linear": lambda: transformers.KimiLinearConfig(**KIMI),
+    "bailing_hybrid": lambda: transformers.BailingHybridConfig(**LING, rope_parameters=rope()),
+    "bailing_hybrid unbounded": lambda: transformers.BailingHybridConfig(
+        **{**LING, "q_lora_rank": 12, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 2},
+        rope_parameters=rope(**YARN, **MSCALE),
+        kda_safe_gate=False,
+    ),
     "olmo_hybrid": lambda: transformers.OlmoHybridConfig(**OLMO, rope_parameters=rope(rope_theta=None)),
     "olmo_hybrid rotated": lambda: transformers.OlmoHybridConfig(
         **OLMO,

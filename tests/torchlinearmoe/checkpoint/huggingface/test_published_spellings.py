@@ -152,12 +152,29 @@ def cut_by_widths(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
     return {**told, "rope_theta": None}, as_released("olmo_hybrid", tensors)
 
 
+def in_words_of_ling(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    """Ling 3.0's other name and usual keys, a group of layers in the place of a list, a layer for further tokens."""
+    names = {
+        "model_max_length": "max_position_embeddings",
+        "moe_renormalize": "norm_topk_prob",
+        "num_expert_group": "n_group",
+        "num_experts_per_token": "num_experts_per_tok",
+    }
+    told = {names.get(key, key): value for key, value in config.items() if not key.startswith("linear_")}
+    for key in ("layer_types", "mlp_layer_types", "kda_safe_gate", "kda_lower_bound"):
+        del told[key]
+    told |= {"layer_group_size": 2, "first_k_dense_replace": 1, "head_dim": 8, "partial_rotary_factor": 0.5}
+    told["rope_parameters"] = {**told["rope_parameters"], "partial_rotary_factor": 0.5}
+    return with_a_layer_beyond({**told, "architectures": ["BailingMoeV3ForCausalLM"]}, tensors)
+
+
 SPELLINGS = {
     "qwen3_5_moe": (with_pictures, {r"mtp..*": 1, r"model.visual..*": 1}),
     "deepseek_v3": (with_a_layer_beyond, {"model.layers.2+..*": 1}),
     "glm4_moe": (with_a_layer_beyond, {"model.layers.2+..*": 1}),
     "kimi_linear": (as_remote_code_has_it, {}),
     "olmo_hybrid": (cut_by_widths, {}),
+    "bailing_hybrid": (in_words_of_ling, {"model.layers.3+..*": 1}),
     "qwen3_next": (without_layer_types, {r"mtp..*": 1}),
 }
 
@@ -198,23 +215,29 @@ def test_an_import_says_what_it_leaves_out_and_nothing_else_is(
         PublishedWeights(directory("glm4_moe", tmp_path / "other", with_another))
 
 
-def test_an_export_into_another_type_keeps_selection_biases(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "kept"),
+    [
+        ("kimi_linear", ("e_score_correction_bias", "block_sparse_moe.gate.weight", "dt_bias")),
+        ("bailing_hybrid", ("expert_bias", "mlp.gate.weight", "dt_bias", "A_log", "_conv1d.weight")),
+    ],
+)
+def test_an_export_into_another_type_keeps_selection_biases(case: str, kept: tuple[str, ...], tmp_path: Path) -> None:
     from torchlinearmoe.checkpoint.huggingface.exporting import export_checkpoint
 
-    import_directory(save(make("kimi_linear"), tmp_path / "published"), tmp_path / "checkpoint")
+    import_directory(save(make(case), tmp_path / "published"), tmp_path / "checkpoint")
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "again", dtype=torch.bfloat16)
     tensors = load_file(tmp_path / "again" / "model.safetensors")
     wide = {name for name, value in tensors.items() if value.dtype == torch.float32}
-    assert wide and all(
-        name.endswith(("e_score_correction_bias", "block_sparse_moe.gate.weight", "dt_bias")) for name in wide
-    )
-    assert all(tensors[name].dtype == torch.float32 for name in tensors if name.endswith("e_score_correction_bias"))
+    assert wide == {name for name in tensors if name.endswith(kept)}
+    assert all(any(name.endswith(end) for name in wide) for end in kept)
 
 
 def config_of(case: str, **changes: Any) -> Config:
     config = make(case).config.to_dict()
     names = {"qwen3_next": "Qwen3NextForCausalLM", "kimi_linear": "KimiLinearForCausalLM"}
     names |= {"minimax": "MiniMaxForCausalLM", "olmo_hybrid": "OlmoHybridForCausalLM"}
+    names["bailing_hybrid"] = "BailingHybridForCausalLM"
     return {
         key: value for key, value in {**config, "architectures": [names[case]], **changes}.items() if value != "absent"
     }
@@ -240,6 +263,13 @@ def config_of(case: str, **changes: Any) -> Config:
         ("kimi_linear", {"layer_types": "absent"}, "linear_attn_config.full_attn_layers = None: must be a list"),
         ("kimi_linear", {"mlp_layer_types": ["sparse", "dense", "sparse"]}, "only the first layers may be dense"),
         ("kimi_linear", {"num_expert_group": "many"}, "num_expert_group = 'many': must be a whole number"),
+        (
+            "bailing_hybrid",
+            {"kda_lower_bound": 0},
+            "kda_safe_gate = True, kda_lower_bound = 0: must be a bound below 0",
+        ),
+        ("bailing_hybrid", {"layer_types": "absent", "layer_group_size": 0}, "layer_group_size = 0: must be a whole"),
+        ("bailing_hybrid", {"architectures": ["BailingMoeV2_5ForCausalLM"]}, "BailingMoeV2_5ForCausalLM.*not known"),
         ("olmo_hybrid", {"linear_key_head_dim": 0.5}, "linear_key_head_dim = 0.5: must be a whole number"),
         ("olmo_hybrid", {"attention_bias": True}, "attention_bias = True: not supported"),
         ("minimax", {"sliding_window": 8}, "sliding_window = 8: not supported"),
