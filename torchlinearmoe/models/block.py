@@ -31,9 +31,8 @@ class Block(Module):
 
     def __init__(self, model: ModelRecipe, mixer: Mixer, layer: int) -> None:
         super().__init__()
-        placement, self.mixer_scales, self.ffn_scales = model.norm_placement, model.linear_scales, model.ffn_scales
-        if mixer.keeps_past:
-            placement, self.mixer_scales = model.attention_norm_placement or placement, model.attention_scales
+        placement, self.mixer_scales = placed(model, mixer.keeps_past)
+        self.ffn_scales = model.ffn_scales
         self.norms_behind, self.norms_stream = placement == "post", placement == "stream"
         self.adds_plainly = not self.norms_behind and self.ffn_scales == (1, 1)
         self.mixer_norm = RMSNorm(model.hidden_size, model.norm_eps, model.norm_offset)
@@ -70,6 +69,13 @@ class Block(Module):
         else:
             h_TD = self.ffn(h_TD)
         return x_TD + h_TD if self.adds_plainly else self.add_last(x_TD, h_TD), after, passed_on
+
+
+def placed(model: ModelRecipe, softmax: bool) -> tuple[str, Scales]:
+    """Where the norms stand in layers of softmax attention or of linear mixers, and the weights of the mixer's sum."""
+    if softmax:
+        return model.attention_norm_placement or model.norm_placement, model.attention_scales
+    return model.norm_placement, model.linear_scales
 
 
 def add(x: Tensor, y: Tensor, scales: Scales) -> Tensor:
