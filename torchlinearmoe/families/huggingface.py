@@ -75,6 +75,8 @@ class Architecture:
     """The same the other way. Raises RecipeError for what the architecture does not have."""
     synonyms: Mapping[str, str] = field(default_factory=dict)
     """Other names of keys, as transformers saves them again or as remote code has them, to those that are used here."""
+    own_code: bool = False
+    """Whether it is the release's own code that knows it, and transformers does not."""
     aliases: tuple[str, ...] = ()
     """Other values of `architectures` that are read: a multimodal model whose text part it is, an older name."""
     nested: str = ""

@@ -203,6 +203,7 @@ PUBLISHED = Architecture(
 AS_RELEASED = Architecture(
     name="MiniMaxText01ForCausalLM",
     model_type="minimax_text_01",
+    own_code=True,
     keys=KEYS,
     names=NAMES,
     defaults=DEFAULTS,

@@ -18,6 +18,7 @@ from torchlinearmoe import load_model
 from torchlinearmoe.checkpoint.huggingface.config import read_recipe, write_config
 from torchlinearmoe.checkpoint.huggingface.importing import import_directory
 from torchlinearmoe.checkpoint.huggingface.weights import PublishedWeights
+from torchlinearmoe.convert import main as convert
 from torchlinearmoe.errors import UserError
 from torchlinearmoe.models.layer_mixers import layer_mixers
 
@@ -110,7 +111,7 @@ def in_words_of_minimax(config: Config, tensors: Tensors) -> tuple[Config, Tenso
 
 
 def test_minimax_as_released_is_transformers_with_the_slopes_of_the_paper_and_half_rotations(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from transformers.models.minimax import modeling_minimax
 
@@ -144,6 +145,9 @@ def test_minimax_as_released_is_transformers_with_the_slopes_of_the_paper_and_ha
     told = write_config(weights.recipe.model)
     assert told is not None and told["architectures"] == ["MiniMaxText01ForCausalLM"]
     assert read_recipe(Path(), told).model == weights.recipe.model
+    capsys.readouterr()
+    assert convert(["to-hf", str(tmp_path / "checkpoint"), str(tmp_path / "again")]) == 0
+    assert "MiniMaxText01ForCausalLM\nnext: transformers knows it by the release's own code" in capsys.readouterr().out
 
 
 def cut_by_widths(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
