@@ -11,6 +11,7 @@ Shapes: T packed tokens, D width.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from torchlinearmoe.layers.mlp import SwiGLU
@@ -34,7 +35,6 @@ class Block(Module):
         placement, self.mixer_scales = placed(model, mixer.keeps_past)
         self.ffn_scales = model.ffn_scales
         self.norms_behind, self.norms_stream = placement == "post", placement == "stream"
-        self.adds_plainly = not self.norms_behind and self.ffn_scales == (1, 1)
         self.mixer_norm = RMSNorm(model.hidden_size, model.norm_eps, model.norm_offset)
         self.mixer = mixer
         self.ffn_norm = RMSNorm(model.hidden_size, model.norm_eps, model.norm_offset)
@@ -54,8 +54,8 @@ class Block(Module):
         return (h_TD if self.norms_stream else x_TD), h_TD
 
     def add_last(self, x_TD: Tensor, y_TD: Tensor) -> Tensor:
-        """The residual stream after the feed-forward, where that is not their sum."""
-        return add(x_TD, self.ffn_norm(y_TD) if self.norms_behind else y_TD, self.ffn_scales)
+        """The residual stream after the feed-forward, where a norm stands behind that."""
+        return add(x_TD, self.ffn_norm(y_TD), self.ffn_scales)
 
     def forward(
         self, x_TD: Tensor, context: Context, state: State | None = None, carried: Carried | None = None
@@ -68,7 +68,8 @@ class Block(Module):
             h_TD = self.ffn(h_TD, totals=context.totals, documents=context.documents)
         else:
             h_TD = self.ffn(h_TD)
-        return x_TD + h_TD if self.adds_plainly else self.add_last(x_TD, h_TD), after, passed_on
+        x_TD = self.add_last(x_TD, h_TD) if self.norms_behind else add(x_TD, h_TD, self.ffn_scales)
+        return x_TD, after, passed_on
 
 
 def placed(model: ModelRecipe, softmax: bool) -> tuple[str, Scales]:
@@ -79,9 +80,9 @@ def placed(model: ModelRecipe, softmax: bool) -> tuple[str, Scales]:
 
 
 def add(x: Tensor, y: Tensor, scales: Scales) -> Tensor:
-    """Their weighted sum; a weight of one costs nothing."""
+    """Their weighted sum; weights of one cost nothing."""
     ours, theirs = scales
-    return (x if ours == 1 else ours * x) + (y if theirs == 1 else theirs * y)
+    return torch.add(x if ours == 1 else ours * x, y, alpha=theirs)
 
 
 def _feed_forward(model: ModelRecipe, layer: int) -> nn.Module:
