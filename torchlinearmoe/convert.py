@@ -73,6 +73,7 @@ def _to_hf(options: argparse.Namespace) -> int:
 
     from torchlinearmoe.checkpoint.huggingface.exporting import export_checkpoint
     from torchlinearmoe.checkpoint.model import find_checkpoint
+    from torchlinearmoe.families import FAMILIES
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
     with progress_bar("exporting") as progress:
@@ -85,7 +86,11 @@ def _to_hf(options: argparse.Namespace) -> int:
         )
     trust = ", trust_remote_code=True" if "auto_map" in config else ""
     destination = visible(options.destination)
-    print(f"{destination}: {config['architectures'][0]}")
+    name = config["architectures"][0]
+    print(f"{destination}: {name}")
+    if any(name == each.name and each.own_code for family in FAMILIES.values() for each in family.published):
+        print("next: transformers knows it by the release's own code, which belongs beside it")
+        return 0
     print(f'next: AutoModelForCausalLM.from_pretrained("{destination}"{trust})')
     return 0
 

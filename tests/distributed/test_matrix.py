@@ -51,6 +51,8 @@ CONDITIONED = {
     "rwkv7": {"norm_eps": 1e-1, "init_std": 0.125},
     "family kimi_linear": {"norm_eps": 1e-1},
 }
+WITH_OWN_EPSILON = {"minimax": "lightning_attention", "olmo_hybrid": "gated_delta_net"}
+"""Families whose linear mixer has an epsilon that is not the model's; here it takes that."""
 LIMITS = {"float32": (1e-5, 1e-4), "float64": (1e-9, 1e-9)}
 """Of the losses and first gradients, and of the last gradients."""
 
@@ -59,6 +61,7 @@ REFUSED = {(f"family {name}", "ep 2") for name in FAMILIES if not FAMILIES[name]
 
 full = pytest.mark.distributed_full
 FEW = {"qwen3_next": "cp 2", "kimi_linear": "tp 2", "glm4_moe": "ep 2"}
+FEW |= {"minimax": "tp 2", "olmo_hybrid": "tp 2", "bailing_hybrid": "cp 2"}
 """Cells of published models that every run of the tests has, in float64."""
 
 
@@ -72,6 +75,7 @@ def of_family(name: str) -> Settings:
     """The family as it comes, a published hybrid with its mixer, but for its layers and the epsilon of its norms."""
     dimensions = dict.fromkeys(("hidden_size", "num_heads", "num_kv_heads"))
     mixer = {"mixer": FAMILIES[name].common["mixer"]} if "mixer" in FAMILIES[name].common else {}
+    epsilon = {WITH_OWN_EPSILON[name]: {"norm_eps": 0.0}} if name in WITH_OWN_EPSILON else {}
     return {
         "model": {
             "family": name,
@@ -82,6 +86,7 @@ def of_family(name: str) -> Settings:
             **CONDITIONED.get(f"family {name}", {}),
         },
         "moe": dict.fromkeys(("num_experts", "top_k", "hidden_size", "shared_hidden_size", "shared_gate")),
+        "mixer": epsilon,
     }
 
 

@@ -39,7 +39,11 @@ CONDITIONED: dict[str, dict[str, float]] = {
 }
 BESIDE = {"qwen2": "gated_delta_net", "deepseek_v2": "mamba2", "mixtral": "gla", "llama3": "lightning_attention"}
 BESIDE |= {"qwen3_next": "gated_delta_net", "qwen3_5_moe": "gated_delta_net", "kimi_linear": "kda"}
+BESIDE |= {"minimax": "lightning_attention", "olmo_hybrid": "gated_delta_net", "bailing_hybrid": "kda"}
 """The linear mixer that a family is run with besides its own attention; another family takes HGRN2."""
+
+WITH_OWN_EPSILON = {"minimax": "lightning_attention", "olmo_hybrid": "gated_delta_net"}
+"""Families whose linear mixer has an epsilon that is not the model's; here it takes that."""
 
 
 class Figures(NamedTuple):
@@ -69,7 +73,8 @@ def of_family(name: str, mixer: str) -> Settings:
         moe |= {"shared_hidden_size": 32, "shared_gate": True}
     if name == "deepseek_v2":
         moe |= {"balance": "bias", "bias_rate": 0.01}
-    return {"model": model, "moe": moe}
+    epsilon = {WITH_OWN_EPSILON[name]: {"norm_eps": 0.0}} if name in WITH_OWN_EPSILON else {}
+    return {"model": model, "moe": moe, "mixer": epsilon}
 
 
 def cases() -> dict[str, Settings]:

@@ -45,6 +45,8 @@ FORMS: dict[str, dict[str, dict[str, Any]]] = {
     " shared and biased": {"moe": {"shared_hidden_size": 48, "shared_gate": True, "balance": "bias"}},
 }
 """What changes a family's names."""
+LIKE = {"minimax": "mixtral", "olmo_hybrid": "llama3", "qwen3_5_moe": "qwen3_next", "bailing_hybrid": "kimi_linear"}
+"""Families whose names are those of another, but for what their groups say."""
 
 
 def groups() -> dict[str, Group]:
@@ -58,7 +60,7 @@ def _mixers() -> dict[str, Group]:
     for name in MIXERS.names():
         for options in ({}, *MIXERS[name].variants):
             told = " ".join([name, *(f"{key}={value}" for key, value in options.items())])
-            families = (each for each in FAMILIES if FAMILIES[each].attention == name)
+            families = (each for each in FAMILIES if FAMILIES[each].attention == name and each not in LIKE)
             family = min(families, key=lambda each: len(FAMILIES[each].attention_options("debug")), default="qwen2")
             model = {"family": family, "mixer": name, "layout": "L", "num_layers": 2, "num_heads": 2, "num_kv_heads": 2}
             names = _shapes({"model": model, "mixer": {name: options}})
@@ -68,17 +70,21 @@ def _mixers() -> dict[str, Group]:
 
 
 def _families() -> dict[str, Group]:
-    """The `debug` size of each family in softmax layers, and its forms."""
+    """The `debug` size of each family in softmax layers, and its forms; of one in LIKE what differs from the other."""
     found: dict[str, Group] = {}
     for name in FAMILIES:
         for form, changes in FORMS.items():
-            tables = {
-                "model": {"family": name, "layout": "N", **changes.get("model", {})},
-                "moe": changes.get("moe", {}),
-            }
             if not form or FAMILIES[name].preset("debug")["moe"]["num_experts"] or "moe" not in changes:
-                found[f"family {name}{form}"] = _beside(_shapes(tables), found.get(f"family {name}", {}))
+                plain = found.get(f"family {name}", {})
+                if name in LIKE:
+                    plain = _shapes(_of_family(LIKE[name], changes))
+                found[f"family {name}{form}"] = _beside(_shapes(_of_family(name, changes)), plain)
     return found
+
+
+def _of_family(name: str, changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    model = {"family": name, "layout": "N", **changes.get("model", {})}
+    return {"model": model, "moe": changes.get("moe", {})}
 
 
 def _beside(names: Group, plain: Group) -> Group:

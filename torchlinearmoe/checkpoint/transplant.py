@@ -22,10 +22,11 @@ from torchlinearmoe.checkpoint.stream import Weights
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.families import FAMILIES
 from torchlinearmoe.mixers import MIXERS
+from torchlinearmoe.models.block import placed
 from torchlinearmoe.models.layer_mixers import layer_mixers
 from torchlinearmoe.recipe import ModelRecipe
 
-ALWAYS = ("hidden_size", "num_layers", "vocab_size", "norm_eps", "norm_offset")
+ALWAYS = ("hidden_size", "num_layers", "vocab_size", "norm_eps", "norm_offset", "ffn_scales")
 ATTENTION = ("num_heads", "num_kv_heads", "head_dim")
 FREE_MOE = (
     *("top_k", "balance", "balance_coefficient", "balance_scope", "z_loss_coefficient", "bias_rate"),
@@ -77,6 +78,7 @@ def check_recipes(target: ModelRecipe, source: ModelRecipe, where: str) -> None:
     for section, key in keys:
         ours, theirs = (getattr(recipe.moe if section == "moe" else recipe, key) for recipe in (target, source))
         _equal(f"{section}.{key}", ours, theirs, where)
+    _placements(target, source, where)
     for name in sorted(common):
         for key, theirs in vars(source.mixer_options[name]).items():
             _equal(f"mixer.{name}.{key}", getattr(target.mixer_options[name], key), theirs, where)
@@ -87,6 +89,16 @@ def check_recipes(target: ModelRecipe, source: ModelRecipe, where: str) -> None:
             _equal("model.ffn_hidden_size", target.ffn_hidden_size, source.ffn_hidden_size, where)
     if target.tie_embeddings and not source.tie_embeddings:
         _equal("model.tie_embeddings", True, False, where)
+
+
+def _placements(target: ModelRecipe, source: ModelRecipe, where: str) -> None:
+    """Norms stand where they stood and sums are weighed as they were, in layers of whatever mixer."""
+    for names in zip(layer_mixers(target), layer_mixers(source), strict=True):
+        softmax = [MIXERS[name].keeps_past for name in names]
+        ours, theirs = (placed(model, kind) for model, kind in zip((target, source), softmax))
+        own = softmax[0] and target.attention_norm_placement
+        _equal("model.attention_norm_placement" if own else "model.norm_placement", ours[0], theirs[0], where)
+        _equal(f"model.{'attention' if softmax[0] else 'linear'}_scales", [*ours[1]], [*theirs[1]], where)
 
 
 def _equal(key: str, ours: Any, theirs: Any, where: str) -> None:

@@ -48,6 +48,9 @@ class Name:
     """For each dim of theirs the dim of ours that it is, None for a dim of one, where they are not the same."""
     mixer: str = ""
     """The mixer of the layers that it is for; empty for any."""
+    joined: tuple[tuple[str, str], ...] = ()
+    """Tensors of ours and of theirs, this one among them, whose rows lie one behind the other: a directory may cut them
+    elsewhere than we do."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class Architecture:
     """The same the other way. Raises RecipeError for what the architecture does not have."""
     synonyms: Mapping[str, str] = field(default_factory=dict)
     """Other names of keys, as transformers saves them again or as remote code has them, to those that are used here."""
+    own_code: bool = False
+    """Whether it is the release's own code that knows it, and transformers does not."""
     aliases: tuple[str, ...] = ()
     """Other values of `architectures` that are read: a multimodal model whose text part it is, an older name."""
     nested: str = ""
@@ -87,6 +92,8 @@ class Architecture:
     rotary: tuple[str, float] | None = None
     """The recipe key, a number of channels, that `partial_rotary_factor` tells, and the factor that a left-out one
     means; None: all channels are rotated."""
+    rope_switch: str = ""
+    """The recipe key, true or false, by which a rotary base of null turns rotation off."""
     rope_ignored: tuple[str, ...] = ()
     """Rotary parameters that change nothing for text."""
     float32: tuple[str, ...] = ()

@@ -27,6 +27,7 @@ from torchlinearmoe.families.sigmoid_routing import (
     BIAS,
     SIGMOID,
     SIGMOID_IMPLIED,
+    read_dense_layers,
     read_experts,
     sigmoid_router,
     write_experts,
@@ -90,12 +91,7 @@ def _read(config: Config, tables: Tables) -> None:
     linear = _linear(config)
     width, heads, taps = (linear.get(key, config.get(other, usual)) for key, (other, usual) in OPTIONS.items())
     tables["mixer.kda"] = {"heads": heads, "head_dim": width, "conv": taps, "gate_bias": False}
-    dense, kinds = config.get("first_k_dense_replace", 1), config.get("mlp_layer_types")
-    if isinstance(kinds, list):
-        dense = kinds.count("dense")
-        if kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense):
-            raise RecipeError("mlp_layer_types: only the first layers may be dense")
-    tables["moe"]["first_dense_layers"] = dense
+    read_dense_layers(config, tables, 1)
 
 
 def _write(tables: Tables, config: Config) -> None:

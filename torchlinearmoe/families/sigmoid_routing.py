@@ -48,6 +48,16 @@ def read_experts(
     moe["group_score"] = "top2" if within else "max"
 
 
+def read_dense_layers(config: Config, tables: Tables, usual: int) -> None:
+    """The dense layers at the bottom, listed layer by layer or counted; `usual` of them where nothing is said."""
+    dense, kinds = config.get("first_k_dense_replace", usual), config.get("mlp_layer_types")
+    if isinstance(kinds, list):
+        dense = kinds.count("dense")
+        if kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense):
+            raise RecipeError("mlp_layer_types: only the first layers may be dense")
+    tables["moe"]["first_dense_layers"] = dense
+
+
 def write_experts(groups_key: str, shared_key: str) -> Callable[[Tables, Config], None]:
     """The same the other way."""
 

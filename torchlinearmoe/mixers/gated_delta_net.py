@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Shard
 
+from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import Uniform, inverse_softplus_of_exp, linear, set_initializers
 from torchlinearmoe.mixers.base import LayerPlace, register
 from torchlinearmoe.mixers.delta_mixer import DeltaMixer, DeltaOptions
+from torchlinearmoe.mixers.output import check_epsilon
 from torchlinearmoe.module import Module
 from torchlinearmoe.recipe.schema import ModelRecipe
 
@@ -32,6 +34,8 @@ class Options(DeltaOptions):
 
     expand_v: float = 2.0
     """Width of a value head as a multiple of the key head's."""
+    norm_eps: float = 0.0
+    """Epsilon of the output's norm; 0 for the model's."""
 
 
 class HeadDecay(Module):
@@ -68,6 +72,7 @@ class GatedDeltaNet(DeltaMixer[Options]):
         {"negative_eigenvalues": True, "expand_v": 1.0},
         {"heads": 2, "head_dim": 16, "value_heads": 4, "expand_v": 1.5},
         {"output_norm": "none", "gate_activation": "sigmoid"},
+        {"norm_eps": 1e-2},
     )
 
     def __init__(self, options: Options, model: ModelRecipe, place: LayerPlace) -> None:
@@ -76,7 +81,17 @@ class GatedDeltaNet(DeltaMixer[Options]):
         self.g_proj = linear(width, self.value_heads * self.value_dim, std)
         self.a_proj = linear(width, self.value_heads, std)
         self.decay = HeadDecay(self.value_heads)
-        self.norm = options.gated_norm(self.value_dim, model)
+        self.norm = options.gated_norm(self.value_dim, model, options.norm_eps)
+
+    @classmethod
+    def check(cls, options: Options, model: ModelRecipe) -> None:
+        super().check(options, model)
+        check_epsilon(cls.name, options.norm_eps)
+        if options.norm_eps and options.output_norm == "none":
+            raise RecipeError(
+                f"mixer.{cls.name}.norm_eps = {options.norm_eps}: there is no norm with output_norm = 'none'; "
+                "set it to 0"
+            )
 
     def tensor_parallel(self) -> dict[str, Placement]:
         own = {"g_proj.weight": Shard(0), "a_proj.weight": Shard(0)}

@@ -2,7 +2,7 @@
 MiniMax 2025, arXiv 2501.08313).
 
     S_t = e^{-s_h} S_{t-1} + k_t v_t^T,      o_t = S_t^T q_t / sqrt(K),      q, k, v = swish(W x)
-    s_h = ALiBi slope of head h  *  (1 - l / (L - 1) + 1e-5) in layer l of L
+    s_h = ALiBi slope of head h  *  (1 - l / (L - 1 [+ e]) + 1e-5) in layer l of L
     y_t = W_o (RMSNorm(o_t) * sigmoid(W_g x_t))
 
 The slopes are computed, not learned: 2^(-8 (h + 1) / H), h counting all heads of the model, so that early layers and
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import Placement, Replicate, Shard
 
+from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.initialize import linear
 from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import OPERATOR, linear_recurrence_flops
@@ -40,6 +41,7 @@ from torchlinearmoe.mixers.base import (
     register,
 )
 from torchlinearmoe.mixers.linear_mixer import LinearMixer, Parts
+from torchlinearmoe.mixers.output import check_epsilon
 from torchlinearmoe.mixers.recurrence import linear_recurrence
 from torchlinearmoe.recipe.schema import ModelRecipe
 
@@ -52,8 +54,13 @@ class Options(MixerOptions):
 
     layer_factor: bool = True
     """Scale the slopes down with depth; false gives every layer the plain ALiBi slopes."""
+    depth_eps: float = 0.0
+    """Added to the number of layers but one by which that divides; 1e-5 in transformers' MiniMax."""
     norm: Literal["full", "head"] = "full"
     """RMSNorm over all heads together, or over each by itself with one weight for all."""
+    norm_eps: float = 0.0
+    """Epsilon of the norm; 0 for the model's. The norm sees what is read over sqrt(K), so that an epsilon for the
+    papers' unscaled reads is to be divided by K."""
     gate: Literal["sigmoid", "swish"] = "sigmoid"
     """Activation of the output gate."""
     conv: int = 0
@@ -80,6 +87,7 @@ class LightningAttention(LinearMixer[Options]):
     variants = (
         {"layer_factor": False, "norm": "head", "gate": "swish"},
         {"conv": 3, "heads": 3, "head_dim": 16},
+        {"norm_eps": 1e-2, "depth_eps": 0.5},
     )
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",)}
@@ -88,8 +96,8 @@ class LightningAttention(LinearMixer[Options]):
         super().__init__(options, model, place)
         self.heads, self.head_dim = geometry(options, model)
         self.depth_factor = 1.0
-        if options.layer_factor and model.num_layers > 1:
-            self.depth_factor = 1 - place.layer / (model.num_layers - 1) + 1e-5
+        if options.layer_factor and (layers := model.num_layers - 1 + options.depth_eps):
+            self.depth_factor = 1 - place.layer / layers + 1e-5
         self.norm_per_head = options.norm == "head"
         self.gate = GATES[options.gate]
         self.backend = model.kernel_backend
@@ -100,8 +108,17 @@ class LightningAttention(LinearMixer[Options]):
         self.v_proj = linear(width, inner, std)
         self.g_proj = linear(width, inner, std)
         self.convs = Convolutions(dict.fromkeys("qkv", inner), options.conv, always_activate=True)
-        self.norm = RMSNorm(self.head_dim if self.norm_per_head else inner, model.norm_eps)
+        self.norm = RMSNorm(self.head_dim if self.norm_per_head else inner, options.norm_eps or model.norm_eps)
         self.o_proj = linear(inner, width, std / (2 * model.num_layers) ** 0.5)
+
+    @classmethod
+    def check(cls, options: Options, model: ModelRecipe) -> None:
+        super().check(options, model)
+        check_epsilon(cls.name, options.norm_eps)
+        if options.depth_eps < 0 or (options.depth_eps and not options.layer_factor):
+            raise RecipeError(
+                f"mixer.{cls.name}.depth_eps = {options.depth_eps}: must be at least 0, and 0 with layer_factor = false"
+            )
 
     def state_spec(self) -> dict[str, StateSpec]:
         recurrent = StateSpec((self.heads, self.head_dim, self.head_dim), Carry.RECURRENT)

@@ -13,7 +13,7 @@ Shapes: T tokens, D width, H heads.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -33,7 +33,7 @@ class LinearMixer(Mixer[O]):
     regions = ("project", "mix")
     reads: Layers
     """What a token reads with: the query `q` first, then what `output` takes beside the read."""
-    writes: ClassVar[Layers]
+    writes: Layers
     """What a token writes by."""
     convs: Convolutions
 

@@ -5,7 +5,7 @@ one rotated key for all heads are kept:
 
     c = norm(x Wc)                 k_r = rotate(x Wr)             the state: c and k_r, 512 + 64 numbers a token
     q_h = [q_n, rotate(q_r)]       k_h = [c Wk_h, k_r]            v_h = c Wv_h
-    o_h = softmax(f (n + r)^(-1/2) q_h k_h^T) v_h                 f: YaRN's factor of the scores, 1 without
+    o_h = softmax(f (n + r)^(-1/2) q_h k_h^T) v_h [* sigmoid(x g_h)]    f: YaRN's factor of the scores, 1 without
 
 A step does not make keys and values again: q_n k_n = (q_n Wk_h^T) c, so queries are taken to the latent, attend there
 as one head with the key [c, k_r] and the value c, and Wv_h follows (appendix C).
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -70,6 +71,8 @@ class Options(MixerOptions):
     """Width of the latent that queries are made of; 0 makes them of the input itself."""
     rope: bool = True
     """Rotate the channels that are for it; without, they are compared as they are (Kimi Linear, arXiv 2510.26692)."""
+    output_gate: Literal["none", "head"] = "none"
+    """Multiply what each head reads by a sigmoid gate of the token, one a head (Ling 3.0)."""
 
 
 @register("mla", listed=False)
@@ -83,6 +86,7 @@ class MLA(Mixer[Options]):
         {"head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "kv_lora_rank": 24},
         {"heads": 3, "head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 16, "kv_lora_rank": 20, "q_lora_rank": 14},
         {"head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "kv_lora_rank": 24, "rope": False},
+        {"head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "kv_lora_rank": 24, "output_gate": "head"},
     )
     regions = ("project", "expand", "output")
 
@@ -107,6 +111,7 @@ class MLA(Mixer[Options]):
         self.kv_a_proj = linear(width, self.latent_dim + self.rope_dim, std)
         self.kv_a_norm = RMSNorm(self.latent_dim, LATENT_EPS)
         self.kv_b_proj = linear(self.latent_dim, self.heads * (self.key_dim + self.value_dim), std)
+        self.g_proj = linear(width, self.heads, std) if options.output_gate == "head" else None
         self.o_proj = linear(self.heads * self.value_dim, width, std / (2 * model.num_layers) ** 0.5)
 
     @classmethod
@@ -137,6 +142,8 @@ class MLA(Mixer[Options]):
         else:
             placements = {"q_proj.weight": Shard(0)}
         placements |= {f"{name}.weight": Replicate() for name in ("kv_a_proj", "kv_a_norm")}
+        if self.g_proj is not None:
+            placements["g_proj.weight"] = Shard(0)
         return placements | {"kv_b_proj.weight": Shard(0), "o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
@@ -169,18 +176,20 @@ class MLA(Mixer[Options]):
         k_r = k_r.unsqueeze(-2).expand(*k_n.shape[:-1], self.rope_dim)
         return torch.cat([k_n, k_r], -1), v
 
-    def output(self, o: Tensor) -> Tensor:
-        """[T, H, v] -> [T, D]."""
+    def output(self, o: Tensor, x_TD: Tensor) -> Tensor:
+        """[T, H, v], and the layer's input that a gate is made of -> [T, D]."""
+        if self.g_proj is not None:
+            o = o * self.g_proj(x_TD).sigmoid().unsqueeze(-1)
         return self.o_proj(o.flatten(-2))
 
     def run(self, x_TD: Tensor, context: Context, past: Past) -> tuple[Tensor, After]:
         tables = context.rotary(self.rope_dim, self.theta, x_TD.dtype, self.scaling)
         q, latent, k_r = self.project(x_TD, *tables)
         if not isinstance(past, Resumed):
-            return self.output(self._attend_packed(q, latent, k_r, context.documents)), {}
+            return self.output(self._attend_packed(q, latent, k_r, context.documents), x_TD), {}
         latents, keys = append_to_cache(past.state, context, latent=latent, rope_key=k_r)
         attend_cache = self._attend_latents if context.stepping else self._attend_expanded
-        return self.output(attend_cache(q, latents, keys, context)), {**past.state}
+        return self.output(attend_cache(q, latents, keys, context), x_TD), {**past.state}
 
     def _attend_packed(self, q: Tensor, latent: Tensor, k_r: Tensor, documents: Documents) -> Tensor:
         """Documents that start empty. Context-parallel ranks gather latents, unless heads are asked for."""

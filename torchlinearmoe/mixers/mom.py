@@ -121,7 +121,7 @@ class MoM(Mixer[M]):
         if "q" in self.inner.convs:
             self.query_convs["q"] = self.inner.convs.pop("q")
         self.write_layers = nn.ModuleDict()
-        layers = () if options.shared_projections else mixer.writes.values()
+        layers = () if options.shared_projections else self.inner.writes.values()
         for name in (name for chain in layers for name in chain):
             layer = self.inner.get_submodule(name)
             assert isinstance(layer, nn.Linear)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.layers.norm import GatedHeadNorm, HeadGate, RMSNorm
 from torchlinearmoe.mixers.base import MixerOptions
 from torchlinearmoe.recipe.schema import ModelRecipe
@@ -41,9 +42,15 @@ class GatedOutput(NormedOutput):
     gate_activation: Literal["swish", "sigmoid"] = "swish"
     """Activation of the output's gate."""
 
-    def gated_norm(self, width: int, model: ModelRecipe) -> nn.Module:
-        """Of heads of `width` channels, called with the outputs and the gate."""
+    def gated_norm(self, width: int, model: ModelRecipe, eps: float = 0.0) -> nn.Module:
+        """Of heads of `width` channels, called with the outputs and the gate; an epsilon of 0 is the model's."""
         activation = ACTIVATIONS[self.gate_activation]
         if self.output_norm == "none":
             return HeadGate(activation)
-        return GatedHeadNorm(width, model.norm_eps, activation)
+        return GatedHeadNorm(width, eps or model.norm_eps, activation)
+
+
+def check_epsilon(mixer: str, eps: float) -> None:
+    """Raise RecipeError for an option `norm_eps` that is no epsilon; 0 is the model's."""
+    if eps < 0:
+        raise RecipeError(f"mixer.{mixer}.norm_eps = {eps}: must be positive, or 0 for model.norm_eps")

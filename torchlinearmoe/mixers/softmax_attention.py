@@ -57,8 +57,8 @@ class Options(MixerOptions):
     """Taps of a short convolution on queries, keys and values, before the rotation; 0 for none."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections; the families with biases bring them."""
-    qk_norm: Literal["none", "head"] = "none"
-    """RMSNorm of each head's queries and keys before the rotation, one weight for all heads."""
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """RMSNorm of queries and keys before the rotation: of each head, one weight for all, or of all heads together."""
     rope: bool = True
     """Rotate queries and keys by their positions."""
     rotary_dim: int = 0
@@ -87,6 +87,7 @@ class SoftmaxAttention(Mixer[Options]):
         {"qkv_bias": True},
         {"qk_norm": "head", "rotary_dim": 10, "output_gate": True},
         {"rope": False, "qk_norm": "head"},
+        {"qk_norm": "full"},
         {"window": 5, "heads": 4, "head_dim": 16, "kv_heads": 2},
         {"window": 65, "heads": 3, "head_dim": 10, "kv_heads": 1},
     )
@@ -103,8 +104,10 @@ class SoftmaxAttention(Mixer[Options]):
         self.k_proj = linear(width, self.kv_heads * self.head_dim, std, bias)
         self.v_proj = linear(width, self.kv_heads * self.head_dim, std, bias)
         self.q_norm = self.k_norm = None
-        if options.qk_norm == "head":
-            self.q_norm, self.k_norm = (RMSNorm(self.head_dim, model.norm_eps, model.norm_offset) for _ in "qk")
+        self.norm_per_head = options.qk_norm == "head"
+        if options.qk_norm != "none":
+            widths = (1, 1) if self.norm_per_head else (self.heads, self.kv_heads)
+            self.q_norm, self.k_norm = (RMSNorm(n * self.head_dim, model.norm_eps, model.norm_offset) for n in widths)
         self.g_proj = linear(width, self.heads * self.head_dim, std) if options.output_gate else None
         self.rotary_dim = (options.rotary_dim or self.head_dim) if options.rope else 0
         kv_width = self.kv_heads * self.head_dim
@@ -151,7 +154,9 @@ class SoftmaxAttention(Mixer[Options]):
         if self.q_proj.bias is not None:
             placements |= {f"{name}.bias": Shard(0) for name in ("q_proj", "k_proj", "v_proj")}
         if self.q_norm is not None:
-            placements |= {"q_norm.weight": Replicate(), "k_norm.weight": Replicate()}
+            placements |= dict.fromkeys(
+                ("q_norm.weight", "k_norm.weight"), Replicate() if self.norm_per_head else Shard(0)
+            )
         if self.g_proj is not None:
             placements["g_proj.weight"] = Shard(0)
         placements |= self.convs.tensor_parallel("convs")
@@ -175,9 +180,12 @@ class SoftmaxAttention(Mixer[Options]):
         self, q: Tensor, k: Tensor, v: Tensor, cosines: Tensor, sines: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, H, d], keys and values [T, G, d]; queries and keys normed and rotated."""
+        norms = self.q_norm, self.k_norm
+        if not self.norm_per_head:
+            q, k = (x if norm is None else norm(x) for x, norm in zip((q, k), norms, strict=True))
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        if self.norm_per_head:
+            q, k = (x if norm is None else norm(x) for x, norm in zip((q, k), norms, strict=True))
         if not self.rotary_dim:
             return q, k, v
         return rotate_first(q, cosines, sines), rotate_first(k, cosines, sines), v

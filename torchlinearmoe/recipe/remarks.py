@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from torchlinearmoe.families import FAMILIES
+from torchlinearmoe.mixers import MIXERS
+from torchlinearmoe.models.layer_mixers import used_mixers
 from torchlinearmoe.recipe.schema import ModelRecipe, Recipe
 
 
@@ -20,6 +22,7 @@ def unread(recipe: Recipe) -> dict[str, str]:
     Zero, false and the empty string say nothing.
     """
     model, moe, parallel = recipe.model, recipe.model.moe, recipe.parallel
+    softmax = {MIXERS[name].keeps_past for name in used_mixers(model)}
     rules = (
         (_runs_its_mixer(model), "model.mixer", "an L in model.layout, and no model.mixers"),
         (not model.mixers, "model.layout", "to be without model.mixers"),
@@ -29,6 +32,12 @@ def unread(recipe: Recipe) -> dict[str, str]:
             "model.rope_factor model.rope_original_length model.rope_beta_slow model.rope_beta_fast",
             "model.rope_scaling",
         ),
+        (
+            True in softmax,
+            "model.attention_norm_placement model.attention_scales",
+            "layers of softmax attention",
+        ),
+        (False in softmax, "model.linear_scales", "layers of a linear mixer"),
         (model.rope_scaling == "yarn", "model.rope_mscale model.rope_mscale_all_dim", "model.rope_scaling = 'yarn'"),
         (moe.num_groups, "moe.top_k_groups moe.group_score", "moe.num_groups"),
         (moe.balance == "loss", "moe.balance_coefficient moe.balance_scope", "moe.balance = 'loss'"),

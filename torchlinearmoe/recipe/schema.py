@@ -132,6 +132,18 @@ class ModelRecipe:
     norm_offset: float = of_size(0.0, default=0.0)
     """What is added to the weights of the norms before and between layers and of softmax layers' queries and keys: 1
     for models that learn how far these are from one."""
+    norm_placement: Literal["pre", "post", "stream"] = of_size("pre", default="pre")
+    """Where the two norms of a layer stand: before what they feed, x + f(norm(x)); behind it, x + norm(f(x)) (OLMo 2);
+    or in the stream itself, n + f(n) with n = norm(x) (MiniMax-01)."""
+    attention_norm_placement: Literal["", "pre", "post", "stream"] = of_size("", default="")
+    """The same of layers of softmax attention; empty: as in the other layers."""
+    linear_scales: tuple[float, float] = of_size((1.0, 1.0), default=(1.0, 1.0))
+    """What the stream, and what a linear mixer gives, are multiplied by before they are added (DeepNorm's alpha and
+    beta)."""
+    attention_scales: tuple[float, float] = of_size((1.0, 1.0), default=(1.0, 1.0))
+    """The same of softmax attention."""
+    ffn_scales: tuple[float, float] = of_size((1.0, 1.0), default=(1.0, 1.0))
+    """The same of feed-forwards."""
     tie_embeddings: bool = of_size()
     """Use the embedding as the output head."""
     init_std: float = of_size()

@@ -273,6 +273,9 @@ def _layers(recipe: Recipe) -> None:
 
 def _model(recipe: Recipe) -> None:
     model = recipe.model
+    for name in ("linear_scales", "attention_scales", "ffn_scales"):
+        if min(scales := getattr(model, name)) <= 0:
+            raise RecipeError(f"model.{name} = {list(scales)}: both must be positive")
     if model.num_heads % model.num_kv_heads:
         raise RecipeError(f"model.num_kv_heads = {model.num_kv_heads}: must divide model.num_heads = {model.num_heads}")
     if model.ffn_hidden_size < 1 and (not model.moe.num_experts or model.moe.first_dense_layers):

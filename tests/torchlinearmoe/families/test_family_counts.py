@@ -50,6 +50,9 @@ HYBRIDS: dict[tuple[str, str], tuple[float, float]] = {
     ("qwen3_5_moe", "A10B"): (122e9, 9.8e9),
     ("qwen3_5_moe", "A17B"): (397e9, 17.3e9),
     ("kimi_linear", "A3B"): (49.12e9, 3.48e9),
+    ("bailing_hybrid", "A5B"): (124e9, 5.1e9 + 157184 * 2560),  # the published active ones are without the embedding
+    ("olmo_hybrid", "7B"): (7.43e9, 7.43e9),
+    ("minimax", "A46B"): (456e9, 45.9e9 + 2 * 200064 * 6144),  # the paper's active ones are without embeddings
 }
 """Sizes with the published layout, by name and text part alone; totals are rounded to whole billions in the names."""
 LINEAR_MOE: dict[tuple[str, str], tuple[float, float]] = {

@@ -140,8 +140,14 @@ def gated_delta_net(options: Any, model: Any) -> int:
 
 
 def kda(options: Any, model: Any) -> int:
-    """D R + (R + 1) HV K + HV of the decay and D R' + (R' + 1) HV V of the gate beside the rule's; R' without bias."""
+    """D R + (R + 1) HV K + HV of the decay and D R' + (R' + 1) HV V of the gate beside the rule's; R' without bias.
+
+    At full rank D HV K and D HV V in the place of D R + R HV K and D R' + R' HV V.
+    """
     width, _, key_dim, heads, value_dim = _delta(options, model)
+    if options.full_rank:
+        decay = (width + 1) * heads * key_dim + heads
+        return delta_rule(options, model) + decay + (width + options.gate_bias) * heads * value_dim
     decay_rank, gate_rank = options.decay_rank or value_dim, options.gate_rank or value_dim
     decay = width * decay_rank + (decay_rank + 1) * heads * key_dim + heads
     return delta_rule(options, model) + decay + width * gate_rank + (gate_rank + options.gate_bias) * heads * value_dim
@@ -174,17 +180,17 @@ def rwkv7_values(options: Any, model: Any) -> int:
 def softmax_attention(options: Any, model: Any) -> int:
     """D (2 H d + 2 G d), the biases (H + 2 G) d, W (H + 2 G) d of convolutions.
 
-    Norms of heads have 2 d, an output gate D H d.
+    Norms of heads have 2 d, of all heads together (H + G) d, an output gate D H d.
     """
     heads, width = options.heads or model.num_heads, options.head_dim or model.head_dim
     kv_heads = options.kv_heads or (heads if options.heads else model.num_kv_heads)
     weights = model.hidden_size * ((3 if options.output_gate else 2) * heads + 2 * kv_heads)
-    weights += 2 if options.qk_norm == "head" else 0
+    weights += {"none": 0, "head": 2, "full": heads + kv_heads}[options.qk_norm]
     return (weights + (heads + 2 * kv_heads) * (options.qkv_bias + options.conv)) * width
 
 
 def mla(options: Any, model: Any) -> int:
-    """q: D H (n + r), or Q (D + 1 + H (n + r)); D (C + r) + C; C H (n + v); H v D."""
+    """q: D H (n + r), or Q (D + 1 + H (n + r)); D (C + r) + C; C H (n + v); H v D; D H of a gate."""
     width, heads, latent, rotary = (
         model.hidden_size,
         options.heads or model.num_heads,
@@ -198,6 +204,7 @@ def mla(options: Any, model: Any) -> int:
         + latent
         + latent * heads * (options.head_dim + options.v_head_dim)
         + heads * options.v_head_dim * width
+        + (width * heads if options.output_gate == "head" else 0)
     )
 
 
@@ -246,6 +253,8 @@ def _gated_delta_writes(options: Any, model: Any) -> int:
 
 def _kda_writes(options: Any, model: Any) -> int:
     width, _, key_dim, heads, value_dim = _delta(options, model)
+    if options.full_rank:
+        return _delta_writes(options, model) + width * heads * key_dim
     return _delta_writes(options, model) + (width + heads * key_dim) * (options.decay_rank or value_dim)
 
 

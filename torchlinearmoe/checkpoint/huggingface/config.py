@@ -203,6 +203,9 @@ def _read_rope(where: Path, config: Config, tables: Tables, architecture: Archit
     rope = dict(rope)
     model = tables["model"]
     model["rope_theta"] = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+    if architecture.rope_switch:
+        _put(tables, architecture.rope_switch, model["rope_theta"] is not None)
+        model["rope_theta"] = 10000.0 if model["rope_theta"] is None else model["rope_theta"]
     if architecture.rotary is not None:
         target, missing = architecture.rotary
         factor = rope.pop("partial_rotary_factor", config.get("partial_rotary_factor", missing))
@@ -236,8 +239,9 @@ def _write_rope(tables: Tables, config: Config, architecture: Architecture) -> N
         scaling["partial_rotary_factor"] = config["partial_rotary_factor"] = (
             rotated / model["head_dim"] if rotated else 1.0
         )
-    config["rope_theta"] = model["rope_theta"]
-    config["rope_parameters"] = {**scaling, "rope_theta": model["rope_theta"]}
+    rotates = not architecture.rope_switch or _get(tables, architecture.rope_switch)
+    config["rope_theta"] = model["rope_theta"] if rotates else None
+    config["rope_parameters"] = {**scaling, "rope_theta": config["rope_theta"]}
     if keys:  # for transformers before 5
         config["rope_scaling"] = scaling
 

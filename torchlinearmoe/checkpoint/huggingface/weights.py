@@ -32,17 +32,20 @@ def model_shapes(model: ModelRecipe) -> dict[str, Index]:
 
 
 def name_copies(
-    architecture: Architecture, model: ModelRecipe, shapes: Mapping[str, Index], there: Container[str] | None = None
+    architecture: Architecture,
+    model: ModelRecipe,
+    shapes: Mapping[str, Index],
+    there: Mapping[str, Index] | None = None,
 ) -> dict[str, list[Copy]]:
     """For every tensor of ours, the boxes of it that are tensors of theirs, or boxes of them.
 
-    there: the names of a directory, which chooses among the architecture's spellings; None: its first.
+    there: the shapes of a directory, by whose names one of the architecture's spellings is chosen; None: its first.
     Raises UserError for a tensor that the architecture has no name for.
     """
     spellings = [_patterns(names) for names in (architecture.names, *architecture.spellings)]
     copies: dict[str, list[Copy]] = {}
-    for ours, shape in shapes.items():
-        first, *others = ([*_spelled(patterns, ours, shape, model)] for patterns in spellings)
+    for ours in shapes:
+        first, *others = ([*_spelled(patterns, ours, shapes, model, there)] for patterns in spellings)
         if there is not None and not _all_there(first, there):
             first = next((other for other in others if _all_there(other, there)), first)
         if not first:
@@ -60,13 +63,21 @@ def _patterns(names: tuple[Name, ...]) -> list[tuple[re.Pattern[str], Name]]:
 
 
 def _spelled(
-    patterns: list[tuple[re.Pattern[str], Name]], ours: str, shape: Index, model: ModelRecipe
+    patterns: list[tuple[re.Pattern[str], Name]],
+    ours: str,
+    shapes: Mapping[str, Index],
+    model: ModelRecipe,
+    there: Mapping[str, Index] | None,
 ) -> Iterator[Copy]:
     """The copies of one tensor of ours, by the names of one spelling."""
     mixers = layer_mixers(model)
     for pattern, name in patterns:
         if (match := pattern.fullmatch(ours)) and (not name.mixer or mixers[int(match[1])] == name.mixer):
-            yield from _parts(name, name.theirs.replace("{layer}", match[1] if match.groups() else ""), shape, model)
+            layer = match[1] if match.groups() else ""
+            if name.joined:
+                yield from _across(name, layer, ours, shapes, there or {})
+            else:
+                yield from _parts(name, name.theirs.replace("{layer}", layer), shapes[ours], model)
 
 
 def _parts(name: Name, theirs: str, shape: Index, model: ModelRecipe) -> Iterator[Copy]:
@@ -88,6 +99,29 @@ def _parts(name: Name, theirs: str, shape: Index, model: ModelRecipe) -> Iterato
     for expert in range(experts):
         path = theirs.replace("{expert}", str(expert))
         yield Copy(path, (expert, 0, start), (1, inputs, outputs), (0, 0), EXPERT)
+
+
+def _across(
+    name: Name, layer: str, ours: str, shapes: Mapping[str, Index], there: Mapping[str, Index]
+) -> Iterator[Copy]:
+    """The copies of a tensor among several whose rows lie one behind the other, cut as they are `there`.
+
+    Where they have not as many rows there, as if they were cut as ours are: what is wrong shows in their shapes.
+    """
+    own, sources = zip(*([text.replace("{layer}", layer) for text in pair] for pair in name.joined), strict=True)
+    rows = {one: shapes[one][0] for one in own}
+    lengths = [*rows.values()]
+    cut = [(there.get(source) or (0,))[0] for source in sources]
+    if sum(cut) != sum(lengths):
+        cut = lengths
+    first = sum(lengths[: own.index(ours)])
+    axes, begin = name.axes or tuple(range(len(shapes[ours]))), 0
+    for source, length in zip(sources, cut, strict=True):
+        low, high = max(first, begin), min(first + rows[ours], begin + length)
+        if low < high:
+            start, shape = (low - first, *(0 for _ in shapes[ours][1:])), (high - low, *shapes[ours][1:])
+            yield Copy(source, start, shape, tuple(low - begin if axis == 0 else 0 for axis in axes), name.axes)
+        begin += length
 
 
 class PublishedWeights:

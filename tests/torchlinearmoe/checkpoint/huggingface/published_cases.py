@@ -90,6 +90,38 @@ KIMI: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+MINIMAX: dict[str, Any] = {
+    **DIMENSIONS,
+    "num_hidden_layers": 3,
+    "num_local_experts": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_attn_alpha_factor": 1.5,
+    "linear_attn_beta_factor": 0.75,
+    "full_attn_alpha_factor": 3,
+    "full_attn_beta_factor": 1.25,
+    "mlp_alpha_factor": 2.5,
+    "mlp_beta_factor": 0.5,
+}
+LING: dict[str, Any] = {
+    **{key: value for key, value in {**DIMENSIONS, **LATENT}.items() if key != "n_routed_experts"},
+    "num_hidden_layers": 3,
+    "q_lora_rank": None,
+    "num_local_experts": 8,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "pad_token_id": None,
+    "eos_token_id": 1,
+}
+OLMO: dict[str, Any] = {
+    **DIMENSIONS,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "pad_token_id": None,
+    "eos_token_id": 1,
+}
 MSCALE: dict[str, Any] = {"mscale": 0.8, "mscale_all_dim": 0.5}
 WIDE: dict[str, Any] = {"head_dim": 12}
 
@@ -140,6 +172,22 @@ PUBLISHED: dict[str, Callable[[], Any]] = {
     "qwen3_next": lambda: transformers.Qwen3NextConfig(**HYBRID, intermediate_size=48, rope_parameters=rope()),
     "qwen3_5_moe": lambda: transformers.Qwen3_5MoeTextConfig(**HYBRID, rope_parameters=rope()),
     "kimi_linear": lambda: transformers.KimiLinearConfig(**KIMI),
+    "bailing_hybrid": lambda: transformers.BailingHybridConfig(**LING, rope_parameters=rope()),
+    "bailing_hybrid unbounded": lambda: transformers.BailingHybridConfig(
+        **{**LING, "q_lora_rank": 12, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 2},
+        rope_parameters=rope(**YARN, **MSCALE),
+        kda_safe_gate=False,
+    ),
+    "olmo_hybrid": lambda: transformers.OlmoHybridConfig(**OLMO, rope_parameters=rope(rope_theta=None)),
+    "olmo_hybrid rotated": lambda: transformers.OlmoHybridConfig(
+        **OLMO,
+        rope_parameters=rope(),
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=10,
+        linear_allow_neg_eigval=False,
+    ),
+    "minimax": lambda: transformers.MiniMaxConfig(**MINIMAX, **WIDE, rope_parameters=rope()),
 }
 """`config.json` of each case."""
 
@@ -177,7 +225,21 @@ def make_exact(case: str) -> Any:
     if rotary is not None:
         with in_float64():
             model.model.rotary_emb = type(rotary)(config=model.config)
+    for module in model.modules():
+        if hasattr(module, "get_slope_rate"):
+            set_slopes(module)
     return model
+
+
+def set_slopes(layer: Any, slopes: torch.Tensor | None = None) -> None:
+    """MiniMax's slopes, and what is derived from them, which it makes in the default type; blocks of a few tokens."""
+    usual, layer.block_size = torch.get_default_dtype(), 16
+    torch.set_default_dtype(torch.float64)
+    try:
+        layer.slope_rate = layer.get_slope_rate() if slopes is None else slopes
+        layer.query_decay, layer.key_decay, layer.diagonal_decay = layer.decay_factors(layer.slope_rate)
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def released_name(case: str, name: str) -> str:
@@ -185,6 +247,29 @@ def released_name(case: str, name: str) -> str:
     if case.startswith("kimi_linear"):
         return re.sub(r"layers\.0\.block_sparse_moe\.(\w+_proj)", r"layers.0.mlp.\1", name)
     return name
+
+
+def as_released(case: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What transformers saves under the release's names, without what is derived from the config."""
+    found = {released_name(case, name): value for name, value in tensors.items()}
+    if case.startswith("olmo_hybrid"):
+        found = _olmo_as_released(found)
+    return {name: value for name, value in found.items() if not name.endswith(("slope_rate", "_decay"))}
+
+
+def _olmo_as_released(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Convolutions as wide as their projections, and the names of the norms in softmax layers."""
+    found = dict(tensors)
+    for name in tensors:
+        layer = name.partition(".linear_attn.")[0]
+        if name.endswith("q_conv1d.weight"):
+            paths = [f"{layer}.linear_attn.{part}_conv1d.weight" for part in "qkv"]
+            widths = [len(tensors[f"{layer}.linear_attn.{part}_proj.weight"]) for part in "qkv"]
+            found |= zip(paths, torch.cat([tensors[path] for path in paths]).split(widths))
+        softmax = name.replace("feedforward_layer_norm", "self_attn.q_norm")
+        if softmax != name and softmax in tensors:
+            found[name.replace("feedforward_layer_norm", "post_attention_layernorm")] = found.pop(name)
+    return found
 
 
 def save(model: Any, folder: Path, **options: Any) -> Path:

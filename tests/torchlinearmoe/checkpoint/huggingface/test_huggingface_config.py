@@ -44,6 +44,10 @@ def test_a_preset_is_the_same_model_after_config_json(family: str, size: str) ->
     [
         {"layout": "LN"},
         {"norm_offset": 1.0},
+        {"norm_placement": "post"},
+        {"attention_norm_placement": "stream"},
+        {"attention_scales": [2.0, 1.0]},
+        {"ffn_scales": [1.0, 0.5]},
         {"moe": {"score": "sigmoid"}},
         {"moe": {"selection_bias": True}},
         {"moe": {"balance": "bias"}},
@@ -55,6 +59,7 @@ def test_a_preset_is_the_same_model_after_config_json(family: str, size: str) ->
         {"moe": {"shared_hidden_size": 32}},
         {"moe": {"num_experts": 0}},
         {"mixer": {"softmax_attention": {"qkv_bias": True}}},
+        {"mixer": {"softmax_attention": {"qk_norm": "full"}}},
     ],
 )
 def test_a_model_that_no_key_describes_is_not_written_as_another(changes: dict[str, Any]) -> None:
@@ -71,6 +76,7 @@ def test_a_model_that_no_key_describes_is_not_written_as_another(changes: dict[s
         {"moe": {"renormalize": True}},
         {"moe": {"num_experts": 0}},
         {"layout": "LN"},
+        {"mixer": {"mla": {"output_gate": "head"}}},
     ],
 )
 def test_a_latent_model_that_no_key_describes_is_not_written_as_another(changes: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from published_cases import PUBLISHED, in_float64, make, make_exact, random_tokens, released_name, save
+from published_cases import PUBLISHED, as_released, in_float64, make, make_exact, random_tokens, save
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -77,7 +77,7 @@ def test_an_exported_model_has_the_tensors_that_were_imported_and_loads_in_trans
     import_directory(tmp_path / "published", tmp_path / "checkpoint")
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "again", shard_bytes=30_000)
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
-    expected = {released_name(case, name): value for name, value in tensors_of(tmp_path / "published").items()}
+    expected = as_released(case, tensors_of(tmp_path / "published"))
     assert_same_tensors(tensors_of(tmp_path / "again"), expected)
     before, after = (
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("published", "again")
@@ -89,7 +89,8 @@ def test_an_exported_model_has_the_tensors_that_were_imported_and_loads_in_trans
 
 def test_every_architecture_that_a_family_reads_is_compared() -> None:
     compared = {config().model_type for config in PUBLISHED.values()}
-    assert compared == {architecture.model_type for family in FAMILIES.values() for architecture in family.published}
+    published = [architecture for family in FAMILIES.values() for architecture in family.published]
+    assert compared == {architecture.model_type for architecture in published if not architecture.own_code}
 
 
 def test_an_older_config_means_the_same(tmp_path: Path) -> None:

@@ -155,6 +155,10 @@ def test_an_own_checkpoint_gives_its_linear_layers_too(tmp_path: Path) -> None:
         ({"vocab_size": 97}, {}, "model.vocab_size = 97: .* has 96"),
         ({"num_layers": 3}, {}, "model.num_layers = 3: .* has 2"),
         ({"norm_eps": 1e-5}, {}, "model.norm_eps = 1e-05: .* has 1e-06"),
+        ({"norm_placement": "post"}, {}, "model.norm_placement = 'post': .* has 'pre'"),
+        ({"attention_norm_placement": "stream"}, {}, "model.attention_norm_placement = 'stream': .* has 'pre'"),
+        ({"linear_scales": [2.0, 1.0]}, {}, r"model.linear_scales = \[2.0, 1.0\]: .* has \[1.0, 1.0\]"),
+        ({"ffn_scales": [1.0, 0.5]}, {}, r"model.ffn_scales = \(1.0, 0.5\): .* has \(1.0, 1.0\)"),
         ({"rope_theta": 1e4}, {}, "model.rope_theta = 10000.0: .* has 500000.0"),
         ({"num_kv_heads": 4}, {}, "model.num_kv_heads = 4: .* has 2"),
         ({"tie_embeddings": True}, {}, "model.tie_embeddings = True: .* has False"),
@@ -168,6 +172,17 @@ def test_what_would_compute_something_else_is_named(
 ) -> None:
     with pytest.raises(RecipeError, match=wanted):
         InitialWeights(recipe_of(sparse, {**MOE, **moe}, **model))
+
+
+@pytest.mark.parametrize(("case", "wanted"), [("olmo_hybrid", "model.norm_placement = 'pre': .* has 'post'")])
+def test_a_linear_layer_has_its_norms_where_the_softmax_layer_had_them(case: str, wanted: str, tmp_path: Path) -> None:
+    import_directory(save(make(case), tmp_path / "published"), tmp_path / "checkpoint")
+    tables = tomllib.loads((tmp_path / "checkpoint" / "recipe.toml").read_text())
+    tables["checkpoint"] = {"init_from": str(tmp_path / "checkpoint")}
+    InitialWeights(resolve(tables))
+    tables["model"]["layout"] = "L"
+    with pytest.raises(RecipeError, match=wanted):
+        InitialWeights(resolve(tables))
 
 
 def test_a_mixer_with_other_options_is_named(sparse: Path) -> None:

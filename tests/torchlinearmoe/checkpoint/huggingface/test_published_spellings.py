@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from published_cases import make, released_name, save
+from published_cases import as_released, in_float64, make, make_exact, random_tokens, released_name, save, set_slopes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from torchlinearmoe import load_model
 from torchlinearmoe.checkpoint.huggingface.config import read_recipe, write_config
 from torchlinearmoe.checkpoint.huggingface.importing import import_directory
 from torchlinearmoe.checkpoint.huggingface.weights import PublishedWeights
+from torchlinearmoe.convert import main as convert
 from torchlinearmoe.errors import UserError
 from torchlinearmoe.models.layer_mixers import layer_mixers
 
@@ -96,11 +98,87 @@ def without_layer_types(config: Config, tensors: Tensors) -> tuple[Config, Tenso
     return {**config, "full_attention_interval": 2}, {**tensors, "mtp.norm.weight": torch.ones(2)}
 
 
+def in_words_of_minimax(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    """The keys of MiniMax-Text-01's own code; of a head's 12 channels 6 are rotated."""
+    told = {key: value for key, value in config.items() if not key.endswith("_factor")}
+    kinds = told.pop("layer_types")
+    told |= {"attn_type_list": [int(kind == "full_attention") for kind in kinds], "postnorm": True, "rotary_dim": 6}
+    told |= {"architectures": ["MiniMaxText01ForCausalLM"], "shared_intermediate_size": 0}
+    words = {"linear_attn": "linear_attention", "full_attn": "full_attention", "mlp": "mlp"}
+    for theirs, ours in words.items():
+        told |= {f"layernorm_{ours}_{name}": config[f"{theirs}_{name}_factor"] for name in ("alpha", "beta")}
+    return told, tensors
+
+
+def test_minimax_as_released_is_transformers_with_the_slopes_of_the_paper_and_half_rotations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers.models.minimax import modeling_minimax
+
+    path = directory("minimax", tmp_path / "released", in_words_of_minimax)
+    weights = PublishedWeights(path)
+    assert sum(weights.ignored.values()) == 2 * 4
+    import_directory(path, tmp_path / "checkpoint")
+    model = make_exact("minimax")
+    config, rotate = model.config, modeling_minimax.apply_rotary_pos_emb
+    for index in (0, 2):
+        layer = model.model.layers[index].self_attn
+        slopes = 2.0 ** (-8 * torch.arange(1, 5, dtype=torch.float64) / 4)
+        set_slopes(layer, (slopes * (1 - index / 2 + 1e-5))[:, None, None])
+    with in_float64():
+        model.model.rotary_emb = type(model.model.rotary_emb)(
+            config=type(config)(**{**config.to_dict(), "head_dim": 6})
+        )
+
+    def half(q: Tensor, k: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, ...]:
+        turned = rotate(q[..., :6], k[..., :6], cosines, sines)
+        return tuple(torch.cat([first, x[..., 6:]], -1) for first, x in zip(turned, (q, k)))
+
+    monkeypatch.setattr(modeling_minimax, "apply_rotary_pos_emb", half)
+    tokens = random_tokens(2, 70)
+    with in_float64():
+        expected = model(tokens).logits
+    ours = load_model(tmp_path / "checkpoint").double()
+    torch.testing.assert_close(ours(tokens), expected, atol=1e-11, rtol=0)
+    followed = read_recipe(Path(), config_of("minimax", rotary_dim=6)).model.mixer_options["softmax_attention"]
+    assert followed == weights.recipe.model.mixer_options["softmax_attention"]
+    told = write_config(weights.recipe.model)
+    assert told is not None and told["architectures"] == ["MiniMaxText01ForCausalLM"]
+    assert read_recipe(Path(), told).model == weights.recipe.model
+    capsys.readouterr()
+    assert convert(["to-hf", str(tmp_path / "checkpoint"), str(tmp_path / "again")]) == 0
+    assert "MiniMaxText01ForCausalLM\nnext: transformers knows it by the release's own code" in capsys.readouterr().out
+
+
+def cut_by_widths(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    """OLMo Hybrid's convolutions, which transformers saves in thirds, and positions that an older key leaves out."""
+    told = {key: value for key, value in config.items() if key != "rope_parameters"}
+    return {**told, "rope_theta": None}, as_released("olmo_hybrid", tensors)
+
+
+def in_words_of_ling(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    """Ling 3.0's other name and usual keys, a group of layers in the place of a list, a layer for further tokens."""
+    names = {
+        "model_max_length": "max_position_embeddings",
+        "moe_renormalize": "norm_topk_prob",
+        "num_expert_group": "n_group",
+        "num_experts_per_token": "num_experts_per_tok",
+    }
+    told = {names.get(key, key): value for key, value in config.items() if not key.startswith("linear_")}
+    for key in ("layer_types", "mlp_layer_types", "kda_safe_gate", "kda_lower_bound"):
+        del told[key]
+    told |= {"layer_group_size": 2, "first_k_dense_replace": 1, "head_dim": 8, "partial_rotary_factor": 0.5}
+    told["rope_parameters"] = {**told["rope_parameters"], "partial_rotary_factor": 0.5}
+    return with_a_layer_beyond({**told, "architectures": ["BailingMoeV3ForCausalLM"]}, tensors)
+
+
 SPELLINGS = {
     "qwen3_5_moe": (with_pictures, {r"mtp..*": 1, r"model.visual..*": 1}),
     "deepseek_v3": (with_a_layer_beyond, {"model.layers.2+..*": 1}),
     "glm4_moe": (with_a_layer_beyond, {"model.layers.2+..*": 1}),
     "kimi_linear": (as_remote_code_has_it, {}),
+    "olmo_hybrid": (cut_by_widths, {}),
+    "bailing_hybrid": (in_words_of_ling, {"model.layers.3+..*": 1}),
     "qwen3_next": (without_layer_types, {r"mtp..*": 1}),
 }
 
@@ -111,6 +189,20 @@ def test_a_released_directory_is_the_model_that_transformers_saves(case: str, tm
     found = PublishedWeights(directory(case, tmp_path / "released", change))
     assert_same_model(found, PublishedWeights(save(make(case), tmp_path / "saved")))
     assert found.ignored == ignored
+
+
+def test_convolutions_that_do_not_add_up_are_named(tmp_path: Path) -> None:
+    def longer(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+        name = "model.layers.0.linear_attn.k_conv1d.weight"
+        return config, {**tensors, name: torch.cat([tensors[name], tensors[name][:1]])}
+
+    with pytest.raises(UserError, match=r"'model\.layers\.0\.linear_attn\.q_conv1d\.weight' has shape \[32, 1, 4\]"):
+        PublishedWeights(directory("olmo_hybrid", tmp_path / "longer", longer))
+
+
+def test_a_hybrid_of_few_layers_has_one_of_softmax_attention() -> None:
+    config = config_of("olmo_hybrid", layer_types="absent")
+    assert layer_mixers(read_recipe(Path(), config).model) == ["gated_delta_net"] * 2 + ["softmax_attention"]
 
 
 def test_an_import_says_what_it_leaves_out_and_nothing_else_is(
@@ -127,22 +219,29 @@ def test_an_import_says_what_it_leaves_out_and_nothing_else_is(
         PublishedWeights(directory("glm4_moe", tmp_path / "other", with_another))
 
 
-def test_an_export_into_another_type_keeps_selection_biases(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "kept"),
+    [
+        ("kimi_linear", ("e_score_correction_bias", "block_sparse_moe.gate.weight", "dt_bias")),
+        ("bailing_hybrid", ("expert_bias", "mlp.gate.weight", "dt_bias", "A_log", "_conv1d.weight")),
+    ],
+)
+def test_an_export_into_another_type_keeps_selection_biases(case: str, kept: tuple[str, ...], tmp_path: Path) -> None:
     from torchlinearmoe.checkpoint.huggingface.exporting import export_checkpoint
 
-    import_directory(save(make("kimi_linear"), tmp_path / "published"), tmp_path / "checkpoint")
+    import_directory(save(make(case), tmp_path / "published"), tmp_path / "checkpoint")
     export_checkpoint(tmp_path / "checkpoint", tmp_path / "again", dtype=torch.bfloat16)
     tensors = load_file(tmp_path / "again" / "model.safetensors")
     wide = {name for name, value in tensors.items() if value.dtype == torch.float32}
-    assert wide and all(
-        name.endswith(("e_score_correction_bias", "block_sparse_moe.gate.weight", "dt_bias")) for name in wide
-    )
-    assert all(tensors[name].dtype == torch.float32 for name in tensors if name.endswith("e_score_correction_bias"))
+    assert wide == {name for name in tensors if name.endswith(kept)}
+    assert all(any(name.endswith(end) for name in wide) for end in kept)
 
 
 def config_of(case: str, **changes: Any) -> Config:
     config = make(case).config.to_dict()
     names = {"qwen3_next": "Qwen3NextForCausalLM", "kimi_linear": "KimiLinearForCausalLM"}
+    names |= {"minimax": "MiniMaxForCausalLM", "olmo_hybrid": "OlmoHybridForCausalLM"}
+    names["bailing_hybrid"] = "BailingHybridForCausalLM"
     return {
         key: value for key, value in {**config, "architectures": [names[case]], **changes}.items() if value != "absent"
     }
@@ -168,6 +267,24 @@ def config_of(case: str, **changes: Any) -> Config:
         ("kimi_linear", {"layer_types": "absent"}, "linear_attn_config.full_attn_layers = None: must be a list"),
         ("kimi_linear", {"mlp_layer_types": ["sparse", "dense", "sparse"]}, "only the first layers may be dense"),
         ("kimi_linear", {"num_expert_group": "many"}, "num_expert_group = 'many': must be a whole number"),
+        (
+            "bailing_hybrid",
+            {"kda_lower_bound": 0},
+            "kda_safe_gate = True, kda_lower_bound = 0: must be a bound below 0",
+        ),
+        ("bailing_hybrid", {"layer_types": "absent", "layer_group_size": 0}, "layer_group_size = 0: must be a whole"),
+        ("bailing_hybrid", {"architectures": ["BailingMoeV2_5ForCausalLM"]}, "BailingMoeV2_5ForCausalLM.*not known"),
+        ("olmo_hybrid", {"linear_key_head_dim": 0.5}, "linear_key_head_dim = 0.5: must be a whole number"),
+        ("olmo_hybrid", {"attention_bias": True}, "attention_bias = True: not supported"),
+        ("minimax", {"sliding_window": 8}, "sliding_window = 8: not supported"),
+        ("minimax", {"num_attention_heads": 6}, "num_attention_heads = 6: transformers' slopes are known here"),
+        ("minimax", {"head_dim": "wide"}, "head_dim = 'wide': must be whole numbers"),
+        ("minimax", {"mlp_beta_factor": 0}, r"model.ffn_scales = \[2.5, 0.0\]: both must be positive"),
+        (
+            "minimax",
+            {"architectures": ["MiniMaxText01ForCausalLM"], "layer_types": "absent", "attn_type_list": [2, 0, 0]},
+            r"attn_type_list = \[2, 0, 0\]: must be a list of 0 and 1",
+        ),
     ],
 )
 def test_what_means_another_model_is_named(case: str, changes: Config, why: str) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 
 import torch
 from definitions.plain import Layer, activated, eye, join, normed, recurrence, sigmoid, split, spread, swish, unit
 from torch import Tensor
+
+DECAY, GATE = ["decay_down", "decay_up"], ["gate_down", "gate_up"]
 
 
 def definition(layer: Layer, x: Tensor) -> Tensor:
@@ -15,11 +18,14 @@ def definition(layer: Layer, x: Tensor) -> Tensor:
     q, k = (spread(unit(split(swish(layer.project(name, x)), width)), heads) for name in "qk")
     v = split(swish(layer.project("v", x)), round(width * options.expand_v))
     beta = sigmoid(layer.linear("b_proj", x)) * (2 if options.negative_eigenvalues else 1)
-    logits = split(layer.linear("decay_up", layer.linear("decay_down", x)) + weights["decay.dt_bias"], width)
-    # exp(-rate log(1 + e^x)) is (1 + e^x)^-rate.
-    alpha = (1 + torch.exp(logits)) ** -torch.exp(weights["decay.A_log"])[:, None]
+    decays, gates = (["decay_proj"], ["g_proj"]) if options.full_rank else (DECAY, GATE)
+    logits = split(reduce(lambda y, name: layer.linear(name, y), decays, x) + weights["decay.dt_bias"], width)
+    rate = torch.exp(weights["decay.A_log"])[:, None]
+    # exp(-rate log(1 + e^x)) is (1 + e^x)^-rate; with a bound, Ling 3.0's.
+    bound = options.decay_bound
+    alpha = torch.exp(bound * sigmoid(rate * logits)) if bound else (1 + torch.exp(logits)) ** -rate
     o = recurrence(step, q / math.sqrt(width), k, v, beta, alpha)
-    gate = split(layer.linear("gate_up", layer.linear("gate_down", x)), v.shape[2])
+    gate = split(reduce(lambda y, name: layer.linear(name, y), gates, x), v.shape[2])
     return layer.linear("o_proj", join(normed(layer, o) * activated(layer, gate)))
 
 

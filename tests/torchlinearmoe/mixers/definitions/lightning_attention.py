@@ -19,7 +19,8 @@ def query(layer: Layer, x: Tensor) -> Tensor:
 
 def write(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     k, v = (split(swish(layer.project(name, x)), layer.width) for name in "kv")
-    factor = 1 - layer.index / (layer.model.num_layers - 1) + 1e-5 if layer.options.layer_factor else 1.0
+    layers = layer.model.num_layers - 1 + layer.options.depth_eps
+    factor = 1 - layer.index / layers + 1e-5 if layer.options.layer_factor else 1.0
     decays = [math.exp(-slope * factor) for slope in slopes(layer.heads)]
     return k, v, torch.tensor(decays, dtype=torch.float64).expand(x.shape[0], -1)
 
@@ -38,7 +39,8 @@ def step(S: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
 
 
 def output(layer: Layer, o: Tensor, x: Tensor) -> Tensor:
-    options, eps, weight = layer.options, layer.model.norm_eps, layer.weights["norm.weight"]
+    options, weight = layer.options, layer.weights["norm.weight"]
+    eps = options.norm_eps or layer.model.norm_eps
     y = join(rms(o, eps) * weight) if options.norm == "head" else rms(join(o), eps) * weight
     gate = layer.linear("g_proj", x)
     return layer.linear("o_proj", y * (sigmoid(gate) if options.gate == "sigmoid" else swish(gate)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from definitions.plain import Layer, join, rms, softmax, split, turned
+from definitions.plain import Layer, join, rms, sigmoid, softmax, split, turned
 from torch import Tensor
 
 EPS = 1e-6
@@ -38,4 +38,7 @@ def definition(layer: Layer, x: Tensor) -> Tensor:
         k, v = torch.cat([up[:, h, :n], k_r], 1), up[:, h, n:]
         o = [softmax(k[: t + 1] @ q[t, h] / math.sqrt(n + r)) @ v[: t + 1] for t in range(x.shape[0])]
         heads.append(torch.stack(o))
-    return layer.linear("o_proj", join(torch.stack(heads, 1)))
+    o = torch.stack(heads, 1)
+    if options.output_gate == "head":  # Ling 3.0
+        o = o * sigmoid(layer.linear("g_proj", x))[:, :, None]
+    return layer.linear("o_proj", join(o))

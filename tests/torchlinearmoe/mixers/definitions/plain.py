@@ -105,7 +105,9 @@ def gated_heads(layer: Layer, o: Tensor, x: Tensor) -> Tensor:
 
 def normed(layer: Layer, o: Tensor) -> Tensor:
     """RMSNorm(o), or o itself where the layer has no norm."""
-    return o if layer.options.output_norm == "none" else rms(o, layer.model.norm_eps) * layer.weights["norm.weight"]
+    if layer.options.output_norm == "none":
+        return o
+    return rms(o, getattr(layer.options, "norm_eps", 0) or layer.model.norm_eps) * layer.weights["norm.weight"]
 
 
 def activated(layer: Layer, gate: Tensor) -> Tensor:
