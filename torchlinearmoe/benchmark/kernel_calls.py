@@ -5,6 +5,7 @@ Shapes: T tokens, H heads of width K = V; Mamba2 has 4 H heads of half that widt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ SLOTS = 64
 FEATURES = 16
 """Width of queries and keys under quadratic attention, as in Based."""
 TAPS = 4
+RWKV7_BOUND = -math.exp(-0.5)
+"""Of its log decays."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,9 @@ def _delta(d: _Draw, kind: str) -> Call:
 def _dplr(d: _Draw, kind: str) -> Call:
     inputs = {name: d.normal(d.T, d.H, d.K) for name in ("q", "k", "v")}
     removal = d.unit(d.T, d.H, d.K)
-    inputs |= {"a": -removal, "b": removal * torch.rand_like(removal), "log_decay": d.decays(d.T, d.H, d.K)}
-    return inputs, {}, dplr.budget(kind, d.T, d.H, d.K, d.K, d.dtype.itemsize), d.K
+    decay = RWKV7_BOUND * torch.sigmoid(torch.randn(d.T, d.H, d.K, device=d.device))
+    inputs |= {"a": -removal, "b": removal * torch.rand_like(removal), "log_decay": decay}
+    return inputs, {"lower_bound": RWKV7_BOUND}, dplr.budget(kind, d.T, d.H, d.K, d.K, d.dtype.itemsize), d.K
 
 
 def _slots(d: _Draw, kind: str) -> Call:
