@@ -2,9 +2,11 @@
 
 Each section starts torchruns of its own on all the GPUs and has a limit of time: one that fails, hangs or kills its
 ranks is a row of the table, and the others go on. Started by torchrun itself, the first rank does all that with as many
-ranks as there are, and the others leave. Without GPUs everything runs on CPU ranks at debug sizes.
+ranks as there are, and the others leave. Without GPUs everything runs on CPU ranks at debug sizes. `--quick` measures
+all sections together, equality before speed, with smaller models; what it has no time for is left out.
 
     host.py, job.py      torchrun on some ranks until a deadline; what its ranks do
+    together.py          the runs of all sections in three torchruns beside each other, for `--quick`
     models.py, shapes.py what is trained, and how much at a time
     rows.py, overlap.py  what counts as equal; what of a gather counts as hidden
     the rest             a section each
@@ -32,9 +34,10 @@ from torch.cuda import nccl
 
 from torchlinearmoe.benchmark.contest import show
 from torchlinearmoe.benchmark.multi import checkpoint, context, expert, fsdp, kill, pipeline, tensor
-from torchlinearmoe.benchmark.multi.host import Host, OutOfTime
-from torchlinearmoe.benchmark.multi.models import check_overrides, timed
+from torchlinearmoe.benchmark.multi.host import LATE, Host, OutOfTime
+from torchlinearmoe.benchmark.multi.models import about, check_overrides, timed
 from torchlinearmoe.benchmark.multi.rows import Row, failed, left_out
+from torchlinearmoe.benchmark.multi.together import measure_together
 from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.recipe import resolve
 from torchlinearmoe.recipe.parse import parse_overrides
@@ -73,7 +76,7 @@ COLUMNS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's options."""
-    parser.add_argument("--quick", action="store_true", help="fewer steps and cases, nothing compiled, two minutes")
+    parser.add_argument("--quick", action="store_true", help="smaller models, fewer cases, none compiled, two minutes")
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), metavar="NAME", help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--ranks", type=int, choices=RANKS, help="ranks (default: torchrun's, else all GPUs, else 2)")
     parser.add_argument(
@@ -112,6 +115,9 @@ def _report(host: Host, arguments: argparse.Namespace) -> int:
     over = time.monotonic() + (QUICK_SECONDS if host.quick else float("inf"))
     names = [name for name in SECTIONS if not arguments.only or name in arguments.only]
     with Console(stderr=True).status("") as status:
+        if host.quick:
+            status.update("all sections together")
+            measure_together(host, {name: SECTIONS[name] for name in names}, over)
         for number, name in enumerate(names, 1):
             status.update(f"{name} ({number} of {len(names)})")
             for row in section(host, name, arguments.limit, over):
@@ -119,7 +125,8 @@ def _report(host: Host, arguments: argparse.Namespace) -> int:
                 if row["result"] == "failed":
                     print(f"{name}, {row['case']}: {row['error']}", file=sys.stderr, flush=True)
             if arguments.json:
-                arguments.json.write_text(json.dumps({"header": header(host), "rows": rows}, indent=1) + "\n")
+                found = {"header": header(host), "rows": rows, "start_s": host.start_s, "torchruns": host.torchruns}
+                arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     title = ", ".join(f"{key} {value}" for key, value in header(host).items() if value)
     shown = {key: name for key, name in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
     show(title, [{name: row.get(key) for key, name in shown.items()} for row in rows])
@@ -128,9 +135,7 @@ def _report(host: Host, arguments: argparse.Namespace) -> int:
 
 def section(host: Host, name: str, limit: float | None, over: float) -> list[Row]:
     """The rows of a section, whatever becomes of it; `over`: when the time of all of them is, in time.monotonic()."""
-    now = time.monotonic()
-    if now > over:
-        return [left_out("all", "the time of --quick is over")]
+    now, asked_s = time.monotonic(), host.asked_s
     module = SECTIONS[name]
     host.deadline = min(now + (limit or module.LIMIT), over)
     rows: list[Row] = []
@@ -138,14 +143,15 @@ def section(host: Host, name: str, limit: float | None, over: float) -> list[Row
         for row in module.run(host):
             rows.append(row)
     except OutOfTime:
-        rows.append(failed("all", "no answer within the limit"))
+        rows.append(failed("all", f"no answer {LATE}"))
     except Exception as error:
         said = " ".join(str(error).split())[:300]
         rows.append(failed("all", f"{type(error).__name__}: {said}"))
     if host.deadline == over:  # not a section's own limit: what it did not come to is no failure
-        late = [row.get("error", "").endswith("within the limit") for row in rows]
+        late = [row.get("error", "").endswith(LATE) for row in rows]
         rows = [left_out(row["case"], "the time of --quick is over") if cut else row for row, cut in zip(rows, late)]
-    return [row | {"seconds": round(time.monotonic() - now, 1)} if row is rows[-1] else row for row in rows]
+    seconds = round(time.monotonic() - now + host.asked_s - asked_s, 1)
+    return [row | {"seconds": seconds} if row is rows[-1] else row for row in rows]
 
 
 def header(host: Host) -> dict[str, Any]:
@@ -165,6 +171,8 @@ def header(host: Host) -> dict[str, Any]:
         "python": platform.python_version(),
         "compiled": host.compiled,
         "quick": host.quick,
+        "models": about(host) if host.quick else None,
+        "seconds": round(time.monotonic() - host.began, 1),
     }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torchlinearmoe.benchmark.multi.host import Host
+from torchlinearmoe.benchmark.multi.host import Host, Run, Runs
 from torchlinearmoe.benchmark.multi.models import small, timed
 from torchlinearmoe.benchmark.multi.rows import Row, compared, failed, rated
 from torchlinearmoe.benchmark.multi.shapes import longest_of, span_of, steps_of
@@ -21,25 +21,29 @@ QUICK_MIXERS = ("linear_attention", "gla", "mamba2", "gated_delta_net")
 """One of each way to decay."""
 
 
+def runs(host: Host) -> Runs:
+    """Speeds, then losses; what matters most comes first: the limit may end the rest."""
+    models = _models(host).values()
+    alone = [{"kind": "losses", "recipe": small(host, model=model)} for model, _ in models]
+    spread = [{"kind": "losses", "recipe": small(host, model=model, parallel=parallel)} for model, parallel in models]
+    return Runs(alone, [*_speeds(host), *spread])
+
+
 def run(host: Host) -> Iterator[Row]:
-    """What matters most comes first: the limit may end the rest."""
-    speeds, models = _speeds(host), _models(host)
-    checked = [
-        {"kind": "losses", "recipe": small(host, model=model, parallel=parallel)} for model, parallel in models.values()
-    ]
-    dp, cp, profile, hybrid, *spread = host.measure([*speeds, *checked])
+    """Rows of the speeds, of the losses, and of the longest sequences."""
+    wanted, models = runs(host), _models(host)
+    dp, cp, profile, hybrid, *spread = host.measure(wanted.every)
     yield rated("data parallel", dp)
     yield rated("LASP-2, speed", cp, dp, "data parallel")
     yield failed("LASP-2, gather", profile["error"]) if "error" in profile else _hidden(profile)
     yield rated("LASP-2H, speed", hybrid)
-    alone = host.measure([{"kind": "losses", "recipe": small(host, model=model)} for model, _ in models.values()], 1)
-    for name, found, expected in zip(models, spread, alone):
+    for name, found, expected in zip(models, spread, host.measure(wanted.one, 1)):
         yield compared(name, found, expected, host.cuda)
     if not host.quick:
         yield from _longest(host)
 
 
-def _speeds(host: Host) -> list[dict[str, Any]]:
+def _speeds(host: Host) -> list[Run]:
     """Runs: data parallel, LASP-2, its profile, LASP-2H."""
     span, steps = span_of(host), steps_of(host)
     linear, hybrid = {"layout": "L"}, {"layout": "LLLN"}

@@ -12,9 +12,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,33 @@ JOB = "torchlinearmoe.benchmark.multi.job"
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "TORCH_NCCL_ASYNC")
 """How the variables begin that a launcher around this one has set."""
 POLL = 0.02
+LATE = "within the limit"
+"""How the error ends of what the deadline cut short, or left no time for."""
+TURN = ("after", "says")
+"""Keys of a run that say when it takes place, not what it is."""
+
+Run = dict[str, Any]
+Figures = dict[str, Any]
 
 
 class OutOfTime(Exception):
     """A section's deadline is over."""
+
+
+class Stuck(Exception):
+    """A run says nothing for too long."""
+
+
+@dataclass
+class Runs:
+    """What a section measures."""
+
+    one: list[Run] = field(default_factory=list)
+    """On one rank."""
+    every: list[Run] = field(default_factory=list)
+    """On all of them."""
+    apart: Callable[[float], Figures] | None = None
+    """What takes processes of its own, until a deadline."""
 
 
 @dataclass
@@ -45,50 +69,95 @@ class Host:
     """Name of the device, as the first job tells it."""
     deadline: float = float("inf")
     """Of the section under way, in time.monotonic()."""
+    patience: float = float("inf")
+    """Seconds that a run may take, its waiting aside."""
 
     def __post_init__(self) -> None:
         self.number = count()
-        self.known: dict[str, dict[str, Any]] = {}
-        """What one rank found, by run."""
+        self.known: dict[str, Figures] = {}
+        """What was found, by ranks and run."""
+        self.uncounted: set[str] = set()
+        """Those of `known` that no section has asked for."""
+        self.asked_s = 0.0
+        """Seconds of those that sections have asked for since."""
+        self.start_s = 0.0
+        """Seconds that the slowest job took until its first run."""
+        self.torchruns: list[dict[str, Any]] = []
+        """The torchruns so far: ranks, and seconds from the launcher's start to their start and end."""
+        self.began = time.monotonic()
+        self.turns = self.new_folder()
+        """Where jobs that are beside each other leave files to wait for."""
 
-    def measure(
-        self, runs: Sequence[dict[str, Any]], ranks: int | None = None, *, rising: bool = False
-    ) -> list[dict[str, Any]]:
+    def measure(self, runs: Sequence[Run], ranks: int | None = None, *, rising: bool = False) -> list[Figures]:
         """The figures of each run on `ranks` (default: all), or {"error": one line}.
 
         They share their processes until one fails; the next ones get new processes, or where they are `rising` in what
-        they need, none. What one rank alone finds is kept.
+        they need, none. What is found is kept, failures too, but for those of runs that had no time.
         """
-        if ranks != 1:
-            return self._measure(runs, ranks or self.ranks, rising)
-        keys = [json.dumps(run, sort_keys=True) for run in runs]
+        ranks = ranks or self.ranks
+        if rising:
+            return self._measure(runs, ranks, rising)
+        keys = [key_of(run, ranks) for run in runs]
         missing = [index for index, key in enumerate(keys) if key not in self.known]
-        found = dict(zip(missing, self._measure([runs[index] for index in missing], 1)))
-        self.known |= {keys[index]: figures for index, figures in found.items() if "error" not in figures}
-        return [found[index] if index in found else self.known[key] for index, key in enumerate(keys)]
+        found = dict(zip(missing, self._measure([runs[index] for index in missing], ranks)))
+        self.known |= {keys[index]: figures for index, figures in found.items() if not is_late(figures)}
+        return [found[index] if index in found else self._recall(key) for index, key in enumerate(keys)]
 
-    def _measure(self, runs: Sequence[dict[str, Any]], ranks: int, rising: bool = False) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = []
+    def once(self, name: str, find: Callable[[float], Figures], deadline: float) -> Figures:
+        """What `find` finds until a deadline, or found before."""
+        if name in self.known:
+            return self._recall(name)
+        if time.monotonic() > min(deadline, self.deadline):
+            return {"error": f"not begun {LATE}"}
+        began = time.monotonic()
+        figures = find(deadline)
+        if not is_late(figures):
+            self.known[name] = figures | {"run_s": round(time.monotonic() - began, 1)}
+        return figures
+
+    def _recall(self, key: str) -> Figures:
+        if key in self.uncounted:
+            self.uncounted.remove(key)
+            self.asked_s += self.known[key].get("run_s", 0.0)
+        return self.known[key]
+
+    def _measure(self, runs: Sequence[Run], ranks: int, rising: bool = False) -> list[Figures]:
+        found: list[Figures] = []
         while len(found) < len(runs):
+            if time.monotonic() > self.deadline:
+                return found + [{"error": f"not begun {LATE}"}] * (len(runs) - len(found))
             folder = self.new_folder()
             placed = [{**run, "folder": str(folder / str(index))} for index, run in enumerate(runs[len(found) :])]
             (folder / "runs.json").write_text(json.dumps(placed))
             try:
                 with self.torchrun(["-m", JOB, str(folder)], ranks, folder) as job:
-                    status = job.wait(self.deadline)
+                    status = job.wait(self.deadline, partial(self._watch, folder))
                 error = failure(folder, status)
             except OutOfTime:
-                error = "no answer within the limit"
+                error = f"no answer {LATE}"
+            except Stuck:
+                error = f"no word for {self.patience:.0f} s"
             about, *answers = read_lines(folder / "answers.jsonl") or [{}]
             self.chip = self.chip or about.get("chip", "")
+            self.start_s = max(self.start_s, about.get("start_s", 0.0))
             found += answers
             if len(found) < len(runs):
                 found.append({"error": error})
-                late = time.monotonic() > self.deadline
-                if late or rising:
-                    why = "not begun within the limit" if late else "not begun"
-                    found += [{"error": why}] * (len(runs) - len(found))
+                if rising and time.monotonic() <= self.deadline:
+                    found += [{"error": "not begun"}] * (len(runs) - len(found))
         return found
+
+    def check(self) -> None:
+        """Raise OutOfTime where the deadline is over, which may have come nearer."""
+        if time.monotonic() > self.deadline:
+            raise OutOfTime
+
+    def _watch(self, folder: Path) -> None:
+        """Raise OutOfTime; or Stuck, where the folder's job has begun and for too long neither answers nor waits."""
+        self.check()
+        answers = folder / "answers.jsonl"
+        if answers.exists() and time.time() - answers.stat().st_mtime > self.patience:
+            raise Stuck
 
     def new_folder(self) -> Path:
         """An empty one."""
@@ -108,10 +177,13 @@ class Host:
                 command, env=self.environment(), stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
             )
         job = Job(process, log)
+        told = {"ranks": ranks, "starts_s": round(time.monotonic() - self.began, 1)}
+        self.torchruns.append(told)
         try:
             yield job
         finally:
             job.end()
+            told["ends_s"] = round(time.monotonic() - self.began, 1)
 
     def environment(self) -> dict[str, str]:
         """What a process of a section is started with."""
@@ -129,11 +201,12 @@ class Job:
     process: subprocess.Popen[bytes]
     log: Path
 
-    def wait(self, deadline: float) -> int:
-        """Its exit status; raises OutOfTime."""
+    def wait(self, deadline: float, watch: Callable[[], None] = lambda: None) -> int:
+        """Its exit status; raises OutOfTime, and what `watch` raises, which is called again and again."""
         while (status := self.process.poll()) is None:
             if time.monotonic() > deadline:
                 raise OutOfTime
+            watch()
             time.sleep(POLL)
         return status
 
@@ -149,6 +222,16 @@ class Job:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         self.process.wait()
+
+
+def key_of(run: Run, ranks: int) -> str:
+    """What a run is known by."""
+    return json.dumps([ranks, {name: value for name, value in run.items() if name not in TURN}], sort_keys=True)
+
+
+def is_late(figures: Figures) -> bool:
+    """Whether a deadline is why there are none."""
+    return figures.get("error", "").endswith(LATE)
 
 
 def children(pid: int) -> list[int]:

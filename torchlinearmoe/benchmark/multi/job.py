@@ -1,6 +1,7 @@
 """What the ranks of a section do: `torchrun ... -m torchlinearmoe.benchmark.multi.job FOLDER`.
 
-FOLDER/runs.json       the runs, each {"kind", "recipe": tables, "folder", ...}, done one after the other
+FOLDER/runs.json       the runs, each {"kind", "recipe": tables, "folder", ...}, done one after the other; "says", a
+                       file that one makes when its turn has come, and "after", files of others that it waits for
 FOLDER/answers.jsonl   about the device, then a line a run, by rank 0
 FOLDER/error-R.json    why rank R failed; it ends at once, and torchrun ends the others
 """
@@ -11,6 +12,7 @@ import gc
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from torchlinearmoe.benchmark.multi.host import read_lines
+from torchlinearmoe.benchmark.multi.host import POLL, read_lines
 from torchlinearmoe.benchmark.multi.overlap import gathers
 from torchlinearmoe.benchmark.multi.unsettle import unsettle
 from torchlinearmoe.benchmark.timing import time_steps
@@ -64,6 +66,9 @@ def speed(run: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Tokens a second and GPU over `steps` steps on random tokens, one document a sequence."""
     trainer = build(run, device)
     batches = synthetic_step(trainer)
+    if "after" in run:
+        trainer.train_step(batches)  # what is compiled is, beside the others
+    await_turn(run, device)
     figures = time_steps(lambda: trainer.train_step(batches), steps=run["steps"], device=device)
     ranks = trainer.meshes.degrees.world_size
     tokens = trainer.tokens_per_step / figures["step_s"]
@@ -87,6 +92,7 @@ def overlap(run: dict[str, Any], device: torch.device) -> dict[str, Any]:
     batches = synthetic_step(trainer)
     for _ in range(run["steps"]):
         trainer.train_step(batches)
+    await_turn(run, device)
     cuda = device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
     with torch.profiler.profile(activities=activities) as profiler:
@@ -108,6 +114,7 @@ def overlap(run: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 def train(run: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The whole of a run as the train command does it; losses by step, and the step it went on from."""
+    await_turn(run, device)
     trainer = build(run, device)
     resumed = trainer.step
     trainer.run()
@@ -118,6 +125,19 @@ def train(run: dict[str, Any], device: torch.device) -> dict[str, Any]:
         "losses": [line["loss"] for line in steps],
         "grad_norms": [line["grad_norm"] for line in steps],
     }
+
+
+def await_turn(run: dict[str, Any], device: torch.device) -> None:
+    """Say that this run's turn has come, and wait for those that come before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.monotonic()
+    if says := run.get("says"):
+        Path(says).touch()
+    while not all(Path(path).exists() for path in run.get("after", [])):
+        (Path(run["folder"]).parent / "answers.jsonl").touch()  # it waits, and does not hang
+        time.sleep(POLL)
+    run["waited_s"] = round(time.monotonic() - began, 1)
 
 
 KINDS = {"losses": losses, "speed": speed, "overlap": overlap, "train": train}
@@ -189,11 +209,15 @@ def main(folder: Path) -> None:
         try:
             with (folder / "answers.jsonl").open("a") if rank == 0 else open(os.devnull, "w") as answers:
                 chip = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-                print(json.dumps({"chip": chip}), file=answers, flush=True)
+                start_s = round(time.time() - (folder / "runs.json").stat().st_mtime, 1)
+                print(json.dumps({"chip": chip, "start_s": start_s}), file=answers, flush=True)
                 for run in runs:
                     Path(run["folder"]).mkdir(parents=True, exist_ok=True)
+                    began = time.monotonic()
                     with fresh(device):
                         figures = KINDS[run["kind"]](run, device)
+                    waited_s = run.get("waited_s", 0.0)
+                    figures |= {"run_s": round(time.monotonic() - began - waited_s, 1), "waited_s": waited_s}
                     print(json.dumps(figures), file=answers, flush=True)
         except Exception as error:
             # The others may wait in a collective for ever: nothing here waits for them.

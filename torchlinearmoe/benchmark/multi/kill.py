@@ -3,7 +3,7 @@
     torchrun --max-restarts=1 -m torchlinearmoe.train RECIPE      SIGKILL for the last rank, between two checkpoints
 
 The losses from there on are those of a run that nobody killed. Where ranks wait for a dead one in NCCL, torchrun takes
-half a minute to end them.
+half a minute to end them, which `--quick` spares it: it kills them too, a second later.
 """
 
 from __future__ import annotations
@@ -12,12 +12,21 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from torchlinearmoe.benchmark.multi.host import POLL, Host, Job, OutOfTime, failure, read_lines
+from torchlinearmoe.benchmark.multi.host import (
+    LATE,
+    POLL,
+    Figures,
+    Host,
+    Job,
+    OutOfTime,
+    Runs,
+    failure,
+    read_lines,
+)
 from torchlinearmoe.benchmark.multi.models import small
 from torchlinearmoe.benchmark.multi.rows import Row, compared, failed
 from torchlinearmoe.recipe import dump, resolve
@@ -27,49 +36,80 @@ INTERVAL = 10
 """Steps between checkpoints."""
 
 
+def runs(host: Host) -> Runs:
+    """The run that nobody kills, and the other."""
+    whole = {"kind": "train", "recipe": small(host, steps=_steps(host), parallel={"data_shard": host.ranks})}
+    return Runs(every=[whole], apart=lambda deadline: _train_and_kill(host, deadline))
+
+
+def _steps(host: Host) -> int:
+    return 4 * INTERVAL if host.quick or not host.cuda else 12 * INTERVAL
+
+
 def run(host: Host) -> Iterator[Row]:
     """One row."""
-    steps = 4 * INTERVAL if not host.cuda else 12 * INTERVAL
-    parallel = {"data_shard": host.ranks}
-    (whole,) = host.measure([{"kind": "train", "recipe": small(host, steps=steps, parallel=parallel)}])
-    folder = host.new_folder()
-    training = {"output_dir": str(folder / "run")}
+    case, wanted = "a rank killed", runs(host)
+    (whole,) = host.measure(wanted.every)
+    if "error" in whole:
+        yield failed(case, f"the run that nobody kills: {whole['error']}")
+        return
+    assert wanted.apart is not None
+    killed = host.once("kill", wanted.apart, host.deadline)
+    if "error" in killed:
+        yield failed(case, killed["error"])
+        return
+    # So far rounding alone cannot carry two runs apart.
+    near = slice(killed["resumed"], killed["resumed"] + INTERVAL)
+    figures = {key: killed[key][near] for key in ("losses", "grad_norms")}
+    expected = {key: whole[key][: near.stop] for key in figures}
+    yield compared(case, figures, expected, host.cuda, start=killed["resumed"]) | {"note": killed["note"]}
+
+
+def _train_and_kill(host: Host, deadline: float) -> Figures:
+    """Losses of all steps, the step it went on from, and a note; else why there are none."""
+    folder, steps = host.new_folder(), _steps(host)
+    training, parallel = {"output_dir": str(folder / "run")}, {"data_shard": host.ranks}
     recipe = small(host, steps=steps, training=training, checkpoint={"interval": INTERVAL}, parallel=parallel)
     (folder / "recipe.toml").write_text(dump(resolve(recipe)))
-    yield _killed(host, folder, whole, steps)
-
-
-def _killed(host: Host, folder: Path, whole: dict[str, Any], steps: int) -> Row:
-    case = "a rank killed"
-    if "error" in whole:
-        return failed(case, f"the run that nobody kills: {whole['error']}")
     metrics = folder / "run" / "metrics.jsonl"
     arguments = ["-m", "torchlinearmoe.train", str(folder / "recipe.toml")]
-    with host.torchrun(arguments, host.ranks, folder, restarts=1) as job:
-        if not _reaches(job, metrics, INTERVAL + INTERVAL // 2, host.deadline):
-            return failed(case, f"ended before it was killed: {failure(folder, job.process.returncode)}")
-        ranks = job.workers()
-        os.kill(ranks[-1], signal.SIGKILL)
-        began = time.monotonic()
-        status = job.wait(host.deadline)
+    try:
+        with host.torchrun(arguments, host.ranks, folder, restarts=1) as job:
+            if not _reaches(job, metrics, INTERVAL + INTERVAL // 2, deadline, host.check):
+                return {"error": f"ended before it was killed: {failure(folder, job.process.returncode)}"}
+            began = time.monotonic()
+            _kill(job, all_of_them=host.quick)
+            status = job.wait(deadline, host.check)
+    except OutOfTime:
+        return {"error": f"no answer {LATE}"}
     if status:
-        return failed(case, f"was not started again: {failure(folder, status)}")
+        return {"error": f"was not started again: {failure(folder, status)}"}
     found = re.search(r"resumed from .* after step (\d+)", (folder / "log").read_text(errors="replace"))
     if found is None:
-        return failed(case, "was started again, and not from a checkpoint")
-    resumed = int(found[1])
+        return {"error": "was started again, and not from a checkpoint"}
     lines = [line for line in read_lines(metrics) if "loss" in line]
     if [line["step"] for line in lines] != list(range(1, steps + 1)):
-        return failed(case, f"metrics.jsonl has {len(lines)} steps, not 1 to {steps}")
-    # So far rounding alone cannot carry two runs apart.
-    near = slice(resumed, resumed + INTERVAL)
-    figures = {"losses": [line["loss"] for line in lines[near]], "grad_norms": [x["grad_norm"] for x in lines[near]]}
-    expected = {key: whole[key][: near.stop] for key in figures}
-    row = compared(case, figures, expected, host.cuda, start=resumed)
-    return row | {"note": f"went on from step {resumed}, {time.monotonic() - began:.0f} s to the end"}
+        return {"error": f"metrics.jsonl has {len(lines)} steps, not 1 to {steps}"}
+    return {
+        "resumed": int(found[1]),
+        "losses": [line["loss"] for line in lines],
+        "grad_norms": [line["grad_norm"] for line in lines],
+        "note": f"went on from step {found[1]}, {time.monotonic() - began:.0f} s to the end",
+    }
 
 
-def _reaches(job: Job, metrics: Path, steps: int, deadline: float) -> bool:
+def _kill(job: Job, all_of_them: bool) -> None:
+    """The last rank; then those that are still there, or leave them to torchrun."""
+    *others, last = job.workers()
+    os.kill(last, signal.SIGKILL)
+    if all_of_them:
+        time.sleep(1)
+        for pid in set(others) & set(job.workers()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _reaches(job: Job, metrics: Path, steps: int, deadline: float, check: Callable[[], None]) -> bool:
     """Whether the run has logged `steps` steps before it ends; raises OutOfTime."""
     while job.process.poll() is None:
         with suppress(OSError):
@@ -77,5 +117,6 @@ def _reaches(job: Job, metrics: Path, steps: int, deadline: float) -> bool:
                 return True
         if time.monotonic() > deadline:
             raise OutOfTime
+        check()
         time.sleep(POLL)
     return False

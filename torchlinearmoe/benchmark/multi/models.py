@@ -1,6 +1,8 @@
 """What the sections train: a small model in float32 whose losses are compared, a larger one in bfloat16 that is timed.
 
 On the CPU both are of debug size. Every section compares with the same small model, so one rank computes it once.
+`--quick` leaves the recurrences of the one to PyTorch, as Triton compiles them for float32 for tens of seconds, and
+gives the other fewer layers.
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ def small(host: Host, *, steps: int = 6, model: dict[str, Any] | None = None, **
             "mixer": "hgrn2",
             "layout": "LLLN",
             "hidden_size": width,
-            "num_layers": max(4, 2 * host.ranks),
+            "num_layers": layers_of(host),
             "num_heads": 8,
             "num_kv_heads": 8,
             "vocab_size": 1024,
+            **({"kernel_backend": "torch"} if host.quick else {}),
             **(model or {}),
         },
         "moe": {"num_experts": 16, "top_k": 2, "hidden_size": width // 4, "balance_coefficient": 0.01},
@@ -45,10 +48,15 @@ def small(host: Host, *, steps: int = 6, model: dict[str, Any] | None = None, **
             **sections.pop("training", {}),
         },
         "optimizer": {"lr": 1e-3, "schedule": "constant", "warmup_steps": 1},
-        "metrics": {"interval": 1, "tensorboard": False},
+        "metrics": {"interval": 1, "tensorboard": False, "validation_batches": 1},
         "checkpoint": {"interval": 0, **sections.pop("checkpoint", {})},
         **sections,
     }
+
+
+def layers_of(host: Host) -> int:
+    """Layers of a small model: two stages a rank."""
+    return max(4, 2 * host.ranks)
 
 
 def timed(
@@ -66,12 +74,14 @@ def timed(
     `model`: keys beside its own; `parallel`: the degrees, data_shard among them.
     """
     size: dict[str, Any] = {"family": "qwen2", "size": "A0.3B"}
+    if host.quick:
+        size["num_layers"] = layers_of(host)
     if not host.cuda:
         size = {"hidden_size": 128, "num_layers": 4, "num_heads": 8, "num_kv_heads": 8, "vocab_size": 1024}
     tables: Tables = {
         "model": {**size, "mixer": "hgrn2", "layout": "LLLN", **(model or {})},
         "moe": {"balance_coefficient": 0.01},
-        "data": {"cache": str(host.folder / "cache"), "paths": [str(text(host))]},
+        "data": {"cache": str(host.folder / "cache")},
         "training": {
             "steps": 1000,
             "sequence_length": length,
@@ -86,6 +96,8 @@ def timed(
         "parallel": parallel,
     }
     tables["training"]["tokens_per_step"] *= parallel.get("data_replicate", 1)
+    if not host.quick:
+        tables["data"]["paths"] = [str(text(host))]
     if not host.cuda:
         tables["moe"] |= {"num_experts": 16, "top_k": 2, "hidden_size": 32}
     for section, keys in host.overrides.items():
@@ -100,6 +112,12 @@ def text(host: Host) -> Path:
         once = (files("torchlinearmoe.data") / "corpus" / "king_james_new_testament.jsonl").read_text()
         path.write_text(once * (8 if host.cuda else 1))
     return path
+
+
+def about(host: Host) -> str:
+    """What `--quick` trains, for the table."""
+    cut = f"A0.3B cut to {layers_of(host)} layers" if host.cuda else "debug size"
+    return f"compared: float32, recurrences in PyTorch; timed: {cut}"
 
 
 def check_overrides(overrides: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torchlinearmoe.benchmark.multi.host import Host
+from torchlinearmoe.benchmark.multi.host import Host, Runs
 from torchlinearmoe.benchmark.multi.models import small, timed
 from torchlinearmoe.benchmark.multi.rows import Row, compared, rated
 from torchlinearmoe.benchmark.multi.shapes import batch_of, steps_of
@@ -14,10 +14,9 @@ LIMIT = 240
 SCHEDULES = ("1f1b", "interleaved", "zero_bubble")
 
 
-def run(host: Host) -> Iterator[Row]:
+def runs(host: Host) -> Runs:
     """Losses of all schedules first, then their speeds, eager: twice as many micro-batches as ranks."""
     sequences, length = batch_of(host)
-    (alone,) = host.measure([{"kind": "losses", "recipe": small(host)}], ranks=1)
     # Weights stay gathered, as a backward in two parts wants them; no rank has a share of others' here.
     alike = {"data_shard": 1, "pipeline": host.ranks, "reshard_after_forward": False}
     layouts = [{**alike, "pipeline_schedule": name} for name in SCHEDULES]
@@ -29,7 +28,14 @@ def run(host: Host) -> Iterator[Row]:
     for recipe in recipes:
         recipe["training"]["compile"] = False  # a backward in two parts is not compiled: none is, to be beside it
     speeds = [{"kind": "speed", "recipe": recipe, "steps": steps_of(host)} for recipe in recipes]
-    found = host.measure([*losses, *speeds])
+    return Runs([{"kind": "losses", "recipe": small(host)}], [*losses, *speeds])
+
+
+def run(host: Host) -> Iterator[Row]:
+    """Rows of the losses, then of the speeds."""
+    wanted = runs(host)
+    (alone,) = host.measure(wanted.one, 1)
+    found = host.measure(wanted.every)
     for name, figures in zip(SCHEDULES, found):
         yield compared(name, figures, alone, host.cuda)
     first, *others = found[len(SCHEDULES) :]

@@ -42,8 +42,7 @@ def compared(case: str, found: Figures, expected: Figures, cuda: bool, start: in
     else:
         gradient, name = _difference(found["grad_norms"][0], expected["grad_norms"][start]), "all parameters"
     row: Row = {"case": case, "loss_difference": loss, "gradient_difference": gradient}
-    if found.get("max_load") is not None:
-        row["max_load"] = found["max_load"]
+    row |= {key: found[key] for key in ("max_load", "run_s") if found.get(key) is not None}
     limits = TOLERANCES[cuda]
     if loss <= limits[0] and gradient <= limits[1]:
         return row | {"result": "equal"}

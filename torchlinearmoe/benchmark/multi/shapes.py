@@ -19,7 +19,7 @@ def steps_of(host: Host) -> int:
     """Steps that are timed, the first included, of which the last half counts."""
     if not host.cuda:
         return 3
-    return 7 if host.quick else 13
+    return 5 if host.quick else 13
 
 
 def longest_of(host: Host) -> int:
