@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from torchlinearmoe.checkpoint.state import model_tensors
+from torchlinearmoe.kernels import dispatch, grouped_mm, swiglu
+from torchlinearmoe.kernels import experts as all_in_one
 from torchlinearmoe.kernels.cross_entropy.chunked import CHUNK_ELEMENTS
 from torchlinearmoe.layers.mlp import SwiGLU
 from torchlinearmoe.mixers.base import Mixer
@@ -166,10 +168,11 @@ def activation_bytes(
     """An estimate of what the forward of `tokens` tokens keeps for the backward, over all layers.
 
     A layer counts, per token: its input and the stream after the mixer (2 D) and both norms' outputs (2 D); the output
-    of every projection of the mixer and the input of its output projections; the feed-forward's 3 F, for experts
-    k (3 F + 2 D) with the rows sent and received, and 2 E float32 router scores. Then the embedding's output and the
-    last norm's. Attention is taken not to keep its scores, recurrences not to keep their states between tokens, and no
-    compiler to recompute; what a mixer keeps beyond its projections (gates, feature maps) is not counted.
+    of every projection of the mixer and the input of its output projections; a dense feed-forward's 4 F (both products,
+    silu and what goes into the last one), or what router and experts keep (`router_bytes`, `experts_bytes`). Then the
+    embedding's output and the last norm's. Attention is taken not to keep its scores, recurrences not to keep their
+    states between tokens, and no compiler to recompute; what a mixer keeps beyond its projections (gates, feature maps)
+    is not counted.
 
     A checkpointed layer keeps its input, under `selective` also what its dense matrices give; the largest of them is
     there as a whole while its backward runs.
@@ -227,12 +230,41 @@ def mixer_elements(mixer: Mixer, width: int) -> int:
 def feed_forward_bytes(ffn: nn.Module, dtype: torch.dtype) -> int:
     """Bytes a token leaves in a feed-forward."""
     if isinstance(ffn, MoE):
-        _, hidden, width = ffn.experts.down.shape
-        routed = ffn.router.top_k * (3 * hidden + 2 * width) * dtype.itemsize
-        shared = 0 if ffn.shared is None else feed_forward_bytes(ffn.shared, dtype) + width * dtype.itemsize
-        return routed + shared + 2 * ffn.router.num_experts * torch.float32.itemsize
+        width = ffn.experts.down.shape[2]
+        shared = 0 if ffn.shared is None else feed_forward_bytes(ffn.shared, dtype)
+        gated = 0 if ffn.shared_gate is None else width * dtype.itemsize  # what the gate multiplies
+        return router_bytes(ffn, dtype) + experts_bytes(ffn, dtype) + shared + gated
     assert isinstance(ffn, SwiGLU)
-    return 3 * ffn.down_proj.weight.shape[1] * dtype.itemsize
+    return 4 * ffn.down_proj.weight.shape[1] * dtype.itemsize
+
+
+def router_bytes(moe: MoE, dtype: torch.dtype) -> int:
+    """Bytes a token leaves in the router: its own copy [D] in float32 where it computes in less, scores [E] twice, and
+    the k chosen with their weights."""
+    width, experts, top_k = moe.experts.down.shape[2], moe.router.num_experts, moe.router.top_k
+    copied = width * torch.float32.itemsize if dtype.itemsize < torch.float32.itemsize else 0
+    return copied + 2 * experts * torch.float32.itemsize + top_k * (torch.int64.itemsize + torch.float32.itemsize)
+
+
+def experts_bytes(moe: MoE, dtype: torch.dtype) -> int:
+    """Bytes a token leaves in the routed experts, on the path that a GPU would take.
+
+    Step by step: rows in and out, 2 D, gates and what they make, 3 F, for each of k experts. All in one, where the
+    experts lie on this rank: 2 F each. Both keep the order of the rows and its inverse. The token itself is the norm's
+    output, which is counted there.
+    """
+    experts, hidden, width = moe.experts.down.shape
+    top_k, size = moe.router.top_k, dtype.itemsize
+    indices = 2 * top_k * torch.int64.itemsize
+    if moe.dispatcher.stays_here and moe.experts.would_take_tokens("cuda", dtype):
+        return indices + int(all_in_one.budget(1, top_k, width, hidden, experts, size).saved_bytes) - width * size
+    steps = (
+        dispatch.budget(1, top_k, width, size),
+        grouped_mm.budget(top_k, width, 2 * hidden, experts, size),
+        swiglu.budget(top_k, hidden, size),
+        grouped_mm.budget(top_k, hidden, width, experts, size),
+    )
+    return indices + int(sum(step.saved_bytes for step in steps))
 
 
 def loss_bytes(model: Decoder, tokens: int, dtype: torch.dtype, tensor_ranks: int = 1) -> int:
