@@ -30,8 +30,9 @@ from torchlinearmoe.optim.masters import is_sharded, local_part, rest_of
 from torchlinearmoe.optim.sums import held_bytes
 from torchlinearmoe.parallel.activation_checkpointing import is_checkpointed
 from torchlinearmoe.parallel.mesh import Degrees
+from torchlinearmoe.parallel.stage import Stage
 from torchlinearmoe.parallel.tensor import partial_gradients
-from torchlinearmoe.planning.communication import Unit, fsdp_units
+from torchlinearmoe.planning.communication import Unit
 from torchlinearmoe.recipe.schema import OptimizerRecipe, TrainingRecipe
 
 
@@ -66,32 +67,52 @@ class Memory:
         return Memory(**{name: size + getattr(other, name) for name, size in vars(self).items()})
 
 
+@dataclass(frozen=True)
+class Held:
+    """Bytes of a rank's part of a model that do not depend on how much goes through it."""
+
+    parameters: int
+    shards: int
+    """Of the parameters, those that FSDP shards, padding left out."""
+    optimizer: int
+    unsharded_gradients: tuple[int, int, int]
+    """Of a step of one micro-batch, of two, and of more."""
+
+
+def held_by(model: Decoder, states: Iterable[Tensor]) -> Held:
+    """What `model`, laid out on the meta device, holds; `states` are those of the optimizer (`optimizer_states`)."""
+    in_parts = not isinstance(model, Stage)
+    once, twice, often = (unsharded_gradient_bytes(model, passes, in_parts) for passes in (1, 2, 3))
+    return Held(
+        parameters=parameter_bytes(model),
+        shards=local_bytes(parameter for parameter in model.parameters() if is_sharded(parameter)),
+        optimizer=local_bytes(states),
+        unsharded_gradients=(once, twice, often),
+    )
+
+
 def rank_memory(
-    model: Decoder, states: Iterable[Tensor], training: TrainingRecipe, degrees: Degrees, dtype: torch.dtype
+    model: Decoder, units: list[Unit], held: Held, training: TrainingRecipe, degrees: Degrees, dtype: torch.dtype
 ) -> Memory:
     """The memory of the rank that `model`, laid out on the meta device, belongs to.
 
-    `states` are those of the optimizer (`optimizer_states`); `training.tokens_per_step` is resolved.
+    `units` are its `fsdp_units`; `training.tokens_per_step` is resolved.
     """
-    units = fsdp_units(model)
     staged = degrees.pipeline > 1  # keeps its weights gathered between micro-batches
     tokens = training.sequence_length * training.micro_batch_size // degrees.context
     assert training.tokens_per_step is not None
     passes = training.tokens_per_step // (training.sequence_length * training.micro_batch_size * degrees.data_ranks)
     accumulates = passes > 1
-    parameters = parameter_bytes(model)
-    shards = local_bytes(parameter for parameter in model.parameters() if is_sharded(parameter))
     padded = sum(unit.local_elements for unit in units) * torch.float32.itemsize
     whole = sum(unit.elements * unit.reduce_dtype.itemsize for unit in units)
-    unsharded = unsharded_gradient_bytes(model, passes, in_parts=not staged)
     blocks = _blocks(units)
     sizes = sorted((sum(unit.gathered_bytes for unit in block) for block in blocks), reverse=True)
     buffers = (sum(unit.gathered_bytes + unit.scattered_bytes for unit in block) for block in _blocks(units, kept=True))
     return Memory(
-        parameters=parameters,
-        padding=padded - shards,
-        gradients=(whole if accumulates else padded) + unsharded,
-        optimizer=local_bytes(states),
+        parameters=held.parameters,
+        padding=padded - held.shards,
+        gradients=(whole if accumulates else padded) + held.unsharded_gradients[min(passes, 3) - 1],
+        optimizer=held.optimizer,
         gathered_weights=sum(unit.gathered_bytes for unit in units if unit.kept) + sum(sizes[: None if staged else 2]),
         gradient_buffers=max(buffers, default=0),
         activations=activation_bytes(model, training, tokens, dtype, degrees.tensor),
