@@ -61,11 +61,10 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             if value is not None and not value > 0:
                 least = "above 0" if isinstance(value, float) else "at least 1"
                 raise Failure(f"--{name.replace('_', '-')} {value}: must be {least}")
+    if len(options.world_size or ()) > 1 or any(getattr(options, name) for name in CHOOSING):
+        return _choose(options, overrides)
     recipe = load_recipe(options.recipe, overrides)
-    worlds = options.world_size or [_natural_world(recipe)]
-    if len(worlds) > 1 or any(getattr(options, name) for name in CHOOSING):
-        return _choose(options, overrides, recipe, worlds)
-    (world_size,) = worlds
+    world_size = options.world_size[0] if options.world_size else _natural_world(recipe)
     with progress_bar(f"laying out ranks of {world_size}") as progress:
         found = plan(recipe, world_size, _dtype(recipe), options.rank or 0, progress)
     if options.json:
@@ -75,9 +74,10 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _choose(options: argparse.Namespace, overrides: Sequence[str], recipe: Recipe, worlds: Sequence[int]) -> int:
+def _choose(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """The fastest layouts."""
     from torchlinearmoe.planning import Machine, choose_layouts
+    from torchlinearmoe.planning.choice import left_open
     from torchlinearmoe.planning.report import print_choice
     from torchlinearmoe.recipe import load_recipe
 
@@ -86,6 +86,8 @@ def _choose(options: argparse.Namespace, overrides: Sequence[str], recipe: Recip
     rates = {"flops": (options.tflops, 1e12), "network_bytes": (options.network, 1e9)}
     machine = Machine(**{name: value * unit for name, (value, unit) in rates.items() if value is not None})
     fixed = {override.removeprefix("--").partition("=")[0] for override in overrides}
+    recipe = load_recipe(options.recipe, [*overrides, *left_open(fixed)])
+    worlds = options.world_size or [_natural_world(load_recipe(options.recipe, overrides))]
     lengths = options.sequence_length or [recipe.training.sequence_length]
     with progress_bar("comparing layouts") as progress:
         rows = choose_layouts(

@@ -113,6 +113,12 @@ def choose_layouts(
     ]
 
 
+def left_open(fixed: Collection[str]) -> list[str]:
+    """Overrides that forget what a file says of the degrees that are tried; `fixed` keys stay."""
+    keys = [f"parallel.{axis}" for axis in ("pipeline", "tensor", "expert", "context")]
+    return [f"{key}=1" for key in keys if key not in fixed]
+
+
 class _Search:
     """Of one number of ranks."""
 
@@ -131,7 +137,7 @@ class _Search:
         self.lengths, self.memories, self.dtype, self.machine = lengths, memories, dtype, machine
         self.traffic = traffic
         self.flops: dict[tuple[Any, ...], float] = {}
-        self.recipe = load([f"training.sequence_length={lengths[0]}"] if lengths else [])
+        self.recipe = load([*left_open(fixed), f"training.sequence_length={lengths[0]}"])
         with torch.device("meta"):
             self.whole = Decoder(self.recipe.model)
 
