@@ -31,8 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m torchlinearmoe.plan",
         description="Tell what a recipe costs on any number of ranks: parameters, FLOPs, memory, communication. "
         "Trains nothing and allocates no weights. With several numbers of ranks, or any of the options from "
-        "--sequence-length on, it looks for the fastest layout that fits each of them: for context, expert, tensor and "
-        "pipeline of [parallel] and training.activation_checkpointing, but for what the command line says of these.",
+        "--sequence-length on, it looks for the fastest layout that fits each of them: for context, expert and "
+        "tensor of [parallel] and training.activation_checkpointing, but for what the command line says of these.",
         epilog="Any recipe key can be given as --section.key=value.",
     )
     parser.add_argument("recipe", help="TOML file, e.g. recipes/qwen2_hgrn2.toml")

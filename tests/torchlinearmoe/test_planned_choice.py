@@ -78,7 +78,7 @@ def test_the_fastest_of_all_layouts_that_fit_is_chosen_with_the_figures_of_its_p
     assert len(set(chosen)) > 1 and rows == sorted(rows, key=lambda row: row["tokens_per_second"])
 
 
-def test_tensor_and_pipeline_are_tried_where_nothing_fits_without() -> None:
+def test_tensor_is_tried_where_nothing_fits_without() -> None:
     (alone,) = choose([4], [256], [1e-6])
     assert not alone["fits"] and "alone are" in alone["why"] and alone["tried"] == 0
     (least,) = choose([4], [256], [3e-3])

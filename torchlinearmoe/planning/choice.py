@@ -1,15 +1,16 @@
 """Which layout of a recipe to take: for each number of ranks, length and memory the fastest one that fits.
 
 Tried are all shares of a sequence (`context`) and of the experts (`expert`), and all kinds of activation checkpointing;
-`tensor` and `pipeline` above 1, the least of both first, where nothing fits without. What the command line gives stays.
-A rank's part of the model is laid out once for each `pipeline`, `tensor` and `expert`, by the code that training takes,
-and priced as a plan is: the figures are those of a plan of that layout.
+`tensor` above 1, the least of it first, where nothing fits without: it sends more, and saves memory of gathered weights
+alone. The rest is as the recipe says, `pipeline` too, and what the command line gives stays. A rank's part of the model
+is laid out once for each `tensor` and `expert`, by the code that training takes, and priced as a plan is: the figures
+are those of a plan of that layout.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,6 @@ from torchlinearmoe.run_folder import with_tokens_per_step
 
 USABLE = 0.9
 """Of a GPU's memory: the rest is for the CUDA context, NCCL's buffers, kernels' workspaces and the allocator."""
-MOST_STAGES = 16
 SHORTEST_SPAN = 256
 """Tokens."""
 MICRO_BATCHES = 4
@@ -115,7 +115,7 @@ def choose_layouts(
 
 def left_open(fixed: Collection[str]) -> list[str]:
     """Overrides that forget what a file says of the degrees that are tried; `fixed` keys stay."""
-    keys = [f"parallel.{axis}" for axis in ("pipeline", "tensor", "expert", "context")]
+    keys = [f"parallel.{axis}" for axis in ("tensor", "expert", "context")]
     return [f"{key}=1" for key in keys if key not in fixed]
 
 
@@ -138,6 +138,7 @@ class _Search:
         self.traffic = traffic
         self.flops: dict[tuple[Any, ...], float] = {}
         self.recipe = load([*left_open(fixed), f"training.sequence_length={lengths[0]}"])
+        self.pipeline = self.recipe.parallel.pipeline
         with torch.device("meta"):
             self.whole = Decoder(self.recipe.model)
 
@@ -147,12 +148,12 @@ class _Search:
         if (least := self._least()) > USABLE * max(self.memories) * 2**30:
             told = f"weights, gradients and optimizer states alone are {format_bytes(least)} a GPU"
             return {length: Cell({}, refusal=told) for length in self.lengths}
-        for group in self._groups():
-            for pipeline, tensor in group:
-                # Where the largest GPU holds something already, smaller ones get their chance from leaner layouts.
-                wanting = [n for n, cell in cells.items() if len(cell.fastest) < len(self.memories)]
-                for expert in self._options("parallel.expert", self._expert_degrees(pipeline)):
-                    self._try(pipeline, tensor, expert, {n: cells[n] for n in wanting})
+        # Of memory that can do at all.
+        attainable = [memory for memory in self.memories if least <= USABLE * memory * 2**30]
+        for tensor in self._tensor_degrees():
+            wanting = {n: cell for n, cell in cells.items() if not cell.fastest.keys() >= set(attainable)}
+            for expert in self._options("parallel.expert", self._expert_degrees()) if wanting else ():
+                self._try(tensor, expert, wanting)
         return cells
 
     def _least(self) -> float:
@@ -161,33 +162,30 @@ class _Search:
         gradients = self.dtype.itemsize * sum(parameter.numel() for parameter in self.whole.parameters())
         return (saved + gradients) * self.recipe.parallel.data_replicate / self.world
 
-    def _groups(self) -> Iterator[list[tuple[int, int]]]:
-        """(pipeline, tensor), those with the same product together."""
-        stages = self._options("parallel.pipeline", [n for n in _divisors(self.world) if n <= MOST_STAGES])
-        within = [n for n in _divisors(self.world) if n <= self.machine.node_ranks]
-        pairs = [(p, t) for p in stages for t in self._options("parallel.tensor", within) if self.world % (p * t) == 0]
-        for product in sorted({p * t for p, t in pairs}):
-            yield [pair for pair in pairs if pair[0] * pair[1] == product]
+    def _tensor_degrees(self) -> list[int]:
+        """Those within a node."""
+        within = [n for n in _divisors(self.world // self.pipeline) if n <= self.machine.node_ranks]
+        return self._options("parallel.tensor", within)
 
     def _options(self, key: str, values: list[Any]) -> list[Any]:
         section, name = key.split(".")
         return [getattr(getattr(self.recipe, section), name)] if key in self.fixed else values
 
-    def _expert_degrees(self, pipeline: int) -> list[int]:
-        lenders = self.world // pipeline // self.recipe.parallel.data_replicate
+    def _expert_degrees(self) -> list[int]:
+        lenders = self.world // self.pipeline // self.recipe.parallel.data_replicate
         experts = self.recipe.model.moe.num_experts
         return [n for n in _divisors(lenders) if experts % n == 0] if experts else [1]
 
-    def _try(self, pipeline: int, tensor: int, expert: int, cells: dict[int, Cell]) -> None:
+    def _try(self, tensor: int, expert: int, cells: dict[int, Cell]) -> None:
         """Price every context and kind of activation checkpointing of layouts that share the parts of ranks."""
         wanted: list[tuple[Cell, Recipe, Degrees]] = []
         for length, cell in cells.items():
-            copy = self.world // (pipeline * tensor * self.recipe.parallel.data_replicate)
+            copy = self.world // (self.pipeline * tensor * self.recipe.parallel.data_replicate)
             spans = [n for n in _divisors(copy) if n == 1 or length // n >= SHORTEST_SPAN]
             for context in self._options("parallel.context", spans):
                 for mode in self._options("training.activation_checkpointing", list(CHECKPOINTING)):
                     try:
-                        recipe, degrees = self._variant(length, pipeline, tensor, expert, context, mode)
+                        recipe, degrees = self._variant(length, tensor, expert, context, mode)
                     except RecipeError as error:
                         cell.refusal = cell.refusal or str(error)
                         continue
@@ -195,11 +193,11 @@ class _Search:
         if not wanted:
             return
         plans: list[list[RankPlan]] = [[] for _ in wanted]
-        _, recipe, degrees = wanted[0]
+        _, first, laid_out = wanted[0]
         # Torch gives the lower ranks of an axis the larger pieces: the first of a stage holds as much as any of it.
-        for rank in range(0, self.world, self.world // pipeline):
+        for rank in range(0, self.world, self.world // self.pipeline):
             with pretended_world(self.world, rank):
-                parts = rank_parts(recipe, Meshes(degrees, "cpu"), self.dtype)
+                parts = rank_parts(first, Meshes(laid_out, "cpu"), self.dtype)
                 meshes = {own.context: Meshes(own, "cpu") for own in {degrees for _, _, degrees in wanted}}
                 for found, (_, recipe, degrees) in zip(plans, wanted, strict=True):
                     own = meshes[degrees.context]
@@ -212,18 +210,16 @@ class _Search:
             ]
             cell.take(Priced(recipe, degrees, largest, max(times, key=lambda time: time.total)), self.memories)
 
-    def _variant(
-        self, length: int, pipeline: int, tensor: int, expert: int, context: int, mode: str
-    ) -> tuple[Recipe, Degrees]:
+    def _variant(self, length: int, tensor: int, expert: int, context: int, mode: str) -> tuple[Recipe, Degrees]:
         """The recipe of one layout; RecipeError where it cannot be."""
-        degrees = {"pipeline": pipeline, "tensor": tensor, "expert": expert, "context": context}
+        degrees = {"tensor": tensor, "expert": expert, "context": context}
         overrides = [f"parallel.{axis}={degree}" for axis, degree in degrees.items()]
         overrides += [f"training.sequence_length={length}", f"training.activation_checkpointing={mode}"]
         recipe = self.load(overrides)
         found = resolve_degrees(recipe.parallel, self.world)
         tokens = tokens_per_step(recipe.training, found)
-        if recipe.training.tokens_per_step is None and pipeline > 1:
-            tokens *= MICRO_BATCHES * pipeline
+        if recipe.training.tokens_per_step is None and self.pipeline > 1:
+            tokens *= MICRO_BATCHES * self.pipeline
         recipe = with_tokens_per_step(recipe, tokens)
         check_micro_batches(recipe, found)
         return recipe, found
