@@ -16,7 +16,6 @@ from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.parallel.mesh import Degrees
 from torchlinearmoe.plan import main
 from torchlinearmoe.planning import Machine, choose_layouts, plan
-from torchlinearmoe.planning.choice import USABLE
 from torchlinearmoe.planning.communication import Collective
 from torchlinearmoe.planning.context import SpanTraffic
 from torchlinearmoe.planning.time import StepTime, busiest_flops, collective_seconds, step_time, trading
@@ -65,11 +64,11 @@ def test_the_fastest_of_all_layouts_that_fit_is_chosen_with_the_figures_of_its_p
             found, time = planned(world, length, layout)
             every.append((found["memory"]["largest"]["total"], found["step"]["tokens"] / time.total, layout))
     sizes = sorted({size for size, _, _ in every})
-    limits = [size / USABLE / 2**30 * 1.0001 for size in sizes[:: len(sizes) // 4]]
+    limits = [size / MACHINE.usable / 2**30 * 1.0001 for size in sizes[:: len(sizes) // 4]]
     rows = choose([world], [length], limits)
     assert not dist.is_initialized()
     for limit, row in zip(limits, rows, strict=True):
-        fitting = [entry for entry in every if entry[0] <= USABLE * limit * 2**30]
+        fitting = [entry for entry in every if entry[0] <= MACHINE.usable * limit * 2**30]
         size, speed, layout = max(fitting, key=lambda entry: entry[1])
         assert row["fits"] and row["tried"] == len(every)
         assert {key: row["layout"][key] for key in layout} == layout

@@ -30,8 +30,6 @@ from torchlinearmoe.planning.world import pretended_world
 from torchlinearmoe.recipe import Recipe
 from torchlinearmoe.run_folder import with_tokens_per_step
 
-USABLE = 0.9
-"""Of a GPU's memory: the rest is for the CUDA context, NCCL's buffers, kernels' workspaces and the allocator."""
 SHORTEST_SPAN = 256
 """Tokens."""
 MICRO_BATCHES = 4
@@ -71,14 +69,14 @@ class Cell:
     refusal: str = ""
     """Why the first layout that cannot be built cannot."""
 
-    def take(self, found: Priced, memories: Collection[float]) -> None:
+    def take(self, found: Priced, memories: Collection[float], usable: float) -> None:
         """See whether `found` is better than what there is."""
         self.tried += 1
         if self.leanest is None or found.memory.total < self.leanest.memory.total:
             self.leanest = found
         for memory in memories:
             best = self.fastest.get(memory)
-            if found.memory.total <= USABLE * memory * 2**30 and (best is None or found.speed > best.speed):
+            if found.memory.total <= usable * memory * 2**30 and (best is None or found.speed > best.speed):
                 self.fastest[memory] = found
 
 
@@ -145,11 +143,11 @@ class _Search:
     def run(self) -> dict[int, Cell]:
         """A cell for each length."""
         cells = {length: Cell({}) for length in self.lengths}
-        if (least := self._least()) > USABLE * max(self.memories) * 2**30:
+        if (least := self._least()) > self.machine.usable * max(self.memories) * 2**30:
             told = f"weights, gradients and optimizer states alone are {format_bytes(least)} a GPU"
             return {length: Cell({}, refusal=told) for length in self.lengths}
         # Of memory that can do at all.
-        attainable = [memory for memory in self.memories if least <= USABLE * memory * 2**30]
+        attainable = [memory for memory in self.memories if least <= self.machine.usable * memory * 2**30]
         for tensor in self._tensor_degrees():
             wanting = {n: cell for n, cell in cells.items() if not cell.fastest.keys() >= set(attainable)}
             for expert in self._options("parallel.expert", self._expert_degrees()) if wanting else ():
@@ -208,7 +206,8 @@ class _Search:
             times = [
                 step_time(recipe, degrees, self._flops(recipe, plan), plan.collectives, self.machine) for plan in found
             ]
-            cell.take(Priced(recipe, degrees, largest, max(times, key=lambda time: time.total)), self.memories)
+            priced = Priced(recipe, degrees, largest, max(times, key=lambda time: time.total))
+            cell.take(priced, self.memories, self.machine.usable)
 
     def _variant(self, length: int, tensor: int, expert: int, context: int, mode: str) -> tuple[Recipe, Degrees]:
         """The recipe of one layout; RecipeError where it cannot be."""

@@ -43,6 +43,8 @@ class Machine:
     """A second that a GPU sends to others of its node."""
     network_bytes: float = 40e9
     """A second that a GPU sends to other nodes: 400 Gb/s each."""
+    usable: float = 0.9
+    """Of a GPU's memory: the rest is for the CUDA context, NCCL's buffers, kernels' workspaces and the allocator."""
 
 
 @dataclass(frozen=True)
