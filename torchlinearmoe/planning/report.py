@@ -39,9 +39,8 @@ def print_choice(rows: Sequence[dict[str, Any]], machine: Machine, stream: TextI
     console = Console(file=stream, highlight=False, width=None if stream.isatty() else 150)
     caption = (
         f"seconds: estimates, at {machine.flops / 1e12:.0f} TFLOP/s a GPU, {machine.node_bytes / 1e9:.0f} GB/s to its "
-        f"node of {machine.node_ranks} and {machine.network_bytes / 1e9:.0f} GB/s to others;\n"
-        "waits: of these, for other ranks; memory: of the rank that holds most, where all experts have equal loads, "
-        f"up to {machine.usable:.0%}\nof a GPU"
+        f"node of {machine.node_ranks} and {machine.network_bytes / 1e9:.0f} GB/s to others; waits: for other ranks\n"
+        f"memory: of the rank that holds most, experts evenly loaded; at most {machine.usable:.0%} of a GPU"
     )
     columns = ("ranks", "tokens a sequence", "memory", "tokens a step", "step, s", "waits, s", "tokens/s", "a GPU")
     for memory in dict.fromkeys(row["gpu_gib"] for row in rows):
