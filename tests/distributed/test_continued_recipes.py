@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import RankPool
+from safetensors.torch import load_file, save_file
 from tiny_run import Result, assert_same_training, read_lines, watched, whole
 
 from torchlinearmoe.convert import main as convert
@@ -52,7 +53,17 @@ def published(name: str, folder: Path) -> Path:
     assert convert(["to-hf", str(start), str(folder / "published")]) == 0
     config = json.loads((folder / "published/config.json").read_text())
     assert config["architectures"] == [PUBLISHED[name]] and "auto_map" not in config
+    (weights,) = (folder / "published").glob("*.safetensors")
+    tensors = load_file(weights)
+    for key in selection_biases(tensors):
+        tensors[key].normal_(0, 0.2)
+    save_file(tensors, weights, {"format": "pt"})
     return folder / "published"
+
+
+def selection_biases(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Names of what training moves by `moe.bias_rate` a step and nothing else."""
+    return [key for key in tensors if key.endswith("e_score_correction_bias")]
 
 
 def continued(rank: int, recipe: Path, overrides: tuple[str, ...]) -> tuple[Result, int]:
@@ -101,4 +112,10 @@ def test_a_converted_model_goes_on_over_four_ranks_as_on_one_and_is_converted_ba
     config = json.loads((tmp_path / "back/config.json").read_text())
     before = json.loads((tmp_path / "published/config.json").read_text())
     assert config["architectures"] == [PUBLISHED[name]] and config["dtype"] == "bfloat16"
+    (there,) = (load_file(file) for file in (tmp_path / "published").glob("*.safetensors"))
+    (back,) = (load_file(file) for file in (tmp_path / "back").glob("*.safetensors"))
+    assert back.keys() == there.keys()
+    assert bool(biases := selection_biases(there)) == (name == "kimi_linear")
+    for key in biases:  # a step moves one by the rate times a sign, less the mean of all signs: at most twice the rate
+        assert 0 < (back[key] - there[key]).abs().max() < 3 * 2 * as_shipped.model.moe.bias_rate
     assert config.keys() == before.keys() and (tmp_path / "back/tokenizer.json").exists()
