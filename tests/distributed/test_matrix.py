@@ -56,13 +56,18 @@ WITH_OWN_EPSILON = {"minimax": "lightning_attention", "olmo_hybrid": "gated_delt
 LIMITS = {"float32": (1e-5, 1e-4), "float64": (1e-9, 1e-9)}
 """Of the losses and first gradients, and of the last gradients."""
 
-REFUSED = {(f"family {name}", "ep 2") for name in FAMILIES if not FAMILIES[name].preset("debug")["moe"]["num_experts"]}
-"""Families without experts; nothing else may be refused."""
+WITHOUT_EXPERTS = [name for name in FAMILIES if not FAMILIES[name].preset("debug")["moe"]["num_experts"]]
+REFUSED = {(f"{kind} {name}", "ep 2") for name in (*WITHOUT_EXPERTS, "qwen3, dense") for kind in ("family", "published")}
+"""Models without experts; nothing else may be refused."""
 
 full = pytest.mark.distributed_full
-FEW = {"qwen3_next": "cp 2", "kimi_linear": "tp 2", "glm4_moe": "ep 2"}
-FEW |= {"minimax": "tp 2", "olmo_hybrid": "tp 2", "bailing_hybrid": "cp 2"}
-"""Cells of published models that every run of the tests has, in float64."""
+PUBLISHED = ("qwen3, dense", "qwen3", "qwen3_next", "qwen3_5_moe", "deepseek_v3", "glm4_moe", "kimi_linear")
+PUBLISHED += ("minimax", "olmo_hybrid", "bailing_hybrid", "granitemoehybrid", "nemotron_h")
+AXES = ("fsdp 2", "tp 2", "cp 2", "ep 2", "pp 2")
+FEW = {("qwen3_next", "cp 2"), ("kimi_linear", "tp 2"), ("glm4_moe", "ep 2")}
+FEW |= {("minimax", "tp 2"), ("olmo_hybrid", "tp 2"), ("bailing_hybrid", "cp 2")}
+FEW |= {("granitemoehybrid", "pp 2"), ("nemotron_h", "tp 2")}
+"""Cells of published models that every run of the tests has."""
 
 
 def of_mixer(name: str) -> Settings:
@@ -88,6 +93,17 @@ def of_family(name: str) -> Settings:
         "moe": dict.fromkeys(("num_experts", "top_k", "hidden_size", "shared_hidden_size", "shared_gate")),
         "mixer": epsilon,
     }
+
+
+def of_published(name: str) -> Settings:
+    """A published model: its own layers, both kinds where it has two, the first dense where it has such."""
+    family, _, dense = name.partition(", ")
+    model = of_family(family)
+    if "layout" not in FAMILIES[family].common:
+        model["model"]["layout"] = "N"
+    if dense:
+        model["moe"] |= {"num_experts": 0, "top_k": 0, "shared_hidden_size": 0, "shared_gate": False}
+    return model
 
 
 Cell = Callable[..., None]
@@ -207,6 +223,13 @@ def test_every_family_is_the_same_function_under_every_axis(cell: Cell, family: 
     cell(f"family {family}", of_family(family), layout, wide=True)
 
 
-@pytest.mark.parametrize(("family", "layout"), FEW.items())
-def test_published_models_are_the_same_function_under_an_axis_each(cell: Cell, family: str, layout: str) -> None:
-    cell(f"family {family}", of_family(family), layout, wide=True)
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        pytest.param(model, layout, marks=() if (model, layout) in FEW else full)
+        for model in PUBLISHED
+        for layout in AXES
+    ],
+)
+def test_published_models_are_the_same_function_under_every_axis(cell: Cell, model: str, layout: str) -> None:
+    cell(f"published {model}", of_published(model), layout, wide=True)

@@ -136,7 +136,7 @@ def test_memory_of_a_small_dense_model_by_hand() -> None:
     assert found["gathered_weights"] == 2 * whole  # two blocks and the root, which is kept
     assert found["gradient_buffers"] == (2 + 4) * max(block, root)
     mixer = 64 + 32 + 32 + 64  # q, k, v, and o's input
-    assert found["activations"] == tokens * 2 * (2 * width + 2 * (4 * width + mixer + 3 * hidden))
+    assert found["activations"] == tokens * 2 * (2 * width + 2 * (4 * width + mixer + 4 * hidden))
     assert found["loss"] == tokens * vocab * 2 * (2 + 4) + 2 * tokens * width + 2 * vocab * width
     assert plan(recipe_of(tables), 2, torch.bfloat16)["checkpoint_bytes"] == 3 * 4 * whole + 4 * names
     assert found["total"] == sum(size for row, size in found.items() if row not in ("rank", "total"))
@@ -169,7 +169,7 @@ def test_the_command_prints_tables_and_json(capsys: pytest.CaptureFixture[str]) 
         f"{found['parameters']['total']:,}",
         "all-gather, backward",
         "reduce-scatter",
-        "33.79 MiB"[:0] + "MiB",
+        "MiB",
     ):
         assert told in text
 

@@ -72,6 +72,12 @@ class Experts(Module):
         """Whether the backend goes from tokens to their sums by itself; else rows are sorted and summed around it."""
         return choose(whole.OPERATOR, self.whole, self._call(x_TD.device.type, x_TD.dtype)) is not STEP_BY_STEP
 
+    def would_take_tokens(self, device: str, dtype: torch.dtype) -> bool:
+        """The same of a machine that need not be this one: what the recipe names counts as installed there."""
+        if self.whole != "auto":
+            return self.whole != STEP_BY_STEP.name
+        return choose(whole.OPERATOR, self.whole, self._call(device, dtype)) is not STEP_BY_STEP
+
     def _call(self, device: str, dtype: torch.dtype) -> Call:
         return whole.call(self.down.shape[2], self.down.shape[1], device, dtype)
 

@@ -175,10 +175,9 @@ def counting_forwards(model: Decoder, micro_batches: int) -> int:
     return micro_batches if micro_batches > 1 and needs_counting_pass(model) else 0
 
 
-def add_step(model: Decoder, passes: PassSizes, counting: int, found: Collectives) -> None:
+def add_step(model: Decoder, units: Sequence[Unit], passes: PassSizes, counting: int, found: Collectives) -> None:
     """Add what a rank takes part in during one optimizer step of `model`, the whole or a stage of it."""
     accumulation, training, add = passes.micro_batches, passes.training, found.add
-    units = fsdp_units(model)
     for unit in units:
         if passes.gathers is not None:
             forwards, backwards = passes.gathers(unit.kept)

@@ -7,8 +7,9 @@ from rank to rank sends nothing.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torchlinearmoe.parallel.local import shadow
 from torchlinearmoe.parallel.mesh import Meshes
 from torchlinearmoe.parallel.tensor import apply_tensor_parallel
 from torchlinearmoe.recipe import Recipe
+from torchlinearmoe.recipe.schema import TrainingRecipe
 from torchlinearmoe.spans import cut_spans
 
 
@@ -42,14 +44,20 @@ class SpanTraffic:
     """Summed size of the whole buffers."""
 
 
-def span_traffic(recipe: Recipe, meshes: Meshes, dtype: torch.dtype, held: Collection[str]) -> list[SpanTraffic]:
-    """The exchanges of every kind of layer, counted for the layers `held`; none without context parallelism.
+LayerTraffic = Mapping[str, tuple[str, Mapping[str, int], Mapping[str, int]]]
+"""By the name of a layer: its mixer, and calls and bytes of a micro-batch by operation."""
+
+
+def traffic_by_layer(recipe: Recipe, meshes: Meshes, dtype: torch.dtype) -> LayerTraffic:
+    """The exchanges of every layer of the whole model; none without context parallelism.
 
     Needs a (pretended) process group.
     """
     if meshes.degrees.context == 1:
-        return []
-    training, found = recipe.training, {}
+        return {}
+    training = recipe.training
+    kinds: dict[Any, tuple[str, dict[str, int], dict[str, int]]] = {}
+    found: dict[str, tuple[str, dict[str, int], dict[str, int]]] = {}
     with torch.device("meta"):
         model = Decoder(recipe.model)
         if meshes.degrees.tensor > 1:
@@ -67,7 +75,7 @@ def span_traffic(recipe: Recipe, meshes: Meshes, dtype: torch.dtype, held: Colle
             mixer = layer.mixer
             assert isinstance(mixer, Mixer)
             kind = (mixer.name, tuple(p.shape for p in mixer.parameters()))
-            if kind not in found:
+            if kind not in kinds:
                 _cast(mixer, dtype)
                 shadow(mixer)
                 traffic.clear()
@@ -75,12 +83,22 @@ def span_traffic(recipe: Recipe, meshes: Meshes, dtype: torch.dtype, held: Colle
                 y_TD, _, carried = mixer(x_TD, context, None, carried)
                 y_TD.sum().backward(retain_graph=True)  # layers have the graph of their shared outputs in common
                 carried = {name: value.detach() for name, value in carried.items()}
-                found[kind] = SpanTraffic(mixer.name, 0, 0, dict(traffic.calls), dict(traffic.bytes))
-            before, again = found[kind], is_checkpointed(training, int(index))
-            if index in held:
-                found[kind] = replace(before, layers=before.layers + 1, again=before.again + again)
+                kinds[kind] = (mixer.name, dict(traffic.calls), dict(traffic.bytes))
+            found[index] = kinds[kind]
     traffic.clear()
-    return [kind for kind in found.values() if kind.layers]
+    return found
+
+
+def span_traffic(found: LayerTraffic, training: TrainingRecipe, held: Collection[str]) -> list[SpanTraffic]:
+    """The exchanges of the layers `held`, those that are alike together."""
+    kinds: dict[int, SpanTraffic] = {}
+    for index, layer in found.items():
+        if index in held:
+            name, calls, sizes = layer
+            before = kinds.get(id(layer), SpanTraffic(name, 0, 0, dict(calls), dict(sizes)))
+            again = before.again + is_checkpointed(training, int(index))
+            kinds[id(layer)] = replace(before, layers=before.layers + 1, again=again)
+    return list(kinds.values())
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:

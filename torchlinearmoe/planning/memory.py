@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from torchlinearmoe.checkpoint.state import model_tensors
+from torchlinearmoe.kernels import dispatch, grouped_mm, swiglu
+from torchlinearmoe.kernels import experts as all_in_one
 from torchlinearmoe.kernels.cross_entropy.chunked import CHUNK_ELEMENTS
 from torchlinearmoe.layers.mlp import SwiGLU
 from torchlinearmoe.mixers.base import Mixer
@@ -28,8 +30,9 @@ from torchlinearmoe.optim.masters import is_sharded, local_part, rest_of
 from torchlinearmoe.optim.sums import held_bytes
 from torchlinearmoe.parallel.activation_checkpointing import is_checkpointed
 from torchlinearmoe.parallel.mesh import Degrees
+from torchlinearmoe.parallel.stage import Stage
 from torchlinearmoe.parallel.tensor import partial_gradients
-from torchlinearmoe.planning.communication import Unit, fsdp_units
+from torchlinearmoe.planning.communication import Unit
 from torchlinearmoe.recipe.schema import OptimizerRecipe, TrainingRecipe
 
 
@@ -64,32 +67,52 @@ class Memory:
         return Memory(**{name: size + getattr(other, name) for name, size in vars(self).items()})
 
 
+@dataclass(frozen=True)
+class Held:
+    """Bytes of a rank's part of a model that do not depend on how much goes through it."""
+
+    parameters: int
+    shards: int
+    """Of the parameters, those that FSDP shards, padding left out."""
+    optimizer: int
+    unsharded_gradients: tuple[int, int, int]
+    """Of a step of one micro-batch, of two, and of more."""
+
+
+def held_by(model: Decoder, states: Iterable[Tensor]) -> Held:
+    """What `model`, laid out on the meta device, holds; `states` are those of the optimizer (`optimizer_states`)."""
+    in_parts = not isinstance(model, Stage)
+    once, twice, often = (unsharded_gradient_bytes(model, passes, in_parts) for passes in (1, 2, 3))
+    return Held(
+        parameters=parameter_bytes(model),
+        shards=local_bytes(parameter for parameter in model.parameters() if is_sharded(parameter)),
+        optimizer=local_bytes(states),
+        unsharded_gradients=(once, twice, often),
+    )
+
+
 def rank_memory(
-    model: Decoder, states: Iterable[Tensor], training: TrainingRecipe, degrees: Degrees, dtype: torch.dtype
+    model: Decoder, units: list[Unit], held: Held, training: TrainingRecipe, degrees: Degrees, dtype: torch.dtype
 ) -> Memory:
     """The memory of the rank that `model`, laid out on the meta device, belongs to.
 
-    `states` are those of the optimizer (`optimizer_states`); `training.tokens_per_step` is resolved.
+    `units` are its `fsdp_units`; `training.tokens_per_step` is resolved.
     """
-    units = fsdp_units(model)
     staged = degrees.pipeline > 1  # keeps its weights gathered between micro-batches
     tokens = training.sequence_length * training.micro_batch_size // degrees.context
     assert training.tokens_per_step is not None
     passes = training.tokens_per_step // (training.sequence_length * training.micro_batch_size * degrees.data_ranks)
     accumulates = passes > 1
-    parameters = parameter_bytes(model)
-    shards = local_bytes(parameter for parameter in model.parameters() if is_sharded(parameter))
     padded = sum(unit.local_elements for unit in units) * torch.float32.itemsize
     whole = sum(unit.elements * unit.reduce_dtype.itemsize for unit in units)
-    unsharded = unsharded_gradient_bytes(model, passes, in_parts=not staged)
     blocks = _blocks(units)
     sizes = sorted((sum(unit.gathered_bytes for unit in block) for block in blocks), reverse=True)
     buffers = (sum(unit.gathered_bytes + unit.scattered_bytes for unit in block) for block in _blocks(units, kept=True))
     return Memory(
-        parameters=parameters,
-        padding=padded - shards,
-        gradients=(whole if accumulates else padded) + unsharded,
-        optimizer=local_bytes(states),
+        parameters=held.parameters,
+        padding=padded - held.shards,
+        gradients=(whole if accumulates else padded) + held.unsharded_gradients[min(passes, 3) - 1],
+        optimizer=held.optimizer,
         gathered_weights=sum(unit.gathered_bytes for unit in units if unit.kept) + sum(sizes[: None if staged else 2]),
         gradient_buffers=max(buffers, default=0),
         activations=activation_bytes(model, training, tokens, dtype, degrees.tensor),
@@ -166,10 +189,11 @@ def activation_bytes(
     """An estimate of what the forward of `tokens` tokens keeps for the backward, over all layers.
 
     A layer counts, per token: its input and the stream after the mixer (2 D) and both norms' outputs (2 D); the output
-    of every projection of the mixer and the input of its output projections; the feed-forward's 3 F, for experts
-    k (3 F + 2 D) with the rows sent and received, and 2 E float32 router scores. Then the embedding's output and the
-    last norm's. Attention is taken not to keep its scores, recurrences not to keep their states between tokens, and no
-    compiler to recompute; what a mixer keeps beyond its projections (gates, feature maps) is not counted.
+    of every projection of the mixer and the input of its output projections; a dense feed-forward's 4 F (both products,
+    silu and what goes into the last one), or what router and experts keep (`router_bytes`, `experts_bytes`). Then the
+    embedding's output and the last norm's. Attention is taken not to keep its scores, recurrences not to keep their
+    states between tokens, and no compiler to recompute; what a mixer keeps beyond its projections (gates, feature maps)
+    is not counted.
 
     A checkpointed layer keeps its input, under `selective` also what its dense matrices give; the largest of them is
     there as a whole while its backward runs.
@@ -227,12 +251,41 @@ def mixer_elements(mixer: Mixer, width: int) -> int:
 def feed_forward_bytes(ffn: nn.Module, dtype: torch.dtype) -> int:
     """Bytes a token leaves in a feed-forward."""
     if isinstance(ffn, MoE):
-        _, hidden, width = ffn.experts.down.shape
-        routed = ffn.router.top_k * (3 * hidden + 2 * width) * dtype.itemsize
-        shared = 0 if ffn.shared is None else feed_forward_bytes(ffn.shared, dtype) + width * dtype.itemsize
-        return routed + shared + 2 * ffn.router.num_experts * torch.float32.itemsize
+        width = ffn.experts.down.shape[2]
+        shared = 0 if ffn.shared is None else feed_forward_bytes(ffn.shared, dtype)
+        gated = 0 if ffn.shared_gate is None else width * dtype.itemsize  # what the gate multiplies
+        return router_bytes(ffn, dtype) + experts_bytes(ffn, dtype) + shared + gated
     assert isinstance(ffn, SwiGLU)
-    return 3 * ffn.down_proj.weight.shape[1] * dtype.itemsize
+    return 4 * ffn.down_proj.weight.shape[1] * dtype.itemsize
+
+
+def router_bytes(moe: MoE, dtype: torch.dtype) -> int:
+    """Bytes a token leaves in the router: its own copy [D] in float32 where it computes in less, scores [E] twice, and
+    the k chosen with their weights."""
+    width, experts, top_k = moe.experts.down.shape[2], moe.router.num_experts, moe.router.top_k
+    copied = width * torch.float32.itemsize if dtype.itemsize < torch.float32.itemsize else 0
+    return copied + 2 * experts * torch.float32.itemsize + top_k * (torch.int64.itemsize + torch.float32.itemsize)
+
+
+def experts_bytes(moe: MoE, dtype: torch.dtype) -> int:
+    """Bytes a token leaves in the routed experts, on the path that a GPU would take.
+
+    Step by step: rows in and out, 2 D, gates and what they make, 3 F, for each of k experts. All in one, where the
+    experts lie on this rank: 2 F each. Both keep the order of the rows and its inverse. The token itself is the norm's
+    output, which is counted there.
+    """
+    experts, hidden, width = moe.experts.down.shape
+    top_k, size = moe.router.top_k, dtype.itemsize
+    indices = 2 * top_k * torch.int64.itemsize
+    if moe.dispatcher.stays_here and moe.experts.would_take_tokens("cuda", dtype):
+        return indices + int(all_in_one.budget(1, top_k, width, hidden, experts, size).saved_bytes) - width * size
+    steps = (
+        dispatch.budget(1, top_k, width, size),
+        grouped_mm.budget(top_k, width, 2 * hidden, experts, size),
+        swiglu.budget(top_k, hidden, size),
+        grouped_mm.budget(top_k, hidden, width, experts, size),
+    )
+    return indices + int(sum(step.saved_bytes for step in steps))
 
 
 def loss_bytes(model: Decoder, tokens: int, dtype: torch.dtype, tensor_ranks: int = 1) -> int:

@@ -5,30 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.models.flops import forward_flops_per_token, training_flops_per_token
-from torchlinearmoe.optim.masters import hold_masters
-from torchlinearmoe.parallel.apply import lay_out_model
 from torchlinearmoe.parallel.mesh import Degrees, Meshes, resolve_degrees, tokens_per_step
 from torchlinearmoe.parallel.pipeline import check_micro_batches, micro_batches, stage_layers
-from torchlinearmoe.parallel.stage import Stage
-from torchlinearmoe.planning.communication import (
-    Collective,
-    Collectives,
-    PassSizes,
-    add_step,
-    counting_forwards,
-    fsdp_units,
-)
-from torchlinearmoe.planning.context import SpanTraffic, span_traffic
+from torchlinearmoe.planning.communication import counting_forwards
 from torchlinearmoe.planning.layers import count_parameters, forward_flop_terms
-from torchlinearmoe.planning.memory import Memory, checkpoint_bytes, optimizer_states, rank_memory
-from torchlinearmoe.planning.pipeline import add_pipeline_transfers, gathers, most_in_flight, rank_order
+from torchlinearmoe.planning.memory import Memory, checkpoint_bytes, optimizer_states
+from torchlinearmoe.planning.rank import RankPlan, price, rank_parts
 from torchlinearmoe.planning.world import pretended_world
 from torchlinearmoe.recipe import Recipe
 from torchlinearmoe.run_folder import with_tokens_per_step
@@ -106,52 +94,11 @@ def plan(
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class _RankPlan:
-    memory: Memory
-    collectives: list[Collective]
-    spans: list[SpanTraffic]
-    units: int
-    padding_factor: float
-
-
-def _rank_plan(recipe: Recipe, degrees: Degrees, dtype: torch.dtype, rank: int, counting: int) -> _RankPlan:
+def _rank_plan(recipe: Recipe, degrees: Degrees, dtype: torch.dtype, rank: int, counting: int) -> RankPlan:
     """What `rank` holds and sends in a step, after `counting` forwards by themselves."""
-    training = recipe.training
-    accumulation = micro_batches(recipe, degrees)
-    tokens = training.sequence_length * training.micro_batch_size // degrees.context
-    found = Collectives()
-    memories: list[Memory] = []
-    held: dict[int, int] = {}
     with pretended_world(degrees.world_size, rank):
         meshes = Meshes(degrees, "cpu")
-        parts = lay_out_model(recipe, meshes, dtype)
-        for part in parts:
-            hold_masters(part, dtype)
-        stages = [part for part in parts if isinstance(part, Stage)]
-        order = rank_order(stages, recipe, meshes, dtype) if stages else []
-        layers = {index for part in parts for index in part.layers}
-        spans = span_traffic(recipe, meshes, dtype, layers)
-        passes = PassSizes(accumulation, tokens, dtype, training, degrees.tensor, degrees.context)
-        for part in parts:
-            stage = part.index if isinstance(part, Stage) else None
-            own_spans = spans if len(parts) == 1 else span_traffic(recipe, meshes, dtype, set(part.layers))
-            gathered = None if stage is None else partial(gathers, order, stage, counting=counting)
-            add_step(part, dataclasses.replace(passes, spans=own_spans, gathers=gathered), counting, found)
-            memories.append(rank_memory(part, optimizer_states(part, recipe.optimizer), training, degrees, dtype))
-            if stage is not None:
-                held[stage] = memories[-1].activations
-        if stages:
-            add_pipeline_transfers(stages, recipe, dtype, accumulation + counting, accumulation, found)
-        units = [unit for part in parts for unit in fsdp_units(part)]
-    memory = memories[0]
-    for other in memories[1:]:
-        memory += other
-    if stages:
-        memory = dataclasses.replace(memory, activations=most_in_flight(order, held))
-    elements = sum(u.elements for u in units)
-    padding = sum(u.local_elements * u.shard_ranks for u in units) / elements if elements else 1.0
-    return _RankPlan(memory, found.listed(), spans, len(units), padding)
+        return price(rank_parts(recipe, meshes, dtype), recipe, meshes, dtype, counting)
 
 
 def _as_dict(memory: Memory) -> dict[str, int]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 from torchlinearmoe.metrics.console import format_number
+from torchlinearmoe.planning.time import Machine
 
 MEMORY = {
     "parameters": "float32 masters, this rank's part",
@@ -28,6 +30,50 @@ def print_plan(plan: dict[str, Any], stream: TextIO) -> None:
     console = Console(file=stream, highlight=False, width=None if stream.isatty() else 110)
     for table in (_parameters(plan), _flops(plan), _step(plan), _memory(plan), *_communication(plan)):
         console.print(table)
+
+
+def print_choice(rows: Sequence[dict[str, Any]], machine: Machine, stream: TextIO) -> None:
+    """Write the rows of `planning.choose_layouts` to `stream` for people, those of a GPU's memory together."""
+    from rich.console import Console
+
+    console = Console(file=stream, highlight=False, width=None if stream.isatty() else 150)
+    caption = (
+        f"seconds: estimates, at {machine.flops / 1e12:.0f} TFLOP/s a GPU, {machine.node_bytes / 1e9:.0f} GB/s to its "
+        f"node of {machine.node_ranks} and {machine.network_bytes / 1e9:.0f} GB/s to others; waits: for other ranks\n"
+        f"memory: of the rank that holds most, experts evenly loaded; at most {machine.usable:.0%} of a GPU"
+    )
+    columns = ("ranks", "tokens a sequence", "memory", "tokens a step", "step, s", "waits, s", "tokens/s", "a GPU")
+    for memory in dict.fromkeys(row["gpu_gib"] for row in rows):
+        title = f"Fastest layout that fits into GPUs of {memory:g} GiB"
+        table = _table(title, *columns, "layout, or why there is none", caption=caption)
+        for row in (row for row in rows if row["gpu_gib"] == memory):
+            table.add_row(str(row["world_size"]), f"{row['sequence_length']:,}", *_chosen(row))
+        console.print(table)
+
+
+def _chosen(row: dict[str, Any]) -> tuple[str, ...]:
+    if not row["fits"]:
+        return ("",) * 6 + (row["why"],)
+    seconds, speed = row["seconds"], row["tokens_per_second"]
+    return (
+        format_bytes(row["memory"]["total"]),
+        f"{row['tokens_per_step']:,}",
+        f"{seconds['total']:.2f}",
+        f"{seconds['total'] - seconds['compute']:.2f}",
+        f"{speed:,.0f}",
+        f"{speed / row['world_size']:,.0f}",
+        layout_text(row["layout"]),
+    )
+
+
+def layout_text(layout: dict[str, Any]) -> str:
+    """The degrees above 1 and what runs again.
+
+    >>> layout_text({"context": 8, "tensor": 1, "expert": 4, "data_shard": 2, "activation_checkpointing": "full"})
+    'context 8, expert 4, data_shard 2, checkpointing full'
+    """
+    shown = [f"{axis} {degree}" for axis, degree in layout.items() if isinstance(degree, int) and degree > 1]
+    return ", ".join([*shown, f"checkpointing {layout['activation_checkpointing']}"])
 
 
 def _table(title: str, *columns: str, caption: str | None = None):

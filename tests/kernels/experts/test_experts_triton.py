@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from cases import assert_close, experts, forced
 from torch import Tensor
 
-from torchlinearmoe.kernels.experts import OPERATOR, plain
+from torchlinearmoe.kernels.experts import OPERATOR, budget, plain
 from torchlinearmoe.kernels.experts import triton as ours
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -54,6 +55,8 @@ def test_nothing_is_kept_but_the_gates_the_indices_and_what_went_in(interpreter:
     made, inputs = interpreter.submit(kept).result()
     gates, order, inverse, offsets = (21, 16), (21,), (7, 3), (5,)
     assert made == [gates, order, inverse, offsets] and inputs == [0, 1, 2, 3]
+    # What the budget says and a plan prices: the tokens and these gates.
+    assert budget(tokens=7, top_k=3, width=16, hidden=8, experts=5).saved_bytes == 2 * (7 * 16 + math.prod(gates))
 
 
 def arguments(kept: float) -> tuple[Tensor | None, ...]:

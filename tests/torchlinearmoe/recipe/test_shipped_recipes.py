@@ -21,7 +21,7 @@ def test_a_shipped_recipe_needs_nothing_but_the_clone(path: Path):
     assert all(Path(name).exists() for name in recipe.data.paths)
     check_vocabulary(load_tokenizer(recipe.data.tokenizer), recipe.model.vocab_size)
     assert recipe.training.sequence_length <= recipe.model.max_length
-    found = plan(recipe, 2, torch.bfloat16)
+    found = plan(recipe, max(2, recipe.parallel.context), torch.bfloat16)
     assert found["parameters"]["total"] >= found["parameters"]["active"] > 0
     assert {kind["mixer"] for kind in found["parameters"]["kinds"]} == set(layer_mixers(recipe.model))
 
