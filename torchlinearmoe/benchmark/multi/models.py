@@ -34,7 +34,7 @@ def small(host: Host, *, steps: int = 6, model: dict[str, Any] | None = None, **
             "num_heads": 8,
             "num_kv_heads": 8,
             "vocab_size": 1024,
-            **({"kernel_backend": "torch"} if host.quick else {}),
+            "kernel_backend": "torch",
             **(model or {}),
         },
         "moe": {"num_experts": 16, "top_k": 2, "hidden_size": width // 4, "balance_coefficient": 0.01},
