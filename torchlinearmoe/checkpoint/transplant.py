@@ -25,7 +25,10 @@ from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.models.layer_mixers import layer_mixers
 from torchlinearmoe.recipe import ModelRecipe
 
-ALWAYS = ("hidden_size", "num_layers", "vocab_size", "norm_eps", "norm_offset")
+ALWAYS = (
+    *("hidden_size", "num_layers", "vocab_size", "norm_eps", "norm_offset"),
+    *("embed_scale", "residual_scale", "logit_divisor"),
+)
 ATTENTION = ("num_heads", "num_kv_heads", "head_dim")
 FREE_MOE = (
     *("top_k", "balance", "balance_coefficient", "balance_scope", "z_loss_coefficient", "bias_rate"),

@@ -20,6 +20,8 @@ Config = dict[str, Any]
 """A parsed `config.json`."""
 Tables = dict[str, dict[str, Any]]
 """A recipe as tables by section: `{"model": {...}, "moe": {...}, "mixer.mla": {...}}`."""
+FULL = "full_attention"
+"""Softmax attention, in `layer_types`."""
 
 
 class Rows(NamedTuple):
@@ -81,7 +83,8 @@ class Architecture:
     ignored: tuple[str, ...] = ()
     """Tensors that are left out, as regular expressions; `{beyond}` is a layer's number behind the last one."""
     layers: Mapping[str, str] = field(default_factory=dict)
-    """Entries of `layer_types` to linear mixers; `full_attention` is the family's attention."""
+    """Entries of `layer_types` to linear mixers, or another word to `full_attention`, the family's attention. The last
+    word for each is written."""
     layer_types: Callable[[Config], list[str]] | None = None
     """What `layer_types` are where `config.json` has none; without it, softmax attention in every layer."""
     rotary: tuple[str, float] | None = None
@@ -91,6 +94,9 @@ class Architecture:
     """Rotary parameters that change nothing for text."""
     float32: tuple[str, ...] = ()
     """Tensors, by our names, that an export into another type leaves as they are."""
+
+    dense: bool = False
+    """Whether it is also that of models without experts."""
 
     @property
     def sparse(self) -> bool:

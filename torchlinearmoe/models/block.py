@@ -1,10 +1,11 @@
-"""One decoder layer: x += mixer(norm(x)); x += feed_forward(norm(x)).
+"""One decoder layer: x += s mixer(norm(x)); x += s feed_forward(norm(x)), s being `model.residual_scale`.
 
 Shapes: T packed tokens, D width.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from torchlinearmoe.layers.mlp import SwiGLU
@@ -26,6 +27,7 @@ class Block(Module):
         self.mixer = mixer
         self.ffn_norm = RMSNorm(model.hidden_size, model.norm_eps, model.norm_offset)
         self.ffn = _feed_forward(model, layer)
+        self.residual_scale = model.residual_scale
 
     def norm_mixer(self, x_TD: Tensor) -> Tensor:
         """Input of the mixer."""
@@ -33,7 +35,7 @@ class Block(Module):
 
     def add_norm(self, x_TD: Tensor, y_TD: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream after the mixer, and the input of the feed-forward."""
-        x_TD = x_TD + y_TD
+        x_TD = torch.add(x_TD, y_TD, alpha=self.residual_scale)
         return x_TD, self.ffn_norm(x_TD)
 
     def forward(
@@ -46,7 +48,7 @@ class Block(Module):
             h_TD = self.ffn(h_TD, totals=context.totals, documents=context.documents)
         else:
             h_TD = self.ffn(h_TD)
-        return x_TD + h_TD, after, passed_on
+        return torch.add(x_TD, h_TD, alpha=self.residual_scale), after, passed_on
 
 
 def _feed_forward(model: ModelRecipe, layer: int) -> nn.Module:

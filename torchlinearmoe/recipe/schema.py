@@ -132,6 +132,12 @@ class ModelRecipe:
     norm_offset: float = of_size(0.0, default=0.0)
     """What is added to the weights of the norms before and between layers and of softmax layers' queries and keys: 1
     for models that learn how far these are from one."""
+    embed_scale: float = of_size(1.0, default=1.0)
+    """What embeddings are multiplied by."""
+    residual_scale: float = of_size(1.0, default=1.0)
+    """What mixers and feed-forwards are multiplied by where they are added to the residual stream."""
+    logit_divisor: float = of_size(1.0, default=1.0)
+    """What logits are divided by."""
     tie_embeddings: bool = of_size()
     """Use the embedding as the output head."""
     init_std: float = of_size()

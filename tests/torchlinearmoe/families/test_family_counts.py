@@ -50,8 +50,15 @@ HYBRIDS: dict[tuple[str, str], tuple[float, float]] = {
     ("qwen3_5_moe", "A10B"): (122e9, 9.8e9),
     ("qwen3_5_moe", "A17B"): (397e9, 17.3e9),
     ("kimi_linear", "A3B"): (49.12e9, 3.48e9),
+    ("granitemoehybrid", "350M"): (0.340e9, 0.340e9),
+    ("granitemoehybrid", "1B"): (1.46e9, 1.46e9),
+    ("granitemoehybrid", "3B"): (3.19e9, 3.19e9),
+    ("granitemoehybrid", "A1B"): (6.94e9, 1.465e9),
+    ("granitemoehybrid", "A9B"): (32.21e9, 8.80e9),
 }
-"""Sizes with the published layout, by name and text part alone; totals are rounded to whole billions in the names."""
+"""Sizes with the published layout, by name and text part alone; totals are rounded to whole billions in the names.
+Granite's are sums over its published dimensions, by hand; its cards round them to 350M, 1B, 3B, 7B of 1B and 32B of 9B.
+"""
 LINEAR_MOE: dict[tuple[str, str], tuple[float, float]] = {
     ("qwen2", "A0.3B"): (2.49e9, 0.64e9),
     ("qwen2", "A1B"): (7.40e9, 1.77e9),

@@ -32,6 +32,32 @@ def test_packed_documents_equal_documents_alone(layout: dict[str, Any]):
     assert relative(packed, alone) < 1e-10
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_scales_of_the_model_are_scales_of_its_weights(tied: bool):
+    plain = {"mixer": "gla", "layout": "LN", "num_layers": 2, "tie_embeddings": tied}
+    model = small_model({**plain, "embed_scale": 3.0, "residual_scale": 0.4, "logit_divisor": 5.0})
+    scaled = small_model(plain)
+    with torch.no_grad():
+        for name, weight in scaled.named_parameters():
+            writes = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down"))
+            weight.mul_(3.0 if name == "embed.weight" else 0.4 if writes else 1.0)
+        if tied:  # the head reads the same weight, and the norm before it is free
+            scaled.norm.weight.div_(3.0)
+        scaled.norm.weight.div_(5.0)
+    tokens, labels = random_tokens(2, 30), random_tokens(60, seed=3)
+    with torch.no_grad():
+        assert relative(model(tokens), scaled(tokens)) < 1e-12
+        assert relative(model(tokens, labels=labels), scaled(tokens, labels=labels)) < 1e-12
+        embedded = model.embed(tokens)
+        assert relative(model(embedded), scaled(3.0 * embedded)) < 1e-12
+        found, state = model.prefill(tokens[:, :20], model.init_state(2))
+        steps = [found]
+        for token in tokens[:, 20:].unbind(1):
+            found, state = model.step(token, state)
+            steps.append(found[:, None])
+        assert relative(torch.cat(steps, 1), scaled(tokens)) < 1e-12
+
+
 @every_layout
 def test_a_later_token_changes_no_earlier_logit(layout: dict[str, Any]):
     model, tokens = small_model(layout), random_tokens(2, 66)

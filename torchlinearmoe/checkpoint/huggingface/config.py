@@ -8,7 +8,7 @@ from typing import Any
 from torchlinearmoe.checkpoint.huggingface.directory import CONFIG
 from torchlinearmoe.errors import UserError, nearest
 from torchlinearmoe.families import FAMILIES, Family
-from torchlinearmoe.families.huggingface import Architecture, Config, Tables
+from torchlinearmoe.families.huggingface import FULL, Architecture, Config, Tables
 from torchlinearmoe.models.layer_mixers import layer_mixers
 from torchlinearmoe.recipe import ModelRecipe, Recipe, RecipeError, resolve
 from torchlinearmoe.recipe.parse import flatten
@@ -22,8 +22,6 @@ UNCHANGED_MOE = (
 """The same of `[moe]`; a selection bias shows in the tensors."""
 
 
-FULL = "full_attention"
-"""Softmax attention, in `layer_types`."""
 ROPE: dict[str, tuple[str, dict[str, str]]] = {
     "default": ("none", {}),
     "llama3": (
@@ -109,14 +107,15 @@ def write_config(model: ModelRecipe) -> Config | None:
     if model.moe.balance == "none":
         tables["moe"]["balance_coefficient"] = 0.0
     for architecture in FAMILIES[model.family].published:
-        if architecture.sparse != (model.moe.num_experts > 0):
+        if architecture.sparse != (model.moe.num_experts > 0) and not architecture.dense:
             continue
         config: Config = {"architectures": [architecture.name], "model_type": architecture.model_type}
         config |= {key: _get(tables, target) for key, target in architecture.keys.items()}
         config |= architecture.fixed
         if architecture.layers:
             words = {mixer: word for word, mixer in architecture.layers.items()}
-            config["layer_types"] = [words.get(mixer, FULL) for mixer in layer_mixers(model)]
+            full = words.get(FULL, FULL)
+            config["layer_types"] = [words.get(mixer, full) for mixer in layer_mixers(model)]
         _write_rope(tables, config, architecture)
         try:
             if architecture.write is not None:
@@ -182,12 +181,13 @@ def _layers(where: Path, config: Config, architecture: Architecture) -> dict[str
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}") from None
     types = types or [FULL]
-    legal = [FULL, *architecture.layers]
-    if not isinstance(types, list) or any(kind not in legal for kind in types):
-        raise UserError(f"{where}: layer_types = {types!r}: not supported; legal: {', '.join(map(repr, legal))}")
-    linear = {architecture.layers[kind] for kind in types if kind != FULL}
+    words = {FULL: FULL, **architecture.layers}
+    if not isinstance(types, list) or any(kind not in words for kind in types):
+        raise UserError(f"{where}: layer_types = {types!r}: not supported; legal: {', '.join(map(repr, words))}")
+    mixers = [words[kind] for kind in types]
+    linear = {*mixers} - {FULL}
     assert len(linear) <= 1, "one linear mixer an architecture"
-    letters = "".join("N" if kind == FULL else "L" for kind in types)
+    letters = "".join("N" if mixer == FULL else "L" for mixer in mixers)
     period = next(n for n in range(1, len(letters) + 1) if (letters[:n] * len(letters)).startswith(letters))
     layers = config.get("num_hidden_layers")
     if period > 1 and len(letters) != layers:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -90,6 +91,14 @@ def _parts(name: Name, theirs: str, shape: Index, model: ModelRecipe) -> Iterato
         yield Copy(path, (expert, 0, start), (1, inputs, outputs), (0, 0), EXPERT)
 
 
+def _stacks_experts(architecture: Architecture, there: Iterable[str]) -> bool:
+    """Whether a directory has the experts of a layer in one tensor."""
+    names = itertools.chain(architecture.names, *architecture.spellings)
+    stacks = [name.theirs for name in names if ".experts." in name.ours and "{expert}" not in name.theirs]
+    pattern = re.compile("|".join(re.escape(stack).replace(r"\{layer\}", r"\d+") for stack in stacks))
+    return any(pattern.fullmatch(name) for name in there)
+
+
 class PublishedWeights:
     """A Hugging Face directory as a model of ours: its recipe, and its tensors by our names.
 
@@ -103,14 +112,16 @@ class PublishedWeights:
         config = self.directory.config
         self.ignored: dict[str, int] = {}
         """Tensors of the directory that are left out: how many, by the pattern that says so."""
-        own = config.get("architectures") == [ARCHITECTURE]
-        self.recipe = own_recipe(self.path / CONFIG, config) if own else read_recipe(self.path, config)
-        self._check_size(published=not own)
+        architecture = None
+        if config.get("architectures") == [ARCHITECTURE]:
+            self.recipe = own_recipe(self.path / CONFIG, config)
+        else:
+            self.recipe, architecture = read_recipe(self.path, config), architecture_of(self.path, config)[1]
+        self._check_size(architecture)
         self.shapes = model_shapes(self.recipe.model)
-        if own:
+        if architecture is None:
             self.copies = own_copies(self.shapes)
         else:
-            architecture = architecture_of(self.path, config)[1]
             self._leave_out(architecture)
             self.copies = name_copies(architecture, self.recipe.model, self.shapes, self.directory.shapes)
         self._check()
@@ -131,12 +142,11 @@ class PublishedWeights:
             first = torch.promote_types(first, other)
         return first
 
-    def _check_size(self, *, published: bool) -> None:
+    def _check_size(self, architecture: Architecture | None) -> None:
         """Refuse a model of more layers and experts than there are tensors, before it is described tensor by tensor."""
         model, found = self.recipe.model, len(self.directory.shapes)
         least, keys = model.num_layers, f"model.num_layers = {model.num_layers}"
-        stacked = any(len(shape) == 3 and ".experts." in name for name, shape in self.directory.shapes.items())
-        if published and model.moe.num_experts and not stacked:
+        if architecture and model.moe.num_experts and not _stacks_experts(architecture, self.directory.shapes):
             least += (model.num_layers - model.moe.first_dense_layers) * model.moe.num_experts
             keys += f" and moe.num_experts = {model.moe.num_experts}"
         if least > found:

@@ -90,6 +90,22 @@ KIMI: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+GRANITE: dict[str, Any] = {
+    **DIMENSIONS,
+    "num_hidden_layers": 3,
+    "intermediate_size": 16,
+    "shared_intermediate_size": 24,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 12,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 0.6,
+}
 MSCALE: dict[str, Any] = {"mscale": 0.8, "mscale_all_dim": 0.5}
 WIDE: dict[str, Any] = {"head_dim": 12}
 
@@ -140,6 +156,12 @@ PUBLISHED: dict[str, Callable[[], Any]] = {
     "qwen3_next": lambda: transformers.Qwen3NextConfig(**HYBRID, intermediate_size=48, rope_parameters=rope()),
     "qwen3_5_moe": lambda: transformers.Qwen3_5MoeTextConfig(**HYBRID, rope_parameters=rope()),
     "kimi_linear": lambda: transformers.KimiLinearConfig(**KIMI),
+    "granitemoehybrid": lambda: transformers.GraniteMoeHybridConfig(**GRANITE, mamba_n_groups=2),
+    "granitemoehybrid dense": lambda: transformers.GraniteMoeHybridConfig(
+        **{**GRANITE, "num_local_experts": 0, "num_experts_per_tok": 0},
+        tie_word_embeddings=True,
+        position_embedding_type="rope",
+    ),
 }
 """`config.json` of each case."""
 

@@ -44,6 +44,10 @@ def test_a_preset_is_the_same_model_after_config_json(family: str, size: str) ->
     [
         {"layout": "LN"},
         {"norm_offset": 1.0},
+        {"embed_scale": 2.0},
+        {"residual_scale": 0.5},
+        {"logit_divisor": 2.0},
+        {"mixer": {"softmax_attention": {"scale": 0.5}}},
         {"moe": {"score": "sigmoid"}},
         {"moe": {"selection_bias": True}},
         {"moe": {"balance": "bias"}},

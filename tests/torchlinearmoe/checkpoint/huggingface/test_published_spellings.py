@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torchlinearmoe.checkpoint.huggingface.importing import import_directory
 from torchlinearmoe.checkpoint.huggingface.weights import PublishedWeights
 from torchlinearmoe.errors import UserError
 from torchlinearmoe.models.layer_mixers import layer_mixers
+from torchlinearmoe.recipe import ModelRecipe
 
 Tensors = dict[str, Tensor]
 Config = dict[str, Any]
@@ -96,12 +98,23 @@ def without_layer_types(config: Config, tensors: Tensors) -> tuple[Config, Tenso
     return {**config, "full_attention_interval": 2}, {**tensors, "mtp.norm.weight": torch.ones(2)}
 
 
+def as_granite_was_released(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    """Older words for layers, no bounds of step sizes, and what transformers leaves null."""
+    words = {"linear_attention": "mamba", "full_attention": "attention"}
+    told = {**config, "layers_block_type": [words[kind] for kind in config["layer_types"]]}
+    told |= {"mamba_d_head": "auto", "position_embedding_type": "nope", "num_key_value_heads": 2, "init_method": "mup"}
+    for key in ("layer_types", "time_step_limit", "rope_parameters"):
+        del told[key]
+    return told | {"rope_theta": 10000, "rope_scaling": None}, tensors
+
+
 SPELLINGS = {
     "qwen3_5_moe": (with_pictures, {r"mtp..*": 1, r"model.visual..*": 1}),
     "deepseek_v3": (with_a_layer_beyond, {"model.layers.2+..*": 1}),
     "glm4_moe": (with_a_layer_beyond, {"model.layers.2+..*": 1}),
     "kimi_linear": (as_remote_code_has_it, {}),
     "qwen3_next": (without_layer_types, {r"mtp..*": 1}),
+    "granitemoehybrid": (as_granite_was_released, {}),
 }
 
 
@@ -143,6 +156,7 @@ def test_an_export_into_another_type_keeps_selection_biases(tmp_path: Path) -> N
 def config_of(case: str, **changes: Any) -> Config:
     config = make(case).config.to_dict()
     names = {"qwen3_next": "Qwen3NextForCausalLM", "kimi_linear": "KimiLinearForCausalLM"}
+    names["granitemoehybrid"] = "GraniteMoeHybridForCausalLM"
     return {
         key: value for key, value in {**config, "architectures": [names[case]], **changes}.items() if value != "absent"
     }
@@ -168,11 +182,34 @@ def config_of(case: str, **changes: Any) -> Config:
         ("kimi_linear", {"layer_types": "absent"}, "linear_attn_config.full_attn_layers = None: must be a list"),
         ("kimi_linear", {"mlp_layer_types": ["sparse", "dense", "sparse"]}, "only the first layers may be dense"),
         ("kimi_linear", {"num_expert_group": "many"}, "num_expert_group = 'many': must be a whole number"),
+        ("granitemoehybrid", {"position_embedding_type": "alibi"}, "position_embedding_type = 'alibi': not supported"),
+        ("granitemoehybrid", {"attention_multiplier": 0}, "attention_multiplier = 0: must be positive"),
+        ("granitemoehybrid", {"residual_multiplier": -1.0}, "model.residual_scale = -1.0: must be positive"),
+        ("granitemoehybrid", {"time_step_limit": [0.001, 0.1]}, r"time_step_limit = \[0.001, 0.1\]: not supported"),
+        ("granitemoehybrid", {"time_step_limit": "none"}, "time_step_limit = 'none': not supported"),
+        ("granitemoehybrid", {"mamba_conv_bias": False}, "mamba_conv_bias = False: not supported"),
+        ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}, "names 2 layers, num_hidden_layers = 3"),
     ],
 )
 def test_what_means_another_model_is_named(case: str, changes: Config, why: str) -> None:
     with pytest.raises(UserError, match=why):
         read_recipe(Path(), config_of(case, **changes))
+
+
+def test_a_granite_model_that_no_key_describes_is_not_written_as_another() -> None:
+    model = read_recipe(Path(), config_of("granitemoehybrid")).model
+    assert write_config(model) is not None
+
+    def with_mamba(**options: Any) -> ModelRecipe:
+        mamba = dataclasses.replace(model.mixer_options["mamba2"], **options)
+        return dataclasses.replace(model, mixer_options={**model.mixer_options, "mamba2": mamba})
+
+    assert write_config(with_mamba(expand=2.5, heads=10)) is None
+    assert write_config(with_mamba(conv=0)) is None
+    assert write_config(dataclasses.replace(model, moe=dataclasses.replace(model.moe, shared_hidden_size=0))) is None
+    assert write_config(dataclasses.replace(model, mixers=("mamba2", "softmax_attention", "gla"))) is None
+    config = write_config(dataclasses.replace(model, moe=dataclasses.replace(model.moe, num_experts=0)))
+    assert config is not None and config["shared_intermediate_size"] == model.ffn_hidden_size
 
 
 def test_layers_come_as_the_shortest_layout_and_are_written_one_by_one() -> None:
