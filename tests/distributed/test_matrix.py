@@ -58,7 +58,13 @@ REFUSED = {(f"family {name}", "ep 2") for name in FAMILIES if not FAMILIES[name]
 """Families without experts; nothing else may be refused."""
 
 full = pytest.mark.distributed_full
-FEW = {"qwen3_next": "cp 2", "kimi_linear": "tp 2", "glm4_moe": "ep 2", "granitemoehybrid": "pp 2"}
+FEW = {
+    "qwen3_next": "cp 2",
+    "kimi_linear": "tp 2",
+    "glm4_moe": "ep 2",
+    "granitemoehybrid": "pp 2",
+    "nemotron_h": "tp 2",
+}
 """Cells of published models that every run of the tests has, in float64."""
 
 

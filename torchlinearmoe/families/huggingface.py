@@ -37,7 +37,8 @@ class Name:
     """A tensor of ours and the tensor of theirs that holds it, or a part of it.
 
     `{layer}` stands for the layer and `{expert}` for the expert; a name with `{expert}` is one matrix [out, in] of an
-    expert, whose transpose is the slice of our stack [E, in, out].
+    expert, whose transpose is the slice of our stack [E, in, out]. Where mixers and feed-forwards are layers of their
+    own, `{mixer}` and `{ffn}` stand for the numbers of these two of a layer of ours.
     """
 
     ours: str
@@ -85,6 +86,9 @@ class Architecture:
     layers: Mapping[str, str] = field(default_factory=dict)
     """Entries of `layer_types` to linear mixers, or another word to `full_attention`, the family's attention. The last
     word for each is written."""
+    feed_forwards: Mapping[str, str] = field(default_factory=dict)
+    """Entries of `layer_types` that are feed-forwards by themselves, to the letters of `model.feed_forwards`: a mixer
+    and the feed-forward after it are one layer here. Empty: an entry is a layer."""
     layer_types: Callable[[Config], list[str]] | None = None
     """What `layer_types` are where `config.json` has none; without it, softmax attention in every layer."""
     rotary: tuple[str, float] | None = None
@@ -163,6 +167,12 @@ HEAD_NORMS = tuple(
     for name in ("q_norm", "k_norm")
 )
 """Norms of each head's queries and keys."""
+
+
+def period(letters: str) -> str:
+    """The shortest string that makes `letters` when it is repeated and cut."""
+    length = len(letters)
+    return next(letters[:n] for n in range(1, length + 1) if (letters[:n] * (length // n + 1)).startswith(letters))
 
 
 def swiglu(ours: str, theirs: str) -> tuple[Name, ...]:

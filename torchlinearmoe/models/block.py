@@ -8,25 +8,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from torchlinearmoe.layers.mlp import SwiGLU
+from torchlinearmoe.layers.mlp import FEED_FORWARDS, NoFeedForward
 from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.mixers.base import Carried, Context, Mixer, State
+from torchlinearmoe.models.layer_feed_forwards import EXPERTS, NONE, feed_forwards
 from torchlinearmoe.module import Module
 from torchlinearmoe.moe.layer import MoE
 from torchlinearmoe.recipe.schema import ModelRecipe
 
 
 class Block(Module):
-    """Pre-norm residual layer of a token mixer and a feed-forward, dense or a Mixture-of-Experts."""
+    """Pre-norm residual layer of a token mixer and a feed-forward: dense, a Mixture-of-Experts, or none."""
 
+    ffn_norm: RMSNorm
     regions = ("norm_mixer", "add_norm")
 
     def __init__(self, model: ModelRecipe, mixer: Mixer, layer: int) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(model.hidden_size, model.norm_eps, model.norm_offset)
         self.mixer = mixer
-        self.ffn_norm = RMSNorm(model.hidden_size, model.norm_eps, model.norm_offset)
-        self.ffn = _feed_forward(model, layer)
+        kind = feed_forwards(model)[layer]
+        self.register_module("ffn_norm", None)
+        if kind != NONE:
+            self.ffn_norm = RMSNorm(model.hidden_size, model.norm_eps, model.norm_offset)
+        self.ffn = _feed_forward(model, kind)
         self.residual_scale = model.residual_scale
 
     def norm_mixer(self, x_TD: Tensor) -> Tensor:
@@ -43,6 +48,8 @@ class Block(Module):
     ) -> tuple[Tensor, State | None, Carried]:
         """[T, D] -> [T, D]; `state` and `carried` as in the mixer's contract."""
         y_TD, after, passed_on = self.mixer(self.norm_mixer(x_TD), context, state, carried)
+        if isinstance(self.ffn, NoFeedForward):
+            return torch.add(x_TD, y_TD, alpha=self.residual_scale), after, passed_on
         x_TD, h_TD = self.add_norm(x_TD, y_TD)
         if isinstance(self.ffn, MoE):
             h_TD = self.ffn(h_TD, totals=context.totals, documents=context.documents)
@@ -51,9 +58,11 @@ class Block(Module):
         return torch.add(x_TD, h_TD, alpha=self.residual_scale), after, passed_on
 
 
-def _feed_forward(model: ModelRecipe, layer: int) -> nn.Module:
-    """The feed-forward of layer number `layer`."""
+def _feed_forward(model: ModelRecipe, kind: str) -> nn.Module:
+    """A feed-forward of `kind`, one of `layer_feed_forwards.KINDS`."""
     std, out_std = model.init_std, model.init_std / (2 * model.num_layers) ** 0.5
-    if not model.moe.num_experts or layer < model.moe.first_dense_layers:
-        return SwiGLU(model.hidden_size, model.ffn_hidden_size, std, out_std)
-    return MoE(model.hidden_size, model.moe, std, out_std)
+    if kind == NONE:
+        return NoFeedForward()
+    if kind == EXPERTS:
+        return MoE(model.hidden_size, model.moe, std, out_std, model.activation)
+    return FEED_FORWARDS[model.activation](model.hidden_size, model.ffn_hidden_size, std, out_std)

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from torchlinearmoe.checkpoint.state import model_tensors
 from torchlinearmoe.kernels.cross_entropy.chunked import CHUNK_ELEMENTS
-from torchlinearmoe.layers.mlp import SwiGLU
+from torchlinearmoe.layers.mlp import FeedForward, NoFeedForward
 from torchlinearmoe.mixers.base import Mixer
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.moe.grouped_linear import GroupedLinear
@@ -166,8 +166,9 @@ def activation_bytes(
     """An estimate of what the forward of `tokens` tokens keeps for the backward, over all layers.
 
     A layer counts, per token: its input and the stream after the mixer (2 D) and both norms' outputs (2 D); the output
-    of every projection of the mixer and the input of its output projections; the feed-forward's 3 F, for experts
-    k (3 F + 2 D) with the rows sent and received, and 2 E float32 router scores. Then the embedding's output and the
+    of every projection of the mixer and the input of its output projections; the feed-forward's 3 F (2 F without
+    gates), for experts k (3 F + 2 D) with the rows sent and received, the latent channels in the place of D where there
+    are some and 2 of them besides, and 2 E float32 router scores. Then the embedding's output and the
     last norm's. Attention is taken not to keep its scores, recurrences not to keep their states between tokens, and no
     compiler to recompute; what a mixer keeps beyond its projections (gates, feature maps) is not counted.
 
@@ -183,8 +184,8 @@ def activation_bytes(
         mixer, ffn = layer.mixer, layer.ffn
         assert isinstance(mixer, Mixer) and isinstance(ffn, nn.Module)
         projections = mixer_elements(mixer, model.recipe.hidden_size) * dtype.itemsize
-        whole = 4 * width + projections + feed_forward_bytes(ffn, dtype)
-        gathers = 1 + sum(isinstance(module, SwiGLU) for module in ffn.modules())
+        whole = (2 if isinstance(ffn, NoFeedForward) else 4) * width + projections + feed_forward_bytes(ffn, dtype)
+        gathers = 1 + sum(isinstance(module, FeedForward) for module in ffn.modules())
         if not is_checkpointed(training, int(index)):
             split, gathered = split + whole, gathered + gathers
             continue
@@ -199,13 +200,17 @@ def activation_bytes(
 
 
 def dense_bytes(ffn: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes a token leaves at the outputs of a feed-forward's dense matrices: 2 F + D, and E float32 of a router."""
+    """Bytes a token leaves at the outputs of a feed-forward's dense matrices: 2 F + D, F + D without gates, L + D of
+    latent channels, and E float32 of a router."""
+    if isinstance(ffn, NoFeedForward):
+        return 0
     if isinstance(ffn, MoE):
         shared = 0 if ffn.shared is None else dense_bytes(ffn.shared, dtype)
-        return shared + ffn.router.num_experts * torch.float32.itemsize
-    assert isinstance(ffn, SwiGLU)
+        latent = 0 if ffn.latent_up is None else sum(ffn.latent_up.weight.shape) * dtype.itemsize
+        return shared + latent + ffn.router.num_experts * torch.float32.itemsize
+    assert isinstance(ffn, FeedForward)
     width, hidden = ffn.down_proj.weight.shape
-    return (2 * hidden + width) * dtype.itemsize
+    return (ffn.hidden_layers * hidden + width) * dtype.itemsize
 
 
 def mixer_elements(mixer: Mixer, width: int) -> int:
@@ -226,13 +231,17 @@ def mixer_elements(mixer: Mixer, width: int) -> int:
 
 def feed_forward_bytes(ffn: nn.Module, dtype: torch.dtype) -> int:
     """Bytes a token leaves in a feed-forward."""
+    if isinstance(ffn, NoFeedForward):
+        return 0
     if isinstance(ffn, MoE):
-        _, hidden, width = ffn.experts.down.shape
-        routed = ffn.router.top_k * (3 * hidden + 2 * width) * dtype.itemsize
+        _, hidden, inner = ffn.experts.down.shape
+        routed = ffn.router.top_k * ((2 + ffn.experts.gated) * hidden + 2 * inner) * dtype.itemsize
+        width = ffn.router.weight.shape[1]
         shared = 0 if ffn.shared is None else feed_forward_bytes(ffn.shared, dtype) + width * dtype.itemsize
-        return routed + shared + 2 * ffn.router.num_experts * torch.float32.itemsize
-    assert isinstance(ffn, SwiGLU)
-    return 3 * ffn.down_proj.weight.shape[1] * dtype.itemsize
+        latent = 0 if ffn.latent_up is None else 2 * inner * dtype.itemsize
+        return routed + shared + latent + 2 * ffn.router.num_experts * torch.float32.itemsize
+    assert isinstance(ffn, FeedForward)
+    return (1 + ffn.hidden_layers) * ffn.down_proj.weight.shape[1] * dtype.itemsize
 
 
 def loss_bytes(model: Decoder, tokens: int, dtype: torch.dtype, tensor_ranks: int = 1) -> int:

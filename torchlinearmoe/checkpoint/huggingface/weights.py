@@ -18,11 +18,16 @@ from torchlinearmoe.checkpoint.huggingface.own import ARCHITECTURE, own_copies, 
 from torchlinearmoe.errors import UserError
 from torchlinearmoe.families.huggingface import Architecture, Name
 from torchlinearmoe.models.decoder import Decoder
+from torchlinearmoe.models.layer_feed_forwards import EXPERTS, NONE, feed_forwards
 from torchlinearmoe.models.layer_mixers import layer_mixers
 from torchlinearmoe.recipe import ModelRecipe
 
 NOT_READ = re.compile(r".*\.rotary_emb\.inv_freq")
 """Tensors of old directories that hold nothing learnt."""
+
+
+NUMBER = re.compile(r"\{(layer|mixer|ffn)\}")
+"""What stands for a number in names."""
 
 
 def model_shapes(model: ModelRecipe) -> dict[str, Index]:
@@ -64,10 +69,20 @@ def _spelled(
     patterns: list[tuple[re.Pattern[str], Name]], ours: str, shape: Index, model: ModelRecipe
 ) -> Iterator[Copy]:
     """The copies of one tensor of ours, by the names of one spelling."""
-    mixers = layer_mixers(model)
+    mixers, kinds = layer_mixers(model), feed_forwards(model)
     for pattern, name in patterns:
-        if (match := pattern.fullmatch(ours)) and (not name.mixer or mixers[int(match[1])] == name.mixer):
-            yield from _parts(name, name.theirs.replace("{layer}", match[1] if match.groups() else ""), shape, model)
+        if not (match := pattern.fullmatch(ours)):
+            continue
+        if not match.groups():
+            yield from _parts(name, name.theirs, shape, model)
+        elif not name.mixer or mixers[int(match[1])] == name.mixer:
+            before = sum(2 - (kind == NONE) for kind in kinds[: int(match[1])])
+            numbers = {"layer": match[1], "mixer": str(before), "ffn": str(before + 1)}
+            yield from _parts(name, _numbered(name.theirs, numbers), shape, model)
+
+
+def _numbered(name: str, numbers: Mapping[str, str]) -> str:
+    return NUMBER.sub(lambda found: numbers[found[1]], name)
 
 
 def _parts(name: Name, theirs: str, shape: Index, model: ModelRecipe) -> Iterator[Copy]:
@@ -95,7 +110,7 @@ def _stacks_experts(architecture: Architecture, there: Iterable[str]) -> bool:
     """Whether a directory has the experts of a layer in one tensor."""
     names = itertools.chain(architecture.names, *architecture.spellings)
     stacks = [name.theirs for name in names if ".experts." in name.ours and "{expert}" not in name.theirs]
-    pattern = re.compile("|".join(re.escape(stack).replace(r"\{layer\}", r"\d+") for stack in stacks))
+    pattern = re.compile("|".join(r"\d+".join(map(re.escape, NUMBER.split(stack)[::2])) for stack in stacks))
     return any(pattern.fullmatch(name) for name in there)
 
 
@@ -147,7 +162,7 @@ class PublishedWeights:
         model, found = self.recipe.model, len(self.directory.shapes)
         least, keys = model.num_layers, f"model.num_layers = {model.num_layers}"
         if architecture and model.moe.num_experts and not _stacks_experts(architecture, self.directory.shapes):
-            least += (model.num_layers - model.moe.first_dense_layers) * model.moe.num_experts
+            least += feed_forwards(model).count(EXPERTS) * model.moe.num_experts
             keys += f" and moe.num_experts = {model.moe.num_experts}"
         if least > found:
             raise UserError(f"{self.path / CONFIG}: {keys} take at least {least} tensors, the directory has {found}")

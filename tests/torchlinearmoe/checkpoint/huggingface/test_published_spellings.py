@@ -108,6 +108,23 @@ def as_granite_was_released(config: Config, tensors: Tensors) -> tuple[Config, T
     return told | {"rope_theta": 10000, "rope_scaling": None}, tensors
 
 
+def as_nemotron_was_released(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    """A pattern in the place of a list, keys of the remote code, and a head for further tokens."""
+    letters = {"linear_attention": "M", "full_attention": "*", "moe": "E", "mlp": "-"}
+    told = {**config, "hybrid_override_pattern": "".join(letters[kind] for kind in config["layers_block_type"])}
+    told |= {"num_hidden_layers": 5, "mamba_num_groups": told.pop("n_groups"), "norm_eps": 1e-5, "rope_theta": 10000}
+    told |= {"mamba_state_dim": told.pop("ssm_state_size"), "partial_rotary_factor": 1.0, "num_nextn_predict_layers": 1}
+    for key in ("layers_block_type", "layer_norm_epsilon", "n_group", "n_shared_experts"):
+        del told[key]
+    return told, {**tensors, "mtp.layers.0.mixer.q_proj.weight": torch.ones(2, 2)}
+
+
+def with_another_pattern(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    """The older words of `layers_block_type`."""
+    words = {"linear_attention": "mamba", "full_attention": "attention"}
+    return {**config, "layers_block_type": [words.get(kind, kind) for kind in config["layers_block_type"]]}, tensors
+
+
 SPELLINGS = {
     "qwen3_5_moe": (with_pictures, {r"mtp..*": 1, r"model.visual..*": 1}),
     "deepseek_v3": (with_a_layer_beyond, {"model.layers.2+..*": 1}),
@@ -115,6 +132,8 @@ SPELLINGS = {
     "kimi_linear": (as_remote_code_has_it, {}),
     "qwen3_next": (without_layer_types, {r"mtp..*": 1}),
     "granitemoehybrid": (as_granite_was_released, {}),
+    "nemotron_h": (as_nemotron_was_released, {r"mtp..*": 1}),
+    "nemotron_h latent": (with_another_pattern, {}),
 }
 
 
@@ -156,7 +175,7 @@ def test_an_export_into_another_type_keeps_selection_biases(tmp_path: Path) -> N
 def config_of(case: str, **changes: Any) -> Config:
     config = make(case).config.to_dict()
     names = {"qwen3_next": "Qwen3NextForCausalLM", "kimi_linear": "KimiLinearForCausalLM"}
-    names["granitemoehybrid"] = "GraniteMoeHybridForCausalLM"
+    names |= {"granitemoehybrid": "GraniteMoeHybridForCausalLM", "nemotron_h": "NemotronHForCausalLM"}
     return {
         key: value for key, value in {**config, "architectures": [names[case]], **changes}.items() if value != "absent"
     }
@@ -189,6 +208,23 @@ def config_of(case: str, **changes: Any) -> Config:
         ("granitemoehybrid", {"time_step_limit": "none"}, "time_step_limit = 'none': not supported"),
         ("granitemoehybrid", {"mamba_conv_bias": False}, "mamba_conv_bias = False: not supported"),
         ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}, "names 2 layers, num_hidden_layers = 3"),
+        ("nemotron_h", {"layers_block_type": ["moe", "mamba"]}, r"layer_types\[0\] = 'moe': must follow a mixer"),
+        (
+            "nemotron_h",
+            {"layers_block_type": ["mamba", "mlp", "moe"]},
+            r"layer_types\[2\] = 'moe': must follow a mixer",
+        ),
+        ("nemotron_h", {"layers_block_type": ["mamba", "mamba1"]}, "layer_types = .*legal: .*'mlp', 'moe'"),
+        ("nemotron_h", {"layers_block_type": "absent"}, "hybrid_override_pattern = None: must be a string over M, "),
+        (
+            "nemotron_h",
+            {"layers_block_type": "absent", "hybrid_override_pattern": "MXE"},
+            "'MXE': must be a string over",
+        ),
+        ("nemotron_h", {"num_hidden_layers": 7}, "names 5 layers, num_hidden_layers = 7"),
+        ("nemotron_h", {"mlp_hidden_act": "silu"}, "mlp_hidden_act = 'silu': not supported; legal: 'relu2'"),
+        ("nemotron_h", {"moe_shared_expert_intermediate_size": 0}, "every layer of experts has a shared one"),
+        ("nemotron_h", {"mamba_head_dim": "auto"}, "mixer.mamba2.head_dim = 'auto'"),
     ],
 )
 def test_what_means_another_model_is_named(case: str, changes: Config, why: str) -> None:
@@ -210,6 +246,31 @@ def test_a_granite_model_that_no_key_describes_is_not_written_as_another() -> No
     assert write_config(dataclasses.replace(model, mixers=("mamba2", "softmax_attention", "gla"))) is None
     config = write_config(dataclasses.replace(model, moe=dataclasses.replace(model.moe, num_experts=0)))
     assert config is not None and config["shared_intermediate_size"] == model.ffn_hidden_size
+
+
+def test_a_nemotron_model_that_no_key_describes_is_not_written_as_another() -> None:
+    def changed(**changes: Any) -> Config | None:
+        model = read_recipe(Path(), config_of("nemotron_h")).model
+        moe = {key: changes.pop(key) for key in ("shared_hidden_size", "shared_gate", "score") if key in changes}
+        return write_config(dataclasses.replace(model, **changes, moe=dataclasses.replace(model.moe, **moe)))
+
+    found = changed()
+    assert found is not None
+    assert (found["num_hidden_layers"], found["hybrid_override_pattern"]) == (5, "MEM*E")
+    assert found["layers_block_type"] == ["linear_attention", "moe", "linear_attention", "full_attention", "moe"]
+    for other in (
+        {"shared_hidden_size": 0},
+        {"shared_gate": True},
+        {"score": "softmax"},
+        {"activation": "swiglu"},
+        {"residual_scale": 0.5},
+        {"mixers": ("mamba2", "mamba2", "gla")},
+    ):
+        assert changed(**other) is None, other
+    dense = changed(feed_forwards="-")
+    assert dense is None  # experts that no layer has
+    dense = changed(feed_forwards="E-")
+    assert dense is not None and dense["hybrid_override_pattern"] == "MEM-*E"
 
 
 def test_layers_come_as_the_shortest_layout_and_are_written_one_by_one() -> None:
