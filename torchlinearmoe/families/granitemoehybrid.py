@@ -135,6 +135,8 @@ def _write(tables: Tables, config: Config) -> None:
         "position_embedding_type": "rope" if tables[f"mixer.{SOFTMAX}"]["rope"] else "nope",
         "mamba_expand": written_expansion(tables),
     }
+    if not config["mamba_n_heads"]:  # no layer has them, and transformers divides by them
+        config |= {"mamba_n_heads": 1, "mamba_d_head": config["mamba_expand"] * config["hidden_size"]}
 
 
 PUBLISHED = Architecture(

@@ -184,6 +184,11 @@ PUBLISHED: dict[str, Callable[[], Any]] = {
     "nemotron_h dense": lambda: transformers.NemotronHConfig(
         **NEMOTRON, layers_block_type=["linear_attention", "mlp", "full_attention", "mlp", "linear_attention"]
     ),
+    "granitemoehybrid attention alone": lambda: transformers.GraniteMoeHybridConfig(
+        **{**GRANITE, "num_local_experts": 0, "layer_types": ["full_attention"] * 3},
+        position_embedding_type="rope",
+        rope_parameters=rope(),
+    ),
     "granitemoehybrid dense": lambda: transformers.GraniteMoeHybridConfig(
         **{**GRANITE, "num_local_experts": 0, "num_experts_per_tok": 0},
         tie_word_embeddings=True,
