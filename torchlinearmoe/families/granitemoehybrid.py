@@ -1,8 +1,9 @@
 """Granite 4.0 H: nine layers of Mamba-2, one of softmax attention without positions, experts and a shared one.
 
 Sizes: `350M`, `1B` and `3B` are the dense H-350M, H-1B and H-Micro, `A1B` is H-Tiny (7B), `A9B` H-Small (32B), and
-`debug`. Embeddings, scores, what is added to the residual stream and logits are scaled by constants. Experts come as
-two tensors a layer, gates first. What routed models call the shared expert is the feed-forward of dense ones.
+`debug`. `A0.4B` and `A0.8B` are the mixtures of Granite 3.1 (1B and 3B), of softmax attention with positions alone.
+Embeddings, scores, what is added to the residual stream and logits are scaled by constants. Experts come as two tensors
+a layer, gates first. What routed models call the shared expert is the feed-forward of dense ones.
 """
 
 from __future__ import annotations
@@ -49,6 +50,13 @@ def experts_of(number: int, top_k: int, hidden: int, shared: int) -> dict[str, A
     return moe_size(number, top_k, hidden, shared_hidden_size=shared, renormalize=True)
 
 
+GRANITE_3: dict[str, Any] = {
+    "vocab_size": 49155,
+    "layout": "N",
+    "rope_theta": 1.5e6,
+    "norm_eps": 1e-6,
+    "init_std": 0.02,
+}
 PRESETS = {
     "debug": (
         model_size(64, 4, 4, 2, 160, 1024, max_length=1024, logit_divisor=4.0, residual_scale=0.5, layout="LLLN"),
@@ -64,6 +72,18 @@ PRESETS = {
     ),
     "1B": (size(1536, 40, 12, 4, 4096, 6.0), {}, {"scale": 1 / 128}, mamba_of(48, 64)),
     "3B": (size(2048, 40, 32, 8, 8192, 8.0), {}, {"scale": 1 / 64}, mamba_of(64, 64)),
+    "A0.4B": (
+        size(1024, 24, 16, 8, 512, 6.0, **GRANITE_3),
+        experts_of(32, 8, 512, 0),
+        {"scale": 1 / 64, "rope": True},
+        {},
+    ),
+    "A0.8B": (
+        size(1536, 32, 24, 8, 512, 6.0, **GRANITE_3),
+        experts_of(40, 8, 512, 0),
+        {"scale": 1 / 64, "rope": True},
+        {},
+    ),
     "A1B": (
         size(1536, 40, 12, 4, 1024, 6.0),
         experts_of(64, 6, 512, 1024),
@@ -106,8 +126,7 @@ def _read(config: Config, tables: Tables) -> None:
     if positions not in ("rope", "nope"):
         raise RecipeError(f"position_embedding_type = {positions!r}: not supported; legal: 'rope', 'nope'")
     attention["rope"] = positions == "rope"
-    if not attention["scale"]:
-        raise RecipeError("attention_multiplier = 0: must be positive")
+    _check_scale(tables)
     if mixer["head_dim"] == "auto":
         counts = mixer["expand"], tables["model"]["hidden_size"], mixer["heads"]
         whole = all(type(count) is int and count > 0 for count in counts)
@@ -119,6 +138,12 @@ def _read(config: Config, tables: Tables) -> None:
     else:
         tables["moe"] = dict.fromkeys(("num_experts", "top_k", "hidden_size", "shared_hidden_size"), 0)
         tables["model"]["ffn_hidden_size"] = width
+
+
+def _check_scale(tables: Tables) -> None:
+    """Zero would mean another scale here."""
+    if not tables[f"mixer.{SOFTMAX}"]["scale"]:
+        raise RecipeError("attention_multiplier = 0: must be positive")
 
 
 def _write(tables: Tables, config: Config) -> None:
@@ -139,6 +164,13 @@ def _write(tables: Tables, config: Config) -> None:
         config |= {"mamba_n_heads": 1, "mamba_d_head": config["mamba_expand"] * config["hidden_size"]}
 
 
+MIXTURE_NAMES = (
+    *OUTER,
+    *of_mixer(SOFTMAX, ATTENTION),
+    Name("layers.{layer}.ffn.router.weight", "model.layers.{layer}.block_sparse_moe.router.layer.weight"),
+    *stacked_experts("block_sparse_moe", "input_linear.weight", "output_linear.weight"),
+    *shared("ffn.shared"),
+)
 PUBLISHED = Architecture(
     name="GraniteMoeHybridForCausalLM",
     model_type="granitemoehybrid",
@@ -160,12 +192,8 @@ PUBLISHED = Architecture(
         "mamba_expand": f"mixer.{MAMBA}.expand",
     },
     names=(
-        *OUTER,
-        *of_mixer(SOFTMAX, ATTENTION),
+        *MIXTURE_NAMES,
         *mamba("model.layers.{layer}.mamba"),
-        Name("layers.{layer}.ffn.router.weight", "model.layers.{layer}.block_sparse_moe.router.layer.weight"),
-        *stacked_experts("block_sparse_moe", "input_linear.weight", "output_linear.weight"),
-        *shared("ffn.shared"),
         *shared("ffn"),
     ),
     defaults={
@@ -194,6 +222,33 @@ PUBLISHED = Architecture(
     layer_types=lambda config: ["mamba"],
 )
 
+
+def _mixture(name: str, model_type: str, keys: dict[str, str]) -> Architecture:
+    """Granite 3: the same without Mamba-2, and with a shared expert where `keys` tell its width."""
+
+    def read(config: Config, tables: Tables) -> None:
+        _check_scale(tables)
+        read_pooled_balance(config, tables)
+        tables["moe"].setdefault("shared_hidden_size", 0)
+
+    return Architecture(
+        name=name,
+        model_type=model_type,
+        keys={**{key: target for key, target in PUBLISHED.keys.items() if not key.startswith("mamba_")}, **keys},
+        names=MIXTURE_NAMES,
+        defaults={**PUBLISHED.defaults, SHARED_KEY: 0},
+        fixed={**MODEL_FIXED, "attention_bias": False},
+        implied={"moe.shared_gate": False, "moe.renormalize": True, f"mixer.{SOFTMAX}.rope": True},
+        read=read,
+        write=write_pooled_balance,
+    )
+
+
+MIXTURES = (
+    _mixture("GraniteMoeForCausalLM", "granitemoe", {}),
+    _mixture("GraniteMoeSharedForCausalLM", "granitemoeshared", {SHARED_KEY: "moe.shared_hidden_size"}),
+)
+
 FAMILIES.add(
     "granitemoehybrid",
     Family(
@@ -211,6 +266,6 @@ FAMILIES.add(
         },
         options={"rope": False},
         presets=PRESETS,
-        published=(PUBLISHED,),
+        published=(*MIXTURES, PUBLISHED),
     ),
 )

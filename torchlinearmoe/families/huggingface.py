@@ -77,8 +77,8 @@ class Architecture:
     """Other names of keys, as transformers saves them again or as remote code has them, to those that are used here."""
     aliases: tuple[str, ...] = ()
     """Other values of `architectures` that are read: a multimodal model whose text part it is, an older name."""
-    nested: str = ""
-    """The key of a multimodal `config.json` under which the text part is described."""
+    nested: tuple[str, ...] = ()
+    """Keys of a multimodal `config.json` under one of which the text part is described."""
     spellings: tuple[tuple[Name, ...], ...] = ()
     """Other names that directories have in the place of some of `names`; read where all parts of a tensor are there."""
     ignored: tuple[str, ...] = ()

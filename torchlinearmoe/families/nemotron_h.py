@@ -6,7 +6,7 @@ channels (arXiv 2504.03624, 2512.20848), and `debug`. Published layers are a mix
 
     MEM*E    entries M E M * E, here three layers: Mamba-2 with experts, Mamba-2 alone, attention with experts
 
-The head that predicts further tokens (`mtp`) is left out.
+The head that predicts further tokens (`mtp`) is left out, and of Nemotron 3 Nano Omni all but the text part.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torchlinearmoe.families.huggingface import (
     Name,
     Tables,
     period,
+    renamed,
 )
 from torchlinearmoe.families.mamba_layers import MAMBA, check_time_steps, mamba
 from torchlinearmoe.families.sigmoid_routing import BIAS, SIGMOID, SIGMOID_IMPLIED, read_experts
@@ -141,6 +142,26 @@ def _write(tables: Tables, config: Config) -> None:
 ENTRY, MIXER, FFN = "backbone.layers", "backbone.layers.{mixer}.mixer", "backbone.layers.{ffn}.mixer"
 EXPERTS = "layers.{layer}.ffn"
 
+NAMES = (
+    Name("embed.weight", "backbone.embeddings.weight"),
+    Name("norm.weight", "backbone.norm_f.weight"),
+    Name("head.weight", "lm_head.weight"),
+    Name("layers.{layer}.mixer_norm.weight", f"{ENTRY}.{{mixer}}.norm.weight"),
+    Name("layers.{layer}.ffn_norm.weight", f"{ENTRY}.{{ffn}}.norm.weight"),
+    *(Name(f"layers.{{layer}}.mixer.{x}_proj.weight", f"{MIXER}.{x}_proj.weight", mixer=SOFTMAX) for x in "qkvo"),
+    *mamba(MIXER),
+    Name(f"{EXPERTS}.up_proj.weight", f"{FFN}.up_proj.weight"),
+    Name(f"{EXPERTS}.down_proj.weight", f"{FFN}.down_proj.weight"),
+    Name(f"{EXPERTS}.router.weight", f"{FFN}.gate.weight"),
+    Name(BIAS, f"{FFN}.gate.e_score_correction_bias"),
+    Name(f"{EXPERTS}.latent_down.weight", f"{FFN}.fc1_latent_proj.weight"),
+    Name(f"{EXPERTS}.latent_up.weight", f"{FFN}.fc2_latent_proj.weight"),
+    Name(f"{EXPERTS}.experts.up", f"{FFN}.experts.{{expert}}.up_proj.weight"),
+    Name(f"{EXPERTS}.experts.down", f"{FFN}.experts.{{expert}}.down_proj.weight"),
+    Name(f"{EXPERTS}.shared.up_proj.weight", f"{FFN}.shared_experts.up_proj.weight"),
+    Name(f"{EXPERTS}.shared.down_proj.weight", f"{FFN}.shared_experts.down_proj.weight"),
+)
+
 PUBLISHED = Architecture(
     name="NemotronHForCausalLM",
     model_type="nemotron_h",
@@ -160,25 +181,7 @@ PUBLISHED = Architecture(
         "n_groups": f"mixer.{MAMBA}.groups",
         "conv_kernel": f"mixer.{MAMBA}.conv",
     },
-    names=(
-        Name("embed.weight", "backbone.embeddings.weight"),
-        Name("norm.weight", "backbone.norm_f.weight"),
-        Name("head.weight", "lm_head.weight"),
-        Name("layers.{layer}.mixer_norm.weight", f"{ENTRY}.{{mixer}}.norm.weight"),
-        Name("layers.{layer}.ffn_norm.weight", f"{ENTRY}.{{ffn}}.norm.weight"),
-        *(Name(f"layers.{{layer}}.mixer.{x}_proj.weight", f"{MIXER}.{x}_proj.weight", mixer=SOFTMAX) for x in "qkvo"),
-        *mamba(MIXER),
-        Name(f"{EXPERTS}.up_proj.weight", f"{FFN}.up_proj.weight"),
-        Name(f"{EXPERTS}.down_proj.weight", f"{FFN}.down_proj.weight"),
-        Name(f"{EXPERTS}.router.weight", f"{FFN}.gate.weight"),
-        Name(BIAS, f"{FFN}.gate.e_score_correction_bias"),
-        Name(f"{EXPERTS}.latent_down.weight", f"{FFN}.fc1_latent_proj.weight"),
-        Name(f"{EXPERTS}.latent_up.weight", f"{FFN}.fc2_latent_proj.weight"),
-        Name(f"{EXPERTS}.experts.up", f"{FFN}.experts.{{expert}}.up_proj.weight"),
-        Name(f"{EXPERTS}.experts.down", f"{FFN}.experts.{{expert}}.down_proj.weight"),
-        Name(f"{EXPERTS}.shared.up_proj.weight", f"{FFN}.shared_experts.up_proj.weight"),
-        Name(f"{EXPERTS}.shared.down_proj.weight", f"{FFN}.shared_experts.down_proj.weight"),
-    ),
+    names=NAMES,
     defaults={
         **MODEL_DEFAULTS,
         "head_dim": 128,
@@ -220,8 +223,11 @@ PUBLISHED = Architecture(
         "mamba_conv_bias": "use_conv_bias",
         "mamba_dt_limit": "time_step_limit",
     },
+    aliases=("NemotronH_Nano_Omni_Reasoning_V3", "NemotronH_Omni_Reasoning_V3"),
+    nested=("llm_config", "text_config"),
+    spellings=(renamed(NAMES, "", "language_model."),),
     dense=True,
-    ignored=(r"mtp\..*",),
+    ignored=(r"mtp\..*", r"(vision_model|vision_projector|mlp1|sound_encoder|sound_projection)\..*"),
     layers={"mamba": MAMBA, "linear_attention": MAMBA, "attention": FULL, FULL: FULL},
     feed_forwards={"mlp": "-", "moe": "E"},
     layer_types=_words,

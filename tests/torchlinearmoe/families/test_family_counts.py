@@ -58,6 +58,8 @@ HYBRIDS: dict[tuple[str, str], tuple[float, float]] = {
     ("granitemoehybrid", "350M"): (0.340e9, 0.340e9),
     ("granitemoehybrid", "1B"): (1.46e9, 1.46e9),
     ("granitemoehybrid", "3B"): (3.19e9, 3.19e9),
+    ("granitemoehybrid", "A0.4B"): (1.334e9, 0.43e9),
+    ("granitemoehybrid", "A0.8B"): (3.30e9, 0.88e9),
     ("granitemoehybrid", "A1B"): (6.94e9, 1.465e9),
     ("granitemoehybrid", "A9B"): (32.21e9, 8.80e9),
 }

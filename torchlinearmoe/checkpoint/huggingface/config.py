@@ -171,10 +171,11 @@ def _derived(key: str, config: Config) -> Any:
 
 def _text_part(where: Path, config: Config, architecture: Architecture) -> Config:
     """What describes the text model: the nested part, and what stands beside it and not in it, by the usual keys."""
-    nested = config.get(architecture.nested, {})
-    if not isinstance(nested, dict):
-        raise UserError(f"{where}: {architecture.nested} = {nested!r}: must be an object")
-    config = {**config, **nested}
+    for key in architecture.nested:
+        nested = config.get(key, {})
+        if not isinstance(nested, dict):
+            raise UserError(f"{where}: {key} = {nested!r}: must be an object")
+        config = {**config, **nested}
     usual = {usual: config[other] for other, usual in architecture.synonyms.items() if other in config}
     return {**usual, **config}
 

@@ -106,6 +106,11 @@ GRANITE: dict[str, Any] = {
     "attention_multiplier": 0.2,
     "logits_scaling": 0.6,
 }
+GRANITE_3: dict[str, Any] = {
+    key: value
+    for key, value in GRANITE.items()
+    if not key.startswith("mamba_") and key not in ("layer_types", "shared_intermediate_size")
+}
 NEMOTRON: dict[str, Any] = {
     **{key: value for key, value in DIMENSIONS.items() if key != "num_hidden_layers"},
     "head_dim": 12,
@@ -183,6 +188,10 @@ PUBLISHED: dict[str, Callable[[], Any]] = {
     ),
     "nemotron_h dense": lambda: transformers.NemotronHConfig(
         **NEMOTRON, layers_block_type=["linear_attention", "mlp", "full_attention", "mlp", "linear_attention"]
+    ),
+    "granitemoe": lambda: transformers.GraniteMoeConfig(**GRANITE_3, rope_parameters=rope(), tie_word_embeddings=True),
+    "granitemoeshared": lambda: transformers.GraniteMoeSharedConfig(
+        **GRANITE_3, rope_parameters=rope(), shared_intermediate_size=24
     ),
     "granitemoehybrid attention alone": lambda: transformers.GraniteMoeHybridConfig(
         **{**GRANITE, "num_local_experts": 0, "layer_types": ["full_attention"] * 3},

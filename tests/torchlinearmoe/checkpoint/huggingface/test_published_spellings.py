@@ -125,6 +125,13 @@ def with_another_pattern(config: Config, tensors: Tensors) -> tuple[Config, Tens
     return {**config, "layers_block_type": [words.get(kind, kind) for kind in config["layers_block_type"]]}, tensors
 
 
+def with_pictures_and_sound(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    """Nemotron 3 Nano Omni: the text model nested, its tensors behind a prefix."""
+    told = {"architectures": ["NemotronH_Nano_Omni_Reasoning_V3"], "llm_config": config, "vision_config": {}}
+    found = {f"language_model.{name}": value for name, value in tensors.items()}
+    return told, {**found, "mlp1.1.weight": torch.ones(2, 2), "sound_encoder.encoder.x": torch.ones(3)}
+
+
 SPELLINGS = {
     "qwen3_5_moe": (with_pictures, {r"mtp..*": 1, r"model.visual..*": 1}),
     "deepseek_v3": (with_a_layer_beyond, {"model.layers.2+..*": 1}),
@@ -134,6 +141,10 @@ SPELLINGS = {
     "granitemoehybrid": (as_granite_was_released, {}),
     "nemotron_h": (as_nemotron_was_released, {r"mtp..*": 1}),
     "nemotron_h latent": (with_another_pattern, {}),
+    "nemotron_h dense": (
+        with_pictures_and_sound,
+        {r"(vision_model|vision_projector|mlp1|sound_encoder|sound_projection)..*": 2},
+    ),
 }
 
 
