@@ -97,7 +97,7 @@ PRESETS = {
 def _words(config: Config) -> list[str]:
     """`layers_block_type` of a directory that has a pattern instead."""
     pattern = config.get("hybrid_override_pattern")
-    if not isinstance(pattern, str) or {*pattern} - {*WORDS} or len(pattern) > 2**13:
+    if not isinstance(pattern, str) or {*pattern} - {*WORDS}:
         raise RecipeError(f"hybrid_override_pattern = {pattern!r}: must be a string over {', '.join(WORDS)}")
     return [WORDS[letter] for letter in pattern]
 

@@ -47,6 +47,8 @@ ROPE: dict[str, tuple[str, dict[str, str]]] = {
     ),
 }
 """`rope_type` to `model.rope_scaling`, and its parameters to `[model]` keys."""
+MOST_ENTRIES = 2**13
+"""Of `layer_types`: a mixer and a feed-forward for each layer that a recipe may have."""
 ROPE_DEFAULTS = {"beta_slow": 1, "beta_fast": 32, "mscale": 0, "mscale_all_dim": 0}
 ROPE_FIXED = {"truncate": True, "partial_rotary_factor": 1.0}
 
@@ -194,6 +196,8 @@ def _layers(where: Path, config: Config, architecture: Architecture) -> dict[str
     legal = [*words, *architecture.feed_forwards]
     if not isinstance(types, list) or any(kind not in legal for kind in types):
         raise UserError(f"{where}: layer_types = {types!r}: not supported; legal: {', '.join(map(repr, legal))}")
+    if len(types) > MOST_ENTRIES:
+        raise UserError(f"{where}: layer_types: names {len(types)} layers; at most {MOST_ENTRIES}")
     mixers = [words[kind] for kind in types if kind in words]
     linear = {*mixers} - {FULL}
     assert len(linear) <= 1, "one linear mixer an architecture"

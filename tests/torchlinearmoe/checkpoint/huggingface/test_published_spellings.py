@@ -232,6 +232,8 @@ def config_of(case: str, **changes: Any) -> Config:
             {"layers_block_type": "absent", "hybrid_override_pattern": "MXE"},
             "'MXE': must be a string over",
         ),
+        ("nemotron_h", {"layers_block_type": ["mamba"] * 10_000}, "layer_types: names 10000 layers; at most 8192"),
+        ("nemotron_h", {"layers_block_type": ["mamba"] * 8000}, "8000"),
         ("nemotron_h", {"num_hidden_layers": 7}, "names 5 layers, num_hidden_layers = 7"),
         ("nemotron_h", {"mlp_hidden_act": "silu"}, "mlp_hidden_act = 'silu': not supported; legal: 'relu2'"),
         ("nemotron_h", {"moe_shared_expert_intermediate_size": 0}, "every layer of experts has a shared one"),
