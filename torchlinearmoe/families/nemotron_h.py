@@ -184,7 +184,9 @@ PUBLISHED = Architecture(
     names=NAMES,
     defaults={
         **MODEL_DEFAULTS,
+        "num_key_value_heads": 8,
         "head_dim": 128,
+        "intermediate_size": 21504,
         "layer_norm_epsilon": 1e-5,
         "n_routed_experts": 8,
         "num_experts_per_tok": 2,
