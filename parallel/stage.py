@@ -44,7 +44,7 @@ class Stage(Decoder):
         The first stage takes none, the last gives the summed cross entropy of its tokens.
         """
         inputs = self.table[self.micro_batch]
-        x, *rest = passed or (self.embed(inputs.tokens),)
+        x, *rest = passed or (self.enter(inputs.tokens),)
         shared = self.shared_outputs()
         if self._taps:
             shared = {name: _Tap.apply(x, output.detach(), self._tapped, name) for name, output in shared.items()}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from torchlinearmoe.layers.mlp import SwiGLU
+from torchlinearmoe.layers.mlp import FeedForward
 from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.mixers.base import Mixer, SharedModule
 from torchlinearmoe.models.decoder import Decoder
@@ -43,7 +43,7 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
             _split(path, owner, placements, mesh)
         if isinstance(owner, Mixer):
             owner.first_head = rank * owner.heads // mesh.size()
-        if isinstance(owner, SwiGLU):
+        if isinstance(owner, FeedForward):
             _between_ranks(owner, group)
     for layer in model.layers.values():
         assert isinstance(layer.mixer, Mixer)
@@ -64,7 +64,7 @@ def declared_placements(model: Decoder) -> dict[str, Placement]:
         assert own.keys() == {name for name, _ in mixer.named_parameters()}, f"{mixer.name}: one for each parameter"
         placements |= _under(path, own)
     for path, module in model.named_modules():
-        if isinstance(module, SwiGLU):
+        if isinstance(module, FeedForward):
             placements |= _under(path, module.tensor_parallel())
     return placements
 

@@ -25,10 +25,17 @@ def experts(
         y_D = 0 * x_D
         for j, expert in enumerate(ids_Tk[t].tolist()):
             if keep_Tk is None or keep_Tk[t, j]:
-                gate_F, up_F = (x_D @ gate_up_EDF[expert].to(dtype)).chunk(2)
-                y_D = y_D + weights_Tk[t, j] * ((gate_F * torch.sigmoid(gate_F) * up_F) @ down_EFD[expert].to(dtype))
+                hidden_F = _activate(x_D @ gate_up_EDF[expert].to(dtype), down_EFD.shape[1])
+                y_D = y_D + weights_Tk[t, j] * (hidden_F @ down_EFD[expert].to(dtype))
         outputs.append(y_D)
     return (torch.stack(outputs) if outputs else 0 * x_TD).to(x_TD.dtype)
 
 
-BACKEND = Backend("reference", experts, kinds=("experts",))
+def _activate(hidden: Tensor, channels: int) -> Tensor:
+    if hidden.shape[0] == channels:
+        return torch.where(hidden > 0, hidden * hidden, 0)
+    gate_F, up_F = hidden.chunk(2)
+    return gate_F * torch.sigmoid(gate_F) * up_F
+
+
+BACKEND = Backend("reference", experts, kinds=("experts", "relu2"))

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchlinearmoe.kernels import experts as operator
 from torchlinearmoe.kernels.dispatch import sort, spread, weighted_sum
 from torchlinearmoe.kernels.grouped_mm import grouped_mm
 from torchlinearmoe.kernels.operator import Backend
-from torchlinearmoe.kernels.swiglu import swiglu
 
 
 def experts(
@@ -40,14 +40,14 @@ def expert_rows(
     """
     offsets_E = counts_E.cumsum(0).to(torch.int32)
     if not padded:
-        hidden_RF = swiglu(grouped_mm(x_RD, gate_up_EDF, offsets_E, products))
+        hidden_RF = operator.activate(grouped_mm(x_RD, gate_up_EDF, offsets_E, products), down_EFD.shape[1])
         return grouped_mm(hidden_RF, down_EFD, offsets_E, products)
     # torch.where on both sides: forward it keeps unspecified memory out of y, backward out of the gradient of x.
     # In between the surplus rows may hold anything: no product sums over them.
     real_R1 = (torch.arange(x_RD.shape[0], device=x_RD.device) < offsets_E[-1]).unsqueeze(1)
     x_RD = torch.where(real_R1, x_RD, 0)
-    hidden_RF = swiglu(grouped_mm(x_RD, gate_up_EDF, offsets_E, products))
+    hidden_RF = operator.activate(grouped_mm(x_RD, gate_up_EDF, offsets_E, products), down_EFD.shape[1])
     return torch.where(real_R1, grouped_mm(hidden_RF, down_EFD, offsets_E, products), 0)
 
 
-BACKEND = Backend("torch", experts, kinds=("experts",), order=0, fused=True)
+BACKEND = Backend("torch", experts, kinds=("experts", "relu2"), order=0, fused=True)

@@ -99,13 +99,16 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         f"heads split, experts spread over them, shared expert, layers run again: {mode}": (
             2,
             {
-                "model": {"mixer": "hgrn2", "num_layers": 3, "layout": "LLN"},
-                "moe": {"balance_scope": "global", "shared_hidden_size": 32, "first_dense_layers": 1},
+                "model": {"mixer": "hgrn2", "num_layers": 3, "layout": "LLN", **parts},
+                "moe": {"balance_scope": "global", "shared_hidden_size": 32, **latent},
                 "parallel": {"tensor": 2, "expert": 2},
                 "training": {"dtype": "bfloat16", "activation_checkpointing": mode},
             },
         )
-        for mode in ("full", "selective")
+        for mode, parts, latent in (
+            ("full", {"feed_forwards": ".E-", "activation": "relu2"}, {"latent_size": 16}),
+            ("selective", {}, {"first_dense_layers": 1}),
+        )
     },
     "spans, their heads split and traded": (
         4,

@@ -40,6 +40,7 @@ CONDITIONED: dict[str, dict[str, float]] = {
 BESIDE = {"qwen2": "gated_delta_net", "deepseek_v2": "mamba2", "mixtral": "gla", "llama3": "lightning_attention"}
 BESIDE |= {"qwen3_next": "gated_delta_net", "qwen3_5_moe": "gated_delta_net", "kimi_linear": "kda"}
 BESIDE |= {"minimax": "lightning_attention", "olmo_hybrid": "gated_delta_net", "bailing_hybrid": "kda"}
+BESIDE |= {"granitemoehybrid": "mamba2", "nemotron_h": "mamba2"}
 """The linear mixer that a family is run with besides its own attention; another family takes HGRN2."""
 
 WITH_OWN_EPSILON = {"minimax": "lightning_attention", "olmo_hybrid": "gated_delta_net"}

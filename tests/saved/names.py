@@ -4,7 +4,8 @@
 
 `names.json` holds a group a mixer (with its options), family, optimizer and recipe. Shapes are those of two
 widths, so that 64 from the width is told from 64 from the heads;
-`layers.0,1.x` are `layers.0.x` and `layers.1.x`. Buffers that are not saved have no name here.
+`*.x` are `layers.0.x`, `layers.1.x` and so on of every layer, `layers.0,2.x` of these two. Buffers that are not saved
+have no name here.
 """
 
 from __future__ import annotations
@@ -111,13 +112,15 @@ def _shapes(tables: dict[str, dict[str, Any]]) -> Group:
 
 
 def _over_layers(names: Group) -> Group:
-    """`layers.0.x` and `layers.1.x` of one rule as `layers.0,1.x`."""
+    """`layers.0.x` and `layers.1.x` of one rule as `layers.0,1.x`, or as `*.x` where these are all."""
     layers: dict[tuple[str, str], list[str]] = {}
     for name, rule in names.items():
         layer = LAYER.match(name)
-        numbers = layers.setdefault((LAYER.sub("layers.{}.", name), rule), [])
+        numbers = layers.setdefault((LAYER.sub("{}", name), rule), [])
         numbers += [layer[1]] if layer else []
-    return {name.format(",".join(numbers)): rule for (name, rule), numbers in layers.items()}
+    every = max(map(len, layers.values()))  # each has a norm
+    told = (("*." if len(numbers) == every else f"layers.{','.join(numbers)}.") for numbers in layers.values())
+    return {name.format(where): rule for (name, rule), where in zip(layers, told)}
 
 
 def _kind(model: nn.Module, name: str, value: Tensor) -> str:
@@ -196,7 +199,7 @@ def main() -> int:
     for group, names in now.items():
         for line in new(group, recorded.get(group, {}), names):
             print(line.partition(";")[0])
-    RECORDED.write_text(json.dumps(now, indent=0) + "\n")
+    RECORDED.write_text(json.dumps(now, indent=0, separators=(",", ":")) + "\n")
     return 0
 
 

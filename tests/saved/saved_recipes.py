@@ -265,6 +265,20 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         },
         "training": {"steps": 9},
     },
+    "scaled-latent": {
+        "model": {
+            "family": "llama3",
+            "layout": "N",
+            "feed_forwards": "E.-",
+            "activation": "relu2",
+            "embed_scale": 12.0,
+            "residual_scale": 0.22,
+            "logit_divisor": 6.0,
+        },
+        "moe": {"num_experts": 8, "top_k": 2, "hidden_size": 32, "latent_size": 16},
+        "mixer": {"softmax_attention": {"scale": 0.0078125}},
+        "training": {"steps": 9},
+    },
     "unrotated-recall": {
         "model": {"family": "llama3", "layout": "N"},
         "mixer": {"softmax_attention": {"rope": False}},

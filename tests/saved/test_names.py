@@ -30,17 +30,17 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_new_names_are_written_down(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
     older = json.loads(written.read_text())
-    del older["mixer gla"]["layers.0,1.mixer.g_proj.weight"]
+    del older["mixer gla"]["*.mixer.g_proj.weight"]
     written.write_text(json.dumps(older))
     assert names.main() == 0
-    assert capsys.readouterr().out.splitlines() == ["mixer gla: layers.0,1.mixer.g_proj.weight is new"]
+    assert capsys.readouterr().out.splitlines() == ["mixer gla: *.mixer.g_proj.weight is new"]
     assert json.loads(written.read_text()) == NOW
 
 
 @pytest.mark.parametrize(
     "group, name, rule, told",
     [
-        ("mixer gla", "layers.0,1.mixer.gone.weight", "64x64, 96x96", "gone.weight (64x64, 96x96) vanished: convert"),
+        ("mixer gla", "*.mixer.gone.weight", "64x64, 96x96", "gone.weight (64x64, 96x96) vanished: convert"),
         (
             "mixer hgrn2",
             "shared.hgrn2.table",
@@ -49,7 +49,7 @@ def test_new_names_are_written_down(written: Path, capsys: pytest.CaptureFixture
         ),
         ("recipe", "optimizer.lr", "float = 1.0", "optimizer.lr is float = 0.0003, was float = 1.0: convert"),
         ("optimizer adamw", "momentum", "as its parameter", "momentum (as its parameter) vanished: convert"),
-        ("mixer forgotten", "layers.0,1.mixer.q", "64", "mixer forgotten: layers.0,1.mixer.q (64) vanished: convert"),
+        ("mixer forgotten", "*.mixer.q", "64", "mixer forgotten: *.mixer.q (64) vanished: convert"),
     ],
 )
 def test_what_vanished_or_changed_is_named_and_stays_written(

@@ -12,7 +12,8 @@ width F, b bytes an activation; everything a token and layer unless said.
     head         3 x 2 D V FLOPs, the three products; once a token. Logits need not pass through memory
     optimizer    the bytes of norm and update, once a step: see `update_bytes`
     other        16 D b bytes for two norms with their residual sums (x, y read, x, h written; backward the same of
-                 gradients and x), and `kernels.swiglu.budget` for every SwiGLU
+                 gradients and x), half for one, and `kernels.swiglu.budget` for every SwiGLU; a squared ReLU reads and
+                 writes half of that
 
 Sharding has none.
 """
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torchlinearmoe.benchmark.rates import Rates
 from torchlinearmoe.kernels import dispatch, swiglu
 from torchlinearmoe.kernels.operator import Budget
-from torchlinearmoe.layers.mlp import SwiGLU
+from torchlinearmoe.layers.mlp import FeedForward, NoFeedForward
 from torchlinearmoe.mixers.base import Mixer
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.models.flops import active_parameters, head_flops
@@ -70,9 +71,10 @@ def step_work(model: Decoder, tokens: int, length: int, itemsize: int, optimizer
         token["matmul"] += Work(3 * products)
         token[kind] += Work(3 * core, _core_bytes(mixer, model.recipe.hidden_size, itemsize))
         if isinstance(ffn, MoE):
-            token["moe"] += _moved(dispatch.budget(1, ffn.router.top_k, model.recipe.hidden_size, itemsize))
-        norms = Work(bytes=16 * model.recipe.hidden_size * itemsize)
-        token["other"] += norms + _moved(swiglu.budget(1, _hidden_widths(ffn), itemsize))
+            token["moe"] += _moved(dispatch.budget(1, ffn.router.top_k, ffn.experts.down.shape[2], itemsize))
+        norms = Work(bytes=(8 if isinstance(ffn, NoFeedForward) else 16) * model.recipe.hidden_size * itemsize)
+        gated = 1.0 if model.recipe.activation == "swiglu" else 0.5
+        token["other"] += norms + _moved(swiglu.budget(1, _hidden_widths(ffn), itemsize)).times(gated)
     step = {name: work.times(tokens) for name, work in token.items()}
     return step | {
         "head": Work(3 * head_flops(model.recipe)).times(tokens),
@@ -121,8 +123,10 @@ def _moved(budget: Budget) -> Work:
 
 def _hidden_widths(ffn: nn.Module) -> int:
     """Hidden channels that a token meets."""
+    if isinstance(ffn, NoFeedForward):
+        return 0
     if isinstance(ffn, MoE):
         routed = ffn.router.top_k * ffn.experts.down.shape[1]
         return routed + (0 if ffn.shared is None else _hidden_widths(ffn.shared))
-    assert isinstance(ffn, SwiGLU)
+    assert isinstance(ffn, FeedForward)
     return ffn.down_proj.in_features

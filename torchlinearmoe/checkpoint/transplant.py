@@ -26,7 +26,10 @@ from torchlinearmoe.models.block import placed
 from torchlinearmoe.models.layer_mixers import layer_mixers
 from torchlinearmoe.recipe import ModelRecipe
 
-ALWAYS = ("hidden_size", "num_layers", "vocab_size", "norm_eps", "norm_offset", "ffn_scales")
+ALWAYS = (
+    *("hidden_size", "num_layers", "vocab_size", "norm_eps", "norm_offset", "ffn_scales"),
+    *("embed_scale", "residual_scale", "logit_divisor", "activation"),
+)
 ATTENTION = ("num_heads", "num_kv_heads", "head_dim")
 FREE_MOE = (
     *("top_k", "balance", "balance_coefficient", "balance_scope", "z_loss_coefficient", "bias_rate"),
@@ -74,7 +77,7 @@ def check_recipes(target: ModelRecipe, source: ModelRecipe, where: str) -> None:
         rope = ("rope_theta", "rope_scaling", *(scaling if source.rope_scaling != "none" else ()))
         keys += [("model", key) for key in (*ATTENTION, *rope)]
     if target.moe.num_experts and source.moe.num_experts:
-        keys += [("moe", key) for key in vars(source.moe) if key not in FREE_MOE]
+        keys += [("model", "feed_forwards"), *(("moe", key) for key in vars(source.moe) if key not in FREE_MOE)]
     for section, key in keys:
         ours, theirs = (getattr(recipe.moe if section == "moe" else recipe, key) for recipe in (target, source))
         _equal(f"{section}.{key}", ours, theirs, where)
@@ -85,6 +88,7 @@ def check_recipes(target: ModelRecipe, source: ModelRecipe, where: str) -> None:
     if not source.moe.num_experts:
         if target.moe.num_experts:
             _equal("moe.hidden_size", target.moe.hidden_size, source.ffn_hidden_size, where)
+            _equal("moe.latent_size", target.moe.latent_size, 0, where)
         else:
             _equal("model.ffn_hidden_size", target.ffn_hidden_size, source.ffn_hidden_size, where)
     if target.tie_embeddings and not source.tie_embeddings:
@@ -123,7 +127,7 @@ class _Planner:
             if self.mixers[layer] != self.source_mixers[layer]:
                 self._project(name, shape, layer, part)
                 return
-        if match := re.fullmatch(r"(layers\.\d+\.ffn\.)experts\.(gate_up|down)", name):
+        if match := re.fullmatch(r"(layers\.\d+\.ffn\.)experts\.(gate_up|up|down)", name):
             dense = f"{match[1]}down_proj.weight"
             if name not in self.shapes and dense in self.shapes:
                 self._upcycle(name, shape, match[1])
@@ -179,7 +183,7 @@ class _Planner:
     def _upcycle(self, name: str, shape: Index, prefix: str) -> None:
         """Every expert a copy of the dense feed-forward."""
         experts, inputs, outputs = shape
-        parts = [("down_proj", 0, outputs)]
+        parts = [("up_proj" if name.endswith("up") else "down_proj", 0, outputs)]
         if name.endswith("gate_up"):
             outputs //= 2
             parts = [("gate_proj", 0, outputs), ("up_proj", outputs, outputs)]

@@ -20,6 +20,8 @@ Config = dict[str, Any]
 """A parsed `config.json`."""
 Tables = dict[str, dict[str, Any]]
 """A recipe as tables by section: `{"model": {...}, "moe": {...}, "mixer.mla": {...}}`."""
+FULL = "full_attention"
+"""Softmax attention, in `layer_types`."""
 
 
 class Rows(NamedTuple):
@@ -35,7 +37,8 @@ class Name:
     """A tensor of ours and the tensor of theirs that holds it, or a part of it.
 
     `{layer}` stands for the layer and `{expert}` for the expert; a name with `{expert}` is one matrix [out, in] of an
-    expert, whose transpose is the slice of our stack [E, in, out].
+    expert, whose transpose is the slice of our stack [E, in, out]. Where mixers and feed-forwards are layers of their
+    own, `{mixer}` and `{ffn}` stand for the numbers of these two of a layer of ours.
     """
 
     ours: str
@@ -79,14 +82,18 @@ class Architecture:
     """Whether it is the release's own code that knows it, and transformers does not."""
     aliases: tuple[str, ...] = ()
     """Other values of `architectures` that are read: a multimodal model whose text part it is, an older name."""
-    nested: str = ""
-    """The key of a multimodal `config.json` under which the text part is described."""
+    nested: tuple[str, ...] = ()
+    """Keys of a multimodal `config.json` under one of which the text part is described."""
     spellings: tuple[tuple[Name, ...], ...] = ()
     """Other names that directories have in the place of some of `names`; read where all parts of a tensor are there."""
     ignored: tuple[str, ...] = ()
     """Tensors that are left out, as regular expressions; `{beyond}` is a layer's number behind the last one."""
     layers: Mapping[str, str] = field(default_factory=dict)
-    """Entries of `layer_types` to linear mixers; `full_attention` is the family's attention."""
+    """Entries of `layer_types` to linear mixers, or another word to `full_attention`, the family's attention. The last
+    word for each is written."""
+    feed_forwards: Mapping[str, str] = field(default_factory=dict)
+    """Entries of `layer_types` that are feed-forwards by themselves, to the letters of `model.feed_forwards`: a mixer
+    and the feed-forward after it are one layer here. Empty: an entry is a layer."""
     layer_types: Callable[[Config], list[str]] | None = None
     """What `layer_types` are where `config.json` has none; without it, softmax attention in every layer."""
     rotary: tuple[str, float] | None = None
@@ -98,6 +105,9 @@ class Architecture:
     """Rotary parameters that change nothing for text."""
     float32: tuple[str, ...] = ()
     """Tensors, by our names, that an export into another type leaves as they are."""
+
+    dense: bool = False
+    """Whether it is also that of models without experts."""
 
     @property
     def sparse(self) -> bool:
@@ -164,6 +174,12 @@ HEAD_NORMS = tuple(
     for name in ("q_norm", "k_norm")
 )
 """Norms of each head's queries and keys."""
+
+
+def period(letters: str) -> str:
+    """The shortest string that makes `letters` when it is repeated and cut."""
+    length = len(letters)
+    return next(letters[:n] for n in range(1, length + 1) if (letters[:n] * (length // n + 1)).startswith(letters))
 
 
 def swiglu(ours: str, theirs: str) -> tuple[Name, ...]:

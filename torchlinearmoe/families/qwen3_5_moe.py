@@ -88,7 +88,7 @@ PUBLISHED = Architecture(
     read=read_delta,
     write=write_delta,
     aliases=("Qwen3_5MoeForConditionalGeneration",),
-    nested="text_config",
+    nested=("text_config",),
     spellings=(
         STACKED,
         renamed(NAMES, "model.", "model.language_model."),

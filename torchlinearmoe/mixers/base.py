@@ -124,7 +124,8 @@ class MixerOptions:
 def geometry(options: MixerOptions, model: ModelRecipe) -> tuple[int, int]:
     """(heads, head width) of a linear mixer.
 
-    The default is the family's heads when their width is a multiple of 16 up to 256, else D / 128 heads of 128.
+    The default is the family's heads when their width is a multiple of 16 up to 256, else D / 128 heads of 128, or
+    D / 64 heads of 64 where 128 does not divide D.
     """
     width = model.hidden_size
     if options.heads and options.head_dim:
@@ -136,7 +137,8 @@ def geometry(options: MixerOptions, model: ModelRecipe) -> tuple[int, int]:
     natural = width // model.num_heads
     if width % model.num_heads == 0 and natural % 16 == 0 and 16 <= natural <= 256:
         return model.num_heads, natural
-    return width // 128, 128
+    head = 64 if width % 128 == 64 else 128
+    return width // head, head
 
 
 def expanded(width: int, factor: float) -> int:

@@ -65,6 +65,8 @@ class Options(MixerOptions):
     """Channels of a head that are rotated, the first ones; 0 for all."""
     output_gate: bool = False
     """Multiply what each head reads by a sigmoid gate of the token, a channel each."""
+    scale: float = 0.0
+    """What scores are multiplied by; 0 for 1 / sqrt(head width)."""
 
 
 def _heads(options: Options, model: ModelRecipe) -> tuple[int, int, int]:
@@ -76,7 +78,7 @@ def _heads(options: Options, model: ModelRecipe) -> tuple[int, int, int]:
 
 @register("softmax_attention")
 class SoftmaxAttention(Mixer[Options]):
-    """o = softmax(q k^T / sqrt(d), causal inside the document and the window) v  [* sigmoid(W_g x)]."""
+    """o = softmax(q k^T * scale, causal inside the document and the window) v  [* sigmoid(W_g x)]."""
 
     keeps_past = True
     Options = Options
@@ -88,6 +90,7 @@ class SoftmaxAttention(Mixer[Options]):
         {"qk_norm": "head", "rotary_dim": 10, "output_gate": True},
         {"rope": False, "qk_norm": "head"},
         {"qk_norm": "full"},
+        {"window": 6, "scale": 0.5},
         {"window": 5, "heads": 4, "head_dim": 16, "kv_heads": 2},
         {"window": 65, "heads": 3, "head_dim": 10, "kv_heads": 1},
     )
@@ -97,6 +100,7 @@ class SoftmaxAttention(Mixer[Options]):
         super().__init__(options, model, place)
         self.heads, self.kv_heads, self.head_dim = _heads(options, model)
         self.window = options.window
+        self.scale = options.scale or self.head_dim**-0.5
         self.theta, self.scaling = model.rope_theta, rope_scaling(model)
         self.backend = model.attention_backend
         width, std, bias = model.hidden_size, model.init_std, options.qkv_bias
@@ -117,6 +121,8 @@ class SoftmaxAttention(Mixer[Options]):
     @classmethod
     def check(cls, options: Options, model: ModelRecipe) -> None:
         cls.check_counts(options)
+        if options.scale < 0:
+            raise RecipeError(f"mixer.softmax_attention.scale = {options.scale}: must not be negative")
         heads, kv_heads, width = _heads(options, model)
         if heads % kv_heads:
             raise RecipeError(f"mixer.softmax_attention.kv_heads = {kv_heads}: must divide the {heads} query heads")
@@ -201,8 +207,7 @@ class SoftmaxAttention(Mixer[Options]):
         gate = parts.get("gate")
         q, k, v = self.rotate_heads(parts["q"], parts["k"], parts["v"], *tables)
         if not isinstance(past, Resumed):
-            scale = self.head_dim**-0.5
-            o = attend(q, k, v, context.documents, scale=scale, backend=self.backend, window=self.window)
+            o = attend(q, k, v, context.documents, scale=self.scale, backend=self.backend, window=self.window)
             return self.output(o, gate), after
         attend_state = self._attend_ring if self.window else self._attend_cache
         o, kept = attend_state(q, k, v, context, past.state)
@@ -212,13 +217,12 @@ class SoftmaxAttention(Mixer[Options]):
         """Write the new keys and values into the cache (in place) and attend over it."""
         keys, values = append_to_cache(state, context, keys=k, values=v)
         rows, positions = padded_queries(q, context)
-        out = cached_attention(rows, keys, values, positions, self.head_dim**-0.5)
+        out = cached_attention(rows, keys, values, positions, self.scale)
         kept = {name: state[name] for name in ("keys", "values")}
         return out[context.documents.ids.long(), context.documents.positions], kept
 
     def _attend_ring(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: State) -> tuple[Tensor, State]:
         """Attend over the ring and the new tokens; the ring then holds each sequence's last W tokens."""
-        scale = self.head_dim**-0.5
         documents, slots = context.documents, torch.arange(self.window, device=q.device)
         if context.stepping:
             # The token that left the window gives its slot to the new one, in place.
@@ -229,7 +233,7 @@ class SoftmaxAttention(Mixer[Options]):
             held = min(context.history, self.window)
             keys, values = (state[name][:, :held].to(q.dtype) for name in ("keys", "values"))
             held_BW = _positions_in_slots(last_B, slots[:held], self.window)
-            o = cached_attention(q[:, None], keys, values, last_B[:, None], scale, key_positions=held_BW)
+            o = cached_attention(q[:, None], keys, values, last_B[:, None], self.scale, key_positions=held_BW)
             return o[:, 0], {name: state[name] for name in ("keys", "values")}
         ids, places = documents.ids.long(), documents.positions
         batch, longest = len(documents.lengths), max(documents.lengths)
@@ -247,7 +251,13 @@ class SoftmaxAttention(Mixer[Options]):
         # A row's padding asks in the place of its last token, so that no query is without a key.
         queries = torch.minimum(new_BL, last_B1)
         o = cached_attention(
-            rows, buffers["keys"], buffers["values"], queries, scale, key_positions=key_positions, window=self.window
+            rows,
+            buffers["keys"],
+            buffers["values"],
+            queries,
+            self.scale,
+            key_positions=key_positions,
+            window=self.window,
         )
         kept_BW = _positions_in_slots(last_B1[:, 0], slots, self.window)
         source_BW = torch.where(kept_BW >= seen_B1, self.window + kept_BW - seen_B1, slots)

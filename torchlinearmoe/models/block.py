@@ -4,7 +4,7 @@
     post      x += norm(mixer(x));              x += norm(feed_forward(x))
     stream    x = norm(x);  x += mixer(x);      x = norm(x);  x += feed_forward(x)
 
-A sum may weigh its two parts: x = a x + b y.
+A sum may weigh its two parts: x = a x + b y. There are layers without a feed-forward, which end with the mixer's sum.
 
 Shapes: T packed tokens, D width.
 """
@@ -14,9 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from torchlinearmoe.layers.mlp import SwiGLU
+from torchlinearmoe.layers.mlp import FEED_FORWARDS, NoFeedForward
 from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.mixers.base import Carried, Context, Mixer, State
+from torchlinearmoe.models.layer_feed_forwards import EXPERTS, NONE, feed_forwards
 from torchlinearmoe.module import Module
 from torchlinearmoe.moe.layer import MoE
 from torchlinearmoe.recipe.schema import ModelRecipe
@@ -26,19 +27,25 @@ Scales = tuple[float, float]
 
 
 class Block(Module):
-    """Residual layer of a token mixer and a feed-forward, dense or a Mixture-of-Experts."""
+    """Residual layer of a token mixer and a feed-forward: dense, a Mixture-of-Experts, or none."""
 
+    ffn_norm: RMSNorm
     regions = ("norm_mixer", "add_norm", "add_last")
 
     def __init__(self, model: ModelRecipe, mixer: Mixer, layer: int) -> None:
         super().__init__()
-        placement, self.mixer_scales = placed(model, mixer.keeps_past)
-        self.ffn_scales = model.ffn_scales
+        placement, scales = placed(model, mixer.keeps_past)
+        self.mixer_scales, self.ffn_scales = (
+            (ours, theirs * model.residual_scale) for ours, theirs in (scales, model.ffn_scales)
+        )
         self.norms_behind, self.norms_stream = placement == "post", placement == "stream"
         self.mixer_norm = RMSNorm(model.hidden_size, model.norm_eps, model.norm_offset)
         self.mixer = mixer
-        self.ffn_norm = RMSNorm(model.hidden_size, model.norm_eps, model.norm_offset)
-        self.ffn = _feed_forward(model, layer)
+        kind = feed_forwards(model)[layer]
+        self.register_module("ffn_norm", None)
+        if kind != NONE:
+            self.ffn_norm = RMSNorm(model.hidden_size, model.norm_eps, model.norm_offset)
+        self.ffn = _feed_forward(model, kind)
 
     def norm_mixer(self, x_TD: Tensor) -> Tensor:
         """Input of the mixer, where a norm makes it."""
@@ -63,7 +70,11 @@ class Block(Module):
         """[T, D] -> [T, D]; `state` and `carried` as in the mixer's contract."""
         h_TD = x_TD if self.norms_behind else self.norm_mixer(x_TD)
         y_TD, after, passed_on = self.mixer(h_TD, context, state, carried)
-        x_TD, h_TD = self.add_norm(h_TD if self.norms_stream else x_TD, y_TD)
+        x_TD = h_TD if self.norms_stream else x_TD
+        if isinstance(self.ffn, NoFeedForward):
+            y_TD = self.mixer_norm(y_TD) if self.norms_behind else y_TD
+            return add(x_TD, y_TD, self.mixer_scales), after, passed_on
+        x_TD, h_TD = self.add_norm(x_TD, y_TD)
         if isinstance(self.ffn, MoE):
             h_TD = self.ffn(h_TD, totals=context.totals, documents=context.documents)
         else:
@@ -85,9 +96,11 @@ def add(x: Tensor, y: Tensor, scales: Scales) -> Tensor:
     return torch.add(x if ours == 1 else ours * x, y, alpha=theirs)
 
 
-def _feed_forward(model: ModelRecipe, layer: int) -> nn.Module:
-    """The feed-forward of layer number `layer`."""
+def _feed_forward(model: ModelRecipe, kind: str) -> nn.Module:
+    """A feed-forward of `kind`, one of `layer_feed_forwards.KINDS`."""
     std, out_std = model.init_std, model.init_std / (2 * model.num_layers) ** 0.5
-    if not model.moe.num_experts or layer < model.moe.first_dense_layers:
-        return SwiGLU(model.hidden_size, model.ffn_hidden_size, std, out_std)
-    return MoE(model.hidden_size, model.moe, std, out_std)
+    if kind == NONE:
+        return NoFeedForward()
+    if kind == EXPERTS:
+        return MoE(model.hidden_size, model.moe, std, out_std, model.activation)
+    return FEED_FORWARDS[model.activation](model.hidden_size, model.ffn_hidden_size, std, out_std)

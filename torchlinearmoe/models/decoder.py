@@ -210,9 +210,13 @@ class Decoder(Module):
 
     def _run(self, tokens: Tensor, context: Context, states: list[State] | None) -> tuple[Tensor, list[State]]:
         """Flat tokens [T] through the blocks and the last norm, [T, D]."""
-        x = tokens if tokens.is_floating_point() else self.embed(tokens)
-        x, after, _ = self.run_layers(x, context, states, {})
+        x, after, _ = self.run_layers(self.enter(tokens), context, states, {})
         return self.norm(x), after
+
+    def enter(self, tokens: Tensor) -> Tensor:
+        """What the first layer reads, [T, D], of ids [T] or their embeddings [T, D]."""
+        x = tokens if tokens.is_floating_point() else self.embed(tokens)
+        return x if self.recipe.embed_scale == 1 else x * self.recipe.embed_scale
 
     def run_layers(
         self, x: Tensor, context: Context, states: list[State] | None, carried: Carried
@@ -229,6 +233,8 @@ class Decoder(Module):
 
     def project(self, h: Tensor, labels: Tensor | None = None) -> Tensor:
         """Normed hidden states [T, D] to logits, or with labels to their summed cross entropy."""
+        if self.recipe.logit_divisor != 1:
+            h = h / self.recipe.logit_divisor
         return self.head(h, labels, self.embed.weight if self.recipe.tie_embeddings else None)
 
     def shared_outputs(self) -> dict[str, Tensor]:

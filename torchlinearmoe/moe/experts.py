@@ -1,13 +1,15 @@
-"""The routed experts: E SwiGLU networks over rows sorted by expert, or over tokens that say which of them they want.
+"""The routed experts: E networks over rows sorted by expert, or over tokens that say which of them they want.
 
-y[r] = (silu(x[r] Wg_e) * (x[r] Wu_e)) Wd_e for the expert e of row r.
+    y[r] = (silu(x[r] Wg_e) * (x[r] Wu_e)) Wd_e      SwiGLU, for the expert e of row r
+    y[r] = relu(x[r] Wu_e)^2 Wd_e                    squared ReLU, without gates: `up` [E, D, F] and `down`
 
 Gate and up are one parameter [E, D, 2F], gate first: one product with twice the width instead of two, one gradient of
 x instead of two and their sum. An expert stays one block of dim 0, so expert parallelism shards dim 0 as it is; a
 Hugging Face checkpoint's `gate_proj.weight`, `up_proj.weight` [F, D] and `down_proj.weight` [D, F] of expert e are
 `gate_up[e, :, :F].T`, `gate_up[e, :, F:].T` and `down[e].T`.
 
-T tokens, k experts a token, R rows, D model width, F expert width, E experts (the local ones under expert parallelism).
+T tokens, k experts a token, R rows, D width of what enters an expert, F expert width, E experts (the local ones under
+expert parallelism).
 """
 
 from __future__ import annotations
@@ -37,13 +39,16 @@ class Assigned(NamedTuple):
 
 
 class Experts(Module):
-    """E SwiGLU experts as two 3-D parameters, `gate_up` [E, D, 2F] and `down` [E, F, D].
+    """E experts as two 3-D parameters, `gate_up` [E, D, 2F], or `up` [E, D, F], and `down` [E, F, D].
 
+    activation: "swiglu" or "relu2", as `model.activation`.
     backend: "auto", one of `kernels/experts/` for the whole way from tokens to their sums, or one of
     `kernels/grouped_mm/` for the products on it.
     """
 
     regions = ("forward",)
+    gate_up: nn.Parameter | None
+    up: nn.Parameter | None
 
     def __init__(
         self,
@@ -51,6 +56,7 @@ class Experts(Module):
         hidden_size: int,
         num_experts: int,
         *,
+        activation: str = "swiglu",
         backend: str = "auto",
         std: float = 0.02,
         out_std: float = 0.02,
@@ -58,13 +64,26 @@ class Experts(Module):
         super().__init__()
         self.whole = backend if backend in whole.OPERATOR.find_backends() else "auto"
         self.products = backend if self.whole == "auto" or backend in products.OPERATOR.find_backends() else "auto"
-        self.gate_up = nn.Parameter(torch.empty(num_experts, width, 2 * hidden_size))
+        self.gated = activation == "swiglu"
+        self.register_parameter("gate_up", None)
+        self.register_parameter("up", None)
+        if self.gated:
+            self.gate_up = nn.Parameter(torch.empty(num_experts, width, 2 * hidden_size))
+        else:
+            self.up = nn.Parameter(torch.empty(num_experts, width, hidden_size))
         self.down = nn.Parameter(torch.empty(num_experts, hidden_size, width))
-        set_initializers(self, gate_up=Normal(std), down=Normal(out_std))
+        set_initializers(self, **{"gate_up" if self.gated else "up": Normal(std)}, down=Normal(out_std))
+
+    @property
+    def into(self) -> Tensor:
+        """The matrices that tokens enter by."""
+        into = self.gate_up if self.gated else self.up
+        assert into is not None
+        return into
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
         """The two products, and the whole of which they are a part."""
-        for _, inner, outer in (self.gate_up.shape, self.down.shape):
+        for _, inner, outer in (self.into.shape, self.down.shape):
             yield products.OPERATOR, self.products, products.call(inner, outer, device, dtype)
         yield whole.OPERATOR, self.whole, self._call(device, dtype)
 
@@ -79,7 +98,7 @@ class Experts(Module):
         return choose(whole.OPERATOR, self.whole, self._call(device, dtype)) is not STEP_BY_STEP
 
     def _call(self, device: str, dtype: torch.dtype) -> Call:
-        return whole.call(self.down.shape[2], self.down.shape[1], device, dtype)
+        return whole.call(self.down.shape[2], self.down.shape[1], device, dtype, self.gated)
 
     def forward(
         self,
@@ -96,7 +115,7 @@ class Experts(Module):
         give zeros and receive zero gradients. Without it the counts must sum to R (not checked: that would stop the
         GPU).
         """
-        gate_up_EDF, down_EFD = self.gate_up, self.down
+        gate_up_EDF, down_EFD = self.into, self.down
         if assigned is None:
             assert counts_E is not None
             return expert_rows(x, counts_E, gate_up_EDF, down_EFD, padded, self.products)

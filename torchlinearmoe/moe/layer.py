@@ -7,7 +7,8 @@ Routing and accounting (losses, statistics) run eagerly: the router may be a sha
 through collectives. The dispatcher's two methods, the experts' forward and `add_shared` take and give tensors, each fit
 to be compiled by itself; `parallel` swaps `dispatcher` for one that exchanges tokens between ranks.
 
-T tokens, D model width, k experts a token, R rows given to experts, E experts.
+T tokens, D model width, L width of what enters an expert (D, or `moe.latent_size`), k experts a token, R rows given to
+experts, E experts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.initialize import linear
 from torchlinearmoe.late import to_device
-from torchlinearmoe.layers.mlp import SwiGLU
+from torchlinearmoe.layers.mlp import FEED_FORWARDS
 from torchlinearmoe.module import Module
 from torchlinearmoe.moe.accounting import account
 from torchlinearmoe.moe.balance import Balance, attach_loss
@@ -32,16 +33,20 @@ from torchlinearmoe.recipe.schema import MoERecipe
 
 
 class MoE(Module):
-    """Sparse mixture of SwiGLU experts, plus an optional shared expert that every token passes.
+    """Sparse mixture of experts, plus an optional shared expert that every token passes.
 
     y_t = sum over the chosen experts e of w_te * expert_e(x_t)  [+ sigmoid(g . x_t) * shared(x_t)]
 
+    With a `latent_size` experts work on fewer channels than router and shared expert: the sum is U times that over the
+    e of w_te * expert_e(V x_t), V [L, D] and U [D, L].
+
+    activation: of all experts, as `model.activation`.
     std, out_std: of the initial weights and of those that write into the residual stream.
     """
 
     step_counts_E: Tensor
 
-    def __init__(self, width: int, recipe: MoERecipe, std: float, out_std: float):
+    def __init__(self, width: int, recipe: MoERecipe, std: float, out_std: float, activation: str = "swiglu"):
         super().__init__()
         if recipe.drop_policy not in DROP_POLICIES:
             raise ValueError(f"moe.drop_policy = {recipe.drop_policy!r}: must be one of {', '.join(DROP_POLICIES)}")
@@ -63,8 +68,19 @@ class MoE(Module):
             scaling=recipe.routed_scaling,
             std=std,
         )
-        self.experts = Experts(width, recipe.hidden_size, E, backend=recipe.backend, std=std, out_std=out_std)
-        self.shared = SwiGLU(width, recipe.shared_hidden_size, std, out_std) if recipe.shared_hidden_size else None
+        latent, shared = recipe.latent_size, recipe.shared_hidden_size
+        self.latent_down = linear(width, latent, std) if latent else None
+        self.latent_up = linear(latent, width, out_std) if latent else None
+        self.experts = Experts(
+            latent or width,
+            recipe.hidden_size,
+            E,
+            activation=activation,
+            backend=recipe.backend,
+            std=std,
+            out_std=std if latent else out_std,
+        )
+        self.shared = FEED_FORWARDS[activation](width, shared, std, out_std) if shared else None
         self.shared_gate = linear(width, 1, std) if recipe.shared_hidden_size and recipe.shared_gate else None
         self.balance = Balance(
             E,
@@ -99,13 +115,15 @@ class MoE(Module):
             counted_T = self.balance.layout.own(documents.counted)
         keep_Tk = self._keep(routing, documents, counted_T)
         routing = self._account(routing, keep_Tk, totals, documents, counted_T)
-        if self.dispatcher.stays_here and self.experts.take_tokens(x_TD):
+        x_TL = x_TD if self.latent_down is None else self.latent_down(x_TD)
+        if self.dispatcher.stays_here and self.experts.take_tokens(x_TL):
             assigned = Assigned(routing.topk_ids_Tk, routing.topk_weights_Tk, keep_Tk)
-            y_TD = self.experts(x_TD, assigned=assigned)
+            y_TL = self.experts(x_TL, assigned=assigned)
         else:
-            x_RD, counts_E, context = self.dispatcher.dispatch(x_TD, routing, keep_Tk)
-            y_RD = self.experts(x_RD, counts_E, context.padded)
-            y_TD = self.dispatcher.combine(y_RD, context)
+            x_RL, counts_E, context = self.dispatcher.dispatch(x_TL, routing, keep_Tk)
+            y_RL = self.experts(x_RL, counts_E, context.padded)
+            y_TL = self.dispatcher.combine(y_RL, context)
+        y_TD = y_TL if self.latent_up is None else self.latent_up(y_TL)
         return y_TD if self.shared is None else self.add_shared(y_TD, x_TD)
 
     def _keep(self, routing: Routing, documents: Documents | None, counted_T: Tensor | None) -> Tensor | None:

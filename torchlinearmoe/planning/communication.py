@@ -200,7 +200,7 @@ def add_step(model: Decoder, units: Sequence[Unit], passes: PassSizes, counting:
         moe = layer.ffn
         if isinstance(moe, MoE) and isinstance(moe.dispatcher, ExchangeDispatch):
             rows = passes.tokens // passes.tensor_ranks * moe.router.top_k
-            size = rows * moe.router.weight.shape[1] * passes.dtype.itemsize
+            size = rows * moe.experts.down.shape[2] * passes.dtype.itemsize
             ranks = moe.dispatcher.group.size()
             again = accumulation * is_checkpointed(training, int(index))
             add("ep", ranks, "all-to-all, forward", 2 * (accumulation + counting + again), size)

@@ -20,7 +20,7 @@ from torchlinearmoe.checkpoint.state import model_tensors
 from torchlinearmoe.kernels import dispatch, grouped_mm, swiglu
 from torchlinearmoe.kernels import experts as all_in_one
 from torchlinearmoe.kernels.cross_entropy.chunked import CHUNK_ELEMENTS
-from torchlinearmoe.layers.mlp import SwiGLU
+from torchlinearmoe.layers.mlp import FeedForward, NoFeedForward
 from torchlinearmoe.mixers.base import Mixer
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.moe.grouped_linear import GroupedLinear
@@ -190,10 +190,10 @@ def activation_bytes(
 
     A layer counts, per token: its input and the stream after the mixer (2 D) and both norms' outputs (2 D); the output
     of every projection of the mixer and the input of its output projections; a dense feed-forward's 4 F (both products,
-    silu and what goes into the last one), or what router and experts keep (`router_bytes`, `experts_bytes`). Then the
-    embedding's output and the last norm's. Attention is taken not to keep its scores, recurrences not to keep their
-    states between tokens, and no compiler to recompute; what a mixer keeps beyond its projections (gates, feature maps)
-    is not counted.
+    silu and what goes into the last one; of one without gates 2 F), or what router and experts keep (`router_bytes`,
+    `experts_bytes`). Then the embedding's output and the last norm's. Attention is taken not to keep its scores,
+    recurrences not to keep their states between tokens, and no compiler to recompute; what a mixer keeps beyond its
+    projections (gates, feature maps) is not counted.
 
     A checkpointed layer keeps its input, under `selective` also what its dense matrices give; the largest of them is
     there as a whole while its backward runs.
@@ -207,8 +207,8 @@ def activation_bytes(
         mixer, ffn = layer.mixer, layer.ffn
         assert isinstance(mixer, Mixer) and isinstance(ffn, nn.Module)
         projections = mixer_elements(mixer, model.recipe.hidden_size) * dtype.itemsize
-        whole = 4 * width + projections + feed_forward_bytes(ffn, dtype)
-        gathers = 1 + sum(isinstance(module, SwiGLU) for module in ffn.modules())
+        whole = (2 if isinstance(ffn, NoFeedForward) else 4) * width + projections + feed_forward_bytes(ffn, dtype)
+        gathers = 1 + sum(isinstance(module, FeedForward) for module in ffn.modules())
         if not is_checkpointed(training, int(index)):
             split, gathered = split + whole, gathered + gathers
             continue
@@ -223,13 +223,17 @@ def activation_bytes(
 
 
 def dense_bytes(ffn: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes a token leaves at the outputs of a feed-forward's dense matrices: 2 F + D, and E float32 of a router."""
+    """Bytes a token leaves at the outputs of a feed-forward's dense matrices: 2 F + D, F + D without gates, L + D of
+    latent channels, and E float32 of a router."""
+    if isinstance(ffn, NoFeedForward):
+        return 0
     if isinstance(ffn, MoE):
         shared = 0 if ffn.shared is None else dense_bytes(ffn.shared, dtype)
-        return shared + ffn.router.num_experts * torch.float32.itemsize
-    assert isinstance(ffn, SwiGLU)
+        latent = 0 if ffn.latent_up is None else sum(ffn.latent_up.weight.shape) * dtype.itemsize
+        return shared + latent + ffn.router.num_experts * torch.float32.itemsize
+    assert isinstance(ffn, FeedForward)
     width, hidden = ffn.down_proj.weight.shape
-    return (2 * hidden + width) * dtype.itemsize
+    return (ffn.hidden_layers * hidden + width) * dtype.itemsize
 
 
 def mixer_elements(mixer: Mixer, width: int) -> int:
@@ -250,19 +254,22 @@ def mixer_elements(mixer: Mixer, width: int) -> int:
 
 def feed_forward_bytes(ffn: nn.Module, dtype: torch.dtype) -> int:
     """Bytes a token leaves in a feed-forward."""
+    if isinstance(ffn, NoFeedForward):
+        return 0
     if isinstance(ffn, MoE):
-        width = ffn.experts.down.shape[2]
+        width, latent = ffn.router.weight.shape[1], ffn.experts.down.shape[2]
         shared = 0 if ffn.shared is None else feed_forward_bytes(ffn.shared, dtype)
         gated = 0 if ffn.shared_gate is None else width * dtype.itemsize  # what the gate multiplies
-        return router_bytes(ffn, dtype) + experts_bytes(ffn, dtype) + shared + gated
-    assert isinstance(ffn, SwiGLU)
-    return 4 * ffn.down_proj.weight.shape[1] * dtype.itemsize
+        narrowed = 0 if ffn.latent_up is None else 2 * latent * dtype.itemsize  # what goes in and what comes out
+        return router_bytes(ffn, dtype) + experts_bytes(ffn, dtype) + shared + gated + narrowed
+    assert isinstance(ffn, FeedForward)
+    return 2 * ffn.hidden_layers * ffn.down_proj.weight.shape[1] * dtype.itemsize
 
 
 def router_bytes(moe: MoE, dtype: torch.dtype) -> int:
     """Bytes a token leaves in the router: its own copy [D] in float32 where it computes in less, scores [E] twice, and
     the k chosen with their weights."""
-    width, experts, top_k = moe.experts.down.shape[2], moe.router.num_experts, moe.router.top_k
+    width, experts, top_k = moe.router.weight.shape[1], moe.router.num_experts, moe.router.top_k
     copied = width * torch.float32.itemsize if dtype.itemsize < torch.float32.itemsize else 0
     return copied + 2 * experts * torch.float32.itemsize + top_k * (torch.int64.itemsize + torch.float32.itemsize)
 
@@ -270,22 +277,22 @@ def router_bytes(moe: MoE, dtype: torch.dtype) -> int:
 def experts_bytes(moe: MoE, dtype: torch.dtype) -> int:
     """Bytes a token leaves in the routed experts, on the path that a GPU would take.
 
-    Step by step: rows in and out, 2 D, gates and what they make, 3 F, for each of k experts. All in one, where the
-    experts lie on this rank: 2 F each. Both keep the order of the rows and its inverse. The token itself is the norm's
-    output, which is counted there.
+    Step by step: rows in and out, 2 D (or `moe.latent_size`), gates and what they make, 3 F (2 F without gates), for
+    each of k experts. All in one, where the experts lie on this rank: 2 F each. Both keep the order of the rows and its
+    inverse. The token itself is the norm's output, which is counted there.
     """
     experts, hidden, width = moe.experts.down.shape
     top_k, size = moe.router.top_k, dtype.itemsize
     indices = 2 * top_k * torch.int64.itemsize
     if moe.dispatcher.stays_here and moe.experts.would_take_tokens("cuda", dtype):
         return indices + int(all_in_one.budget(1, top_k, width, hidden, experts, size).saved_bytes) - width * size
-    steps = (
+    steps = [
         dispatch.budget(1, top_k, width, size),
-        grouped_mm.budget(top_k, width, 2 * hidden, experts, size),
-        swiglu.budget(top_k, hidden, size),
+        grouped_mm.budget(top_k, width, (1 + moe.experts.gated) * hidden, experts, size),
         grouped_mm.budget(top_k, hidden, width, experts, size),
-    )
-    return indices + int(sum(step.saved_bytes for step in steps))
+    ]
+    activation = swiglu.budget(top_k, hidden, size).saved_bytes if moe.experts.gated else top_k * hidden * size
+    return indices + int(sum(step.saved_bytes for step in steps) + activation)
 
 
 def loss_bytes(model: Decoder, tokens: int, dtype: torch.dtype, tensor_ranks: int = 1) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from torchlinearmoe.kernels.cross_entropy.chunked import chunk_rows
-from torchlinearmoe.layers.mlp import SwiGLU
+from torchlinearmoe.layers.mlp import FeedForward, NoFeedForward
 from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.models.decoder import Decoder
 from torchlinearmoe.parallel.activation_checkpointing import is_checkpointed
@@ -38,7 +38,7 @@ def add_tensor_collectives(
 ) -> None:
     """Add a step of `forwards` and `backwards` micro-batches of `tokens` tokens, split over `ranks` ranks."""
     width, number = model.recipe.hidden_size, tokens * torch.float32.itemsize
-    parts = len(model.layers) + sum(isinstance(module, SwiGLU) for module in model.modules())
+    parts = len(model.layers) + sum(isinstance(module, FeedForward) for module in model.modules())
     hidden = tokens * width * dtype.itemsize
     first, last = int(model.holds_first), int(model.holds_last)
     for direction, passes, gathered, scattered in (
@@ -51,11 +51,13 @@ def add_tensor_collectives(
         add("tensor", ranks, f"all-reduce, norms {direction}", _spanning_norms(model) * passes, number)
     again = [layer for index, layer in model.layers.items() if is_checkpointed(training, int(index))]
     for layer in again:
-        # The last sum of a layer is not computed again: nothing in its backward asks for it.
-        gathers = 1 + sum(isinstance(module, SwiGLU) for module in layer.modules())
+        # The last sum of a layer is not computed again: nothing in its backward asks for it. It is the mixer's where no
+        # feed-forward follows.
+        gathers = 1 + sum(isinstance(module, FeedForward) for module in layer.modules())
         add("tensor", ranks, "all-gather, tokens forward", gathers * backwards, hidden)
         if training.activation_checkpointing == "full":
-            add("tensor", ranks, "reduce-scatter, tokens forward", backwards, hidden)
+            sums = 0 if isinstance(layer.ffn, NoFeedForward) else backwards
+            add("tensor", ranks, "reduce-scatter, tokens forward", sums, hidden)
             add("tensor", ranks, "all-reduce, norms forward", _spanning_norms(layer) * backwards, number)
     rows = chunk_rows(tokens, model.recipe.vocab_size // ranks)
     for start in range(0, tokens if model.holds_last else 0, rows):

@@ -12,6 +12,7 @@ from typing import Any
 
 from torchlinearmoe.families import FAMILIES
 from torchlinearmoe.mixers import MIXERS
+from torchlinearmoe.models.layer_feed_forwards import DENSE, NONE, feed_forwards
 from torchlinearmoe.models.layer_mixers import used_mixers
 from torchlinearmoe.recipe.schema import ModelRecipe, Recipe
 
@@ -26,7 +27,8 @@ def unread(recipe: Recipe) -> dict[str, str]:
     rules = (
         (_runs_its_mixer(model), "model.mixer", "an L in model.layout, and no model.mixers"),
         (not model.mixers, "model.layout", "to be without model.mixers"),
-        (not moe.num_experts or moe.first_dense_layers, "model.ffn_hidden_size", "layers without experts"),
+        (DENSE in feed_forwards(model), "model.ffn_hidden_size", "layers without experts"),
+        ({*feed_forwards(model)} != {NONE}, "model.activation", "a layer with a feed-forward"),
         (
             model.rope_scaling != "none",
             "model.rope_factor model.rope_original_length model.rope_beta_slow model.rope_beta_fast",

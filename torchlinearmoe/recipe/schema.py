@@ -35,6 +35,8 @@ class MoERecipe:
     """Experts a token is sent to."""
     hidden_size: int = of_size(0)
     """Hidden width of one expert."""
+    latent_size: int = of_size(0, default=0)
+    """Channels that tokens are projected to before routed experts, and back after them; 0 for the model's width."""
     shared_hidden_size: int = of_size(0)
     """Hidden width of the shared expert every token passes; 0 for none."""
     shared_gate: bool = of_size(False)
@@ -94,6 +96,12 @@ class ModelRecipe:
     hybrids, `M` (Mamba-2) and `*` (as `N`), are read too."""
     mixers: tuple[str, ...] = ()
     """One mixer name a layer; takes the place of `layout` when given."""
+    feed_forwards: str = of_size("E", default="E")
+    """What follows the mixer of a layer: `E` (experts; a dense feed-forward without `moe.num_experts`), `-` (a dense
+    one) and `.` (nothing), repeated and cut to `num_layers`."""
+    activation: Literal["swiglu", "relu2"] = of_size("swiglu", default="swiglu")
+    """What feed-forwards and experts compute between their matrices: up times the SiLU of a gate, or, without a gate,
+    the square of what of up is above zero."""
     hidden_size: int = of_size()
     """Model width."""
     num_layers: int = of_size()
@@ -144,6 +152,12 @@ class ModelRecipe:
     """The same of softmax attention."""
     ffn_scales: tuple[float, float] = of_size((1.0, 1.0), default=(1.0, 1.0))
     """The same of feed-forwards."""
+    embed_scale: float = of_size(1.0, default=1.0)
+    """What embeddings are multiplied by."""
+    residual_scale: float = of_size(1.0, default=1.0)
+    """What mixers and feed-forwards are multiplied by where they are added to the residual stream."""
+    logit_divisor: float = of_size(1.0, default=1.0)
+    """What logits are divided by."""
     tie_embeddings: bool = of_size()
     """Use the embedding as the output head."""
     init_std: float = of_size()

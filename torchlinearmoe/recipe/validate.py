@@ -9,6 +9,7 @@ from torchlinearmoe.kernels.experts import OPERATOR as experts_operator
 from torchlinearmoe.kernels.grouped_mm import OPERATOR as products_operator
 from torchlinearmoe.kernels.operator import legal_names
 from torchlinearmoe.mixers import MIXERS
+from torchlinearmoe.models.layer_feed_forwards import DENSE, EXPERTS, KINDS, feed_forwards
 from torchlinearmoe.models.layer_mixers import LETTERS, used_mixers
 from torchlinearmoe.recipe.schema import DataRecipe, ModelRecipe, MoERecipe, Recipe
 
@@ -26,6 +27,7 @@ LIMITS = {
     "moe": {
         "num_experts": 2**16,
         "hidden_size": 2**22,
+        "latent_size": 2**18,
         "shared_hidden_size": 2**22,
         "capacity_factor": 2**16,
         "eval_capacity_factor": 2**16,
@@ -89,7 +91,8 @@ def _bounded(recipe: Recipe) -> None:
             limit = MIXER_LIMITS.get(field.name, MIXER_LIMIT if type(value) is int else None)
             if limit is not None:
                 _at_most(f"mixer.{mixer}.{field.name}", value, limit)
-    for name, length in (("layout", len(model.layout)), ("mixers", len(model.mixers))):
+    for name in ("layout", "mixers", "feed_forwards"):
+        length = len(getattr(model, name))
         if length > LIMITS["model"]["num_layers"]:
             raise RecipeError(f"model.{name}: names {length} layers; at most {LIMITS['model']['num_layers']}")
 
@@ -114,6 +117,7 @@ def _positive(recipe: Recipe) -> None:
                 raise RecipeError(f"{section}.{name} = {value}: must be at least 1")
     for section, owner, names in (
         ("model", model, "rope_theta norm_eps init_std rope_beta_slow rope_beta_fast"),
+        ("model", model, "embed_scale residual_scale logit_divisor"),
         ("optimizer", recipe.optimizer, "eps"),
         ("metrics", recipe.metrics, "peak_tflops"),
         ("moe", model.moe, "routed_scaling capacity_factor eval_capacity_factor"),
@@ -131,7 +135,7 @@ def _positive(recipe: Recipe) -> None:
         ("data", recipe.data, "workers min_length"),
         ("optimizer", recipe.optimizer, "lr min_lr weight_decay clip_norm"),
         ("parallel", recipe.parallel, "pipeline_stages_per_rank"),
-        ("moe", model.moe, "num_experts top_k hidden_size shared_hidden_size"),
+        ("moe", model.moe, "num_experts top_k hidden_size latent_size shared_hidden_size"),
         ("moe", model.moe, "num_groups top_k_groups first_dense_layers"),
         ("moe", model.moe, "balance_coefficient z_loss_coefficient bias_rate"),
     ):
@@ -260,6 +264,10 @@ def _layers(recipe: Recipe) -> None:
     model = recipe.model
     if not model.layout or set(model.layout).difference(LETTERS):
         raise RecipeError(f"model.layout = '{model.layout}': must be a non-empty string over {', '.join(LETTERS)}")
+    if not model.feed_forwards or set(model.feed_forwards).difference(KINDS):
+        raise RecipeError(
+            f"model.feed_forwards = '{model.feed_forwards}': must be a non-empty string over {', '.join(KINDS)}"
+        )
     if model.mixer not in MIXERS:
         raise RecipeError(f"model.mixer = '{model.mixer}': unknown mixer; {nearest(model.mixer, MIXERS.names())}")
     for index, name in enumerate(model.mixers):
@@ -278,7 +286,7 @@ def _model(recipe: Recipe) -> None:
             raise RecipeError(f"model.{name} = {list(scales)}: both must be positive")
     if model.num_heads % model.num_kv_heads:
         raise RecipeError(f"model.num_kv_heads = {model.num_kv_heads}: must divide model.num_heads = {model.num_heads}")
-    if model.ffn_hidden_size < 1 and (not model.moe.num_experts or model.moe.first_dense_layers):
+    if model.ffn_hidden_size < 1 and DENSE in feed_forwards(model):
         raise RecipeError(f"model.ffn_hidden_size = {model.ffn_hidden_size}: must be at least 1 in dense layers")
     _rope(model)
     for name in used_mixers(model):
@@ -309,6 +317,11 @@ def _moe(recipe: Recipe) -> None:
         raise RecipeError(
             f"moe.first_dense_layers = {moe.first_dense_layers}: must leave some of model.num_layers = {layers} to the "
             "experts; or set moe.num_experts = 0"
+        )
+    if EXPERTS not in feed_forwards(recipe.model):
+        raise RecipeError(
+            f"model.feed_forwards = '{recipe.model.feed_forwards}': leaves no layer to the experts; put an E behind "
+            "moe.first_dense_layers, or set moe.num_experts = 0"
         )
     if not 1 <= moe.top_k <= moe.num_experts:
         raise RecipeError(f"moe.top_k = {moe.top_k}: must lie between 1 and moe.num_experts = {moe.num_experts}")
@@ -406,7 +419,7 @@ def _tensor(recipe: Recipe) -> None:
     for name in used_mixers(model):
         groups, count = MIXERS[name].head_groups(model.mixer_options[name], model)
         shared_out.append((f"{groups} of {name}", count))
-    if not model.moe.num_experts or model.moe.first_dense_layers:
+    if DENSE in feed_forwards(model):
         shared_out.append(("model.ffn_hidden_size", model.ffn_hidden_size))
     if model.moe.num_experts:
         shared_out.append(("moe.shared_hidden_size", model.moe.shared_hidden_size))

@@ -53,8 +53,22 @@ HYBRIDS: dict[tuple[str, str], tuple[float, float]] = {
     ("bailing_hybrid", "A5B"): (124e9, 5.1e9 + 157184 * 2560),  # the published active ones are without the embedding
     ("olmo_hybrid", "7B"): (7.43e9, 7.43e9),
     ("minimax", "A46B"): (456e9, 45.9e9 + 2 * 200064 * 6144),  # the paper's active ones are without embeddings
+    ("nemotron_h", "4B"): (3.9736e9, 3.9736e9),
+    ("nemotron_h", "9B"): (8.89e9, 8.89e9),
+    ("nemotron_h", "A3B"): (31.6e9, 3.58e9),
+    ("nemotron_h", "A12B"): (120.67e9, 12.77e9),
+    ("nemotron_h", "A55B"): (550e9, 55.5e9),
+    ("granitemoehybrid", "350M"): (0.340e9, 0.340e9),
+    ("granitemoehybrid", "1B"): (1.46e9, 1.46e9),
+    ("granitemoehybrid", "3B"): (3.19e9, 3.19e9),
+    ("granitemoehybrid", "A0.4B"): (1.334e9, 0.43e9),
+    ("granitemoehybrid", "A0.8B"): (3.30e9, 0.88e9),
+    ("granitemoehybrid", "A1B"): (6.94e9, 1.465e9),
+    ("granitemoehybrid", "A9B"): (32.21e9, 8.80e9),
 }
-"""Sizes with the published layout, by name and text part alone; totals are rounded to whole billions in the names."""
+"""Sizes with the published layout, by name and text part alone; totals are rounded to whole billions in the names.
+Granite's are sums over its published dimensions, by hand; its cards round them to 350M, 1B, 3B, 7B of 1B and 32B of 9B.
+"""
 LINEAR_MOE: dict[tuple[str, str], tuple[float, float]] = {
     ("qwen2", "A0.3B"): (2.49e9, 0.64e9),
     ("qwen2", "A1B"): (7.40e9, 1.77e9),

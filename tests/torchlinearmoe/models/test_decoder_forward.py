@@ -12,11 +12,13 @@ from torch.nn import functional as F
 from torchlinearmoe import build_model
 from torchlinearmoe.documents import Documents
 from torchlinearmoe.families.base import FAMILIES
+from torchlinearmoe.layers.mlp import NoFeedForward
 from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.mixers.base import Mixer
 from torchlinearmoe.models.block import Block
 from torchlinearmoe.models.flops import active_parameters, forward_flops_per_token, training_flops_per_token
 from torchlinearmoe.models.layer_mixers import layer_mixers
+from torchlinearmoe.moe.layer import MoE
 from torchlinearmoe.recipe import resolve
 
 
@@ -30,6 +32,59 @@ def test_packed_documents_equal_documents_alone(layout: dict[str, Any]):
         alone = torch.cat([model(part) for part in tokens.split(lengths, 1)], 1)
     assert packed.shape == (1, sum(lengths), VOCAB)
     assert relative(packed, alone) < 1e-10
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_scales_of_the_model_are_scales_of_its_weights(tied: bool):
+    plain = {"mixer": "gla", "layout": "LN", "num_layers": 2, "tie_embeddings": tied}
+    model = small_model({**plain, "embed_scale": 3.0, "residual_scale": 0.4, "logit_divisor": 5.0})
+    scaled = small_model(plain)
+    with torch.no_grad():
+        for name, weight in scaled.named_parameters():
+            writes = name.endswith(("o_proj.weight", "down_proj.weight", "experts.down"))
+            weight.mul_(3.0 if name == "embed.weight" else 0.4 if writes else 1.0)
+        if tied:  # the head reads the same weight, and the norm before it is free
+            scaled.norm.weight.div_(3.0)
+        scaled.norm.weight.div_(5.0)
+    tokens, labels = random_tokens(2, 30), random_tokens(60, seed=3)
+    with torch.no_grad():
+        assert relative(model(tokens), scaled(tokens)) < 1e-12
+        assert relative(model(tokens, labels=labels), scaled(tokens, labels=labels)) < 1e-12
+        embedded = model.embed(tokens)
+        assert relative(model(embedded), scaled(3.0 * embedded)) < 1e-12
+        found, state = model.prefill(tokens[:, :20], model.init_state(2))
+        steps = [found]
+        for token in tokens[:, 20:].unbind(1):
+            found, state = model.step(token, state)
+            steps.append(found[:, None])
+        assert relative(torch.cat(steps, 1), scaled(tokens)) < 1e-12
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+def test_a_layer_has_the_feed_forward_that_its_letter_says(activation: str):
+    plain = {"mixer": "gla", "layout": "LN", "num_layers": 5, "activation": activation}
+    model = small_model({**plain, "feed_forwards": "E-."}, {"first_dense_layers": 1, "latent_size": 8})
+    kinds = {True: "E", False: "-"}
+    found = "".join(
+        "." if isinstance(layer.ffn, NoFeedForward) else kinds[isinstance(layer.ffn, MoE)]
+        for layer in model.layers.values()
+    )
+    assert found == "--.E-" and model.layers["2"].ffn_norm is None
+    whole = small_model({**plain, "feed_forwards": "EE-"}, {"first_dense_layers": 2, "latent_size": 8})
+    with torch.no_grad():  # a layer without is one whose feed-forward gives nothing
+        whole.load_state_dict(model.state_dict(), strict=False)
+        whole.get_parameter("layers.2.ffn.down_proj.weight").zero_()
+    tokens = random_tokens(2, 30)
+    assert [isinstance(layer.ffn, MoE) for layer in whole.layers.values()] == [False, False, False, True, True]
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(model(tokens), whole(tokens))
+    whole.layers["4"].ffn = model.layers["4"].ffn
+    with torch.no_grad():
+        assert relative(model(tokens), whole(tokens)) < 1e-12
+        found, state = model.prefill(tokens[:, :25], model.init_state(2))
+        for token in tokens[:, 25:].unbind(1):
+            last, state = model.step(token, state)
+        assert relative(last, whole(tokens)[:, -1]) < 1e-12
 
 
 @every_layout

@@ -16,8 +16,11 @@ COUNTS = {
 }
 
 
-def experts(E: int, D: int, F_: int, dtype: torch.dtype, backend: str) -> Experts:
-    module = Experts(D, F_, E, backend=backend).to(dtype)
+every_activation = pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+
+
+def experts(E: int, D: int, F_: int, dtype: torch.dtype, backend: str, activation: str = "swiglu") -> Experts:
+    module = Experts(D, F_, E, activation=activation, backend=backend).to(dtype)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(0, 0.3)
@@ -38,8 +41,9 @@ def dense(module: Experts, x: torch.Tensor, counts: list[int], dy: torch.Tensor)
     rows, r = [], 0
     for e, count in enumerate(counts):
         for _ in range(count):
-            gate, up = x[r] @ module.gate_up[e][:, :width], x[r] @ module.gate_up[e][:, width:]
-            rows.append((gate * torch.sigmoid(gate) * up) @ module.down[e])
+            up = x[r] @ module.into[e][:, -width:]
+            gate = x[r] @ module.into[e][:, :width] if module.gated else up
+            rows.append((gate * (torch.sigmoid(gate) if module.gated else up > 0) * up) @ module.down[e])
             r += 1
     y = torch.stack(rows) if rows else x.new_empty(0, x.shape[1])
     grads = torch.autograd.grad(y, [x, *module.parameters()], dy, allow_unused=True)
@@ -50,9 +54,10 @@ def dense(module: Experts, x: torch.Tensor, counts: list[int], dy: torch.Tensor)
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
-def test_loop_equals_row_by_row_arithmetic(counts: list[int]) -> None:
+@every_activation
+def test_loop_equals_row_by_row_arithmetic(activation: str, counts: list[int]) -> None:
     torch.manual_seed(sum(counts))
-    module = experts(len(counts), 5, 3, torch.float64, "loop")
+    module = experts(len(counts), 5, 3, torch.float64, "loop", activation)
     x, dy = torch.randn(2, sum(counts), 5, dtype=torch.float64)
     if not counts or not sum(counts):
         y = module(x, torch.tensor(counts))
@@ -68,14 +73,15 @@ def test_expanded_gradients_are_taken(backend: str) -> None:
     x = torch.randn(9, 8, requires_grad=True)
     module(x, torch.tensor([2, 3, 4])).sum().backward()
     expected = forward_backward(module, x, torch.tensor([2, 3, 4]), torch.ones(9, 8))
-    torch.testing.assert_close([x.grad, module.gate_up.grad, module.down.grad], expected[1:])
+    torch.testing.assert_close([x.grad, module.into.grad, module.down.grad], expected[1:])
 
 
 @pytest.mark.parametrize("backend", ["grouped_mm", "loop"])
-def test_surplus_rows_reach_nothing(backend: str) -> None:
+@every_activation
+def test_surplus_rows_reach_nothing(activation: str, backend: str) -> None:
     torch.manual_seed(3)
     counts, real = torch.tensor([3, 0, 4]), 7
-    module = experts(3, 8, 16, torch.float32, backend)
+    module = experts(3, 8, 16, torch.float32, backend, activation)
     x, dy = torch.randn(2, real + 5, 8)
     expected = forward_backward(module, x[:real], counts, dy[:real])
     x[real:] = float("nan")
@@ -91,12 +97,14 @@ def test_surplus_rows_reach_nothing(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("padded", [False, True])
-def test_compiles_whole_in_every_dtype(dtype: torch.dtype, padded: bool) -> None:
+@every_activation
+def test_compiles_whole_in_every_dtype(activation: str, dtype: torch.dtype, padded: bool) -> None:
     torch.manual_seed(5)
-    module = experts(4, 16, 8, dtype, "auto")
+    module = experts(4, 16, 8, dtype, "auto", activation)
     counts = torch.tensor([5, 0, 2, 4])
     x, dy = torch.randn(2, 11 + 3 * padded, 16).to(dtype)
     expected = forward_backward(module, x, counts, dy, padded=padded)
+    torch.compiler.reset()  # one function is compiled so often and no more
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     got = forward_backward(compiled, x, counts, dy, padded=padded)
     torch.testing.assert_close(got, expected)

@@ -24,11 +24,23 @@ def dense(layer: MoE, x: Tensor, renormalize: bool, top_k: int, keep: Tensor | N
         for j, e in enumerate(chosen):
             if keep is not None and not keep[t, j]:
                 continue
-            gate, up = (token @ layer.experts.gate_up[e]).split(width)
-            y = y + probs[e] / norm * ((gate * gate.sigmoid() * up) @ layer.experts.down[e])
+            inner = token if layer.latent_down is None else layer.latent_down.weight @ token
+            if layer.experts.gated:
+                gate, up = (inner @ layer.experts.into[e]).split(width)
+                hidden = gate * gate.sigmoid() * up
+            else:
+                up = inner @ layer.experts.into[e]
+                hidden = up * up * (up > 0)
+            out = hidden @ layer.experts.down[e]
+            y = y + probs[e] / norm * (out if layer.latent_up is None else layer.latent_up.weight @ out)
         if layer.shared is not None:
-            gate, up = layer.shared.gate_proj.weight @ token, layer.shared.up_proj.weight @ token
-            shared = layer.shared.down_proj.weight @ (gate * gate.sigmoid() * up)
+            up = layer.shared.up_proj.weight @ token
+            if layer.experts.gated:
+                gate = layer.shared.gate_proj.weight @ token
+                hidden = gate * gate.sigmoid() * up
+            else:
+                hidden = up * up * (up > 0)
+            shared = layer.shared.down_proj.weight @ hidden
             if layer.shared_gate is not None:
                 shared = shared * (layer.shared_gate.weight @ token).sigmoid()
             y = y + shared
@@ -61,6 +73,22 @@ def test_equals_the_dense_computation(build, T: int, top_k: int, renormalize: bo
 def test_shared_expert_is_added(build, gated: bool) -> None:
     torch.manual_seed(3)
     layer = build(D, shared_hidden_size=5, shared_gate=gated)
+    x, dy = torch.randn(2, 12, D, dtype=torch.float64)
+    x.requires_grad_()
+    compare(layer, x, dense(layer, x, True, 2), layer(x), dy)
+
+
+@pytest.mark.parametrize("latent_size", [0, 4])
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+@pytest.mark.parametrize("backend", ["loop", "reference"])
+def test_experts_without_gates_and_on_latent_channels(build, activation: str, latent_size: int, backend: str) -> None:
+    """Steps around them, or all of it at once."""
+    torch.manual_seed(11)
+    layer = build(D, activation=activation, latent_size=latent_size, shared_hidden_size=5, backend=backend)
+    assert {name for name, _ in layer.experts.named_parameters()} == {
+        "gate_up" if activation == "swiglu" else "up",
+        "down",
+    }
     x, dy = torch.randn(2, 12, D, dtype=torch.float64)
     x.requires_grad_()
     compare(layer, x, dense(layer, x, True, 2), layer(x), dy)

@@ -167,6 +167,30 @@ def test_groups_of_experts_that_cannot_be_are_named(moe: dict[str, Any], field: 
     assert _refused({"moe": moe}).startswith(field)
 
 
+@pytest.mark.parametrize(
+    ("tables", "field"),
+    [
+        ({"model": {"feed_forwards": ""}}, "model.feed_forwards = '': must be a non-empty string over E, -, ."),
+        ({"model": {"feed_forwards": "EX"}}, "model.feed_forwards = 'EX': must be a non-empty string over E, -, ."),
+        ({"model": {"feed_forwards": ".-"}}, "model.feed_forwards = '.-': leaves no layer to the experts"),
+        (
+            {"model": {"feed_forwards": "E..."}, "moe": {"first_dense_layers": 1}},
+            "model.feed_forwards = 'E...': leaves no layer to the experts",
+        ),
+        ({"model": {"feed_forwards": "E" * 5000}}, "model.feed_forwards: names 5000 layers; at most 4096"),
+        ({"model": {"feed_forwards": "E-", "ffn_hidden_size": 0}}, "model.ffn_hidden_size = 0: must be at least 1"),
+        ({"moe": {"latent_size": -1}}, "moe.latent_size = -1: must not be negative"),
+        ({"model": {"activation": "gelu"}}, "model.activation = 'gelu'"),
+        ({"model": {"logit_divisor": 0.0}}, "model.logit_divisor = 0.0: must be positive"),
+        ({"mixer": {"softmax_attention": {"scale": -0.5}}}, "mixer.softmax_attention.scale = -0.5: must not be"),
+    ],
+    ids=str,
+)
+def test_parts_of_layers_that_cannot_be_are_named(tables: dict[str, Any], field: str):
+    layout = {"model": {"layout": "N"}} if "mixer" in tables else {}
+    assert _refused({**layout, **tables}).startswith(field)
+
+
 def test_dense_layers_need_a_width():
     message = _refused({"model": {"ffn_hidden_size": 0}, "moe": {"first_dense_layers": 1}})
     assert message == "model.ffn_hidden_size = 0: must be at least 1 in dense layers"

@@ -8,7 +8,8 @@ from typing import Any
 from torchlinearmoe.checkpoint.huggingface.directory import CONFIG
 from torchlinearmoe.errors import UserError, nearest
 from torchlinearmoe.families import FAMILIES, Family
-from torchlinearmoe.families.huggingface import Architecture, Config, Tables
+from torchlinearmoe.families.huggingface import FULL, Architecture, Config, Tables, period
+from torchlinearmoe.models.layer_feed_forwards import DENSE, NONE, feed_forwards
 from torchlinearmoe.models.layer_mixers import layer_mixers
 from torchlinearmoe.recipe import ModelRecipe, Recipe, RecipeError, resolve
 from torchlinearmoe.recipe.parse import flatten
@@ -22,8 +23,6 @@ UNCHANGED_MOE = (
 """The same of `[moe]`; a selection bias shows in the tensors."""
 
 
-FULL = "full_attention"
-"""Softmax attention, in `layer_types`."""
 ROPE: dict[str, tuple[str, dict[str, str]]] = {
     "default": ("none", {}),
     "llama3": (
@@ -48,6 +47,8 @@ ROPE: dict[str, tuple[str, dict[str, str]]] = {
     ),
 }
 """`rope_type` to `model.rope_scaling`, and its parameters to `[model]` keys."""
+MOST_ENTRIES = 2**13
+"""Of `layer_types`: a mixer and a feed-forward for each layer that a recipe may have."""
 ROPE_DEFAULTS = {"beta_slow": 1, "beta_fast": 32, "mscale": 0, "mscale_all_dim": 0}
 ROPE_FIXED = {"truncate": True, "partial_rotary_factor": 1.0}
 
@@ -109,14 +110,20 @@ def write_config(model: ModelRecipe) -> Config | None:
     if model.moe.balance == "none":
         tables["moe"]["balance_coefficient"] = 0.0
     for architecture in FAMILIES[model.family].published:
-        if architecture.sparse != (model.moe.num_experts > 0):
+        if architecture.sparse != (model.moe.num_experts > 0) and not architecture.dense:
             continue
         config: Config = {"architectures": [architecture.name], "model_type": architecture.model_type}
         config |= {key: _get(tables, target) for key, target in architecture.keys.items()}
         config |= architecture.fixed
         if architecture.layers:
             words = {mixer: word for word, mixer in architecture.layers.items()}
-            config["layer_types"] = [words.get(mixer, FULL) for mixer in layer_mixers(model)]
+            full = words.get(FULL, FULL)
+            after = {letter: [word] for word, letter in architecture.feed_forwards.items()}
+            config["layer_types"] = [
+                word
+                for mixer, kind in zip(layer_mixers(model), feed_forwards(model), strict=True)
+                for word in (words.get(mixer, full), *after.get(kind, ()))
+            ]
         _write_rope(tables, config, architecture)
         try:
             if architecture.write is not None:
@@ -134,14 +141,15 @@ def _essence(model: ModelRecipe) -> dict[str, Any]:
     flat = flatten(model)
     for key in (*UNCHANGED, *(f"moe.{key}" for key in UNCHANGED_MOE)):
         flat.pop(key)
+    kinds, _ = feed_forwards(model), flat.pop("feed_forwards")
     selection_bias = flat.pop("moe.selection_bias") or model.moe.balance == "bias"
     if not model.moe.num_experts:
         flat = {key: value for key, value in flat.items() if not key.startswith("moe.")}
-    elif not model.moe.first_dense_layers:
+    if DENSE not in kinds:
         flat.pop("ffn_hidden_size")
     if model.rope_scaling == "none":
         flat = {key: value for key, value in flat.items() if key == "rope_theta" or not key.startswith("rope_")}
-    return flat | {"layers": layer_mixers(model), "selection bias": selection_bias}
+    return flat | {"layers": layer_mixers(model), "kinds": kinds, "selection bias": selection_bias}
 
 
 def _tables(model: ModelRecipe) -> Tables:
@@ -165,16 +173,18 @@ def _derived(key: str, config: Config) -> Any:
 
 def _text_part(where: Path, config: Config, architecture: Architecture) -> Config:
     """What describes the text model: the nested part, and what stands beside it and not in it, by the usual keys."""
-    nested = config.get(architecture.nested, {})
-    if not isinstance(nested, dict):
-        raise UserError(f"{where}: {architecture.nested} = {nested!r}: must be an object")
-    config = {**config, **nested}
+    for key in architecture.nested:
+        nested = config.get(key, {})
+        if not isinstance(nested, dict):
+            raise UserError(f"{where}: {key} = {nested!r}: must be an object")
+        config = {**config, **nested}
     usual = {usual: config[other] for other, usual in architecture.synonyms.items() if other in config}
     return {**usual, **config}
 
 
-def _layers(where: Path, config: Config, architecture: Architecture) -> dict[str, str]:
-    """`model.layout`, the shortest that repeats, and `model.mixer` where it has an `L`."""
+def _layers(where: Path, config: Config, architecture: Architecture) -> dict[str, Any]:
+    """`model.layout`, the shortest that repeats, `model.mixer` where it has an `L`, and where feed-forwards are entries
+    by themselves `model.num_layers` and `model.feed_forwards`."""
     types = config.get("layer_types")
     if types is None and architecture.layer_types is not None:
         try:
@@ -182,17 +192,37 @@ def _layers(where: Path, config: Config, architecture: Architecture) -> dict[str
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}") from None
     types = types or [FULL]
-    legal = [FULL, *architecture.layers]
+    words = {FULL: FULL, **architecture.layers}
+    legal = [*words, *architecture.feed_forwards]
     if not isinstance(types, list) or any(kind not in legal for kind in types):
         raise UserError(f"{where}: layer_types = {types!r}: not supported; legal: {', '.join(map(repr, legal))}")
-    linear = {architecture.layers[kind] for kind in types if kind != FULL}
+    if len(types) > MOST_ENTRIES:
+        raise UserError(f"{where}: layer_types: names {len(types)} layers; at most {MOST_ENTRIES}")
+    mixers = [words[kind] for kind in types if kind in words]
+    linear = {*mixers} - {FULL}
     assert len(linear) <= 1, "one linear mixer an architecture"
-    letters = "".join("N" if kind == FULL else "L" for kind in types)
-    period = next(n for n in range(1, len(letters) + 1) if (letters[:n] * len(letters)).startswith(letters))
-    layers = config.get("num_hidden_layers")
-    if period > 1 and len(letters) != layers:
-        raise UserError(f"{where}: layer_types: names {len(letters)} layers, num_hidden_layers = {layers!r}")
-    return {"layout": letters[:period], **({"mixer": linear.pop()} if linear else {})}
+    layout, layers = "".join("N" if mixer == FULL else "L" for mixer in mixers), config.get("num_hidden_layers")
+    told: dict[str, Any] = {"layout": period(layout), **({"mixer": linear.pop()} if linear else {})}
+    if architecture.feed_forwards:
+        told |= {"num_layers": len(mixers), "feed_forwards": period(_after_mixers(where, types, architecture))}
+        layers = len(types) if layers is None else layers
+    if (len(told["layout"]) > 1 or architecture.feed_forwards) and len(types) != layers:
+        raise UserError(f"{where}: layer_types: names {len(types)} layers, num_hidden_layers = {layers!r}")
+    return told
+
+
+def _after_mixers(where: Path, types: list[str], architecture: Architecture) -> str:
+    """What follows each mixer, as `model.feed_forwards`."""
+    kinds: list[str] = []
+    for place, kind in enumerate(types):
+        letter = architecture.feed_forwards.get(kind)
+        if letter is None:
+            kinds.append(NONE)
+        elif kinds and kinds[-1] == NONE:
+            kinds[-1] = letter
+        else:
+            raise UserError(f"{where}: layer_types[{place}] = {kind!r}: must follow a mixer")
+    return "".join(kinds)
 
 
 def _read_rope(where: Path, config: Config, tables: Tables, architecture: Architecture) -> None:

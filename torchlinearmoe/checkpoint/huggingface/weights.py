@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -17,11 +18,16 @@ from torchlinearmoe.checkpoint.huggingface.own import ARCHITECTURE, own_copies, 
 from torchlinearmoe.errors import UserError
 from torchlinearmoe.families.huggingface import Architecture, Name
 from torchlinearmoe.models.decoder import Decoder
+from torchlinearmoe.models.layer_feed_forwards import EXPERTS, NONE, feed_forwards
 from torchlinearmoe.models.layer_mixers import layer_mixers
 from torchlinearmoe.recipe import ModelRecipe
 
 NOT_READ = re.compile(r".*\.rotary_emb\.inv_freq")
 """Tensors of old directories that hold nothing learnt."""
+
+
+NUMBER = re.compile(r"\{(layer|mixer|ffn)\}")
+"""What stands for a number in names."""
 
 
 def model_shapes(model: ModelRecipe) -> dict[str, Index]:
@@ -70,14 +76,23 @@ def _spelled(
     there: Mapping[str, Index] | None,
 ) -> Iterator[Copy]:
     """The copies of one tensor of ours, by the names of one spelling."""
-    mixers = layer_mixers(model)
+    mixers, kinds = layer_mixers(model), feed_forwards(model)
     for pattern, name in patterns:
-        if (match := pattern.fullmatch(ours)) and (not name.mixer or mixers[int(match[1])] == name.mixer):
-            layer = match[1] if match.groups() else ""
+        if not (match := pattern.fullmatch(ours)):
+            continue
+        if not match.groups():
+            yield from _parts(name, name.theirs, shapes[ours], model)
+        elif not name.mixer or mixers[int(match[1])] == name.mixer:
             if name.joined:
-                yield from _across(name, layer, ours, shapes, there or {})
-            else:
-                yield from _parts(name, name.theirs.replace("{layer}", layer), shapes[ours], model)
+                yield from _across(name, match[1], ours, shapes, there or {})
+                continue
+            before = sum(2 - (kind == NONE) for kind in kinds[: int(match[1])])
+            numbers = {"layer": match[1], "mixer": str(before), "ffn": str(before + 1)}
+            yield from _parts(name, _numbered(name.theirs, numbers), shapes[ours], model)
+
+
+def _numbered(name: str, numbers: Mapping[str, str]) -> str:
+    return NUMBER.sub(lambda found: numbers[found[1]], name)
 
 
 def _parts(name: Name, theirs: str, shape: Index, model: ModelRecipe) -> Iterator[Copy]:
@@ -124,6 +139,14 @@ def _across(
         begin += length
 
 
+def _stacks_experts(architecture: Architecture, there: Iterable[str]) -> bool:
+    """Whether a directory has the experts of a layer in one tensor."""
+    names = itertools.chain(architecture.names, *architecture.spellings)
+    stacks = [name.theirs for name in names if ".experts." in name.ours and "{expert}" not in name.theirs]
+    pattern = re.compile("|".join(r"\d+".join(map(re.escape, NUMBER.split(stack)[::2])) for stack in stacks))
+    return any(pattern.fullmatch(name) for name in there)
+
+
 class PublishedWeights:
     """A Hugging Face directory as a model of ours: its recipe, and its tensors by our names.
 
@@ -137,14 +160,16 @@ class PublishedWeights:
         config = self.directory.config
         self.ignored: dict[str, int] = {}
         """Tensors of the directory that are left out: how many, by the pattern that says so."""
-        own = config.get("architectures") == [ARCHITECTURE]
-        self.recipe = own_recipe(self.path / CONFIG, config) if own else read_recipe(self.path, config)
-        self._check_size(published=not own)
+        architecture = None
+        if config.get("architectures") == [ARCHITECTURE]:
+            self.recipe = own_recipe(self.path / CONFIG, config)
+        else:
+            self.recipe, architecture = read_recipe(self.path, config), architecture_of(self.path, config)[1]
+        self._check_size(architecture)
         self.shapes = model_shapes(self.recipe.model)
-        if own:
+        if architecture is None:
             self.copies = own_copies(self.shapes)
         else:
-            architecture = architecture_of(self.path, config)[1]
             self._leave_out(architecture)
             self.copies = name_copies(architecture, self.recipe.model, self.shapes, self.directory.shapes)
         self._check()
@@ -165,13 +190,12 @@ class PublishedWeights:
             first = torch.promote_types(first, other)
         return first
 
-    def _check_size(self, *, published: bool) -> None:
+    def _check_size(self, architecture: Architecture | None) -> None:
         """Refuse a model of more layers and experts than there are tensors, before it is described tensor by tensor."""
         model, found = self.recipe.model, len(self.directory.shapes)
         least, keys = model.num_layers, f"model.num_layers = {model.num_layers}"
-        stacked = any(len(shape) == 3 and ".experts." in name for name, shape in self.directory.shapes.items())
-        if published and model.moe.num_experts and not stacked:
-            least += (model.num_layers - model.moe.first_dense_layers) * model.moe.num_experts
+        if architecture and model.moe.num_experts and not _stacks_experts(architecture, self.directory.shapes):
+            least += feed_forwards(model).count(EXPERTS) * model.moe.num_experts
             keys += f" and moe.num_experts = {model.moe.num_experts}"
         if least > found:
             raise UserError(f"{self.path / CONFIG}: {keys} take at least {least} tensors, the directory has {found}")

@@ -122,6 +122,41 @@ OLMO: dict[str, Any] = {
     "pad_token_id": None,
     "eos_token_id": 1,
 }
+GRANITE: dict[str, Any] = {
+    **DIMENSIONS,
+    "num_hidden_layers": 3,
+    "intermediate_size": 16,
+    "shared_intermediate_size": 24,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 12,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 0.6,
+}
+GRANITE_3: dict[str, Any] = {
+    key: value
+    for key, value in GRANITE.items()
+    if not key.startswith("mamba_") and key not in ("layer_types", "shared_intermediate_size")
+}
+NEMOTRON: dict[str, Any] = {
+    **{key: value for key, value in DIMENSIONS.items() if key != "num_hidden_layers"},
+    "head_dim": 12,
+    "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "routed_scaling_factor": 2.5,
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 8,
+    "ssm_state_size": 12,
+    "n_groups": 2,
+    "initializer_range": 0.2,
+}
 MSCALE: dict[str, Any] = {"mscale": 0.8, "mscale_all_dim": 0.5}
 WIDE: dict[str, Any] = {"head_dim": 12}
 
@@ -188,6 +223,34 @@ PUBLISHED: dict[str, Callable[[], Any]] = {
         linear_allow_neg_eigval=False,
     ),
     "minimax": lambda: transformers.MiniMaxConfig(**MINIMAX, **WIDE, rope_parameters=rope()),
+    "granitemoehybrid": lambda: transformers.GraniteMoeHybridConfig(**GRANITE, mamba_n_groups=2),
+    "nemotron_h": lambda: transformers.NemotronHConfig(
+        **NEMOTRON, layers_block_type=["linear_attention", "moe", "linear_attention", "full_attention", "moe"]
+    ),
+    "nemotron_h latent": lambda: transformers.NemotronHConfig(
+        **NEMOTRON,
+        layers_block_type=["full_attention", "linear_attention", "moe", "linear_attention", "mlp"],
+        moe_latent_size=24,
+        n_group=4,
+        topk_group=2,
+    ),
+    "nemotron_h dense": lambda: transformers.NemotronHConfig(
+        **NEMOTRON, layers_block_type=["linear_attention", "mlp", "full_attention", "mlp", "linear_attention"]
+    ),
+    "granitemoe": lambda: transformers.GraniteMoeConfig(**GRANITE_3, rope_parameters=rope(), tie_word_embeddings=True),
+    "granitemoeshared": lambda: transformers.GraniteMoeSharedConfig(
+        **GRANITE_3, rope_parameters=rope(), shared_intermediate_size=24
+    ),
+    "granitemoehybrid attention alone": lambda: transformers.GraniteMoeHybridConfig(
+        **{**GRANITE, "num_local_experts": 0, "layer_types": ["full_attention"] * 3},
+        position_embedding_type="rope",
+        rope_parameters=rope(),
+    ),
+    "granitemoehybrid dense": lambda: transformers.GraniteMoeHybridConfig(
+        **{**GRANITE, "num_local_experts": 0, "num_experts_per_tok": 0},
+        tie_word_embeddings=True,
+        position_embedding_type="rope",
+    ),
 }
 """`config.json` of each case."""
 
@@ -204,6 +267,9 @@ def make(case: str, dtype: torch.dtype = torch.float32) -> Any:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer += 0.3 * torch.randn(buffer.shape, generator=generator)
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):  # transformers bounds Nemotron-H's from below, the release does not
+            module.time_step_limit = (0.0, float("inf"))
     return model.to(dtype).eval()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchlinearmoe import MIXERS, build_model, load_model
 from torchlinearmoe.checkpoint import CheckpointManager
 from torchlinearmoe.checkpoint.huggingface.importing import import_directory
+from torchlinearmoe.checkpoint.huggingface.weights import PublishedWeights
 from torchlinearmoe.checkpoint.initial import InitialWeights
 from torchlinearmoe.checkpoint.model import model_files
 from torchlinearmoe.checkpoint.transplant import describe
@@ -123,6 +124,32 @@ def test_experts_made_of_a_dense_feed_forward_compute_what_it_did(dense: Path) -
         assert 0.009 < noise.std() < 0.011 and not torch.equal(noise[0], noise[1])
     again, _ = start(recipe_of(dense, moe, layout="N", noise=0.01))
     assert all(torch.equal(a, b) for a, b in zip(noisy.parameters(), again.parameters()))
+
+
+def test_experts_without_gates_are_made_of_a_feed_forward_without(tmp_path: Path) -> None:
+    source = save(make("nemotron_h dense"), tmp_path / "dense")
+    model = PublishedWeights(source).recipe.model
+    own = {key: value for key, value in vars(model).items() if key not in ("moe", "mixer_options", "mixers")}
+    moe = {"num_experts": 4, "top_k": 2, "hidden_size": 48, "shared_hidden_size": 0, "renormalize": True}
+
+    def grown(**more: Any) -> Recipe:
+        tables = {
+            "model": own | {"feed_forwards": model.feed_forwards.replace("-", "E")},
+            "moe": {**moe, "score": "softmax", "routed_scaling": 1.0, "latent_size": 0, **more},
+            "mixer": {name: vars(model.mixer_options[name]) for name in ("mamba2", "softmax_attention")},
+            "training": {"steps": 1},
+            "checkpoint": {"init_from": str(source)},
+        }
+        return resolve(tables)
+
+    sparse, initial = start(grown())
+    assert initial.plan.upcycled == {
+        f"layers.{layer}.ffn.experts.{name}" for layer in (0, 1) for name in ("up", "down")
+    }
+    tokens = random_tokens(2, 40)
+    torch.testing.assert_close(sparse(tokens), make("nemotron_h dense")(tokens).logits, atol=1e-4, rtol=0)
+    with pytest.raises(RecipeError, match="moe.latent_size = 8: .* has 0"):
+        start(grown(latent_size=8))
 
 
 def test_a_tied_embedding_becomes_an_untied_head(tmp_path: Path) -> None:

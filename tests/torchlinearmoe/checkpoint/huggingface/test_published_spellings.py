@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from torchlinearmoe.checkpoint.huggingface.weights import PublishedWeights
 from torchlinearmoe.convert import main as convert
 from torchlinearmoe.errors import UserError
 from torchlinearmoe.models.layer_mixers import layer_mixers
+from torchlinearmoe.recipe import ModelRecipe
 
 Tensors = dict[str, Tensor]
 Config = dict[str, Any]
@@ -172,6 +174,40 @@ def in_words_of_ling(config: Config, tensors: Tensors) -> tuple[Config, Tensors]
     return with_a_layer_beyond({**told, "architectures": ["BailingMoeV3ForCausalLM"]}, tensors)
 
 
+def as_granite_was_released(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    """Older words for layers, no bounds of step sizes, and what transformers leaves null."""
+    words = {"linear_attention": "mamba", "full_attention": "attention"}
+    told = {**config, "layers_block_type": [words[kind] for kind in config["layer_types"]]}
+    told |= {"mamba_d_head": "auto", "position_embedding_type": "nope", "num_key_value_heads": 2, "init_method": "mup"}
+    for key in ("layer_types", "time_step_limit", "rope_parameters"):
+        del told[key]
+    return told | {"rope_theta": 10000, "rope_scaling": None}, tensors
+
+
+def as_nemotron_was_released(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    """A pattern in the place of a list, keys of the remote code, and a head for further tokens."""
+    letters = {"linear_attention": "M", "full_attention": "*", "moe": "E", "mlp": "-"}
+    told = {**config, "hybrid_override_pattern": "".join(letters[kind] for kind in config["layers_block_type"])}
+    told |= {"num_hidden_layers": 5, "mamba_num_groups": told.pop("n_groups"), "norm_eps": 1e-5, "rope_theta": 10000}
+    told |= {"mamba_state_dim": told.pop("ssm_state_size"), "partial_rotary_factor": 1.0, "num_nextn_predict_layers": 1}
+    for key in ("layers_block_type", "layer_norm_epsilon", "n_group", "n_shared_experts"):
+        del told[key]
+    return told, {**tensors, "mtp.layers.0.mixer.q_proj.weight": torch.ones(2, 2)}
+
+
+def with_another_pattern(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    """The older words of `layers_block_type`."""
+    words = {"linear_attention": "mamba", "full_attention": "attention"}
+    return {**config, "layers_block_type": [words.get(kind, kind) for kind in config["layers_block_type"]]}, tensors
+
+
+def with_pictures_and_sound(config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    """Nemotron 3 Nano Omni: the text model nested, its tensors behind a prefix."""
+    told = {"architectures": ["NemotronH_Nano_Omni_Reasoning_V3"], "llm_config": config, "vision_config": {}}
+    found = {f"language_model.{name}": value for name, value in tensors.items()}
+    return told, {**found, "mlp1.1.weight": torch.ones(2, 2), "sound_encoder.encoder.x": torch.ones(3)}
+
+
 SPELLINGS = {
     "qwen3_5_moe": (with_pictures, {r"mtp..*": 1, r"model.visual..*": 1}),
     "deepseek_v3": (with_a_layer_beyond, {"model.layers.2+..*": 1}),
@@ -180,6 +216,13 @@ SPELLINGS = {
     "olmo_hybrid": (cut_by_widths, {}),
     "bailing_hybrid": (in_words_of_ling, {"model.layers.3+..*": 1}),
     "qwen3_next": (without_layer_types, {r"mtp..*": 1}),
+    "granitemoehybrid": (as_granite_was_released, {}),
+    "nemotron_h": (as_nemotron_was_released, {r"mtp..*": 1}),
+    "nemotron_h latent": (with_another_pattern, {}),
+    "nemotron_h dense": (
+        with_pictures_and_sound,
+        {r"(vision_model|vision_projector|mlp1|sound_encoder|sound_projection)..*": 2},
+    ),
 }
 
 
@@ -242,6 +285,7 @@ def config_of(case: str, **changes: Any) -> Config:
     names = {"qwen3_next": "Qwen3NextForCausalLM", "kimi_linear": "KimiLinearForCausalLM"}
     names |= {"minimax": "MiniMaxForCausalLM", "olmo_hybrid": "OlmoHybridForCausalLM"}
     names["bailing_hybrid"] = "BailingHybridForCausalLM"
+    names |= {"granitemoehybrid": "GraniteMoeHybridForCausalLM", "nemotron_h": "NemotronHForCausalLM"}
     return {
         key: value for key, value in {**config, "architectures": [names[case]], **changes}.items() if value != "absent"
     }
@@ -285,11 +329,78 @@ def config_of(case: str, **changes: Any) -> Config:
             {"architectures": ["MiniMaxText01ForCausalLM"], "layer_types": "absent", "attn_type_list": [2, 0, 0]},
             r"attn_type_list = \[2, 0, 0\]: must be a list of 0 and 1",
         ),
+        ("granitemoehybrid", {"position_embedding_type": "alibi"}, "position_embedding_type = 'alibi': not supported"),
+        ("granitemoehybrid", {"attention_multiplier": 0}, "attention_multiplier = 0: must be positive"),
+        ("granitemoehybrid", {"residual_multiplier": -1.0}, "model.residual_scale = -1.0: must be positive"),
+        ("granitemoehybrid", {"time_step_limit": [0.001, 0.1]}, r"time_step_limit = \[0.001, 0.1\]: not supported"),
+        ("granitemoehybrid", {"time_step_limit": "none"}, "time_step_limit = 'none': not supported"),
+        ("granitemoehybrid", {"mamba_conv_bias": False}, "mamba_conv_bias = False: not supported"),
+        ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}, "names 2 layers, num_hidden_layers = 3"),
+        ("nemotron_h", {"layers_block_type": ["moe", "mamba"]}, r"layer_types\[0\] = 'moe': must follow a mixer"),
+        (
+            "nemotron_h",
+            {"layers_block_type": ["mamba", "mlp", "moe"]},
+            r"layer_types\[2\] = 'moe': must follow a mixer",
+        ),
+        ("nemotron_h", {"layers_block_type": ["mamba", "mamba1"]}, "layer_types = .*legal: .*'mlp', 'moe'"),
+        ("nemotron_h", {"layers_block_type": "absent"}, "hybrid_override_pattern = None: must be a string over M, "),
+        (
+            "nemotron_h",
+            {"layers_block_type": "absent", "hybrid_override_pattern": "MXE"},
+            "'MXE': must be a string over",
+        ),
+        ("nemotron_h", {"layers_block_type": ["mamba"] * 10_000}, "layer_types: names 10000 layers; at most 8192"),
+        ("nemotron_h", {"layers_block_type": ["mamba"] * 8000}, "8000"),
+        ("nemotron_h", {"num_hidden_layers": 7}, "names 5 layers, num_hidden_layers = 7"),
+        ("nemotron_h", {"mlp_hidden_act": "silu"}, "mlp_hidden_act = 'silu': not supported; legal: 'relu2'"),
+        ("nemotron_h", {"moe_shared_expert_intermediate_size": 0}, "every layer of experts has a shared one"),
+        ("nemotron_h", {"mamba_head_dim": "auto"}, "mixer.mamba2.head_dim = 'auto'"),
     ],
 )
 def test_what_means_another_model_is_named(case: str, changes: Config, why: str) -> None:
     with pytest.raises(UserError, match=why):
         read_recipe(Path(), config_of(case, **changes))
+
+
+def test_a_granite_model_that_no_key_describes_is_not_written_as_another() -> None:
+    model = read_recipe(Path(), config_of("granitemoehybrid")).model
+    assert write_config(model) is not None
+
+    def with_mamba(**options: Any) -> ModelRecipe:
+        mamba = dataclasses.replace(model.mixer_options["mamba2"], **options)
+        return dataclasses.replace(model, mixer_options={**model.mixer_options, "mamba2": mamba})
+
+    assert write_config(with_mamba(expand=2.5, heads=10)) is None
+    assert write_config(with_mamba(conv=0)) is None
+    assert write_config(dataclasses.replace(model, moe=dataclasses.replace(model.moe, shared_hidden_size=0))) is None
+    assert write_config(dataclasses.replace(model, mixers=("mamba2", "softmax_attention", "gla"))) is None
+    config = write_config(dataclasses.replace(model, moe=dataclasses.replace(model.moe, num_experts=0)))
+    assert config is not None and config["shared_intermediate_size"] == model.ffn_hidden_size
+
+
+def test_a_nemotron_model_that_no_key_describes_is_not_written_as_another() -> None:
+    def changed(**changes: Any) -> Config | None:
+        model = read_recipe(Path(), config_of("nemotron_h")).model
+        moe = {key: changes.pop(key) for key in ("shared_hidden_size", "shared_gate", "score") if key in changes}
+        return write_config(dataclasses.replace(model, **changes, moe=dataclasses.replace(model.moe, **moe)))
+
+    found = changed()
+    assert found is not None
+    assert (found["num_hidden_layers"], found["hybrid_override_pattern"]) == (5, "MEM*E")
+    assert found["layers_block_type"] == ["linear_attention", "moe", "linear_attention", "full_attention", "moe"]
+    for other in (
+        {"shared_hidden_size": 0},
+        {"shared_gate": True},
+        {"score": "softmax"},
+        {"activation": "swiglu"},
+        {"residual_scale": 0.5},
+        {"mixers": ("mamba2", "mamba2", "gla")},
+    ):
+        assert changed(**other) is None, other
+    dense = changed(feed_forwards="-")
+    assert dense is None  # experts that no layer has
+    dense = changed(feed_forwards="E-")
+    assert dense is not None and dense["hybrid_override_pattern"] == "MEM-*E"
 
 
 def test_layers_come_as_the_shortest_layout_and_are_written_one_by_one() -> None:

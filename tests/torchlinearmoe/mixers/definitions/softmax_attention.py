@@ -26,12 +26,12 @@ def definition(layer: Layer, x: Tensor) -> Tensor:
         turning = options.rotary_dim or width
         q, k = (torch.cat([rotated(y[..., :turning], layer.model.rope_theta), y[..., turning:]], -1) for y in (q, k))
     k, v = (spread(y, layer.heads) for y in (k, v))
-    heads = []
+    heads, scale = [], options.scale or 1 / math.sqrt(width)
     for h in range(layer.heads):
         o = []
         for t in range(x.shape[0]):
             seen = slice(max(t + 1 - options.window, 0) if options.window else 0, t + 1)
-            o.append(softmax(k[seen, h] @ q[t, h] / math.sqrt(width)) @ v[seen, h])
+            o.append(softmax(k[seen, h] @ q[t, h] * scale) @ v[seen, h])
         heads.append(torch.stack(o))
     o = join(torch.stack(heads, 1))
     return layer.linear("o_proj", o * sigmoid(layer.linear("g_proj", x)) if options.output_gate else o)
