@@ -279,6 +279,26 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "mixer": {"softmax_attention": {"scale": 0.0078125}},
         "training": {"steps": 9},
     },
+    "placed-weighed": {
+        "model": {
+            "family": "llama3",
+            "mixers": ["kda", "softmax_attention", "lightning_attention", "gated_delta_net", "mom_gated_delta_net", "mla"],
+            "norm_placement": "stream",
+            "attention_norm_placement": "post",
+            "linear_scales": [1.5, 0.75],
+            "attention_scales": [3.0, 1.25],
+            "ffn_scales": [2.5, 0.5],
+        },
+        "mixer": {
+            "kda": {"full_rank": True, "decay_bound": -5.0},
+            "softmax_attention": {"qk_norm": "full"},
+            "lightning_attention": {"norm_eps": 1e-6, "depth_eps": 1e-5},
+            "gated_delta_net": {"norm_eps": 1e-5},
+            "mom_gated_delta_net": {"norm_eps": 1e-5},
+            "mla": {"output_gate": "head"},
+        },
+        "training": {"steps": 9},
+    },
     "unrotated-recall": {
         "model": {"family": "llama3", "layout": "N"},
         "mixer": {"softmax_attention": {"rope": False}},
