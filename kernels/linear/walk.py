@@ -27,8 +27,6 @@ class Stream:
     end: Tensor
     segment: Tensor
     first: Tensor
-    longest: int = 32
-    """Chunks of a stretch at most."""
 
     @property
     def places(self) -> int:
@@ -43,12 +41,12 @@ class Stream:
     @property
     def stretches(self) -> int:
         """S."""
-        return stretches_of(self.places, self.longest)
+        return stretches_of(self.places)
 
     @property
     def group(self) -> int:
         """Chunks of a stretch."""
-        return group_of(self.places, self.longest)
+        return group_of(self.places)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -56,15 +54,15 @@ class Stream:
         return self.start, self.end, self.segment, self.first
 
 
-def group_of(places: int, longest: int = 32) -> int:
+def group_of(places: int) -> int:
     """Chunks of a stretch, steps that wait for each other, where there are so many: enough stretches for every
     multiprocessor, and few states that are stored."""
-    return longest if places > 1024 else 16
+    return 32 if places > 1024 else 16
 
 
-def stretches_of(places: int, longest: int = 32) -> int:
+def stretches_of(places: int) -> int:
     """Stretches of so many places for chunks."""
-    group = group_of(places, longest)
+    group = group_of(places)
     return (places + group - 1) // group
 
 
@@ -96,7 +94,7 @@ class Walk:
         assert self.decay != 3
         states = w.new_empty(S, H, X, U, dtype=torch.float32)
         factors = w.new_empty(S, H, X if self.decay == 2 else 1, dtype=torch.float32)
-        BX, BU = product_tile(X, 128, w), product_tile(U, 64, w)
+        BX, BU = operand(X, 128, w), operand(U, 64, w)
         grid = -(-X // BX) * -(-U // BU), H, S
         walk_kernels().summarize[grid](
             w, u, given(self.decays, w), given(self.totals, w), given(self.enter, w), states, factors,
@@ -134,7 +132,7 @@ class Walk:
         tokens; dtype: of y, u's by default.
         """
         stream, (T, H, X), U = self.stream, x.shape, u.shape[2]
-        BX, BU = product_tile(X, 128, x), product_tile(U, 64, x)
+        BX, BU = operand(X, 128, x), operand(U, 64, x)
         assert X <= BX, "wider states go in parts"
         grid = -(-U // BU), H, stream.stretches
         y = torch.empty(T, H, U, dtype=dtype or u.dtype, device=u.device)
@@ -205,7 +203,7 @@ def tile(width: int, most: int) -> int:
     return max(16, min(most, 1 << (width - 1).bit_length()))
 
 
-def product_tile(width: int, most: int, x: Tensor) -> int:
+def operand(width: int, most: int, x: Tensor) -> int:
     """The same for tiles of x's type that products take: never fewer than 128 bytes, 64 of two-byte numbers.
 
     Narrower ones lie otherwise in shared memory, and the ptxas that Triton 3.6 brings (CUDA 12.8) then loses the
