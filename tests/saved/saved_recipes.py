@@ -282,7 +282,14 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "placed-weighed": {
         "model": {
             "family": "llama3",
-            "mixers": ["kda", "softmax_attention", "lightning_attention", "gated_delta_net", "mom_gated_delta_net", "mla"],
+            "mixers": [
+                "kda",
+                "softmax_attention",
+                "lightning_attention",
+                "gated_delta_net",
+                "mom_gated_delta_net",
+                "mla",
+            ],
             "norm_placement": "stream",
             "attention_norm_placement": "post",
             "linear_scales": [1.5, 0.75],

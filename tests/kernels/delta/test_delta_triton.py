@@ -76,6 +76,8 @@ def test_one_key_flipped_over_and_over(
     if "log_decay" in inputs:
         inputs["log_decay"] = inputs["log_decay"] / 100
     case = case.rounded(dtype)
+    if kind in ("kda", "grouped_kda") and dtype == torch.float16:
+        tolerance *= 4  # TF32 cuts k e^c off after eleven bits; k by itself has no more
     assert_close(interpreter.submit(run, case, dtype, 2).result(), case.run("reference"), tolerance)
 
 
