@@ -36,6 +36,8 @@ from torchlinearmoe.layers.past import Spanned
 from torchlinearmoe.parallel.exchange.states import StateExchange
 from torchlinearmoe.precision import in_float32, wide_type
 
+BLOCK = 128
+"""Tokens whose decays are summed in one go."""
 CHUNK = 256
 """Tokens whose writes are summed in the type of the inputs; the sums are added up in float32."""
 
@@ -150,8 +152,7 @@ class Decays:
         wide = in_float32(log_decay)
         wide = wide.expand(past.segments.tokens, -1) if wide.dim() == 1 else wide
         rows = spans.by_row(wide)  # [R, L, G] or [R, L, G, K]
-        since = rows.cumsum(1)
-        until = rows.flip(1).cumsum(1).flip(1)
+        since, until = running_sums(rows), running_sums(rows, reverse=True)
         self.total = until[:, 0]
         if rows.dim() == 3:
             since, until, self.total = since.unsqueeze(-1), until.unsqueeze(-1), self.total.unsqueeze(-1)
@@ -164,6 +165,23 @@ class Decays:
         """q [T, H, K], decayed since the start of its row's span."""
         decay = repeat_heads(self._since.exp(), q.shape[1] // self._since.shape[1])
         return (in_float32(q) * decay).to(q.dtype)
+
+
+def running_sums(x: Tensor, reverse: bool = False) -> Tensor:
+    """x [R, L, ...] summed up to each token, or from it on, within its row.
+
+    By blocks of BLOCK tokens, then over blocks: along a whole row PyTorch adds with one thread a channel.
+    """
+    length = x.shape[1]
+    blocks = F.pad(x, (*[0, 0] * (x.dim() - 2), 0, -length % BLOCK)).unflatten(1, (-1, BLOCK))
+    totals = blocks.sum(2)
+    if reverse:
+        inside = blocks.flip(2).cumsum(2).flip(2)
+        others = F.pad(totals.flip(1).cumsum(1).flip(1)[:, 1:], (*[0, 0] * (x.dim() - 2), 0, 1))
+    else:
+        inside = blocks.cumsum(2)
+        others = F.pad(totals.cumsum(1)[:, :-1], (*[0, 0] * (x.dim() - 2), 1, 0))
+    return (inside + others.unsqueeze(2)).flatten(1, 2)[:, :length]
 
 
 def _written(k: Tensor, v: Tensor, past: Spanned) -> Tensor:
