@@ -305,8 +305,7 @@ class _Call:
         return self.tile(K, 256), self.tile(V, wide if self.q.dtype == torch.float32 else COLUMNS if K <= 128 else 64)
 
     def tile(self, width: int, most: int) -> int:
-        """Rows or columns that hold `width`: of 16 bits never fewer than 64, for a state of 64 x 32 that is added to
-        and multiplied in 16 bits came out wrong on Hopper with Triton 3.6."""
+        """Rows or columns that hold `width`: of 16 bits never fewer than 64, see `product_tile` of linear/walk.py."""
         return tile(width, most) if self.q.dtype == torch.float32 else max(64, tile(width, most))
 
     def _join(self, states: Tensor, transitions: Tensor, *, reverse: bool) -> None:
