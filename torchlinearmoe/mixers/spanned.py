@@ -172,15 +172,15 @@ def running_sums(x: Tensor, reverse: bool = False) -> Tensor:
 
     By blocks of BLOCK tokens, then over blocks: along a whole row PyTorch adds with one thread a channel.
     """
-    length = x.shape[1]
-    blocks = F.pad(x, (*[0, 0] * (x.dim() - 2), 0, -length % BLOCK)).unflatten(1, (-1, BLOCK))
+    length, flat = x.shape[1], [0, 0] * (x.dim() - 2)
+    blocks = (F.pad(x, (*flat, 0, -length % BLOCK)) if length % BLOCK else x).unflatten(1, (-1, BLOCK))
     totals = blocks.sum(2)
     if reverse:
         inside = blocks.flip(2).cumsum(2).flip(2)
-        others = F.pad(totals.flip(1).cumsum(1).flip(1)[:, 1:], (*[0, 0] * (x.dim() - 2), 0, 1))
+        others = F.pad(totals.flip(1).cumsum(1).flip(1)[:, 1:], (*flat, 0, 1))
     else:
         inside = blocks.cumsum(2)
-        others = F.pad(totals.cumsum(1)[:, :-1], (*[0, 0] * (x.dim() - 2), 1, 0))
+        others = F.pad(totals.cumsum(1)[:, :-1], (*flat, 1, 0))
     return (inside + others.unsqueeze(2)).flatten(1, 2)[:, :length]
 
 
