@@ -13,10 +13,12 @@ from torchlinearmoe.recipe.schema import MoERecipe
 TOKENS, WIDTH, HIDDEN, EXPERTS, TOP_K = 48, 64, 40, 8, 3
 
 
-def mixture(dtype: torch.dtype, **moe: object) -> MoE:
+def mixture(dtype: torch.dtype, activation: str = "swiglu", **moe: object) -> MoE:
+    """Step by step, where nothing else is said: what a CPU does."""
     sizes = {"num_experts": EXPERTS, "top_k": TOP_K, "hidden_size": HIDDEN, "shared_hidden_size": 0}
-    rest = {"shared_gate": False, "renormalize": True, "balance": "none"}
-    layer = MoE(WIDTH, MoERecipe(**{**sizes, **rest, **moe}), 0.02, 0.02)  # pyright: ignore[reportArgumentType]
+    rest = {"shared_gate": False, "renormalize": True, "balance": "none", "backend": "torch"}
+    recipe = MoERecipe(**{**sizes, **rest, **moe})  # pyright: ignore[reportArgumentType]
+    layer = MoE(WIDTH, recipe, 0.02, 0.02, activation)
     for part in layer.children():
         if part is not layer.router:
             part.to(dtype)
@@ -51,6 +53,15 @@ def test_routed_experts_keep_what_is_planned(dtype: torch.dtype, score: str) -> 
     scores = TOKENS * (EXPERTS + TOP_K) * torch.float32.itemsize  # one more or less of these, by the router's kind
     assert kept_bytes(layer, dtype) - offsets == pytest.approx(planned, abs=scores)
     assert planned > 20 * scores
+
+
+@pytest.mark.parametrize("latent", [0, 24])
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+def test_every_kind_of_experts_keeps_what_is_planned(activation: str, latent: int) -> None:
+    layer = mixture(torch.float32, activation, latent_size=latent)
+    planned = TOKENS * feed_forward_bytes(layer, torch.float32)
+    scores = TOKENS * (EXPERTS + TOP_K) * torch.float32.itemsize
+    assert kept_bytes(layer, torch.float32) == pytest.approx(planned, abs=1.1 * scores)
 
 
 @pytest.mark.parametrize("gate", [False, True], ids=["plain", "gated"])

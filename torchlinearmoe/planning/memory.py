@@ -260,7 +260,7 @@ def feed_forward_bytes(ffn: nn.Module, dtype: torch.dtype) -> int:
         width, latent = ffn.router.weight.shape[1], ffn.experts.down.shape[2]
         shared = 0 if ffn.shared is None else feed_forward_bytes(ffn.shared, dtype)
         gated = 0 if ffn.shared_gate is None else width * dtype.itemsize  # what the gate multiplies
-        narrowed = 0 if ffn.latent_up is None else 2 * latent * dtype.itemsize  # what goes in and what comes out
+        narrowed = 0 if ffn.latent_up is None else latent * dtype.itemsize  # what widens it again
         return router_bytes(ffn, dtype) + experts_bytes(ffn, dtype) + shared + gated + narrowed
     assert isinstance(ffn, FeedForward)
     return 2 * ffn.hidden_layers * ffn.down_proj.weight.shape[1] * dtype.itemsize
@@ -279,13 +279,14 @@ def experts_bytes(moe: MoE, dtype: torch.dtype) -> int:
 
     Step by step: rows in and out, 2 D (or `moe.latent_size`), gates and what they make, 3 F (2 F without gates), for
     each of k experts. All in one, where the experts lie on this rank: 2 F each. Both keep the order of the rows and its
-    inverse. The token itself is the norm's output, which is counted there.
+    inverse. The token itself is the norm's output, which is counted there; its latent channels are kept by the latter.
     """
     experts, hidden, width = moe.experts.down.shape
     top_k, size = moe.router.top_k, dtype.itemsize
     indices = 2 * top_k * torch.int64.itemsize
     if moe.dispatcher.stays_here and moe.experts.would_take_tokens("cuda", dtype):
-        return indices + int(all_in_one.budget(1, top_k, width, hidden, experts, size).saved_bytes) - width * size
+        counted = width * size if moe.latent_down is None else 0  # the norm's output
+        return indices + int(all_in_one.budget(1, top_k, width, hidden, experts, size).saved_bytes) - counted
     steps = [
         dispatch.budget(1, top_k, width, size),
         grouped_mm.budget(top_k, width, (1 + moe.experts.gated) * hidden, experts, size),

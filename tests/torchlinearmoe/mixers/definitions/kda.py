@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import reduce
 
 import torch
 from definitions.plain import Layer, activated, eye, join, normed, recurrence, sigmoid, split, spread, swish, unit
@@ -19,13 +18,18 @@ def definition(layer: Layer, x: Tensor) -> Tensor:
     v = split(swish(layer.project("v", x)), round(width * options.expand_v))
     beta = sigmoid(layer.linear("b_proj", x)) * (2 if options.negative_eigenvalues else 1)
     decays, gates = (["decay_proj"], ["g_proj"]) if options.full_rank else (DECAY, GATE)
-    logits = split(reduce(lambda y, name: layer.linear(name, y), decays, x) + weights["decay.dt_bias"], width)
+    logits = gated = x
+    for name in decays:
+        logits = layer.linear(name, logits)
+    for name in gates:
+        gated = layer.linear(name, gated)
+    logits = split(logits + weights["decay.dt_bias"], width)
     rate = torch.exp(weights["decay.A_log"])[:, None]
     # exp(-rate log(1 + e^x)) is (1 + e^x)^-rate; with a bound, Ling 3.0's.
     bound = options.decay_bound
     alpha = torch.exp(bound * sigmoid(rate * logits)) if bound else (1 + torch.exp(logits)) ** -rate
     o = recurrence(step, q / math.sqrt(width), k, v, beta, alpha)
-    gate = split(reduce(lambda y, name: layer.linear(name, y), gates, x), v.shape[2])
+    gate = split(gated, v.shape[2])
     return layer.linear("o_proj", join(normed(layer, o) * activated(layer, gate)))
 
 
