@@ -45,9 +45,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--memory", type=float, nargs="+", metavar="GIB", help="of a GPU, to fit into (80 141)")
     parser.add_argument("--tflops", type=float, metavar="F", help="of a GPU over a step, to estimate seconds (400)")
     parser.add_argument("--network", type=float, metavar="GB", help="GB/s of a GPU to other nodes, likewise (40)")
-    known, overrides = parser.parse_known_args(arguments)
+    known, overrides = parser.parse_known_args(_recipe_first(sys.argv[1:] if arguments is None else arguments))
     with failures_on_one_line():
         return _plan(known, overrides)
+
+
+def _recipe_first(arguments: Sequence[str]) -> list[str]:
+    """The recipe before the options, whose lists would take it for one of their numbers."""
+    recipes = [argument for argument in arguments if argument.endswith(".toml") and not argument.startswith("-")]
+    return [*recipes[:1], *(argument for argument in arguments if argument not in recipes[:1])]
 
 
 def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -69,7 +69,7 @@ from torchlinearmoe.kernels.linear.walk import (
 STEEPEST = 20.0
 """A log decay below minus this counts as that: `linear/channel_kernels.py`."""
 LEAST = 64
-"""Rows and columns of tiles of 16 bits that products of warp groups take: see `operand` of linear/walk.py."""
+"""Rows and columns of tiles of 16 bits that products of warp groups take: see `product_tile` of linear/walk.py."""
 WALK_WARPS = 4
 """Of 16 bits: eight would have each product of 64 tokens made twice."""
 PAIR_WARPS = 8

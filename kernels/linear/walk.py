@@ -94,7 +94,7 @@ class Walk:
         assert self.decay != 3
         states = w.new_empty(S, H, X, U, dtype=torch.float32)
         factors = w.new_empty(S, H, X if self.decay == 2 else 1, dtype=torch.float32)
-        BX, BU = operand(X, 128, w), operand(U, 64, w)
+        BX, BU = product_tile(X, 128, w), product_tile(U, 64, w)
         grid = -(-X // BX) * -(-U // BU), H, S
         walk_kernels().summarize[grid](
             w, u, given(self.decays, w), given(self.totals, w), given(self.enter, w), states, factors,
@@ -132,8 +132,9 @@ class Walk:
         tokens; dtype: of y, u's by default.
         """
         stream, (T, H, X), U = self.stream, x.shape, u.shape[2]
-        BX, BU = operand(X, 128, x), operand(U, 64, x)
+        BX, BU = product_tile(X, 128, x), product_tile(U, 64, x)
         assert X <= BX, "wider states go in parts"
+        assert self.decay != 1 or inside == "pairs", "the factors of plain chunks go with pairs"
         grid = -(-U // BU), H, stream.stretches
         y = torch.empty(T, H, U, dtype=dtype or u.dtype, device=u.device)
         total, mode = None, 0
@@ -203,7 +204,7 @@ def tile(width: int, most: int) -> int:
     return max(16, min(most, 1 << (width - 1).bit_length()))
 
 
-def operand(width: int, most: int, x: Tensor) -> int:
+def product_tile(width: int, most: int, x: Tensor) -> int:
     """The same for tiles of x's type that products take: never fewer than 128 bytes, 64 of two-byte numbers.
 
     Narrower ones lie otherwise in shared memory, and the ptxas that Triton 3.6 brings (CUDA 12.8) then loses the

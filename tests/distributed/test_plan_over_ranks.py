@@ -118,6 +118,15 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
             "parallel": {"context": 2, "tensor": 2},
         },
     ),
+    "heads split, norms behind, layers run again": (
+        2,
+        {
+            "model": {"mixer": "gla", "num_layers": 2, "layout": "LN", "norm_placement": "post", "feed_forwards": "-."},
+            "moe": {"num_experts": 0, "top_k": 0},
+            "parallel": {"tensor": 2},
+            "training": {"activation_checkpointing": "full"},
+        },
+    ),
     "heads split, dense, tied": (
         2,
         {
@@ -218,6 +227,7 @@ QUICK = every_run(
     "experts spread, more ranks than experts each has, counted first",
     "spans, keys gathered, experts spread, every second layer run again",
     "heads split, experts spread over them, shared expert, layers run again: selective",
+    "heads split, norms behind, layers run again",
     "heads split, dense, tied, halves of masters, rounded moments",
     "heads split, experts sharded over them, counted first",
     "shards, gradients sent in bfloat16",

@@ -171,13 +171,14 @@ def faults_of(name: str) -> dict[str, list[str]]:
     for index, draw in enumerate(cases_of(operator)):
         torch.manual_seed(index)
         case = draw().rounded(torch.bfloat16)
-        if case.kind in operator.find_backends()["triton"].kinds and 60 < case.tokens < 80:
+        short = 60 < case.tokens < 80 or name == "quadratic" and index in (10, 11)
+        if case.kind in operator.find_backends()["triton"].kinds and short:
             forced(operator, "triton", lambda case=case: case.run("triton", torch.bfloat16))
     assert gpu.compiled and gpu.faults is not None
     return gpu.faults
 
 
-@pytest.mark.parametrize("name", ["linear", "slots", "delta", "dplr"])
+@pytest.mark.parametrize("name", ["linear", "slots", "delta", "dplr", "quadratic"])
 def test_no_kernel_reads_registers_that_nothing_wrote(name: str) -> None:
     """Of the installed Triton's compiler; narrow tiles are what an earlier one gets wrong (`unwritten.py`)."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:

@@ -229,3 +229,8 @@ def test_a_window_is_gathered_and_not_the_whole_sequence() -> None:
 
     assert gathered(64, 17) == gathered(128, 17) == 16 * gathered(64, 2)
     assert gathered(64, 1) == 0
+
+
+def test_lists_of_numbers_leave_the_recipe_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--world-size", "1", "recipes/quickstart.toml", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["world_size"] == 1

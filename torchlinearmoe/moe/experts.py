@@ -93,9 +93,11 @@ class Experts(Module):
 
     def would_take_tokens(self, device: str, dtype: torch.dtype) -> bool:
         """The same of a machine that need not be this one: what the recipe names counts as installed there."""
+        call = self._call(device, dtype)
         if self.whole != "auto":
-            return self.whole != STEP_BY_STEP.name
-        return choose(whole.OPERATOR, self.whole, self._call(device, dtype)) is not STEP_BY_STEP
+            named = whole.OPERATOR.find_backends().get(self.whole, STEP_BY_STEP)
+            return named is not STEP_BY_STEP and call.kind in named.kinds and dtype in named.dtypes
+        return choose(whole.OPERATOR, self.whole, call) is not STEP_BY_STEP
 
     def _call(self, device: str, dtype: torch.dtype) -> Call:
         return whole.call(self.down.shape[2], self.down.shape[1], device, dtype, self.gated)

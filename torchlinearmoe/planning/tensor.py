@@ -52,11 +52,11 @@ def add_tensor_collectives(
     again = [layer for index, layer in model.layers.items() if is_checkpointed(training, int(index))]
     for layer in again:
         # The last sum of a layer is not computed again: nothing in its backward asks for it. It is the mixer's where no
-        # feed-forward follows.
+        # feed-forward follows. A norm behind it asks.
         gathers = 1 + sum(isinstance(module, FeedForward) for module in layer.modules())
         add("tensor", ranks, "all-gather, tokens forward", gathers * backwards, hidden)
         if training.activation_checkpointing == "full":
-            sums = 0 if isinstance(layer.ffn, NoFeedForward) else backwards
+            sums = backwards * (gathers if layer.norms_behind else not isinstance(layer.ffn, NoFeedForward))
             add("tensor", ranks, "reduce-scatter, tokens forward", sums, hidden)
             add("tensor", ranks, "all-reduce, norms forward", _spanning_norms(layer) * backwards, number)
     rows = chunk_rows(tokens, model.recipe.vocab_size // ranks)

@@ -378,10 +378,17 @@ def _parallel(recipe: Recipe) -> None:
     if parallel.expert > 1 and not experts:
         raise RecipeError(f"parallel.expert = {parallel.expert}: there are no experts (moe.num_experts = 0); legal: 1")
     apart = {*experts_operator.find_backends()} - {*products_operator.find_backends(), "torch"}
-    if parallel.expert > 1 and (backend := recipe.model.moe.backend) in apart:
+    backend = recipe.model.moe.backend
+    if parallel.expert > 1 and backend in apart:
         raise RecipeError(
             f"moe.backend = '{backend}': computes experts that lie on one rank, parallel.expert = {parallel.expert} "
             "spreads them; use 'auto' or 'grouped_mm'"
+        )
+    activation = recipe.model.activation
+    if experts and backend in apart and activation not in ("swiglu", *experts_operator.find_backends()[backend].kinds):
+        raise RecipeError(
+            f"moe.backend = '{backend}': computes gated experts alone, model.activation = '{activation}' has no gates; "
+            "use 'auto' or 'grouped_mm'"
         )
     if experts % parallel.expert:
         raise RecipeError(

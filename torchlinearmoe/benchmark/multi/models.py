@@ -1,8 +1,8 @@
 """What the sections train: a small model in float32 whose losses are compared, a larger one in bfloat16 that is timed.
 
 On the CPU both are of debug size. Every section compares with the same small model, so one rank computes it once.
-`--quick` leaves the recurrences of the one to PyTorch, as Triton compiles them for float32 for tens of seconds, and
-gives the other fewer layers.
+The recurrences of the one are PyTorch's, for float32, for which Triton compiles them for tens of seconds; its kernels
+are in what is timed. `--quick` gives the other fewer layers.
 """
 
 from __future__ import annotations
