@@ -391,6 +391,13 @@ def test_a_backend_for_experts_of_one_rank_does_not_go_with_those_of_several():
     assert _refused({"moe": {"backend": "triton"}, "parallel": {"expert": 2}}).startswith(told)
 
 
+def test_a_backend_of_gated_experts_alone_is_refused_where_there_are_no_gates():
+    told = (
+        "moe.backend = 'triton': computes gated experts alone, model.activation = 'relu2' has no gates; use 'auto' or"
+    )
+    assert _refused({"model": {"activation": "relu2"}, "moe": {"backend": "triton"}}).startswith(told)
+
+
 def test_sources_that_cannot_be_mixed_are_named():
     a = {"path": "a"}
     _refused({"data": {"sources": ["a"]}}, "data.sources = 'a': must be a table of path, weight, split")
