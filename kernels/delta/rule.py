@@ -36,6 +36,7 @@ from torchlinearmoe.kernels.linear.walk import (
     left_states,
     or_nothing,
     precision,
+    product_tile,
     rows_ready,
     stretches_of,
     strides,
@@ -305,8 +306,8 @@ class _Call:
         return self.tile(K, 256), self.tile(V, wide if self.q.dtype == torch.float32 else COLUMNS if K <= 128 else 64)
 
     def tile(self, width: int, most: int) -> int:
-        """Rows or columns that hold `width`: of 16 bits never fewer than 64, see `product_tile` of linear/walk.py."""
-        return tile(width, most) if self.q.dtype == torch.float32 else max(64, tile(width, most))
+        """Rows or columns that hold `width`: of 16 bits as `product_tile` has it."""
+        return tile(width, most) if self.q.dtype == torch.float32 else product_tile(width, most, self.q)
 
     def _join(self, states: Tensor, transitions: Tensor, *, reverse: bool) -> None:
         S, HV, K, V = states.shape

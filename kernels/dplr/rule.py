@@ -60,6 +60,7 @@ from torchlinearmoe.kernels.linear.walk import (
     left_states,
     or_nothing,
     precision,
+    product_tile,
     rows_ready,
     stretches_of,
     strides,
@@ -245,7 +246,7 @@ class _Walk:
 
 def _rows(K: int, x: Tensor, most: int = 128) -> int:
     """Rows of a tile of states in products of x's type."""
-    return tile(K, most) if x.dtype == torch.float32 else max(LEAST, tile(K, most))
+    return tile(K, most) if x.dtype == torch.float32 else product_tile(K, most, x)
 
 
 @dataclass(frozen=True)
