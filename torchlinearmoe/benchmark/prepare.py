@@ -50,8 +50,8 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     if overrides:
         raise RecipeError(f"{overrides[0]}: preparing has no recipe; see --help")
     for name, values in {"megabytes": [arguments.megabytes], "workers": arguments.workers}.items():
-        if min(values) < (least := 0.01 if name == "megabytes" else 1):
-            raise RecipeError(f"--{name} {min(values)}: must be at least {least}")
+        if min(values) < 1:
+            raise RecipeError(f"--{name} {min(values)}: must be at least 1")
     path = str(load_tokenizer(arguments.tokenizer).path)
     with TemporaryDirectory(prefix="torchlinearmoe-") as name:
         folder = Path(name)
@@ -60,12 +60,14 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
         alone = run_contestant(ONE, {"tokenizer": path, "file": str(folder / "all.jsonl")}, arguments.timeout)
         rows = [{"contestant": "library alone"} | _rates(size, alone)]
         print(rows[-1], flush=True)
-        for workers in arguments.workers:
+        for workers in dict.fromkeys(arguments.workers):
             took = [
                 _prepare(folder / f"{file}.jsonl", folder / f"{file}-{workers}", path, workers, arguments.timeout)
                 for file in ("one", "all")
             ]
             figures = {"wall_s": took[1].wall - took[0].wall, "cpu_s": took[1].cpu - took[0].cpu}
+            if min(figures.values()) <= 0:
+                raise UserError(f"--megabytes {arguments.megabytes}: took no longer than a start does; give more")
             row = {"contestant": f"prepare --workers {workers}"} | _rates(size, figures)
             if "error" not in alone:
                 row["of the library, a core"] = alone["cpu_s"] / figures["cpu_s"]

@@ -6,13 +6,12 @@ import pytest
 
 from torchlinearmoe.benchmark import __main__ as command
 from torchlinearmoe.benchmark import prepare
-from torchlinearmoe.data.tokenizer import load_tokenizer
 
 
 def test_the_library_and_preparing_are_timed(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     tables: dict[str, list] = {}
     monkeypatch.setattr(prepare, "show", lambda title, rows: tables.update({title: list(rows)}))
-    assert command.main(["prepare", "--megabytes", "3", "--workers", "1", "2"]) == 0
+    assert command.main(["prepare", "--megabytes", "3", "--workers", "1", "2", "1"]) == 0
     ((title, rows),) = tables.items()
     assert title.startswith("prepare, 3.0 MB of text, bpe-1024.tiktoken")
     assert [row["contestant"] for row in rows] == ["library alone", "prepare --workers 1", "prepare --workers 2"]
@@ -26,7 +25,7 @@ def test_the_library_and_preparing_are_timed(monkeypatch: pytest.MonkeyPatch, tm
     "arguments, words",
     [
         (["--workers", "0"], "--workers 0: must be at least 1"),
-        (["--megabytes", "0"], "--megabytes 0.0: must be at least 0.01"),
+        (["--megabytes", "0"], "--megabytes 0.0: must be at least 1"),
         (["--model.layout=L"], "preparing has no recipe"),
     ],
 )
@@ -34,7 +33,3 @@ def test_wrong_arguments_are_told_in_one_line(arguments, words, capsys: pytest.C
     with pytest.raises(SystemExit):
         command.main(["prepare", *arguments])
     assert words in capsys.readouterr().err
-
-
-def test_both_name_the_tokenizer_that_ships() -> None:
-    assert str(load_tokenizer(None).path).endswith("bpe-1024.tiktoken")

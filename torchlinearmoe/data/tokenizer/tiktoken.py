@@ -71,6 +71,7 @@ class TiktokenTokenizer(Tokenizer):
         if len({*ranks.values(), *special.values()}) != len(ranks) + len(special):
             raise UserError(f"{path}: two tokens share an id; special_tokens are {special}")
         self.encoding: tiktoken.Encoding
+        """The library's own."""
         try:
             self.encoding = tiktoken.Encoding(path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         except ValueError as error:
