@@ -7,14 +7,12 @@ labels. Rank d of R data ranks takes the rows d, R + d, ...; context- and tensor
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tiny_run import Settings, build, unsettle, watched
+from tiny_run import Settings, build, in_float64, unsettle, watched
 from torch import Tensor
 
 DOCUMENTS = (1, 2, 5, 1)
@@ -78,7 +76,7 @@ def trace(rank: int, tables: Settings, wide: bool = False) -> Part:
     from torchlinearmoe.data.packing import collate
 
     counters.clear()
-    with _in_float64(wide):
+    with in_float64(wide):
         trainer = build(tables)
     for part in trainer.parts:
         unsettle(part)
@@ -101,20 +99,6 @@ def trace(rank: int, tables: Settings, wide: bool = False) -> Part:
         (meshes.world["context"].get_local_rank(), degrees.context),
         (meshes.tensor.get_local_rank(), degrees.tensor),
     )
-
-
-@contextmanager
-def _in_float64(wanted: bool) -> Iterator[None]:
-    """Trainers built inside compute in float64, which no recipe offers."""
-    from torchlinearmoe import trainer
-
-    usual = trainer.choose_dtype
-    if wanted:
-        trainer.choose_dtype = lambda *_: torch.float64
-    try:
-        yield
-    finally:
-        trainer.choose_dtype = usual
 
 
 def _note_choices(model: torch.nn.Module, chosen: dict[str, list[Tensor]]) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from harness import RankPool
 from safetensors.torch import load_file, save_file
-from tiny_run import Result, assert_same_training, read_lines, watched, whole
+from tiny_run import Result, assert_same_training, in_float64, read_lines, watched, whole
 
 from torchlinearmoe.convert import main as convert
 from torchlinearmoe.recipe import load_recipe
@@ -21,6 +21,7 @@ PUBLISHED = {"qwen3_next": "Qwen3NextForCausalLM", "kimi_linear": "KimiLinearFor
 LENGTH, SHORT = 256, 320
 LONG = (
     *("--model.size=debug", "--training.dtype=float32", "--training.device=cpu", "--metrics.tensorboard=false"),
+    "--moe.backend=loop",
     f"--training.sequence_length={LENGTH}",
     f"--training.tokens_per_step={4 * LENGTH}",
     f"--training.tokens={3 * 4 * LENGTH}",
@@ -75,7 +76,8 @@ def continued(rank: int, recipe: Path, overrides: tuple[str, ...]) -> tuple[Resu
     found = with_tokenizer(load_recipe(recipe, overrides))
     degrees = resolve_degrees(found.parallel, dist.get_world_size())
     found = with_tokens_per_step(found, tokens_per_step(found.training, degrees))
-    trainer = Trainer(found, degrees, torch.device("cpu"))
+    with in_float64():  # a router's near tie must not fall either way by how sums are ordered
+        trainer = Trainer(found, degrees, torch.device("cpu"))
     gradients: dict[str, torch.Tensor] = {}
     rows: dict[int, list[str]] = {}
     with watched(gradients, rows):
@@ -104,7 +106,7 @@ def test_a_converted_model_goes_on_over_four_ranks_as_on_one_and_is_converted_ba
     ((alone, left_out),) = over(1, 1, 1)
     assert 40 < left_out <= 48 and len(alone.column("loss")) == 3
     for found, left_out_there in over(4, 2, 4):
-        assert_same_training(found, alone)
+        assert_same_training(found, alone, 1e-9)
         assert left_out_there == left_out
     assert alone.column("loss")[0] - alone.column("loss")[-1] > 0.01
 

@@ -122,6 +122,20 @@ def parameters_of(parts: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Paramete
 
 
 @contextmanager
+def in_float64(wanted: bool = True) -> Iterator[None]:
+    """Trainers built inside compute in float64, which no recipe offers."""
+    from torchlinearmoe import trainer
+
+    usual = trainer.choose_dtype
+    if wanted:
+        trainer.choose_dtype = lambda *_: torch.float64
+    try:
+        yield
+    finally:
+        trainer.choose_dtype = usual
+
+
+@contextmanager
 def watched(gradients: dict[str, Tensor], rows: dict[int, list[str]]) -> Iterator[None]:
     """Fill `gradients` with the whole gradients of the first step inside, and `rows` with the data of every step."""
     from torchlinearmoe import trainer
