@@ -332,6 +332,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "batch_tokens": 4096,
         },
     },
+    "embeddings": {"model": {"family": "llama3", "embed_init_std": 0.2}, "training": {"steps": 9}},
 }
 ONE_VALUE = {"optimizer.name"}
 """Keys with a single legal value."""

@@ -61,13 +61,14 @@ def trainer_config(recipe: ModelRecipe, sequences: int, length: int, *, graphs: 
 def model_config(recipe: ModelRecipe, length: int) -> Any:
     """Its Qwen3 with the recipe's dimensions and softmax attention in every layer."""
     normal = {"weight": partial(nn.init.normal_, std=recipe.init_std)}
+    embedding = {"weight": partial(nn.init.normal_, std=recipe.embed_std)}
     return qwen3.Qwen3Model.Config(
         vocab_size=recipe.vocab_size,
         dim=recipe.hidden_size,
         tok_embeddings=Embedding.Config(
             num_embeddings=recipe.vocab_size,
             embedding_dim=recipe.hidden_size,
-            param_init={"weight": skip_param_init} if recipe.tie_embeddings else normal,
+            param_init={"weight": skip_param_init} if recipe.tie_embeddings else embedding,
         ),
         layers=[_layer(recipe, index, length, normal) for index in range(recipe.num_layers)],
         norm=_norm(recipe.hidden_size, recipe.norm_eps),

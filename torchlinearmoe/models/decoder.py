@@ -93,7 +93,7 @@ class Decoder(Module):
         self.register_module("embed", None)
         if self.holds_first or (self.holds_last and recipe.tie_embeddings):
             self.embed = nn.Embedding(recipe.vocab_size, recipe.hidden_size)
-            set_initializers(self.embed, weight=Normal(recipe.init_std))
+            set_initializers(self.embed, weight=Normal(recipe.embed_std))
         counts = Counter(names)
         self.shared = nn.ModuleDict()
         for name in dict.fromkeys(names[index] for index in layers):

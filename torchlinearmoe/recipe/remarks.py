@@ -40,6 +40,7 @@ def unread(recipe: Recipe) -> dict[str, str]:
             "layers of softmax attention",
         ),
         (False in softmax, "model.linear_scales", "layers of a linear mixer"),
+        (not model.tie_embeddings, "model.embed_init_std", "model.tie_embeddings = false"),
         (model.rope_scaling == "yarn", "model.rope_mscale model.rope_mscale_all_dim", "model.rope_scaling = 'yarn'"),
         (moe.num_groups, "moe.top_k_groups moe.group_score", "moe.num_groups"),
         (moe.balance == "loss", "moe.balance_coefficient moe.balance_scope", "moe.balance = 'loss'"),

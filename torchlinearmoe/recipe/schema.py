@@ -162,6 +162,8 @@ class ModelRecipe:
     """Use the embedding as the output head."""
     init_std: float = of_size()
     """Standard deviation of the initial weights; output projections use it over sqrt(2 num_layers)."""
+    embed_init_std: float | None = None
+    """Standard deviation of the initial embeddings, where the head has weights of its own; absent: `init_std`."""
     attention_backend: str = "auto"
     """Kernel of the softmax layers, a file of `kernels/attention/`: torch SDPA with masks (`sdpa`), FlashAttention over
     packed documents (`varlen`), FlexAttention (`flex`), or the definition (`reference`)."""
@@ -172,6 +174,11 @@ class ModelRecipe:
     """The `[moe]` section."""
     mixer_options: dict[str, Any] = field(default_factory=dict)
     """`[mixer.NAME]` sections: the options object of every registered mixer."""
+
+    @property
+    def embed_std(self) -> float:
+        """Standard deviation of the initial embeddings. A head that shares them wants `init_std`."""
+        return self.init_std if self.tie_embeddings or self.embed_init_std is None else self.embed_init_std
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -115,7 +115,7 @@ def _positive(recipe: Recipe) -> None:
             if value is not None and value < 1:
                 raise RecipeError(f"{section}.{name} = {value}: must be at least 1")
     for section, owner, names in (
-        ("model", model, "rope_theta norm_eps init_std rope_beta_slow rope_beta_fast"),
+        ("model", model, "rope_theta norm_eps init_std embed_init_std rope_beta_slow rope_beta_fast"),
         ("model", model, "embed_scale residual_scale logit_divisor"),
         ("optimizer", recipe.optimizer, "eps"),
         ("metrics", recipe.metrics, "peak_tflops"),

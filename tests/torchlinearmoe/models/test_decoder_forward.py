@@ -35,6 +35,18 @@ def test_packed_documents_equal_documents_alone(layout: dict[str, Any]):
 
 
 @pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_of_a_size_of_their_own_are_those_of_the_weights_scaled_unless_the_head_shares_them(tied: bool):
+    model = {"mixer": "gla", "layout": "LN", "num_layers": 2, "tie_embeddings": tied, "init_std": 0.02}
+    plain, other = (
+        build_model(resolve({"model": {**model, **more}, "training": {"steps": 1}}).model)
+        for more in ({}, {"embed_init_std": 0.5})
+    )
+    for (name, weight), same in zip(other.named_parameters(), plain.parameters(), strict=True):
+        scale = 25 if name == "embed.weight" and not tied else 1
+        torch.testing.assert_close(weight, scale * same, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
 def test_scales_of_the_model_are_scales_of_its_weights(tied: bool):
     plain = {"mixer": "gla", "layout": "LN", "num_layers": 2, "tie_embeddings": tied}
     model = small_model({**plain, "embed_scale": 3.0, "residual_scale": 0.4, "logit_divisor": 5.0})

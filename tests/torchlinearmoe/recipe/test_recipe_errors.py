@@ -85,7 +85,10 @@ def test_a_value_of_the_wrong_kind_is_named(section: str, key: str, value: Any, 
     ("section", "key", "value"),
     [
         *[("model", key, 0) for key in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")],
-        *[("model", key, 0) for key in ("vocab_size", "max_length", "rope_theta", "norm_eps", "init_std")],
+        *[
+            ("model", key, 0)
+            for key in ("vocab_size", "max_length", "rope_theta", "norm_eps", "init_std", "embed_init_std")
+        ],
         ("model", "num_kv_heads", 3),
         ("model", "head_dim", -2),
         ("model", "layout", ""),

@@ -25,6 +25,7 @@ VAIN: list[tuple[str, Any, str, list[str]]] = [
     ("model.rope_beta_slow", 0.5, "model.rope_scaling", []),
     ("model.rope_beta_fast", 99.0, "model.rope_scaling", []),
     ("model.rope_mscale", 0.7, "model.rope_scaling = 'yarn'", ["model.rope_scaling=llama3"]),
+    ("model.embed_init_std", 0.5, "model.tie_embeddings = false", ["model.tie_embeddings=true"]),
     ("model.ffn_hidden_size", 64, "layers without experts", []),
     ("moe.top_k", 2, "moe.num_experts", ["moe.num_experts=0"]),
     ("moe.balance", "bias", "moe.num_experts", ["moe.num_experts=0"]),
@@ -77,6 +78,7 @@ def test_a_key_of_a_file_that_is_not_read_is_told(key: str, value: Any, needs: s
     [
         ["model.mixer=gla", "model.layout=LN"],
         ["model.rope_scaling=yarn", "model.rope_factor=7.0", "model.rope_mscale=0.7"],
+        ["model.embed_init_std=0.5", "model.tie_embeddings=false"],
         ["model.ffn_hidden_size=64", "moe.first_dense_layers=1"],
         ["moe.num_experts=0", "moe.top_k=0", "moe.hidden_size=0", "moe.shared_gate=false", "model.ffn_hidden_size=64"],
         ["moe.balance=bias", "moe.bias_rate=0.5"],

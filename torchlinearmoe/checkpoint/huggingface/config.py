@@ -14,7 +14,10 @@ from torchlinearmoe.models.layer_mixers import layer_mixers
 from torchlinearmoe.recipe import ModelRecipe, Recipe, RecipeError, resolve
 from torchlinearmoe.recipe.parse import flatten
 
-UNCHANGED = ("size", "mixer", "layout", "mixers", "init_std", "max_length", "attention_backend", "kernel_backend")
+UNCHANGED = (
+    *("size", "mixer", "layout", "mixers", "init_std", "embed_init_std", "max_length"),
+    *("attention_backend", "kernel_backend"),
+)
 """`[model]` keys that say nothing about what a trained model of softmax layers computes."""
 UNCHANGED_MOE = (
     *("balance", "balance_coefficient", "balance_scope", "z_loss_coefficient", "bias_rate"),
