@@ -17,6 +17,7 @@ COMMANDS = {
     "convert": ("convert", "Hugging Face weights in and out"),
     "evaluate": ("evaluate", "asks a model lm-eval's tasks, or questions made from the text that ships"),
     "recall": ("recall.__main__", "associative recall against the size of the state, a sweep over mixers"),
+    "curves": ("curves.__main__", "learning curves of every mixer on real text, in the same trunk"),
     "plot": ("plot", "curves of runs as pictures"),
     "train-tokenizer": ("data.train_tokenizer", "a byte-pair encoding of one's own text"),
     "benchmark": ("benchmark.__main__", "what this machine does"),
