@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--widths", nargs="+", type=int, metavar="D", help="widths of the models, which size their states")
     add("--lrs", nargs="+", type=float, metavar="LR", help="learning rates; the best one of each model counts")
     add("--steps", type=int, metavar="N", help="longest training of a model (default: the setting's)")
+    add("--seconds", type=float, metavar="S", help="begin no model after so many seconds, nor one that would not end")
     add("--output", default="runs/recall", metavar="FOLDER", help="where recall.json and recall.png go (runs/recall)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU when there is one")
     add("--no-picture", action="store_true", help="write figures only; the picture needs matplotlib (extra `plot`)")
@@ -69,18 +71,23 @@ def _recall(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     known = read_results(folder)
     done = sum(case.key in known for case in cases)
     print(f"{len(cases)} models, {done} of them done before; in {folder}", flush=True)
+    begun, longest = time.monotonic(), 0.0
     for number, case in enumerate(cases, start=1):
         if case.key in known:
             continue
+        if options.seconds is not None and time.monotonic() - begun + longest > options.seconds:
+            print(f"{sum(case.key not in known for case in cases)} models left: the time is over", flush=True)
+            break
         name = f"[{number}/{len(cases)}] {case.label} width {case.width} lr {case.lr:.1e}"
         with progress_bar(name) as tell:
             outcome = learn(case, setting.tests, setting.enough, torch.device("cuda" if cuda else "cpu"), tell)
+        longest = max(longest, outcome.seconds)
         known[case.key] = add_result(folder, options.setting, case, outcome)
         print(f"{name}: accuracy {outcome.accuracy:.3f}, {outcome.steps} steps ({outcome.ended}), "
               f"{outcome.state_bytes:,} bytes of state, {outcome.seconds:.0f} s", flush=True)  # fmt: skip
-    lines = best(known[case.key] for case in cases)
+    lines = best(known[case.key] for case in cases if case.key in known)
     print("", *table(lines), "", folder / FILE, sep="\n")
-    if not options.no_picture:
+    if lines and not options.no_picture:
         print(_draw(options.setting, lines, folder / "recall.png"))
     return 0
 

@@ -40,9 +40,12 @@ class Case:
 def build_cases(
     setting: Setting, mixers: Sequence[str], widths: Sequence[int], lrs: Sequence[float], overrides: Sequence[str] = ()
 ) -> list[Case]:
-    """All of them, mixer by mixer. Raises RecipeError for one that cannot be built."""
+    """All of them, mixer by mixer, each learning rate at all widths before the next.
+
+    Raises RecipeError for one that cannot be built.
+    """
     more = parse_overrides(overrides)
-    return [_case(setting, label, width, lr, more) for label in mixers for width in widths for lr in lrs]
+    return [_case(setting, label, width, lr, more) for label in mixers for lr in lrs for width in widths]
 
 
 def _case(setting: Setting, label: str, width: int, lr: float, more: Mapping[str, Any]) -> Case:

@@ -34,6 +34,8 @@ def test_a_sweep_goes_on_where_it_was_stopped(
 ) -> None:
     pytest.importorskip("matplotlib")
     arguments = [*TINY, "--mixers", "gla", "retention", "--lrs", "1e-3", "1e-2", "--output", str(tmp_path)]
+    assert main([*arguments, "--seconds", "0"]) == 0
+    assert "4 models left: the time is over" in capsys.readouterr().out and not read_results(tmp_path)
     asked: list[str] = []
 
     def dies_at_the_third(case, *rest):
