@@ -12,7 +12,7 @@ from torchlinearmoe.checkpoint.folder import find_latest
 from torchlinearmoe.checkpoint.load import check_fits, load_model_weights
 from torchlinearmoe.checkpoint.plain import SMALL, is_there, plain_file, read_plain
 from torchlinearmoe.checkpoint.storage import CheckpointError
-from torchlinearmoe.checkpoint.tokenizer_files import NEIGHBOURS, TOKENIZER, tokenizer_names, without_code
+from torchlinearmoe.checkpoint.tokenizer_files import NEIGHBOURS, TEMPLATE, TOKENIZER, tokenizer_names, without_code
 from torchlinearmoe.data.chat_template import Template, load_template, template_of
 from torchlinearmoe.data.jinja_template import tokenizer_template
 from torchlinearmoe.data.tokenizer import Tokenizer, load_tokenizer
@@ -27,7 +27,7 @@ RECIPE_FILE = "recipe.toml"
 CHECKPOINTS = "checkpoints"
 """Of a run's folder."""
 TOKENIZER_FOLDER = "tokenizer"
-TEMPLATE_FILES = {"toml": "chat_template.toml", "jinja": "chat_template.jinja"}
+TEMPLATE_FILES = {"toml": "chat_template.toml", "jinja": TEMPLATE}
 SPECIAL_IDS_FILE = "special_ids.json"
 """Of an imported model alone: what its `config.json` and `generation_config.json` said of special ids, by file."""
 
@@ -42,7 +42,7 @@ def model_files(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, str | bytes]:
     if recipe.data.format == "messages":
         template = load_template(recipe.data.chat_template, tokenizer)
         files[TEMPLATE_FILES[template.kind]] = template.source
-        neighbours.discard("chat_template.jinja")  # another than the one it learned
+        neighbours.discard(TEMPLATE)  # another than the one it learned
     read = {path.name: path.read_bytes() for path in _neighbours(tokenizer, neighbours)} | dict(tokenizer.files)
     for name, content in read.items():
         files[f"{TOKENIZER_FOLDER}/{name}"] = without_code(content, tokenizer.path.with_name(name))

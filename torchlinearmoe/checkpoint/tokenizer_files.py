@@ -14,7 +14,8 @@ from torchlinearmoe.errors import UserError
 
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
-NEIGHBOURS = (CONFIG, "special_tokens_map.json", "chat_template.jinja")
+TEMPLATE = "chat_template.jinja"
+NEIGHBOURS = (CONFIG, "special_tokens_map.json", TEMPLATE)
 """What belongs to a `tokenizer.json`, where it is there."""
 MADE_FROM = "made_from"
 """In `tokenizer_config.json`: the tiktoken file that it and the `tokenizer.json` beside it were made from."""

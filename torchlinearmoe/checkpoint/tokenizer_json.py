@@ -15,7 +15,7 @@ import json
 import re
 from typing import Any
 
-from torchlinearmoe.checkpoint.tokenizer_files import CONFIG, MADE_FROM, TOKENIZER
+from torchlinearmoe.checkpoint.tokenizer_files import CONFIG, MADE_FROM, TEMPLATE, TOKENIZER
 from torchlinearmoe.data.tokenizer import TiktokenTokenizer, Tokenizer
 from torchlinearmoe.data.tokenizer.huggingface import byte_level_alphabet
 
@@ -32,6 +32,12 @@ def exported_files(tokenizer: Tokenizer, max_length: int, config: bytes | None) 
     if "tokenizer_class" in known:
         return {}
     return {CONFIG: _dumped({**_config(tokenizer, max_length), **known})}
+
+
+def with_template(config: bytes, template: str) -> dict[str, bytes]:
+    """The `tokenizer_config.json` with a chat template, and the file that newer readers take it from, by name."""
+    table = {**json.loads(config), "chat_template": template}
+    return {CONFIG: _dumped(table), TEMPLATE: template.encode()}
 
 
 def tokenizer_json(tokenizer: TiktokenTokenizer) -> dict[str, Any]:

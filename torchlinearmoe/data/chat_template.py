@@ -18,6 +18,7 @@ Trained are the assistant's content and the end right after it, or those of the 
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Sequence
@@ -102,6 +103,36 @@ class ChatTemplate:
         before, after = (part.replace(END, end) for part in self.around["user"])
         return before, after
 
+    def as_jinja(self, tokenizer: Tokenizer) -> str:
+        """The same as Jinja for `apply_chat_template`, what is trained of the assistant in `{% generation %}`.
+
+        The text is the same, and so are the ids, unless a role's line has white space before `{content}`: transformers
+        cuts a text between special tokens as one, and may join the two.
+        """
+        end = _spelled(tokenizer, self.end_id(tokenizer))
+        quoted = {role: [_quoted(part.replace(END, end)) for part in parts] for role, parts in self.around.items()}
+        lines = [
+            f"{{{{- {_quoted(_spelled(tokenizer, tokenizer.start))} -}}}}",
+            "{%- if tools -%}{{- raise_exception('the template has no form for tools') -}}{%- endif -%}",
+            "{%- for message in messages -%}",
+        ]
+        for number, (role, (before, after)) in enumerate(quoted.items()):
+            lines.append(f"{{%- {'elif' if number else 'if'} message.role == {_quoted(role)} -%}}")
+            if role == "assistant":
+                rest = _quoted(self.around[role][1].removeprefix(END).replace(END, end))
+                lines += [
+                    f"{{{{- {before} -}}}}{{%- generation -%}}",
+                    f"{{{{- (message.content or '') + {_quoted(end)} -}}}}{{%- endgeneration -%}}{{{{- {rest} -}}}}",
+                ]
+            else:
+                lines.append(f"{{{{- {before} + (message.content or '') + {after} -}}}}")
+        lines += [
+            "{%- else -%}{{- raise_exception('the template has no line for the role ' + message.role) -}}{%- endif -%}",
+            "{%- endfor -%}",
+            f"{{%- if add_generation_prompt -%}}{{{{- {quoted['assistant'][0]} -}}}}{{%- endif -%}}",
+        ]
+        return "\n".join(lines) + "\n"
+
     def _around(self, message: Message) -> tuple[str, str]:
         if message.role not in self.around:
             raise UserError(
@@ -118,6 +149,17 @@ class ChatTemplate:
         for piece in re.split(f"({pattern})", text):
             ids += [special[piece]] if piece in special else tokenizer.encode(piece) if piece else []
         return ids
+
+
+def _spelled(tokenizer: Tokenizer, index: int) -> str:
+    """A special token by its id."""
+    known = (token for token, found in tokenizer.special_tokens.items() if found == index)
+    return next(known, tokenizer.decode([index]))
+
+
+def _quoted(text: str) -> str:
+    """A string of Jinja, whose escapes are those of JSON."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 Template = ChatTemplate | JinjaTemplate

@@ -34,11 +34,11 @@ from torchlinearmoe.checkpoint.model import (
     read_special_ids,
 )
 from torchlinearmoe.checkpoint.nonfinite import is_finite, tell_nonfinite
-from torchlinearmoe.checkpoint.plain import is_there, read_plain
+from torchlinearmoe.checkpoint.plain import is_there
 from torchlinearmoe.checkpoint.stream import Progress, SavedWeights
 from torchlinearmoe.checkpoint.tokenizer_files import CONFIG as TOKENIZER_CONFIG
 from torchlinearmoe.checkpoint.tokenizer_files import read_tokenizer_file, tokenizer_names
-from torchlinearmoe.checkpoint.tokenizer_json import exported_files
+from torchlinearmoe.checkpoint.tokenizer_json import exported_files, with_template
 from torchlinearmoe.families.huggingface import Config
 
 LAYER = re.compile(r"layers\.\d+\.")
@@ -179,6 +179,14 @@ def _special_ids(checkpoint: Path) -> dict[str, Config]:
     return {CONFIG: ids, GENERATION: ids}
 
 
+def _learned_template(checkpoint: Path) -> str | None:
+    """The Jinja of the chat template that the model was finetuned with; None where it was not."""
+    if not any(is_there(checkpoint / name) for name in TEMPLATE_FILES.values()):
+        return None
+    template = checkpoint_template(checkpoint)
+    return template.source if template.kind == "jinja" else template.as_jinja(checkpoint_tokenizer(checkpoint))
+
+
 def _write_small_files(folder: Path, weights: SavedWeights, config: Config) -> None:
     tokenizer = weights.path / TOKENIZER_FOLDER
     if is_there(tokenizer):
@@ -190,10 +198,10 @@ def _write_small_files(folder: Path, weights: SavedWeights, config: Config) -> N
             max_length = weights.recipe.model.max_length
             read = checkpoint_tokenizer(weights.path)
             files |= exported_files(read, max_length, files.get(TOKENIZER_CONFIG))
+            if (learned := _learned_template(weights.path)) is not None:
+                files |= with_template(files[TOKENIZER_CONFIG], learned)
         for name, content in files.items():
             (folder / name).write_bytes(content)
-    if is_there(weights.path / (learned := TEMPLATE_FILES["jinja"])):
-        (folder / learned).write_bytes(read_plain(weights.path, learned))
     if "auto_map" in config:
         (folder / MODELING).write_bytes((Path(__file__).parent / MODELING).read_bytes())
     ids = _special_ids(weights.path)

@@ -11,8 +11,9 @@ from torchlinearmoe.checkpoint.boxes import Index, cut
 from torchlinearmoe.checkpoint.huggingface.directory import read_special_ids
 from torchlinearmoe.checkpoint.huggingface.weights import PublishedWeights
 from torchlinearmoe.checkpoint.model import RECIPE_FILE, SPECIAL_IDS_FILE, TOKENIZER_FOLDER
+from torchlinearmoe.checkpoint.plain import is_there, read_plain
 from torchlinearmoe.checkpoint.stream import Progress, write_weights
-from torchlinearmoe.checkpoint.tokenizer_files import read_tokenizer_file, tokenizer_names
+from torchlinearmoe.checkpoint.tokenizer_files import TEMPLATE, read_tokenizer_file, tokenizer_names
 from torchlinearmoe.recipe import Recipe, dump
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ def import_directory(source: str | Path, destination: str | Path, progress: Prog
     special_ids = json.dumps(read_special_ids(weights.path), indent=2) + "\n"
     files: dict[str, str | bytes] = {RECIPE_FILE: dump(recipe), SPECIAL_IDS_FILE: special_ids}
     files |= {f"{TOKENIZER_FOLDER}/{name}": read_tokenizer_file(weights.path, name) for name in names}
+    if TEMPLATE not in names and is_there(weights.path / TEMPLATE):  # of an export whose tokenizer is tiktoken's
+        files[TEMPLATE] = read_plain(weights.path, TEMPLATE)
     write_weights(destination, weights, boxes, files, progress)
     return recipe
 

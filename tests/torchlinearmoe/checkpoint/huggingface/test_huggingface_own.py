@@ -21,7 +21,9 @@ from torchlinearmoe.checkpoint import CheckpointManager
 from torchlinearmoe.checkpoint.huggingface.exporting import export_checkpoint
 from torchlinearmoe.checkpoint.huggingface.importing import import_directory
 from torchlinearmoe.checkpoint.huggingface.own import MODELING
-from torchlinearmoe.checkpoint.model import checkpoint_tokenizer, model_files
+from torchlinearmoe.checkpoint.model import checkpoint_template, checkpoint_tokenizer, model_files
+from torchlinearmoe.data.chat_template import load_template
+from torchlinearmoe.data.messages import Message
 from torchlinearmoe.data.tokenizer import DEFAULT_TOKENIZER, load_tokenizer
 from torchlinearmoe.generation import generate
 from torchlinearmoe.recipe import resolve
@@ -115,6 +117,52 @@ def test_generation_ends_where_a_finetuned_response_does(tmp_path: Path) -> None
         run.save(1, build_model(recipe.model), None, {"tokens": 0, "skipped_steps": 0}, files, blocking=True)
         export_checkpoint(tmp_path / template / "step-1", tmp_path / f"{template} exported")
         assert load(tmp_path / f"{template} exported").generation_config.eos_token_id == ends
+
+
+@pytest.mark.parametrize("template", ["chatml", "turns.toml"])
+def test_transformers_writes_a_conversation_with_the_ids_that_were_trained(template: str, tmp_path: Path) -> None:
+    file = tmp_path / "marked.tiktoken"
+    file.write_bytes(DEFAULT_TOKENIZER.read_bytes())
+    markers = {"<|endoftext|>": 1023, "<|im_start|>": 1024, "<|im_end|>": 1025, "<|begin|>": 1026}
+    table = {"special_tokens": markers, "begin_of_text": "<|begin|>"}
+    file.with_name(f"{file.name}.json").write_text(json.dumps(table))
+    (tmp_path / "turns.toml").write_text(
+        'end = "<|im_end|>"\nsystem = "{content}\\n\\n"\nuser = "\\"{% Qé🙂 %}\\"\\\\:\\n{content}\\n"\n'
+        'assistant = "A:\\n{content}{end}{end}\\n"\n'
+    )
+    named = str(tmp_path / template) if "." in template else template
+    data = {"format": "messages", "chat_template": named, "tokenizer": str(file), "begin_of_text": True}
+    recipe = resolve({"model": {"num_layers": 1, "vocab_size": 1027}, "data": data, "training": {"steps": 1}})
+    tokenizer = load_tokenizer(file)
+    run = CheckpointManager(tmp_path, keep=1)
+    model = build_model(recipe.model)
+    run.save(1, model, None, {"tokens": 0, "skipped_steps": 0}, model_files(recipe, tokenizer), blocking=True)
+    export_checkpoint(tmp_path / "step-1", tmp_path / "exported")
+
+    ours, theirs = load_template(named), transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    told = [
+        ("system", "Be brief."),
+        ("user", "Hi, who is it?"),
+        ("assistant", "Me."),
+        ("user", "  Why\n"),
+        ("assistant", "So."),
+    ]
+    turns, messages = ([{"role": r, "content": c} for r, c in told], [Message(r, c) for r, c in told])
+    found = theirs.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+    ids, trained = ours.encode(messages, tokenizer)
+    assert found["input_ids"][: len(ids)] == ids
+    assert found["assistant_masks"][: len(ids)] == [int(flag) for flag in trained]
+    assert not any(found["assistant_masks"][len(ids) :])
+    prompt = theirs.apply_chat_template(turns[:2], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert prompt == ours.prompt(messages[:2], tokenizer)
+    assert (
+        json.loads((tmp_path / "exported" / "tokenizer_config.json").read_text())["chat_template"]
+        == (tmp_path / "exported" / "chat_template.jinja").read_text()
+    )
+    # What is imported again writes the same.
+    import_directory(tmp_path / "exported", tmp_path / "again")
+    again = checkpoint_template(tmp_path / "again")
+    assert again.encode(messages, tokenizer) == (ids, trained) and again.end_id(tokenizer) == ours.end_id(tokenizer)
 
 
 def test_the_neighbours_of_a_tokenizer_travel_with_it_but_no_template_that_was_not_learned(tmp_path: Path) -> None:
