@@ -39,6 +39,7 @@ from torchlinearmoe.checkpoint.stream import Progress, SavedWeights
 from torchlinearmoe.checkpoint.tokenizer_files import CONFIG as TOKENIZER_CONFIG
 from torchlinearmoe.checkpoint.tokenizer_files import read_tokenizer_file, tokenizer_names
 from torchlinearmoe.checkpoint.tokenizer_json import exported_files, with_template
+from torchlinearmoe.data.chat_template import ChatTemplate
 from torchlinearmoe.families.huggingface import Config
 
 LAYER = re.compile(r"layers\.\d+\.")
@@ -184,7 +185,9 @@ def _learned_template(checkpoint: Path) -> str | None:
     if not any(is_there(checkpoint / name) for name in TEMPLATE_FILES.values()):
         return None
     template = checkpoint_template(checkpoint)
-    return template.source if template.kind == "jinja" else template.as_jinja(checkpoint_tokenizer(checkpoint))
+    if isinstance(template, ChatTemplate):
+        return template.as_jinja(checkpoint_tokenizer(checkpoint))
+    return template.source
 
 
 def _write_small_files(folder: Path, weights: SavedWeights, config: Config) -> None:
