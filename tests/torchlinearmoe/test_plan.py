@@ -76,6 +76,13 @@ def test_flops_are_the_sum_of_their_terms(name: str) -> None:
     assert {term["name"].split()[0] for term in flops["forward_terms"]} == kinds | {"head", "feed-forward"}
 
 
+def test_layers_without_a_feed_forward_are_not_counted_as_having_one(capsys: pytest.CaptureFixture[str]) -> None:
+    tables = ("--world-size", "1", "--model.feed_forwards=E.", "--model.num_layers=5")
+    assert main([str(ROOT / "recipes/quickstart.toml"), *tables]) == 0
+    told = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("feed-forward")]
+    assert [words[1] for words in told[:-1]] == ["3"] and told[-1][-2:] == ["3", "layers"]
+
+
 def test_a_thousand_ranks_are_planned_without_memory_or_processes() -> None:
     _, one = preset("72B", "hgrn2")
     _, many = preset("72B", "hgrn2", 1024, parallel={"data_replicate": 4})

@@ -19,6 +19,7 @@ import torch
 from torchlinearmoe.benchmark.contest import answer
 from torchlinearmoe.benchmark.floors import softmax_twin, step_work, update_bytes
 from torchlinearmoe.benchmark.labels import label_torchtitan
+from torchlinearmoe.benchmark.peer_shapes import refuse_other_shapes
 from torchlinearmoe.benchmark.profile import profile_steps
 from torchlinearmoe.benchmark.timing import time_steps
 from torchlinearmoe.errors import UserError
@@ -38,9 +39,10 @@ def installed() -> bool:
 def measure(options: dict[str, Any]) -> dict[str, Any]:
     """Figures of `options`: recipe, overrides, sequences, length, steps, graphs, profile.
 
-    Raises UserError where torchtitan cannot run.
+    Raises UserError where torchtitan cannot run, or has no model of the recipe's shape.
     """
     recipe = load_recipe(options["recipe"], options["overrides"]).model
+    refuse_other_shapes(recipe, "torchtitan's Qwen3-MoE", ("model.head_dim",))
     if not installed():
         raise UserError(f"torchtitan is not installed: pip install torchtitan==0.3.0, {WITHOUT}")
     if not torch.cuda.is_available():

@@ -15,16 +15,22 @@ import torch
 from torchlinearmoe.benchmark.contest import answer
 from torchlinearmoe.benchmark.floors import softmax_twin, step_work, update_bytes
 from torchlinearmoe.benchmark.labels import label_transformers, labelled
+from torchlinearmoe.benchmark.peer_shapes import refuse_other_shapes
 from torchlinearmoe.benchmark.profile import profile_steps
 from torchlinearmoe.benchmark.timing import time_steps
+from torchlinearmoe.errors import UserError
 from torchlinearmoe.recipe import load_recipe
 
 
 def measure(options: dict[str, Any]) -> dict[str, Any]:
-    """Figures of `options`: recipe, overrides, sequences, length, steps, compile, profile."""
+    """Figures of `options`: recipe, overrides, sequences, length, steps, compile, profile.
+
+    Raises UserError for a recipe whose shape its model cannot have.
+    """
     import transformers  # pyright: ignore[reportMissingImports]
 
     model_recipe = load_recipe(options["recipe"], options["overrides"]).model
+    refuse_other_shapes(model_recipe, "transformers' Qwen2-MoE")
     moe = model_recipe.moe
     config = transformers.Qwen2MoeConfig(
         vocab_size=model_recipe.vocab_size,
@@ -40,6 +46,7 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
         moe_intermediate_size=moe.hidden_size,
         shared_expert_intermediate_size=moe.shared_hidden_size,
         norm_topk_prob=moe.renormalize,
+        mlp_only_layers=list(range(moe.first_dense_layers)),
         tie_word_embeddings=model_recipe.tie_embeddings,
         use_cache=False,
     )
@@ -86,4 +93,7 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    answer(measure(json.loads(sys.argv[1])))
+    try:
+        answer(measure(json.loads(sys.argv[1])))
+    except UserError as error:
+        answer({"error": str(error)})

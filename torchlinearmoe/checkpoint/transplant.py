@@ -23,6 +23,7 @@ from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.families import FAMILIES
 from torchlinearmoe.mixers import MIXERS
 from torchlinearmoe.models.block import placed
+from torchlinearmoe.models.layer_feed_forwards import DENSE, EXPERTS, feed_forwards
 from torchlinearmoe.models.layer_mixers import layer_mixers
 from torchlinearmoe.recipe import ModelRecipe
 
@@ -77,10 +78,11 @@ def check_recipes(target: ModelRecipe, source: ModelRecipe, where: str) -> None:
         rope = ("rope_theta", "rope_scaling", *(scaling if source.rope_scaling != "none" else ()))
         keys += [("model", key) for key in (*ATTENTION, *rope)]
     if target.moe.num_experts and source.moe.num_experts:
-        keys += [("model", "feed_forwards"), *(("moe", key) for key in vars(source.moe) if key not in FREE_MOE)]
+        keys += [("moe", key) for key in vars(source.moe) if key not in FREE_MOE]
     for section, key in keys:
         ours, theirs = (getattr(recipe.moe if section == "moe" else recipe, key) for recipe in (target, source))
         _equal(f"{section}.{key}", ours, theirs, where)
+    _feed_forwards(target, source, where)
     _placements(target, source, where)
     for name in sorted(common):
         for key, theirs in vars(source.mixer_options[name]).items():
@@ -93,6 +95,16 @@ def check_recipes(target: ModelRecipe, source: ModelRecipe, where: str) -> None:
             _equal("model.ffn_hidden_size", target.ffn_hidden_size, source.ffn_hidden_size, where)
     if target.tie_embeddings and not source.tie_embeddings:
         _equal("model.tie_embeddings", True, False, where)
+
+
+def _feed_forwards(target: ModelRecipe, source: ModelRecipe, where: str) -> None:
+    """Layers have a feed-forward where they had one, however the pattern is written; experts where both models have
+    any."""
+    ours, theirs = feed_forwards(target), feed_forwards(source)
+    if not (target.moe.num_experts and source.moe.num_experts):
+        ours, theirs = ([DENSE if kind == EXPERTS else kind for kind in kinds] for kinds in (ours, theirs))
+    if ours != theirs:
+        _equal("model.feed_forwards", target.feed_forwards, source.feed_forwards, where)
 
 
 def _placements(target: ModelRecipe, source: ModelRecipe, where: str) -> None:

@@ -14,10 +14,8 @@ from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.families.base import FAMILIES, Family, model_size, moe_size
 from torchlinearmoe.families.huggingface import (
     LATENT,
-    LATENT_KEYS,
     MODEL_DEFAULTS,
     MODEL_FIXED,
-    MODEL_KEYS,
     OUTER,
     Architecture,
     Config,
@@ -29,6 +27,8 @@ from torchlinearmoe.families.huggingface import (
 )
 from torchlinearmoe.families.sigmoid_routing import (
     BIAS,
+    KIMI,
+    KIMI_SYNONYMS,
     SIGMOID,
     SIGMOID_IMPLIED,
     grouped,
@@ -135,17 +135,7 @@ def _write(tables: Tables, config: Config) -> None:
 PUBLISHED = Architecture(
     name="BailingHybridForCausalLM",
     model_type="bailing_hybrid",
-    keys={
-        **{key: ours for key, ours in MODEL_KEYS.items() if key not in ("head_dim", "max_position_embeddings")},
-        "model_max_length": "model.max_length",
-        "intermediate_size": "model.ffn_hidden_size",
-        "num_experts": "moe.num_experts",
-        "num_experts_per_token": "moe.top_k",
-        "moe_intermediate_size": "moe.hidden_size",
-        "routed_scaling_factor": "moe.routed_scaling",
-        "moe_renormalize": "moe.renormalize",
-        **LATENT_KEYS,
-    },
+    keys=KIMI,
     names=NAMES,
     defaults={
         **MODEL_DEFAULTS,
@@ -158,14 +148,7 @@ PUBLISHED = Architecture(
     implied={"mixer.mla.rope": True, "mixer.mla.output_gate": "head", **SIGMOID_IMPLIED},
     read=_read,
     write=_write,
-    synonyms={
-        "max_position_embeddings": "model_max_length",
-        "norm_topk_prob": "moe_renormalize",
-        "n_group": "num_expert_group",
-        "num_local_experts": "num_experts",
-        "num_experts_per_tok": "num_experts_per_token",
-        "n_shared_experts": "num_shared_experts",
-    },
+    synonyms=KIMI_SYNONYMS,
     aliases=("BailingMoeV3ForCausalLM",),
     ignored=(r"model\.layers\.{beyond}\..*",),
     layers={"linear_attention": "kda"},

@@ -25,6 +25,7 @@ from torchlinearmoe.families.huggingface import (
 )
 from torchlinearmoe.families.sigmoid_routing import (
     BIAS,
+    COUNTED,
     SIGMOID,
     SIGMOID_IMPLIED,
     grouped,
@@ -71,13 +72,7 @@ PUBLISHED = Architecture(
     model_type="deepseek_v3",
     keys={
         **{key: target for key, target in MODEL_KEYS.items() if key != "head_dim"},
-        "intermediate_size": "model.ffn_hidden_size",
-        "first_k_dense_replace": "moe.first_dense_layers",
-        "n_routed_experts": "moe.num_experts",
-        "num_experts_per_tok": "moe.top_k",
-        "moe_intermediate_size": "moe.hidden_size",
-        "routed_scaling_factor": "moe.routed_scaling",
-        "norm_topk_prob": "moe.renormalize",
+        **COUNTED,
         **LATENT_KEYS,
     },
     names=(

@@ -22,6 +22,7 @@ from torchlinearmoe.families.huggingface import (
 )
 from torchlinearmoe.families.sigmoid_routing import (
     BIAS,
+    COUNTED,
     SIGMOID,
     SIGMOID_IMPLIED,
     read_experts,
@@ -63,14 +64,8 @@ PUBLISHED = Architecture(
     model_type="glm4_moe",
     keys={
         **MODEL_KEYS,
-        "intermediate_size": "model.ffn_hidden_size",
         "attention_bias": "mixer.softmax_attention.qkv_bias",
-        "first_k_dense_replace": "moe.first_dense_layers",
-        "n_routed_experts": "moe.num_experts",
-        "num_experts_per_tok": "moe.top_k",
-        "moe_intermediate_size": "moe.hidden_size",
-        "routed_scaling_factor": "moe.routed_scaling",
-        "norm_topk_prob": "moe.renormalize",
+        **COUNTED,
     },
     names=(
         *OUTER,

@@ -10,10 +10,8 @@ from torchlinearmoe.errors import RecipeError
 from torchlinearmoe.families.base import FAMILIES, Family, model_size, moe_size
 from torchlinearmoe.families.huggingface import (
     LATENT,
-    LATENT_KEYS,
     MODEL_DEFAULTS,
     MODEL_FIXED,
-    MODEL_KEYS,
     OUTER,
     Architecture,
     Config,
@@ -25,6 +23,8 @@ from torchlinearmoe.families.huggingface import (
 )
 from torchlinearmoe.families.sigmoid_routing import (
     BIAS,
+    KIMI,
+    KIMI_SYNONYMS,
     SIGMOID,
     SIGMOID_IMPLIED,
     read_dense_layers,
@@ -113,17 +113,7 @@ def _write(tables: Tables, config: Config) -> None:
 PUBLISHED = Architecture(
     name="KimiLinearForCausalLM",
     model_type="kimi_linear",
-    keys={
-        **{key: ours for key, ours in MODEL_KEYS.items() if key not in ("head_dim", "max_position_embeddings")},
-        "model_max_length": "model.max_length",
-        "intermediate_size": "model.ffn_hidden_size",
-        "num_experts": "moe.num_experts",
-        "num_experts_per_token": "moe.top_k",
-        "moe_intermediate_size": "moe.hidden_size",
-        "routed_scaling_factor": "moe.routed_scaling",
-        "moe_renormalize": "moe.renormalize",
-        **LATENT_KEYS,
-    },
+    keys=KIMI,
     names=(
         *OUTER,
         *of_mixer("mla", LATENT),
@@ -151,14 +141,7 @@ PUBLISHED = Architecture(
     implied={"mixer.mla.rope": False, **SIGMOID_IMPLIED},
     read=_read,
     write=_write,
-    synonyms={
-        "max_position_embeddings": "model_max_length",
-        "norm_topk_prob": "moe_renormalize",
-        "n_group": "num_expert_group",
-        "num_local_experts": "num_experts",
-        "num_experts_per_tok": "num_experts_per_token",
-        "n_shared_experts": "num_shared_experts",
-    },
+    synonyms=KIMI_SYNONYMS,
     spellings=(swiglu("ffn", "block_sparse_moe"),),
     layers={"linear_attention": "kda"},
     layer_types=_layer_types,

@@ -9,12 +9,43 @@ from collections.abc import Callable
 from typing import Any
 
 from torchlinearmoe.errors import RecipeError
-from torchlinearmoe.families.huggingface import Config, Name, Tables
+from torchlinearmoe.families.huggingface import LATENT_KEYS, MODEL_KEYS, Config, Name, Tables
 
 SIGMOID_IMPLIED = {"moe.score": "sigmoid", "moe.selection_bias": True, "moe.shared_gate": False}
 SIGMOID = {"score": "sigmoid", "selection_bias": True, "renormalize": True}
 """The same of a size's `[moe]`, whose weights are rescaled in all releases."""
 BIAS = "layers.{layer}.ffn.router.expert_bias"
+COUNTED = {
+    "intermediate_size": "model.ffn_hidden_size",
+    "first_k_dense_replace": "moe.first_dense_layers",
+    "n_routed_experts": "moe.num_experts",
+    "num_experts_per_tok": "moe.top_k",
+    "moe_intermediate_size": "moe.hidden_size",
+    "routed_scaling_factor": "moe.routed_scaling",
+    "norm_topk_prob": "moe.renormalize",
+}
+"""Keys of DeepSeek-V3 and GLM-4.5."""
+KIMI = {
+    **{key: ours for key, ours in MODEL_KEYS.items() if key not in ("head_dim", "max_position_embeddings")},
+    "model_max_length": "model.max_length",
+    "intermediate_size": "model.ffn_hidden_size",
+    "num_experts": "moe.num_experts",
+    "num_experts_per_token": "moe.top_k",
+    "moe_intermediate_size": "moe.hidden_size",
+    "routed_scaling_factor": "moe.routed_scaling",
+    "moe_renormalize": "moe.renormalize",
+    **LATENT_KEYS,
+}
+"""Keys of Kimi Linear and Ling 3."""
+KIMI_SYNONYMS = {
+    "max_position_embeddings": "model_max_length",
+    "norm_topk_prob": "moe_renormalize",
+    "n_group": "num_expert_group",
+    "num_local_experts": "num_experts",
+    "num_experts_per_tok": "num_experts_per_token",
+    "n_shared_experts": "num_shared_experts",
+}
+"""What transformers calls the same."""
 
 
 def sigmoid_router(theirs: str) -> tuple[Name, ...]:

@@ -83,19 +83,20 @@ class FlopTerm:
 def forward_flop_terms(model: Decoder, length: int) -> list[FlopTerm]:
     """The summands of `models.flops.forward_flops_per_token`: FLOPs of one token in documents of `length` tokens."""
     mixing: dict[str, tuple[int, float, float]] = {}
-    feed_forward = 0.0
+    feed_forward, with_one = 0.0, 0
     for layer in model.layers.values():
         mixer, ffn = _parts(layer)
         layers, projections, between = mixing.get(mixer.name, (0, 0.0, 0.0))
         core = mixer.mixing_flops(length)
         mixing[mixer.name] = (layers + 1, projections + mixer.flops_per_token(length) - core, between + core)
         feed_forward += 2.0 * active_parameters(ffn)
+        with_one += _size(ffn) > 0
     recipe = model.recipe
     terms = [FlopTerm("head", "2 D V", 2.0 * recipe.hidden_size * recipe.vocab_size)]
     for name, (layers, projections, between) in mixing.items():
         terms.append(FlopTerm(f"{name} projections", f"2 a weight, {layers} layers", projections))
         terms.append(FlopTerm(f"{name} mixing", f"between tokens at {length} a document, {layers} layers", between))
-    terms.append(FlopTerm("feed-forward", f"2 an active weight, {len(model.layers)} layers", feed_forward))
+    terms.append(FlopTerm("feed-forward", f"2 an active weight, {with_one} layers", feed_forward))
     return terms
 
 

@@ -114,6 +114,8 @@ def _parameters(plan: dict[str, Any]):
             ("  norms", kind["norm_parameters"], kind["norm_parameters"], ""),
         ]
         for name, each, active, note in rows:
+            if not each:  # no feed-forward, or no norm before it
+                continue
             table.add_row(name, str(layers), f"{each:,}", f"{each * layers:,}", f"{active * layers:,}", note)
     for name in ("embedding", "head", "shared", "final_norm"):
         size, note = counts[name], "tied to the embedding" if name == "head" and not counts["head"] else ""
