@@ -86,10 +86,11 @@ def _curves(options: argparse.Namespace, overrides: Sequence[str], arguments: Se
         return int(failed)
     outcomes = read_outcomes(cases)
     print("", *write_results(outcomes, output), "", sep="\n")
-    if outcomes and not options.no_picture:
+    drawn = [(o.label, o.mixer, o.theirs, o.curve) for o in outcomes if o.curve]
+    if drawn and not options.no_picture:
         from torchlinearmoe.plotting.learning import draw_learning
 
-        draw_learning([(o.label, o.mixer, o.theirs, o.curve) for o in outcomes], output / PICTURE)
+        draw_learning(drawn, output / PICTURE)
         print(output / PICTURE)
     left = [case.label for case in cases if not is_done(case)]
     if left:

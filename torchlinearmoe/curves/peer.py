@@ -104,8 +104,9 @@ def fit(model: nn.Module, recipe: Recipe, device: torch.device, folder: Path) ->
         **alone,
         stop_step=training.total_steps,
     )
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() < 2]
+    exempt = {name for name, p in model.named_parameters() if p.dim() < 2 or name.endswith("lower_bounds")}
+    decayed = [p for name, p in model.named_parameters() if name not in exempt]
+    others = [p for name, p in model.named_parameters() if name in exempt]
     options = recipe.optimizer
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}],

@@ -14,7 +14,7 @@ from torchlinearmoe.curves.cases import Case
 from torchlinearmoe.curves.text import PACKAGE
 from torchlinearmoe.errors import UserError
 from torchlinearmoe.models.decoder import Decoder
-from torchlinearmoe.plotting.run import read_run
+from torchlinearmoe.plotting.run import Run, read_run
 from torchlinearmoe.recipe.schema import ModelRecipe
 
 OUTCOME, FAILED = "outcome.json", "failed.txt"
@@ -54,7 +54,10 @@ def is_done(case: Case) -> bool:
 
 def measured(case: Case, diverged: bool, seconds: float) -> Outcome:
     """The outcome of a run that has ended, from its metrics."""
-    run = read_run(case.folder)
+    try:
+        run = read_run(case.folder)
+    except UserError:  # it ended before a step was logged
+        run = Run(case.folder, [])
     tokens, losses = run.series(VALIDATION)
     rates = sorted(run.series("tokens_per_second")[1])
     return Outcome(
@@ -63,7 +66,7 @@ def measured(case: Case, diverged: bool, seconds: float) -> Outcome:
         theirs=case.theirs,
         parameters=parameters(case.recipe.model),
         curve=[(round(at), loss) for at, loss in zip(tokens, losses)],
-        tokens_per_second=rates[len(rates) // 2],
+        tokens_per_second=rates[len(rates) // 2] if rates else 0.0,
         lr=case.recipe.optimizer.lr,
         diverged=diverged,
         seconds=round(seconds, 1),

@@ -85,6 +85,15 @@ def test_models_share_data_and_order_and_a_second_start_goes_on(
     assert main(arguments) == 0
 
 
+def test_a_model_that_diverges_is_done_too(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    arguments = ["--models", "gla", "--text", str(text), "--output", str(out), *ARGUMENTS]
+    broken = [*arguments, "--model.init_std=1e30", "--training.max_skipped_steps=1"]
+    assert main(broken) == 0
+    assert "| gla | 0.0 M |  |  | diverged |" in (told := capsys.readouterr().out) and "left:" not in told
+    assert not (out / "curves.png").exists()
+
+
 def test_what_another_process_is_at_or_failed_at_is_left_to_it(text: Path, tmp_path: Path) -> None:
     (case,) = cases(["fla/gla"], text)
     with claimed(case) as free, claimed(case) as again:
