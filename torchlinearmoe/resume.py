@@ -35,7 +35,7 @@ FREE_KEYS = {
     *("training.steps", "training.tokens", "training.output_dir", "training.device", "training.deterministic"),
     *("training.compile", "training.compile_backend", "training.max_skipped_steps"),
     *("training.activation_checkpointing", "training.activation_checkpointing_every"),
-    *("model.kernel_backend", "model.attention_backend", "moe.backend"),
+    *("model.kernel_backend", "model.attention_backend", "moe.backend", "model.embed_init_std"),
     *("data.workers", "data.cache", "data.on_change", "data.validation_paths"),
 }
 TOLD_KEYS = {

@@ -163,7 +163,8 @@ class ModelRecipe:
     init_std: float = of_size()
     """Standard deviation of the initial weights; output projections use it over sqrt(2 num_layers)."""
     embed_init_std: float | None = None
-    """Standard deviation of the initial embeddings, where the head has weights of its own; absent: `init_std`."""
+    """Standard deviation of the initial embeddings, where the head has weights of its own; absent: `init_std`. Beside
+    outputs that are normed before their projection 0.5 learns sooner (KDA, DeltaNet, GSA above all)."""
     attention_backend: str = "auto"
     """Kernel of the softmax layers, a file of `kernels/attention/`: torch SDPA with masks (`sdpa`), FlashAttention over
     packed documents (`varlen`), FlexAttention (`flex`), or the definition (`reference`)."""
