@@ -332,6 +332,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "batch_tokens": 4096,
         },
     },
+    "llama3-float8": {"model": {"family": "llama3"}, "training": {"steps": 9, "float8": "rowwise"}},
 }
 ONE_VALUE = {"optimizer.name"}
 """Keys with a single legal value."""

@@ -277,6 +277,9 @@ class TrainingRecipe:
     """Where the run writes its recipe, metrics and checkpoints."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; masters, states, router and decays stay float32. `auto`: bfloat16 on GPUs, else float32."""
+    float8: Literal["none", "rowwise"] = "none"
+    """Compute the projections of mixers and the dense and shared feed-forwards in float8, by torchao's scaling of rows.
+    Routers, decays, embedding, head and routed experts stay as they are, and so do weights and checkpoints."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device type; `auto` takes a GPU when there is one."""
     compile: bool = False
