@@ -164,7 +164,8 @@ class ModelRecipe:
     """Standard deviation of the initial weights; output projections use it over sqrt(2 num_layers)."""
     attention_backend: str = "auto"
     """Kernel of the softmax layers, a file of `kernels/attention/`: torch SDPA with masks (`sdpa`), FlashAttention over
-    packed documents (`varlen`), FlexAttention (`flex`), or the definition (`reference`)."""
+    packed documents (`varlen`), FlexAttention (`flex`), cuDNN where rows are single documents (`cudnn`), packages of
+    FlashAttention-3 and 4 (`flash3`, `flash4`), or the definition (`reference`)."""
     kernel_backend: str = "auto"
     """Kernels of the linear mixers: chunk-parallel PyTorch, the definitions token by token, flash-linear-attention or
     mamba-ssm; `auto` decides operator by operator, and takes `torch` inside torch.compile."""
