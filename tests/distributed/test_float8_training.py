@@ -51,6 +51,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     ),
     "whole layers run again": ({"data_shard": 2}, {"activation_checkpointing": "full"}, 1e-6),
     "tensor": ({"tensor": 2}, {}, 0.05),
+    "tensor, compiled": ({"tensor": 2}, {"compile": True, "compile_backend": "aot_eager"}, 0.05),
     "context": ({"context": 2, "expert": 2}, {}, 0.05),
     "pipeline": ({"pipeline": 2}, {}, 1e-6),
     "zero bubble": ({"pipeline": 2, "pipeline_schedule": "zero_bubble", "reshard_after_forward": False}, {}, 1e-6),
