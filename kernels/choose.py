@@ -247,7 +247,15 @@ def _capability() -> tuple[int, int]:
 @functools.cache
 def _missing() -> frozenset[str]:
     needed = {name for operator in operators().values() for b in operator.find_backends().values() for name in b.needs}
-    return frozenset(name for name in needed if importlib.util.find_spec(name) is None)
+    return frozenset(name for name in needed if not _is_there(name))
+
+
+def _is_there(name: str) -> bool:
+    """Whether a module can be imported; what it lies in is, if there is any."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ImportError:
+        return False
 
 
 @functools.cache

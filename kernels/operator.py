@@ -106,7 +106,7 @@ class Backend:
     devices: frozenset[str] | None = None
     """Types of device; None for any."""
     needs: tuple[str, ...] = ()
-    """Top-level modules that must be importable; they are imported by the first call that is computed."""
+    """Modules that must be importable; they are imported by the first call that is computed."""
     install: str = ""
     """The command that brings them."""
     exact: bool = True

@@ -28,6 +28,7 @@ from torchlinearmoe.recipe.schema import TrainingRecipe
 KEPT_OPERATORS = (
     "aten::mm",
     "aten::addmm",
+    "aten::_scaled_mm",
     "aten::topk",
     "torchlinearmoe::scatter_rows",
     "torchlinearmoe::sum_over",

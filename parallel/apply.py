@@ -1,8 +1,9 @@
 """The order in which parallelism is applied; the tour of this folder starts here.
 
-pipeline stages of this rank, on meta -> tensor parallelism -> expert parallelism -> compile regions -> FSDP
--> plain tensors inside forwards -> activation checkpointing -> allocate this rank's shards -> draw their initial values
--> bfloat16 weights beside the masters of what is nowhere sharded -> views of documents that compiled regions read
+pipeline stages of this rank, on meta -> layers in float8 -> tensor parallelism -> expert parallelism -> compile
+regions -> FSDP -> plain tensors inside forwards -> activation checkpointing -> allocate this rank's shards -> draw
+their initial values -> bfloat16 weights beside the masters of what is nowhere sharded -> views of documents that
+compiled regions read
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torchlinearmoe.optim.masters import hold_masters
 from torchlinearmoe.parallel.activation_checkpointing import checkpoint_blocks
 from torchlinearmoe.parallel.compile import compile_regions
 from torchlinearmoe.parallel.expert import apply_expert_parallel
+from torchlinearmoe.parallel.float8 import check_sizes, convert_to_float8
 from torchlinearmoe.parallel.fsdp import apply_fsdp
 from torchlinearmoe.parallel.local import shadow_split_parameters
 from torchlinearmoe.parallel.mesh import Meshes
@@ -44,7 +46,7 @@ class ParallelModel:
 
 def build_parallel_model(recipe: Recipe, meshes: Meshes, device: torch.device, dtype: torch.dtype) -> ParallelModel:
     """The model of `recipe`, spread over `meshes`, initialised as one process would."""
-    parts = lay_out_model(recipe, meshes, dtype)
+    parts = lay_out_model(recipe, meshes, dtype, runs=True)
     for part in parts:
         part.to_empty(device=device)
         initialize(part, recipe.training.seed)
@@ -58,9 +60,16 @@ def build_parallel_model(recipe: Recipe, meshes: Meshes, device: torch.device, d
     return ParallelModel(parts, Pipeline(stages, recipe, meshes, device, dtype), shared)
 
 
-def lay_out_model(recipe: Recipe, meshes: Meshes, dtype: torch.dtype) -> list[Decoder]:
-    """This rank's part of the model, or its parts, on the meta device: every layout decision taken, no memory."""
+def lay_out_model(recipe: Recipe, meshes: Meshes, dtype: torch.dtype, *, runs: bool = False) -> list[Decoder]:
+    """This rank's part of the model, or its parts, on the meta device: every layout decision taken, no memory.
+
+    runs: with layers of other packages in it that change no size and compute on the machine of the run alone.
+    """
     parts = _parts(recipe, meshes)
+    for part in parts:
+        check_sizes(part, recipe)
+        if runs and recipe.training.float8 != "none":
+            convert_to_float8(part, recipe.training.float8)
     wide = [part.double() for part in parts] if dtype == torch.float64 else parts
     return [_lay_out(part, recipe, meshes, dtype) for part in wide]
 

@@ -35,6 +35,9 @@ class Module(nn.Module):
     holds no bfloat16 weights of them, and no cast reaches them."""
     no_weight_decay: tuple[str, ...] = ()
     """Parameters of two or more dimensions, by their names in the module, that are not pulled towards zero."""
+    float8: tuple[str, ...] = ()
+    """Linear layers, by their names in the module, that may compute in float8 (`training.float8`); one that this module
+    was built without is passed over. Not what makes decays, choices or numbers of whole heads, nor what is narrow."""
     regions: tuple[str, ...] = ()
     """Methods that are compiled, `name` or `part.name`; units that FSDP gathers by themselves stay outside them."""
 
@@ -64,7 +67,7 @@ def traits(module: nn.Module) -> Module:
     """
     if isinstance(module, Module):
         return module
-    for name in ("keep_fp32", "no_weight_decay", "regions", "reset_buffers"):
+    for name in ("keep_fp32", "no_weight_decay", "float8", "regions", "reset_buffers"):
         if hasattr(type(module), name):
             raise TypeError(f"{type(module).__name__}.{name}: only a torchlinearmoe.module.Module has traits")
     return PLAIN

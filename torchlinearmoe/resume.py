@@ -4,7 +4,7 @@ What changes neither the meaning of the weights nor which samples come next is f
 memory, on other ranks, or faster:
 
     free            how long, where, how it is spread, computed, watched and saved
-    free, and told  the learning rate, its schedule, the clipped norm
+    free, and told  the learning rate, its schedule, the clipped norm, products in float8
     compared        data and tokenizer by what they hold, not by where they lie
     refused         everything else, by its key
 
@@ -40,7 +40,7 @@ FREE_KEYS = {
 }
 TOLD_KEYS = {
     *("optimizer.lr", "optimizer.min_lr", "optimizer.schedule", "optimizer.decay_fraction", "optimizer.clip_norm"),
-    *("optimizer.warmup_steps", "optimizer.warmup_tokens"),
+    *("optimizer.warmup_steps", "optimizer.warmup_tokens", "training.float8"),
 }
 
 

@@ -50,6 +50,7 @@ from torchlinearmoe.optim.step import step_if_finite
 from torchlinearmoe.parallel.apply import build_parallel_model
 from torchlinearmoe.parallel.clip import gradient_norm
 from torchlinearmoe.parallel.context import own_part
+from torchlinearmoe.parallel.float8 import check_machine, check_sizes
 from torchlinearmoe.parallel.inputs import Inputs
 from torchlinearmoe.parallel.mesh import Degrees, Meshes
 from torchlinearmoe.parallel.tensor import sum_partial_gradients
@@ -86,6 +87,8 @@ class Trainer:
         with torch.device("meta"):
             self.whole = Decoder(recipe.model)
         check_modules(self.whole, device.type, self.dtype, training.compile)
+        check_sizes(self.whole, recipe)
+        check_machine(recipe, device, self.dtype)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer)
         check_vocabulary(self.tokenizer, recipe.model.vocab_size)
         if recipe.metrics.wandb:

@@ -7,8 +7,9 @@ two rows of 4, history (2, 0)      queries  a a b b | c c c d
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +31,16 @@ class QueryRows:
     """Keys before each row's own, all of its first document."""
     borders: tuple[Tensor, Tensor]
     """int32 [N + 1] each: where the documents' queries and keys end."""
-    longest: tuple[int, int]
-    """Most queries and most keys of a document."""
+    lengths: tuple[list[int], list[int]]
+    """The documents' queries and keys, on the host."""
+    made: dict[Any, Any] = field(default_factory=dict)
+    """What backends made of these rows, for the other layers."""
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """Most queries and most keys of a document."""
+        queries, keys = self.lengths
+        return max(queries), max(keys)
 
     @property
     def plain_rows(self) -> bool:
@@ -43,9 +52,13 @@ def query_rows(documents: Documents, history: tuple[int, ...] = ()) -> QueryRows
     """Those of a stream whose rows go on from `history` keys each, made once for all layers that share it."""
     if any(history):
         return documents.segments.view(f"attention_{history}", lambda _: _continued(documents, history))
-    borders, longest = documents.cu_seqlens, documents.max_length
+    return documents.segments.view("attention_rows", lambda _: _whole(documents))
+
+
+def _whole(documents: Documents) -> QueryRows:
+    borders, lengths = documents.cu_seqlens, [*documents.lengths]
     none = (0,) * documents.num_rows
-    return QueryRows(documents.ids, documents.row_length, none, (borders, borders), (longest, longest))
+    return QueryRows(documents.ids, documents.row_length, none, (borders, borders), (lengths, lengths))
 
 
 def _continued(documents: Documents, history: tuple[int, ...]) -> QueryRows:
@@ -56,7 +69,7 @@ def _continued(documents: Documents, history: tuple[int, ...]) -> QueryRows:
     host = torch.tensor([0, *accumulate(seen)], dtype=torch.int32)
     host = host.pin_memory() if documents.ids.device.type == "cuda" else host
     borders = (documents.cu_seqlens, host.to(documents.ids.device, non_blocking=True))
-    return QueryRows(documents.ids, documents.row_length, history, borders, (documents.max_length, max(seen)))
+    return QueryRows(documents.ids, documents.row_length, history, borders, ([*documents.lengths], seen))
 
 
 def by_rows(attend: Attend, q: Tensor, k: Tensor, v: Tensor, rows: QueryRows) -> Tensor:

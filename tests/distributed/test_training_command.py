@@ -347,6 +347,17 @@ def test_what_the_recipe_says_in_vain_is_told_before_the_run(command: Command) -
     assert "optimizer.warmup_steps = 8: longer than the run, which ends at 50% of optimizer.lr = 0.001" in out
 
 
+def test_float8_that_cannot_be_is_refused_before_the_data_is_read(command: Command) -> None:
+    asked = (f"--data.paths=['{command.folder}/no-such-file.jsonl']", "--training.float8=rowwise")
+    line = command.refused(*asked, "--training.sequence_length=48", "--model.hidden_size=64")
+    assert line.startswith("error: training.float8 = 'rowwise': ") and line.endswith(
+        ", or set training.float8 = 'none'"
+    )
+    assert "it needs a GPU, training runs on the cpu" in line or "torchao cannot be imported" in line
+    line = command.refused(*asked, "--training.sequence_length=24")
+    assert "24 tokens of a micro-batch and context-parallel rank are no multiple of 16" in line
+
+
 def test_a_backend_that_cannot_compute_is_refused_before_the_data_is_read(command: Command) -> None:
     missing = f"--data.paths=['{command.folder}/no-such-file.jsonl']"
     line = command.refused(missing, "--model.layout=LN", "--model.attention_backend=varlen")

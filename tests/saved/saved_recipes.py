@@ -333,6 +333,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "embeddings": {"model": {"family": "llama3", "embed_init_std": 0.2}, "training": {"steps": 9}},
+    "llama3-float8": {"model": {"family": "llama3"}, "training": {"steps": 9, "float8": "rowwise"}},
 }
 ONE_VALUE = {"optimizer.name"}
 """Keys with a single legal value."""

@@ -56,7 +56,10 @@ def test_what_is_told_can_be_said() -> None:
         ("training.steps", "training.steps = absent    (whole number)"),
         ("moe.balance", 'moe.balance = "loss"    (loss | bias | none)'),
         ("optimizer.betas", "optimizer.betas = [0.9, 0.95]    (list of number and number)"),
-        ("model.attention_backend", 'model.attention_backend = "auto"    (auto | reference | flex | sdpa | varlen)'),
+        (
+            "model.attention_backend",
+            'model.attention_backend = "auto"    (auto | cudnn | reference | flash3 | flash4 | flex | sdpa | varlen)',
+        ),
         ("data", "[data]"),
         ("mixer.gla", "[mixer.gla]"),
     ],

@@ -26,7 +26,7 @@ def test_traits_are_inherited_and_read_off_the_module():
 def test_a_mistyped_trait_is_an_error_where_the_class_is_made(name: str, told: str):
     with pytest.raises(TypeError) as error:
         type("Decay", (Module,), {name: True})
-    legal = "legal: keep_fp32, no_weight_decay, regions"
+    legal = "legal: float8, keep_fp32, no_weight_decay, regions"
     assert str(error.value) == f"Decay.{name}: no trait of that name; {told}{legal}"
 
 

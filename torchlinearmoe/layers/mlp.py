@@ -17,6 +17,7 @@ class FeedForward(Module):
     """D -> F -> D, hidden channels split by tensor parallelism; `hidden_layers` matrices make channels of tokens."""
 
     hidden_layers: int = 1
+    float8 = ("gate_proj", "up_proj", "down_proj")
 
     def __init__(self, width: int, hidden: int, std: float, out_std: float) -> None:
         super().__init__()

@@ -66,6 +66,7 @@ class DeltaMixer(LinearMixer[D]):
     """
 
     Options = DeltaOptions
+    float8 = ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj")
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",), "b": ("b_proj",)}
     norm: nn.Module

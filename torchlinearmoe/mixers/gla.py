@@ -85,6 +85,7 @@ class GLA(LinearMixer[Options]):
         {"feature_map": "silu", "heads": 3, "head_dim": 16, "kv_heads": 1},
         {"output_norm": "none", "gate_activation": "sigmoid"},
     )
+    float8 = ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj")
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",), "decay": ("decay_down", "decay_up")}
 

@@ -82,6 +82,7 @@ class GSA(LinearMixer[Options]):
         {"heads": 4, "head_dim": 16, "kv_heads": 2, "slots": 16, "expand_k": 0.5, "gate_normalizer": 4.0},
         {"output_norm": "none"},
     )
+    float8 = ("q_proj", "k_proj", "v_proj", "o_proj")
     reads = {"q": ("q_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",), "f": ("f_proj",)}
 

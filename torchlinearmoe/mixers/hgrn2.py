@@ -93,6 +93,7 @@ class HGRN2(LinearMixer[Options]):
     projections = {"q": "q_proj", "v": "i_proj", "o": "o_proj"}
     Options = Options
     variants = ({"conv": 4}, {"lower_bounds": False}, {"heads": 3, "head_dim": 16}, {"output_norm": "none"})
+    float8 = ("q_proj", "i_proj", "o_proj")
     reads = {"q": ("q_proj",)}
     writes = {"f": ("f_proj",), "i": ("i_proj",)}
 

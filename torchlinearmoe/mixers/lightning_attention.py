@@ -89,6 +89,7 @@ class LightningAttention(LinearMixer[Options]):
         {"conv": 3, "heads": 3, "head_dim": 16},
         {"norm_eps": 1e-2, "depth_eps": 0.5},
     )
+    float8 = ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj")
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",)}
 

@@ -91,6 +91,7 @@ class LinearAttention(LinearMixer[Options]):
         {"feature_map": "hadamard", "feature_dim": 12},
         {"output_norm": "none", "gate_activation": "sigmoid"},
     )
+    float8 = ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj")
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",)}
 

@@ -109,6 +109,7 @@ class Mamba2(Mixer[Options]):
         {"conv": 0, "expand": 1.5, "heads": 3, "head_dim": 32, "state": 16},
         {"heads": 4, "groups": 4, "conv": 2, "state": 40},
     )
+    float8 = ("z_proj", "x_proj", "b_proj", "c_proj", "o_proj")
     regions = ("project", "mix")
 
     def __init__(self, options: Options, model: ModelRecipe, place: LayerPlace) -> None:

@@ -88,6 +88,7 @@ class MLA(Mixer[Options]):
         {"head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "kv_lora_rank": 24, "rope": False},
         {"head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "kv_lora_rank": 24, "output_gate": "head"},
     )
+    float8 = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "o_proj")
     regions = ("project", "expand", "output")
 
     def __init__(self, options: Options, model: ModelRecipe, place: LayerPlace) -> None:

@@ -59,6 +59,7 @@ Q = TypeVar("Q", bound=QuadraticOptions)
 class QuadraticAttention(Mixer[Q]):
     """Identity transition on second-order features; normalised scores."""
 
+    float8 = ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj")
     regions = ("project", "mix")
     kind: ClassVar[str]
     """The polynomial, as in `kernels.quadratic.quadratic_attention`."""

@@ -68,6 +68,7 @@ class Retention(LinearMixer[Options]):
         {"conv": 4, "heads": 3, "head_dim": 16, "rope_theta": 500.0},
         {"output_norm": "none", "gate_activation": "sigmoid"},
     )
+    float8 = ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj")
     reads = {"q": ("q_proj",), "gate": ("g_proj",)}
     writes = {"k": ("k_proj",), "v": ("v_proj",)}
 

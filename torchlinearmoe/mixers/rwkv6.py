@@ -138,6 +138,7 @@ class RWKV6(Mixer[Options]):
     projections = {"q": "r_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
     Options = Options
     variants = ({"mix_rank": 3, "decay_rank": 5}, {"heads": 3, "head_dim": 16})
+    float8 = ("r_proj", "k_proj", "v_proj", "g_proj", "o_proj")
     regions = ("project", "mix")
     no_weight_decay = ("decay_down.weight", "decay_up.weight")
 

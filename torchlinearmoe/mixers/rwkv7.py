@@ -175,6 +175,7 @@ class RWKV7(Mixer[Options]):
         {"decay_rank": 5, "rate_rank": 3, "value_rank": 2, "gate_rank": 7},
         {"heads": 3, "head_dim": 16},
     )
+    float8 = ("r_proj", "k_proj", "v_proj", "o_proj")
     regions = ("project", "mix")
 
     def __init__(self, options: Options, model: ModelRecipe, place: LayerPlace) -> None:

@@ -94,6 +94,7 @@ class SoftmaxAttention(Mixer[Options]):
         {"window": 5, "heads": 4, "head_dim": 16, "kv_heads": 2},
         {"window": 65, "heads": 3, "head_dim": 10, "kv_heads": 1},
     )
+    float8 = ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj")
     regions = ("project", "rotate_heads", "output")
 
     def __init__(self, options: Options, model: ModelRecipe, place: LayerPlace) -> None:

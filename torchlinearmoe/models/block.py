@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from torchlinearmoe.layers.mlp import FEED_FORWARDS, NoFeedForward
+from torchlinearmoe.layers.mlp import FEED_FORWARDS, FeedForward, NoFeedForward
 from torchlinearmoe.layers.norm import RMSNorm
 from torchlinearmoe.mixers.base import Carried, Context, Mixer, State
 from torchlinearmoe.models.layer_feed_forwards import EXPERTS, NONE, feed_forwards
@@ -46,6 +46,8 @@ class Block(Module):
         if kind != NONE:
             self.ffn_norm = RMSNorm(model.hidden_size, model.norm_eps, model.norm_offset)
         self.ffn = _feed_forward(model, kind)
+        if isinstance(self.ffn, FeedForward):  # experts have regions of their own
+            self.regions = (*Block.regions, "ffn.forward")
 
     def norm_mixer(self, x_TD: Tensor) -> Tensor:
         """Input of the mixer, where a norm makes it."""

@@ -167,7 +167,8 @@ class ModelRecipe:
     outputs that are normed before their projection 0.5 learns sooner (KDA, DeltaNet, GSA above all)."""
     attention_backend: str = "auto"
     """Kernel of the softmax layers, a file of `kernels/attention/`: torch SDPA with masks (`sdpa`), FlashAttention over
-    packed documents (`varlen`), FlexAttention (`flex`), or the definition (`reference`)."""
+    packed documents (`varlen`), FlexAttention (`flex`), cuDNN where rows are single documents (`cudnn`), packages of
+    FlashAttention-3 and 4 (`flash3`, `flash4`), or the definition (`reference`)."""
     kernel_backend: str = "auto"
     """Kernels of the linear mixers: chunk-parallel PyTorch, the definitions token by token, flash-linear-attention or
     mamba-ssm; `auto` decides operator by operator, and takes `torch` inside torch.compile."""
@@ -285,6 +286,9 @@ class TrainingRecipe:
     """Where the run writes its recipe, metrics and checkpoints."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; masters, states, router and decays stay float32. `auto`: bfloat16 on GPUs, else float32."""
+    float8: Literal["none", "rowwise"] = "none"
+    """Compute the projections of mixers and the dense and shared feed-forwards in float8, by torchao's scaling of rows.
+    Routers, decays, embedding, head and routed experts stay as they are, and so do weights and checkpoints."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device type; `auto` takes a GPU when there is one."""
     compile: bool = False

@@ -46,7 +46,7 @@ def test_unknown_names_are_told_with_the_closest_legal_one():
     _refused({"model": {"mixers": ["hgrn2", "nonsense"]}}, "model.mixers[1] = 'nonsense'", "legal: ")
     _refused({"optimizer": {"schedule": "cosin"}}, "optimizer.schedule = 'cosin'", "did you mean 'cosine'?")
     _refused({"optimizer": {"name": "zzz"}}, "optimizer.name = 'zzz'", "legal: adamw")
-    _refused({"model": {"attention_backend": "flash"}}, "model.attention_backend = 'flash'", "legal: auto, flex, ")
+    _refused({"model": {"attention_backend": "flash"}}, "model.attention_backend = 'flash'", "legal: auto, cudnn, ")
     _refused({"model": {"attention_backend": "varlan"}}, "model.attention_backend = ", "did you mean 'varlen'?")
     _refused({"moe": {"backend": "zzz"}}, "moe.backend = 'zzz': not a legal value; legal: auto, grouped_mm, loop")
     _refused({"model": {"a\nb": 1}}, "model.a b: unknown key")
