@@ -20,6 +20,7 @@ IGNORED = -100
 """Label of a position without a target."""
 
 ChunkKernel = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""As `chunk_loss`; the first may be the loss of each token instead of their sum."""
 
 
 def chunk_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

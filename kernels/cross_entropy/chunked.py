@@ -47,14 +47,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         kind = wide_type(hidden.dtype)
         rows = chunk_rows(hidden.shape[0], weight.shape[0], chunk_elements)
-        loss = torch.zeros((), dtype=kind, device=hidden.device)
+        losses: list[Tensor] = []
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight = None
         for start in range(0, hidden.shape[0], rows):
             part = hidden[start : start + rows]
             chunk, gradient = kernel(part @ weight.t(), labels[start : start + rows])
-            loss += chunk
+            losses.append(chunk.reshape(-1))
             if d_hidden is not None:
                 torch.mm(gradient, weight, out=d_hidden[start : start + rows])
             # One chunk keeps its type; several are summed in float32.
@@ -65,7 +65,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             del gradient  # or it is held beside the next chunk's logits
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
-        return loss
+        # One sum for all chunks, not two launches a chunk.
+        return torch.cat(losses).sum()
 
     @staticmethod
     @once_differentiable

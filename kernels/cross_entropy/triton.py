@@ -30,18 +30,20 @@ LANES, WIDTH, WARPS = 4096, 8, 32
 """Of a tile: a thread loads 4 times 16 bytes of bfloat16 at once."""
 PER_PROCESSOR, REGISTERS = 1, 64
 """Programs, whose rows are to lie in the second-level cache, and registers of a thread: all that there are."""
+STAGES = 1
+"""Tiles of a row that are on their way at once; from 2 on through shared memory."""
 
 
 def loss(hidden: Tensor, weight: Tensor, labels: Tensor, kernel: ChunkKernel) -> Tensor:
     """As `linear_cross_entropy`; it has a kernel of its own."""
     gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    own = partial(chunk_loss, gradient=gradient)
+    own = partial(chunk_losses, gradient=gradient)
     return chunked.loss(hidden, weight, labels, own, CHUNK_BYTES // hidden.element_size())
 
 
-def chunk_loss(logits: Tensor, labels: Tensor, gradient: bool = True) -> tuple[Tensor, Tensor]:
-    """As `kernels.cross_entropy.chunk_loss`, the gradient in the logits' place; without `gradient` they stay."""
-    return rows_loss(logits, labels, gradient).sum(), logits
+def chunk_losses(logits: Tensor, labels: Tensor, gradient: bool = True) -> tuple[Tensor, Tensor]:
+    """The loss of each token [C], float32, and the gradient in the logits' place; without `gradient` they stay."""
+    return rows_loss(logits, labels, gradient), logits
 
 
 @torch.library.custom_op("torchlinearmoe::cross_entropy_of_rows", mutates_args=("logits",))
@@ -53,7 +55,8 @@ def rows_loss(logits: Tensor, labels: Tensor, gradient: bool) -> Tensor:
     lanes = min(LANES, 1 << (-(-logits.shape[1] // width) - 1).bit_length())
     _kernels().cross_entropy_rows[(min(logits.shape[0], PER_PROCESSOR * _processors(logits.device)),)](
         logits, labels.contiguous(), losses, *logits.shape, logits.stride(0), IGNORED,
-        GRADIENT=gradient, LANES=lanes, WIDTH=width, num_warps=min(WARPS, max(1, lanes // 32)), maxnreg=REGISTERS,
+        GRADIENT=gradient, LANES=lanes, WIDTH=width, STAGES=STAGES, num_warps=min(WARPS, max(1, lanes // 32)),
+        maxnreg=REGISTERS,
     )  # fmt: skip
     return losses
 

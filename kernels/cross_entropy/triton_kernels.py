@@ -18,7 +18,7 @@ import triton.language as tl
 @triton.jit(do_not_specialize=["C"])
 def cross_entropy_rows(
     logits, labels, losses, C, V, stride, ignored,
-    GRADIENT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+    GRADIENT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: any. losses: float32 [C], 0 where the label is `ignored`; logits become their gradient if GRADIENT."""
     B: tl.constexpr = LANES * WIDTH
@@ -29,7 +29,7 @@ def cross_entropy_rows(
         valid = label != ignored
         target = tl.load(xs + tl.where(valid, label, 0)).to(tl.float32)
         most, total = tl.full([LANES], -1e38, tl.float32), tl.zeros([LANES], tl.float32)
-        for start in range(0, V, B):
+        for start in tl.range(0, V, B, num_stages=STAGES):
             columns = start + lane
             x = tl.load(xs + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
             more = tl.maximum(most, tl.max(x, 1))
@@ -40,7 +40,7 @@ def cross_entropy_rows(
         tl.store(losses + row, tl.where(valid, log_total - target, 0.0))
         if GRADIENT:
             scale = tl.where(valid, 1.0, 0.0)
-            for start in range(0, V, B):
+            for start in tl.range(0, V, B, num_stages=STAGES):
                 columns = start + lane
                 x = tl.load(xs + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
                 d = (tl.exp(x - log_total) - tl.where(columns == label, 1.0, 0.0)) * scale

@@ -139,7 +139,7 @@ def compile_movement(chip: str, width: int, hidden: int, experts: int) -> tuple[
         h = gates.forward(gate_up, weights, order, limit)
         gates.backward(gate_up, weights, order, h, limit, again=True)
         gates.gated_backward(gate_up, gates.gated(gate_up))
-    head.chunk_loss(x.new_zeros(4, 151936), torch.zeros(4, dtype=torch.int64))
+    head.chunk_losses(x.new_zeros(4, 151936), torch.zeros(4, dtype=torch.int64))
     assert gpu.resources is not None
     return gpu.compiled, gpu.resources
 
