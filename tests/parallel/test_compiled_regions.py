@@ -32,10 +32,10 @@ class Layer(Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         routing = self.router(x_TD)
-        x_RD, counts_E, context = self.dispatcher.dispatch(x_TD, routing)
+        x_RD, _, context = self.dispatcher.dispatch(x_TD, routing)
         losses = self.balance(routing, StepTotals(T, 1), T)
-        assert losses is not None
-        self.statistics.record(counts_E, routing.probs_TE, None, losses)
+        assert losses is not None and losses[0] is not None
+        self.statistics.record(routing.topk_ids_Tk, routing.probs_TE, None, losses)
         return x_TD + self.dispatcher.combine(x_RD.sin(), context) + losses[0]
 
 

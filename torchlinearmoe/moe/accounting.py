@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,6 @@ def account(
     losses = None if totals is None else balance(routing, totals, row_length, counted_T)
     counts_E = None
     if not recomputing():
-        counts_E = count_assignments(routing.topk_ids_Tk, num_choices, counted_T)
-        statistics.record(counts_E, routing.probs_TE, keep_Tk, losses, counted_T)
-    return None if losses is None else losses[0] + losses[1], counts_E
+        counts_E = statistics.record(routing.topk_ids_Tk, routing.probs_TE, keep_Tk, losses, counted_T)
+    parts = [loss for loss in losses or () if loss is not None]
+    return functools.reduce(torch.add, parts) if parts else None, counts_E

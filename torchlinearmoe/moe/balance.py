@@ -33,6 +33,9 @@ from torchlinearmoe.module import Module
 from torchlinearmoe.moe.router import Router, Routing
 from torchlinearmoe.moe.totals import StepTotals
 
+Losses = tuple[Tensor | None, Tensor | None]
+"""The balance loss and the z-loss of a layer, 0-dim; None for one that is not in use: it costs no launch."""
+
 
 class _AttachLoss(torch.autograd.Function):
     @staticmethod
@@ -171,7 +174,7 @@ def sequence_balance_loss(
     scale = coefficient * E / (length * topk_ids_Tk.shape[1] * length * total_sequences)
     if counted_T is not None:  # f and P of a row are means over its n tokens, of which the counts tell k n
         counts_SE = counts_SE * (length * topk_ids_Tk.shape[1] / counts_SE.sum(1, keepdim=True).clamp(min=1)).square()
-    return weigh(counts_SE, probs_TE, *place) * scale
+    return weigh(counts_SE * scale, probs_TE, *place)  # of counts, which have no gradient, rather than of the sum
 
 
 def global_balance_loss(counts_E: Tensor, probs_TE: Tensor, top_k: int, total_tokens: int | Tensor) -> Tensor:
@@ -225,15 +228,15 @@ class Balance(Module):
 
     def forward(
         self, routing: Routing, totals: StepTotals, row_length: int | None, counted_T: Tensor | None = None
-    ) -> tuple[Tensor, Tensor] | None:
-        """This micro-batch's (balance loss, z-loss), weighted and normalised; None when neither is in use.
+    ) -> Losses | None:
+        """This micro-batch's losses, weighted and normalised; None when neither is in use.
 
         counted_T: bool [T], False for padding, whose probabilities are zero.
         Raises ValueError when the global scope has to know other micro-batches and nobody counted them.
         """
         if not self.coefficient and not self.z_loss_coefficient:
             return None
-        balance, z = routing.probs_TE.new_zeros(()), routing.probs_TE.new_zeros(())
+        balance, z = None, None
         if self.coefficient and self.scope == "sequence":
             if row_length is None:
                 raise ValueError("moe.balance_scope = 'sequence' needs row_length, the tokens of a packed sequence")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from torchlinearmoe.module import Module
+from torchlinearmoe.moe.balance import Losses, count_assignments
 
 
 def recomputing() -> bool:
@@ -56,24 +57,27 @@ class LoadStatistics(Module):
 
     def record(
         self,
-        counts_E: Tensor,
+        topk_ids_Tk: Tensor,
         probs_TE: Tensor,
         keep_Tk: Tensor | None,
-        losses: tuple[Tensor, Tensor] | None,
+        losses: Losses | None,
         counted_T: Tensor | None = None,
-    ) -> None:
-        """Add a micro-batch: assignments [E] before dropping, probabilities [T, E], kept assignments [T, k], losses.
+    ) -> Tensor:
+        """Add a micro-batch: choices [T, k] before dropping, probabilities [T, E], kept assignments [T, k], losses.
 
-        counted_T: bool [T], False for padding, of which the assignments know and whose probabilities are zero.
+        counted_T: bool [T], False for padding, whose probabilities are zero. Returns assignments to each, int64 [E].
         """
         with torch.no_grad():  # a decorator around it would be what is compiled
+            counts_E = count_assignments(topk_ids_Tk, self.num_experts, counted_T)
             self.counts_E += counts_E
             self.tokens += probs_TE.shape[0] if counted_T is None else counted_T.sum()
             self.probs_E += probs_TE.sum(0)
             if keep_Tk is not None:
                 self.dropped += counts_E.sum() - keep_Tk.sum()
-            if losses is not None:
-                self.losses += torch.stack(losses)
+            for place, loss in enumerate(losses or ()):
+                if loss is not None:
+                    self.losses[place].add_(loss)
+            return counts_E
 
     def packed(self) -> Tensor:
         """All sums in one fp64 vector [2E + 4] (counts are exact up to 2^53)."""
