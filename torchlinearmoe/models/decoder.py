@@ -108,6 +108,7 @@ class Decoder(Module):
         self.register_module("norm", None)
         self.register_module("head", None)
         if self.holds_last:
+            self.regions = ("norm.forward",)  # the last norm is in no block's region
             self.norm = RMSNorm(recipe.hidden_size, recipe.norm_eps, recipe.norm_offset)
             self.head = Head(recipe.hidden_size, recipe.vocab_size, recipe.init_std, recipe.tie_embeddings)
 
