@@ -133,3 +133,24 @@ def looped() -> None:
         weights = inputs["weights_Tk"].float()
         x, gate_up, down = (inputs[name] for name in ("x_TD", "gate_up_EDF", "down_EFD"))
         assert ours.experts(x, case.options["ids_Tk"], weights, gate_up, down, None, "loop").shape == x.shape
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"tokens": 515, "experts": 160, "top_k": 6, "width": 2048, "hidden": 1408},
+        {"tokens": 4096, "experts": 8, "top_k": 2, "width": 1024, "hidden": 896, "busy": 3},
+        {"tokens": 700, "experts": 300, "top_k": 3, "width": 64, "hidden": 192, "kept": 0.6},
+        {"tokens": 1, "experts": 8, "top_k": 2, "width": 128, "hidden": 64},
+    ],
+    ids=["A1B", "busy", "narrow", "token"],
+)
+def test_gates_inside_products_equal_the_definition_on_a_gpu(shape: dict[str, Any], dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    case = experts.routed(**shape).rounded(dtype)
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert gated.takes(torch.empty(1, shape["width"], dtype=dtype, device="cuda"), shape["hidden"])
+    expected = forced(OPERATOR, "torch", lambda: case.run("torch", torch.float64, "cuda"))
+    assert_close(forced(OPERATOR, "triton", lambda: case.run("triton", dtype, "cuda")), expected, 1e-2)
