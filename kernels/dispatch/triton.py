@@ -1,7 +1,7 @@
 """Our Triton kernels: two launches to sort, one to move rows, no index arithmetic between them.
 
 Operators of torch.library, so that torch.compile takes them into its graphs. Bytes a call, for R rows of T tokens, D
-wide: `spread` and its gradient read or write R D once, and what T tokens have through the second-level cache; so does
+wide: `spread` and its gradient write or read R D once, and T D beside it; so does
 `weighted_sum`, whose gradient reads and writes R D once, where PyTorch reads it twice. Sums are in float32 and in one
 order: the same bits on every run.
 
@@ -57,7 +57,7 @@ def sorted_rows(ids_Tk: Tensor, num_experts: int, keep_Tk: Tensor | None) -> tup
 @torch.library.custom_op("torchlinearmoe::spread_rows", mutates_args=())
 def spread(x_TD: Tensor, order_R: Tensor, inverse_Tk: Tensor) -> Tensor:
     """As `kernels.dispatch.spread`."""
-    return gather_rows(x_TD, order_R, inverse_Tk.shape[1])
+    return spread_tokens(x_TD, inverse_Tk)
 
 
 @torch.library.custom_op("torchlinearmoe::sum_rows", mutates_args=())
@@ -85,14 +85,14 @@ def weighted_sum_backward(rows_RD: Tensor, weights_Tk: Tensor, order_R: Tensor, 
     return drows_RD, dweights_Tk
 
 
-def gather_rows(x_TD: Tensor, order_R: Tensor, k: int, limit: Tensor | None = None) -> Tensor:
-    """x[order // k], [R, D]; limit: int32 [1], the first row that is not wanted and left as it is."""
-    x_TD, D, R = readable(x_TD), x_TD.shape[1], order_R.shape[0]
-    y_RD, B = x_TD.new_empty(R, D), _columns(D)
-    rows = MOVED // B
-    kernels().gather_rows[-(-R // rows), -(-D // B)](
-        x_TD, order_R.contiguous(), order_R if limit is None else limit, y_RD, R, D, x_TD.stride(0),
-        K=k, LIMITED=limit is not None, ROWS=rows, B=B, num_warps=4,
+def spread_tokens(x_TD: Tensor, inverse_Tk: Tensor, limit: Tensor | None = None) -> Tensor:
+    """y[inverse[t, j]] = x[t], [R, D]; limit: int32 [1], the first row that is not wanted and left as it is."""
+    x_TD, (T, k), D = readable(x_TD), inverse_Tk.shape, x_TD.shape[1]
+    y_RD, B = x_TD.new_empty(T * k, D), _columns(D)
+    tokens = MOVED // B
+    kernels().scatter_tokens[-(-T // tokens), -(-D // B)](
+        x_TD, inverse_Tk.contiguous(), inverse_Tk if limit is None else limit, y_RD, T, D, x_TD.stride(0),
+        K=k, LIMITED=limit is not None, TOKENS=tokens, B=B, num_warps=4,
     )  # fmt: skip
     return y_RD
 

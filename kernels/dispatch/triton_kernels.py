@@ -9,8 +9,9 @@ Then each block reads the counts of all. The row of an assignment is what is bef
 its own in the blocks before, in the block's tiles before, and in its tile. So rows of an expert are in the order of
 their assignments, whatever runs first, and nothing waits for the host.
 
-Rows are read by index both ways (see the package's docstring): no atomic additions. Rows from `limit` on, where there
-is one, belong to no expert: they are not read, count as zeros, and are not written.
+Tokens are read once and written to their rows, whose places all differ; sums read their rows by index: no atomic
+additions. Rows from `limit` on, where there is one, belong to no expert: they are not read, count as zeros, and are not
+written.
 
 T tokens, k experts a token, R = T * k rows, D width, E experts.
 """
@@ -78,20 +79,22 @@ def sort_scatter(
         row += tl.sum(hot, 0)
 
 
-@triton.jit(do_not_specialize=["R"])
-def gather_rows(
-    x, order, limit, y, R, D, stride,
-    K: tl.constexpr, LIMITED: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr,
+@triton.jit(do_not_specialize=["T"])
+def scatter_tokens(
+    x, inverse, limit, y, T, D, stride,
+    K: tl.constexpr, LIMITED: tl.constexpr, TOKENS: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """y[r] = x[order[r] // K]. Grid: tiles of rows, blocks of columns; y: [R, D], contiguous."""
-    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * B + tl.arange(0, B)
-    inside = rows < R
-    if LIMITED:
-        inside = rows < tl.load(limit)
-    token = tl.load(order + rows, mask=inside, other=0) // K
-    mask = inside[:, None] & (columns < D)[None, :]
-    values = tl.load(x + token[:, None] * stride + columns[None, :], mask=mask)
-    tl.store(y + rows.to(tl.int64)[:, None] * D + columns[None, :], values, mask=mask)
+    """y[inverse[t, j]] = x[t], a token read once. Grid: tiles of tokens, blocks of columns; y: [R, D], contiguous."""
+    t, columns = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.program_id(1) * B + tl.arange(0, B)
+    inside, within = t < T, (columns < D)[None, :]
+    t = t.to(tl.int64)
+    values = tl.load(x + t[:, None] * stride + columns[None, :], mask=inside[:, None] & within)
+    for j in tl.static_range(K):
+        row = tl.load(inverse + t * K + j, mask=inside, other=0)
+        there = inside
+        if LIMITED:
+            there = inside & (row < tl.load(limit))
+        tl.store(y + row[:, None] * D + columns[None, :], values, mask=there[:, None] & within)
 
 
 @triton.jit(do_not_specialize=["T"])
