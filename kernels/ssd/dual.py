@@ -27,6 +27,7 @@ from torchlinearmoe.kernels.linear.walk import (
     or_nothing,
     precision,
     product_tile,
+    room,
     rows_ready,
     stretches_of,
     strides,
@@ -265,7 +266,8 @@ def _measured(dt: Tensor, A: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
 def launch(kernel: str, x: Tensor) -> dict[str, int]:
     """How a kernel is launched for products of x's type."""
     wide = x.element_size() > 2
-    return {"num_warps": WARPS[kernel] * (2 if wide else 1), "num_stages": 1 if wide else STAGES[kernel]}
+    stages = 1 if wide else STAGES[kernel] if room() >= 160_000 else min(2, STAGES[kernel])
+    return {"num_warps": WARPS[kernel] * (2 if wide else 1), "num_stages": stages}
 
 
 @functools.cache
