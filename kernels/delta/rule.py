@@ -37,6 +37,7 @@ from torchlinearmoe.kernels.linear.walk import (
     or_nothing,
     precision,
     product_tile,
+    room,
     rows_ready,
     stretches_of,
     strides,
@@ -285,7 +286,7 @@ class _Call:
             "DECAY": self.decay, "HAS_ENTERED": entered is not None and not summary,
             "HAS_ENTER": enter is not None, "WANT_LEAVE": leave is not None, "SUMMARY": summary,
             "PRECISION": precision(self.q), "num_warps": WALK_WARPS if BK >= 128 else 4,
-            "num_stages": min(WALK_STAGES, _stages(self.q)) if _room() >= 220_000 and K <= 128 else 1,
+            "num_stages": min(WALK_STAGES, _stages(self.q)) if room() >= 220_000 and K <= 128 else 1,
         }  # fmt: skip
         grid = columns, HV, stream.stretches
         if dy is None:
@@ -316,7 +317,7 @@ class _Call:
         walk_kernels().join[-(-V // BV), HV](
             states, transitions, stream.segment, stream.first, stream.segments, S, HV, K, V, GROUP=stream.group,
             BK=tile(K, 256), BV=BV, B=128 if K <= 128 else 32, REVERSE=reverse, num_warps=JOIN_WARPS,
-            num_stages=JOIN_STAGES if K <= 128 and _room() >= 180_000 else 1,
+            num_stages=JOIN_STAGES if K <= 128 and room() >= 180_000 else 1,
         )  # fmt: skip
 
     def gradients(
@@ -380,16 +381,6 @@ class _Call:
 def _stages(x: Tensor) -> int:
     """Loads ahead: tiles of float32 leave no room for them."""
     return 1 if x.dtype == torch.float32 else 2
-
-
-@functools.cache
-def _room() -> int:
-    """Bytes of shared memory that a program may take."""
-    triton: Any = importlib.import_module("triton")
-    if triton.knobs.runtime.interpret:
-        return 0
-    driver = triton.runtime.driver.active
-    return driver.utils.get_device_properties(driver.get_current_device())["max_shared_mem"]
 
 
 @functools.cache

@@ -225,6 +225,16 @@ def _stages(x: Tensor) -> int:
 
 
 @functools.cache
+def room() -> int:
+    """Bytes of shared memory that a program may take; 0 where Triton is interpreted."""
+    triton: Any = importlib.import_module("triton")
+    if triton.knobs.runtime.interpret:
+        return 0
+    driver = triton.runtime.driver.active
+    return driver.utils.get_device_properties(driver.get_current_device())["max_shared_mem"]
+
+
+@functools.cache
 def walk_kernels() -> Any:  # Triton turns numbers into its own constants
     """The module of kernels."""
     return importlib.import_module("torchlinearmoe.kernels.linear.walk_kernels")

@@ -93,6 +93,16 @@ def test_linear_recurrences_compile_for(chip: str) -> None:
     assert expected | {"passing_of_chunks"} <= found
 
 
+@pytest.mark.parametrize("chip", CHIPS)
+def test_state_space_duality_compiles_for(chip: str) -> None:
+    assert {"measure", "advance", "join", "walk", "gradients", "steps", "finish"} == names(chip, "ssd", V=64)
+
+
+@pytest.mark.parametrize("K, V, dtype", [(24, 40, torch.bfloat16), (256, 200, torch.float32)], ids=["narrow", "wide"])
+def test_state_space_duality_fits_a_hopper(K: int, V: int, dtype: torch.dtype) -> None:
+    assert {"walk", "gradients"} <= names("H100", "ssd", K=K, V=V, dtype=dtype)
+
+
 @pytest.mark.parametrize("chip", ["H100"])
 def test_delta_rules_compile_for(chip: str) -> None:
     expected = {
@@ -207,7 +217,7 @@ def faults_of(name: str) -> dict[str, list[str]]:
     return gpu.faults
 
 
-@pytest.mark.parametrize("name", ["linear", "slots", "delta", "dplr", "quadratic"])
+@pytest.mark.parametrize("name", ["linear", "ssd", "slots", "delta", "dplr", "quadratic"])
 def test_no_kernel_reads_registers_that_nothing_wrote(name: str) -> None:
     """Of the installed Triton's compiler; narrow tiles are what an earlier one gets wrong (`unwritten.py`)."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
