@@ -37,17 +37,16 @@ from torchlinearmoe.kernels.linear.channel_kernels import (
 )
 from torchlinearmoe.kernels.linear.walk_kernels import (
     between,
-    log_decays,
-    since_start,
+    measured_of,
     state_places,
-    until_end,
+    sums_of,
 )
 
 
-@triton.jit(do_not_specialize=["H"])
+@triton.jit(do_not_specialize=["T", "H"])
 def pair_gradients(
-    k, v, beta, g, inverses, scores, dy, writes, dwrites, rights, dscores, dlower, dv, dbeta, dc, start, end, scale,
-    k_t, k_h, v_t, v_h, y_t, y_h, H, K, V,
+    k, v, beta, decays, inverses, scores, dy, writes, dwrites, rights, dscores, dlower, dv, dbeta, dc, start, end,
+    scale, k_t, k_h, v_t, v_h, y_t, y_h, T, H, K, V,
     G: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """r, dv, of dbeta and of the gradient of c what is in pairs, [T, HV], and what `gradients` multiplies by keys.
@@ -90,7 +89,7 @@ def pair_gradients(
             ks = rows_of(k, token, place, inside, k_t, k_h, h // G, K, columns)
             overlaps += tl.dot(ks, tl.trans(ks), input_precision=PRECISION)
         if DECAY == 1:
-            c, resets, _, _ = log_decays(g, tokens, inside, h, H)
+            c, resets = sums_of(decays, tokens, inside, h, H, T)
             weights = between(c, resets, C, False)
             dlow *= weights
             both = dpairs * pairs_of(scores, token, inside, h, H, place, C, False)
@@ -109,8 +108,8 @@ def pair_gradients(
 
 @triton.jit(do_not_specialize=["H", "T", "M"])
 def gradients(
-    q, k, beta, g, dscores, dlower, dy, writes, rights, states, dstates, dq, dk, dbeta, read, late, left, start, end,
-    scale, q_t, q_h, k_t, k_h, y_t, y_h, H, K, V, T, M,
+    q, k, beta, decays, totals, dscores, dlower, dy, writes, rights, states, dstates, dq, dk, dbeta, read, late, left,
+    start, end, scale, q_t, q_h, k_t, k_h, y_t, y_h, H, K, V, T, M,
     G: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -145,12 +144,11 @@ def gradients(
             product += tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
     reads *= scale
     if DECAY == 1:
-        c, resets, total, all_resets = log_decays(g, tokens, inside, h, H)
-        from_start = since_start(c, resets)
+        from_start = measured_of(decays, 2, tokens, inside, h, H, T)
         reads *= from_start[:, None]
         erases *= from_start[:, None]
-        leaves *= until_end(c, resets, total, all_resets)[:, None]
-        tl.store(left + (tile * M + m) * H + h, product * since_start(total, all_resets))
+        leaves *= measured_of(decays, 3, tokens, inside, h, H, T)[:, None]
+        tl.store(left + (tile * M + m) * H + h, product * tl.load(totals + m * H + h))
     betas = tl.load(beta + tokens * H + h, mask=inside, other=0.0)
     qs = rows_of(q, token, place, inside, q_t, q_h, h // G, K, columns)
     ks = rows_of(k, token, place, inside, k_t, k_h, h // G, K, columns)

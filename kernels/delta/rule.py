@@ -34,6 +34,7 @@ from torchlinearmoe.kernels.linear.walk import (
     contiguous,
     given,
     left_states,
+    measured,
     or_nothing,
     precision,
     product_tile,
@@ -46,6 +47,8 @@ from torchlinearmoe.kernels.linear.walk import (
 COLUMNS = 128
 """Of a state of 16 bits: as many as a walk's program holds at most."""
 WALK_WARPS, WALK_STAGES = 8, 2
+LONGEST = 64
+"""Chunks of a stretch: a transition is as much to store as a state."""
 JOIN_COLUMNS, JOIN_WARPS, JOIN_STAGES = 16, 8, 2
 SPREAD_WARPS, PAIR_WARPS, GRADIENT_WARPS, CHANNEL_WARPS = 4, 4, 4, 8
 GRADIENT_COLUMNS = 64
@@ -72,7 +75,7 @@ def delta_rule(
     q, k: [T, H, K]; v: [T, HV, V] of one type; beta: [T, HV], g: [T, HV] or [T, HV, K] and initial: [N, HV, K, V] in
     fp32; start, end, segment: [M], first: [N + 1], a `ChunkTable`.
     """
-    call = _Call.of(q, k, v, beta, g, Stream(start, end, segment, first), scale)
+    call = _Call.of(q, k, v, beta, g, Stream(start, end, segment, first, LONGEST), scale)
     made, initial = call.prepared(), contiguous(initial)
     states, transitions = call.summaries(made, initial) if call.cut else (None, None)
     shape = (first.shape[0] - 1, *v.shape[1:2], q.shape[2], v.shape[2])
@@ -102,7 +105,7 @@ def delta_rule_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, beta, g and initial (empty without one); states, transitions: as `delta_rule` gives
     them."""
-    call = _Call.of(q, k, v, beta, g, Stream(start, end, segment, first), scale)
+    call = _Call.of(q, k, v, beta, g, Stream(start, end, segment, first, LONGEST), scale)
     made, do = call.prepared(), rows_ready(do)
     initial, dfinal = contiguous(initial), contiguous(dfinal)
     (_, HV, V), K, M = v.shape, q.shape[2], start.shape[0]
@@ -132,10 +135,12 @@ class _Made:
     """W: [T, HV, K]."""
     writing: Tensor
     """U: [T, HV, V]."""
-    sums: Tensor | None = None
+    totals: Tensor | None
+    """e^{c_C}: [M, HV, K] of a decay per channel; of one per head as `measured` gives it."""
+    decays: Tensor | None
+    """[6, HV, T] of `measured`, of a decay per head."""
+    sums: Tensor | None
     """c: [T, HV, K], of a decay per channel."""
-    totals: Tensor | None = None
-    """e^{c_C}: [M, HV, K], of a decay per channel."""
 
 
 @dataclass(frozen=True)
@@ -169,29 +174,39 @@ class _Call:
         return self.stream.stretches > 1
 
     def prepared(self) -> _Made:
-        """A, P, W, U, and of a decay per channel what it makes of queries and keys."""
+        """A, P, W, U, and of a decay what it makes of queries and keys, or of tokens and chunks."""
         q, k, stream = self.q, self.k, self.stream
         (T, HV, _), K, M = self.v.shape, q.shape[2], stream.places
         inverses, scores = q.new_empty(T, HV, CHUNK, dtype=torch.float32), q.new_empty(T, HV, CHUNK)
-        shared = stream.start, stream.end, self.scale, *strides(q), *strides(k), HV, K
+        shared = stream.start, stream.end, self.scale, *strides(q), *strides(k)
         if self.decay < 2:
+            decays, totals = (None, None) if self.g is None else measured(self.g, stream, q.dtype)
             solve_kernels().prepare[M, HV](
-                q, k, self.beta, given(self.g, q), inverses, scores, *shared, G=self.groups, C=CHUNK,
+                q, k, self.beta, given(decays, q), inverses, scores, *shared, T, HV, K, G=self.groups, C=CHUNK,
                 B=self.tile(K, 64), DECAY=self.decay, PRECISION=precision(q), num_warps=4, num_stages=_stages(q),
             )  # fmt: skip
-            return self._solved(inverses, scores, q, k, k)
+            return self._solved(inverses, scores, q, k, k, totals=totals, decays=decays)
         assert self.g is not None
         sums = cumulated(self.g, stream)
         queries, keys_in, keys = (q.new_empty(T, HV, K) for _ in range(3))
         totals = q.new_empty(M, HV, K, dtype=torch.float32)
         solve_kernels().prepare_channels[M, HV](
-            q, k, self.beta, sums, inverses, scores, queries, keys_in, keys, totals, *shared, G=self.groups, C=CHUNK,
-            B=tile(K, 32), OPERAND=operand(q), PRECISION=precision(q), num_warps=CHANNEL_WARPS, num_stages=1,
+            q, k, self.beta, sums, inverses, scores, queries, keys_in, keys, totals, *shared, HV, K, G=self.groups,
+            C=CHUNK, B=tile(K, 32), OPERAND=operand(q), PRECISION=precision(q), num_warps=CHANNEL_WARPS, num_stages=1,
         )  # fmt: skip
-        return self._solved(inverses, scores, queries, keys_in, keys, sums, totals)
+        return self._solved(inverses, scores, queries, keys_in, keys, totals=totals, sums=sums)
 
     def _solved(
-        self, inverses: Tensor, scores: Tensor, queries: Tensor, keys_in: Tensor, keys: Tensor, *more: Tensor
+        self,
+        inverses: Tensor,
+        scores: Tensor,
+        queries: Tensor,
+        keys_in: Tensor,
+        keys: Tensor,
+        *,
+        totals: Tensor | None,
+        decays: Tensor | None = None,
+        sums: Tensor | None = None,
     ) -> _Made:
         """inverses: L, which becomes A."""
         v, stream = self.v, self.stream
@@ -202,12 +217,12 @@ class _Call:
         )
         erasing, writing = v.new_empty(T, HV, K), v.new_empty(T, HV, V)
         solve_kernels().spread[grid](
-            inverses, keys_in, v, self.beta, given(self.g, v), erasing, writing, stream.start, stream.end,
-            *strides(keys_in), *strides(v), HV, K, V, G=self.groups if self.decay < 2 else 1, C=CHUNK,
+            inverses, keys_in, v, self.beta, given(decays, v), erasing, writing, stream.start, stream.end,
+            *strides(keys_in), *strides(v), T, HV, K, V, G=self.groups if self.decay < 2 else 1, C=CHUNK,
             BK=self.tile(K, 64), BV=self.tile(V, 64), DECAY=self.decay, PRECISION=precision(v), num_warps=SPREAD_WARPS,
             num_stages=_stages(v),
         )  # fmt: skip
-        return _Made(inverses, scores, queries, keys, erasing, writing, *more)
+        return _Made(inverses, scores, queries, keys, erasing, writing, totals, decays, sums)
 
     def summaries(self, made: _Made, initial: Tensor | None) -> tuple[Tensor, Tensor]:
         """The states that enter stretches, [S, HV, K, V], and their transitions, [S, HV, K, K]."""
@@ -269,14 +284,13 @@ class _Call:
         transitions: Tensor | None = None,
     ) -> None:
         """One walk, back where dy is given; a summary where nothing is to be filled."""
-        HV, V = self.v.shape[1:]
-        K, stream, any_ = self.q.shape[2], self.stream, self.q
+        (T, HV, V), K, stream, any_ = self.v.shape, self.q.shape[2], self.stream, self.q
         summary = y is None and writes is None
         BK, BV = self.tiles()
         columns = -(-V // BV) + (-(-K // BV) if transitions is not None else 0)
         keys = made.queries, made.keys, made.erasing
         inputs = (
-            given(self.g, any_), given(made.totals, any_), made.scores, given(entered, any_), given(enter, any_),
+            given(made.decays, any_), given(made.totals, any_), made.scores, given(entered, any_), given(enter, any_),
             given(leave, any_),
         )  # fmt: skip
         where = *stream.tensors, stream.segments, self.scale, *strides(made.queries), *strides(made.keys)
@@ -291,12 +305,12 @@ class _Call:
         if dy is None:
             walk_kernels().onward[grid](
                 *keys, made.writing, *inputs, given(y, any_), given(writes, any_), given(inner, any_),
-                given(transitions, any_), *where, HV, K, V, **chosen, WANT_Y=y is not None,
+                given(transitions, any_), *where, T, HV, K, V, **chosen, WANT_Y=y is not None,
                 WANT_WRITES=writes is not None,
             )  # fmt: skip
         else:
             walk_kernels().back[grid](
-                *keys, dy, *inputs, given(writes, any_), given(inner, any_), *where, *strides(dy), HV, K, V, **chosen
+                *keys, dy, *inputs, given(writes, any_), given(inner, any_), *where, *strides(dy), T, HV, K, V, **chosen
             )
 
     def tiles(self) -> tuple[int, int]:
@@ -331,9 +345,9 @@ class _Call:
         dc = torch.empty_like(dbeta) if self.decay == 1 else None
         narrow = q.dtype != torch.float32
         gradient_kernels().pair_gradients[M, HV](
-            k, v, self.beta, given(self.g, q), made.inverses, made.scores, dy, writes, dwrites, rights, dscores,
+            k, v, self.beta, given(made.decays, q), made.inverses, made.scores, dy, writes, dwrites, rights, dscores,
             dlower, dv, dbeta, given(dc, q), stream.start, stream.end, self.scale, *strides(k), *strides(v),
-            *strides(dy), HV, K, V,
+            *strides(dy), T, HV, K, V,
             G=self.groups, C=CHUNK, BK=self.tile(K, 64 if narrow else 32), BV=self.tile(V, 64 if narrow else 32),
             DECAY=self.decay, PRECISION=precision(q), num_warps=PAIR_WARPS, num_stages=_stages(q),
         )  # fmt: skip
@@ -363,9 +377,9 @@ class _Call:
             if self.decay == 1:
                 read, late, left = torch.empty_like(more), torch.empty_like(more), more.new_empty(tiles, M, HV)
             gradient_kernels().gradients[tiles, M, HV](
-                q, k, self.beta, given(self.g, q), dscores, dlower, dy, writes, rights, states, dstates, dq, dk, more,
-                given(read, q), given(late, q), given(left, q), *shared, M, DECAY=self.decay, **chosen,
-                num_stages=_stages(q),
+                q, k, self.beta, given(made.decays, q), given(made.totals, q), dscores, dlower, dy, writes, rights,
+                states, dstates, dq, dk, more, given(read, q), given(late, q), given(left, q), *shared, M,
+                DECAY=self.decay, **chosen, num_stages=_stages(q),
             )  # fmt: skip
             if self.decay == 1:
                 dg = torch.empty_like(dbeta)
@@ -414,7 +428,7 @@ def gradient_kernels() -> Any:
 def _(q, k, v, beta, g, initial, start, end, segment, first, scale, want_final):
     (T, HV, V), K = v.shape, q.shape[2]
     final = q.new_empty((first.shape[0] - 1, HV, K, V) if want_final else (0,), dtype=torch.float32)
-    S = stretches_of(start.shape[0])
+    S = stretches_of(start.shape[0], LONGEST)
     states = q.new_empty((S, HV, K, V) if S > 1 else (0,), dtype=torch.float32)
     transitions = q.new_empty((S, HV, K, K) if S > 1 else (0,), dtype=torch.float32)
     return q.new_empty(T, HV, V), final, states, transitions

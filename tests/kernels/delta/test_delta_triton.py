@@ -24,7 +24,7 @@ KINDS = ("delta", "gated_delta", "kda")
 def run(case: Case, dtype: torch.dtype = torch.float32, group: int = 16) -> dict[str, torch.Tensor]:
     """By stretches of so many chunks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(walk, "group_of", lambda places: group)
+        patch.setattr(walk, "group_of", lambda places, longest=32: group)
         return forced(case.operator, "triton", lambda: case.run("triton", dtype))
 
 
@@ -121,7 +121,7 @@ def compiled_and_eager(kind: str, states: str) -> tuple[dict[str, torch.Tensor],
 
     results = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(walk, "group_of", lambda places: 1)
+        patch.setattr(walk, "group_of", lambda places, longest=32: 1)
         for function in (torch.compile(call, fullgraph=True, backend="aot_eager"), call):
             case.function = function
             results.append(case.run("triton", torch.float32))

@@ -26,7 +26,7 @@ RWKV7 = -0.6065306597126334
 def run(case: Case, dtype: torch.dtype = torch.float32, group: int = 16) -> dict[str, torch.Tensor]:
     """In stretches of `group` chunks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(walk, "group_of", lambda places: group)
+        patch.setattr(walk, "group_of", lambda places, longest=32: group)
         return forced(case.operator, "triton", lambda: case.run("triton", dtype))
 
 
@@ -116,7 +116,7 @@ def check_operators(states: bool) -> None:
     places = (table.start_M, table.end_M, table.segment_M, table.first_N1)
     leaves = [x if x is None else x.detach().clone().requires_grad_() for x in inputs]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(walk, "group_of", lambda places: 1)
+        patch.setattr(walk, "group_of", lambda places, longest=32: 1)
         torch.library.opcheck(dplr, (*leaves, *places, 0.25, 3, states))
         with torch.no_grad():
             _, final, entered, transitions, c = dplr(*leaves, *places, 0.25, 3, states)
