@@ -200,9 +200,10 @@ def prepare(
 @triton.jit(do_not_specialize=["H"])
 def prepare_channels(
     q, k, beta, c, systems, scores, queries, keys_in, keys_out, totals, start, end, scale, q_t, q_h, k_t, k_h, H, K,
-    G: tl.constexpr, C: tl.constexpr, B: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    G: tl.constexpr, C: tl.constexpr, B: tl.constexpr, WANT_PAIRS: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """L and P with a decay per channel, whose sums are c [T, HV, K], and scale q e^c, k e^c, k e^{c_C - c}, e^{c_C}.
+    """scale q e^c, k e^c, k e^{c_C - c}, e^{c_C} of the sums c [T, HV, K] of a decay per channel, and where wanted L, P.
 
     Grid: M, HV; H: HV.
     """
@@ -231,18 +232,20 @@ def prepare_channels(
         tl.store(keys_in + places, (ks * since).to(keys_in.dtype.element_ty), mask=mask)
         tl.store(keys_out + places, (ks * tl.exp2(total[None, :] - sums)).to(keys_out.dtype.element_ty), mask=mask)
         tl.store(totals + (m.to(tl.int64) * H + h) * K + columns, tl.exp2(total), mask=columns < K)
-        for level in tl.static_range(3):
-            weights = half_weights(sums, sums, c, token, place, last, stride, columns, K, 32 >> level)
-            seen = half_pairs(place, 32 >> level)
-            weighted = (ks * weights).to(OPERAND)
-            pairs += only(seen, tl.dot((qs * weights).to(OPERAND), tl.trans(weighted), input_precision=PRECISION))
-            overlaps += only(seen, tl.dot(weighted, tl.trans(weighted), input_precision=PRECISION))
-        middle = sums_at(c, token, place // BLOCK * BLOCK + MIDDLE, last, stride, columns, K)
-        seen = block_pairs(place, False)
-        since, weighted = tl.exp2(sums - middle), (ks * tl.exp2(middle - sums)).to(OPERAND)
-        pairs += only(seen, tl.dot((qs * since).to(OPERAND), tl.trans(weighted), input_precision=PRECISION))
-        overlaps += only(seen, tl.dot((ks * since).to(OPERAND), tl.trans(weighted), input_precision=PRECISION))
-    betas = tl.load(beta + tokens * H + h, mask=inside, other=0.0)
-    lower = tl.where(place[:, None] > place[None, :], overlaps * betas[:, None], 0.0)
-    store_pairs(scores, pairs * scale, token, last, h, H, place, C)
-    store_pairs(systems, lower, token, last, h, H, place, C)
+        if WANT_PAIRS:
+            for level in tl.static_range(3):
+                weights = half_weights(sums, sums, c, token, place, last, stride, columns, K, 32 >> level)
+                seen = half_pairs(place, 32 >> level)
+                weighted = (ks * weights).to(OPERAND)
+                pairs += only(seen, tl.dot((qs * weights).to(OPERAND), tl.trans(weighted), input_precision=PRECISION))
+                overlaps += only(seen, tl.dot(weighted, tl.trans(weighted), input_precision=PRECISION))
+            middle = sums_at(c, token, place // BLOCK * BLOCK + MIDDLE, last, stride, columns, K)
+            seen = block_pairs(place, False)
+            since, weighted = tl.exp2(sums - middle), (ks * tl.exp2(middle - sums)).to(OPERAND)
+            pairs += only(seen, tl.dot((qs * since).to(OPERAND), tl.trans(weighted), input_precision=PRECISION))
+            overlaps += only(seen, tl.dot((ks * since).to(OPERAND), tl.trans(weighted), input_precision=PRECISION))
+    if WANT_PAIRS:
+        betas = tl.load(beta + tokens * H + h, mask=inside, other=0.0)
+        lower = tl.where(place[:, None] > place[None, :], overlaps * betas[:, None], 0.0)
+        store_pairs(scores, pairs * scale, token, last, h, H, place, C)
+        store_pairs(systems, lower, token, last, h, H, place, C)
