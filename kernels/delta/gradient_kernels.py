@@ -28,7 +28,9 @@ import triton.language as tl
 from torchlinearmoe.kernels.delta.solve_kernels import finely, pairs_of, rows_of
 from torchlinearmoe.kernels.linear.channel_kernels import (
     BLOCK,
+    both_rows,
     factors,
+    halves_of,
     middles,
     only,
     readers,
@@ -195,21 +197,6 @@ def sum_tiles(
     if DECAY == 1:
         later = tl.sum(later, 0) - tl.cumsum(later, 0) + later
         tl.store(dg + tokens * H + h, later + tl.cumsum(before, 0) - before + passing, mask=inside)
-
-
-@triton.jit
-def both_rows(x, y, stride_x, stride_y, offset_x, offset_y, first, place, inside, width, columns):
-    """[2 C, B]: rows of x [T, .., width] where first, else of y; offset: of the chunk's first token."""
-    of_x = x + offset_x + (place[:, None] * stride_x + columns[None, :])
-    of_y = y + offset_y + (place[:, None] * stride_y + columns[None, :])
-    mask = inside[:, None] & (columns < width)[None, :]
-    return tl.load(tl.where(first[:, None], of_x, of_y), mask=mask, other=0.0)
-
-
-@triton.jit
-def halves_of(x, C: tl.constexpr, B: tl.constexpr):
-    """The upper and the lower half of x [2 C, B]."""
-    return tl.split(tl.permute(tl.reshape(x, [2, C, B]), (1, 2, 0)))
 
 
 @triton.jit(do_not_specialize=["H", "T"])

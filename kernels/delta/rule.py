@@ -45,13 +45,14 @@ from torchlinearmoe.kernels.linear.walk import (
     tile,
 )
 
-COLUMNS = 128
+COLUMNS = 64
 """Of a state of 16 bits: as many as a walk's program holds at most."""
-WALK_WARPS, WALK_STAGES = 8, 2
+WALK_WARPS, WALK_STAGES = 4, 1
+"""With eight, products of 64 tokens that others read would be made twice."""
 LONGEST = 64
 """Chunks of a stretch: a transition is as much to store as a state."""
 JOIN_COLUMNS, JOIN_WARPS, JOIN_STAGES = 16, 8, 2
-SPREAD_WARPS, PAIR_WARPS, GRADIENT_WARPS, CHANNEL_WARPS = 4, 4, 4, 8
+PREPARE_WARPS, SPREAD_WARPS, PAIR_WARPS, GRADIENT_WARPS, CHANNEL_WARPS = 8, 4, 4, 4, 8
 GRADIENT_COLUMNS, CHANNEL_COLUMNS = 64, 32
 CHANNEL_REGISTERS = 128
 """Of a thread: so that a multiprocessor holds two programs, one of which computes while the other waits."""
@@ -209,7 +210,7 @@ class _Call:
         elif kept is None:
             solve_kernels().prepare[M, HV](
                 q, k, self.beta, given(decays, q), inverses, scores, *shared, T, HV, K, G=self.groups, C=CHUNK,
-                B=self.tile(K, 64), DECAY=self.decay, PRECISION=precision(q), num_warps=4, num_stages=_stages(q),
+                B=self.tile(K, 64), DECAY=self.decay, PRECISION=precision(q), num_warps=PREPARE_WARPS, num_stages=_stages(q),
             )  # fmt: skip
         if kept is None:
             solve_kernels().invert[M, HV](
@@ -306,7 +307,7 @@ class _Call:
             "G": self.groups if self.decay < 2 else 1, "GROUP": stream.group, "C": CHUNK, "BK": BK, "BV": BV,
             "DECAY": self.decay, "HAS_ENTERED": entered is not None and not summary,
             "HAS_ENTER": enter is not None, "WANT_LEAVE": leave is not None, "SUMMARY": summary,
-            "PRECISION": precision(self.q), "num_warps": WALK_WARPS if BK >= 128 else 4,
+            "PRECISION": precision(self.q), "num_warps": WALK_WARPS if BK < 128 or K <= 128 and any_.dtype != torch.float32 else 8,
             "num_stages": min(WALK_STAGES, _stages(self.q)) if _room() >= 220_000 and K <= 128 else 1,
         }  # fmt: skip
         grid = columns, HV, stream.stretches

@@ -81,6 +81,12 @@ def onward(
         token = tl.load(start + m).to(tl.int64)
         tokens = token + place
         inside = tokens < tl.load(end + m)
+        if DECAY == 1:  # asked for before products, which wait
+            left, to_end = tl.load(totals + m * H + h), measured_of(decays, 3, tokens, inside, h, H, T)
+            if WANT_Y:
+                from_start = measured_of(decays, 2, tokens, inside, h, H, T) * scale
+        if DECAY == 2:
+            remains = passed_over(totals, m, h, H, K, rows)
         erased = rows_of(erasing, token, place, inside, H * K, K, h, K, rows)
         written = rows_of(writing, token, place, inside, H * V, V, h, width, columns)
         low = state.to(erased.dtype)
@@ -90,7 +96,7 @@ def onward(
             qs = rows_of(q, token, place, inside, q_t, q_h, h // G, K, rows)
             out = tl.dot(qs, low, input_precision=PRECISION)
             if DECAY == 1:
-                out *= (measured_of(decays, 2, tokens, inside, h, H, T) * scale)[:, None]
+                out *= from_start[:, None]
             if DECAY == 0:
                 out *= scale
             near = pairs_of(scores, token, inside, h, H, place, C, False)
@@ -106,10 +112,10 @@ def onward(
             tl.store(states + places, low, mask=mask)
         ks = rows_of(k, token, place, inside, k_t, k_h, h // G, K, rows)
         if DECAY == 1:
-            written = (written * measured_of(decays, 3, tokens, inside, h, H, T)[:, None]).to(ks.dtype)
-            state = state * tl.load(totals + m * H + h)
+            written = (written * to_end[:, None]).to(ks.dtype)
+            state = state * left
         if DECAY == 2:
-            state = state * passed_over(totals, m, h, H, K, rows)[:, None]
+            state = state * remains[:, None]
         state += tl.dot(tl.trans(ks), written, input_precision=PRECISION)
         if WANT_LEAVE:
             ends = m + 1 == tl.load(first + n + 1)
@@ -157,6 +163,11 @@ def back(
         token = tl.load(start + m).to(tl.int64)
         tokens = token + place
         inside = tokens < tl.load(end + m)
+        if DECAY == 1:
+            left, to_end = tl.load(totals + m * H + h), measured_of(decays, 3, tokens, inside, h, H, T)
+            from_start = measured_of(decays, 2, tokens, inside, h, H, T) * scale
+        if DECAY == 2:
+            remains = passed_over(totals, m, h, H, K, rows)
         ks = rows_of(k, token, place, inside, k_t, k_h, h // G, K, rows)
         dys = rows_of(dy, token, place, inside, y_t, y_h, h, V, columns)
         low = state.to(ks.dtype)
@@ -165,19 +176,19 @@ def back(
             tl.store(states + places, low, mask=mask)
         change = tl.dot(ks, low, input_precision=PRECISION)
         if DECAY == 1:
-            change *= measured_of(decays, 3, tokens, inside, h, H, T)[:, None]
+            change *= to_end[:, None]
         near = pairs_of(scores, token, inside, h, H, place, C, True)
         change = tl.dot(near, dys, change, input_precision=PRECISION).to(dys.dtype)
         if not SUMMARY:
             there = inside[:, None] & (columns < V)[None, :]
             tl.store(dwrites + (token * H + h) * V + (place[:, None] * (H * V) + columns[None, :]), change, mask=there)
         if DECAY == 1:
-            dys = (dys * (measured_of(decays, 2, tokens, inside, h, H, T) * scale)[:, None]).to(ks.dtype)
-            state = state * tl.load(totals + m * H + h)
+            dys = (dys * from_start[:, None]).to(ks.dtype)
+            state = state * left
         if DECAY == 0:
             dys = (dys * scale).to(ks.dtype)
         if DECAY == 2:
-            state = state * passed_over(totals, m, h, H, K, rows)[:, None]
+            state = state * remains[:, None]
         qs = rows_of(q, token, place, inside, q_t, q_h, h // G, K, rows)
         erased = rows_of(erasing, token, place, inside, H * K, K, h, K, rows)
         state += tl.dot(tl.trans(qs), dys, input_precision=PRECISION)

@@ -88,6 +88,21 @@ def block_pairs(place, BONUS: tl.constexpr):
 
 
 @triton.jit
+def both_rows(x, y, stride_x, stride_y, offset_x, offset_y, first, place, inside, width, columns):
+    """[2 C, B]: rows of x [T, .., width] where first, else of y; offset: of the chunk's first token."""
+    of_x = x + offset_x + (place[:, None] * stride_x + columns[None, :])
+    of_y = y + offset_y + (place[:, None] * stride_y + columns[None, :])
+    mask = inside[:, None] & (columns < width)[None, :]
+    return tl.load(tl.where(first[:, None], of_x, of_y), mask=mask, other=0.0)
+
+
+@triton.jit
+def halves_of(x, C: tl.constexpr, B: tl.constexpr):
+    """The upper and the lower half of x [2 C, B]."""
+    return tl.split(tl.permute(tl.reshape(x, [2, C, B]), (1, 2, 0)))
+
+
+@triton.jit
 def sums_in(c, place, last, stride, columns, width):
     """`sums_at` of c, the pointer of a chunk's first token and the head, by numbers of 32 bits."""
     places = (tl.minimum(place, last) * stride)[:, None] + columns[None, :]
