@@ -210,7 +210,8 @@ class _Call:
         elif kept is None:
             solve_kernels().prepare[M, HV](
                 q, k, self.beta, given(decays, q), inverses, scores, *shared, T, HV, K, G=self.groups, C=CHUNK,
-                B=self.tile(K, 64), DECAY=self.decay, PRECISION=precision(q), num_warps=PREPARE_WARPS, num_stages=_stages(q),
+                B=self.tile(K, 64), DECAY=self.decay, PRECISION=precision(q), num_warps=PREPARE_WARPS,
+                num_stages=_stages(q),
             )  # fmt: skip
         if kept is None:
             solve_kernels().invert[M, HV](
@@ -296,6 +297,7 @@ class _Call:
         (T, HV, V), K, stream, any_ = self.v.shape, self.q.shape[2], self.stream, self.q
         summary = y is None and writes is None
         BK, BV = self.tiles()
+        narrow = any_.dtype != torch.float32
         columns = -(-V // BV) + (-(-K // BV) if transitions is not None else 0)
         keys = made.queries, made.keys, made.erasing
         inputs = (
@@ -307,7 +309,7 @@ class _Call:
             "G": self.groups if self.decay < 2 else 1, "GROUP": stream.group, "C": CHUNK, "BK": BK, "BV": BV,
             "DECAY": self.decay, "HAS_ENTERED": entered is not None and not summary,
             "HAS_ENTER": enter is not None, "WANT_LEAVE": leave is not None, "SUMMARY": summary,
-            "PRECISION": precision(self.q), "num_warps": WALK_WARPS if BK < 128 or K <= 128 and any_.dtype != torch.float32 else 8,
+            "PRECISION": precision(self.q), "num_warps": WALK_WARPS if (128 if narrow else 64) >= BK else 8,
             "num_stages": min(WALK_STAGES, _stages(self.q)) if _room() >= 220_000 and K <= 128 else 1,
         }  # fmt: skip
         grid = columns, HV, stream.stretches
@@ -373,13 +375,13 @@ class _Call:
             stream.start, stream.end, self.scale, *strides(q), *strides(k), *strides(dy), HV, K, V, T,
         )  # fmt: skip
         chosen: dict[str, Any] = {
-            "G": self.groups, "C": CHUNK, "BK": BK, "BV": self.tile(V, 64 if narrow else 32), "PRECISION": precision(q),
+            "G": self.groups, "C": CHUNK, "BK": BK, "PRECISION": precision(q),
         }  # fmt: skip
         if self.decay == 2:
             gradient_kernels().channel_gradients[tiles, M, HV](
                 q, k, self.beta, made.sums, dscores, dlower, dy, writes, rights, states, dstates, dq, dk, dg, more,
-                *shared, **chosen | {"BV": self.tile(V, 128 if narrow else 32)}, OPERAND=operand(q), num_warps=CHANNEL_WARPS, num_stages=1,
-                maxnreg=CHANNEL_REGISTERS if narrow else None,
+                *shared, **chosen, BV=self.tile(V, 128 if narrow else 32), OPERAND=operand(q), num_warps=CHANNEL_WARPS,
+                num_stages=1, maxnreg=CHANNEL_REGISTERS if narrow else None,
             )  # fmt: skip
         else:
             if self.decay == 1:
@@ -387,7 +389,8 @@ class _Call:
             gradient_kernels().gradients[tiles, M, HV](
                 q, k, self.beta, given(made.decays, q), given(made.totals, q), dscores, dlower, dy, writes, rights,
                 states, dstates, dq, dk, more, given(read, q), given(late, q), given(left, q), *shared, M,
-                DECAY=self.decay, **chosen, num_warps=GRADIENT_WARPS, num_stages=_stages(q),
+                BV=self.tile(V, 64 if narrow else 32), DECAY=self.decay, **chosen, num_warps=GRADIENT_WARPS,
+                num_stages=_stages(q),
             )  # fmt: skip
         gradient_kernels().sum_tiles[M, HV](
             dbeta, more, given(dc, q), given(read, q), given(late, q), given(left, q), given(dg, q), stream.start,

@@ -203,7 +203,7 @@ def prepare_channels(
     G: tl.constexpr, C: tl.constexpr, B: tl.constexpr, WANT_PAIRS: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """scale q e^c, k e^c, k e^{c_C - c}, e^{c_C} of the sums c [T, HV, K] of a decay per channel, and where wanted L, P.
+    """scale q e^c, k e^c, k e^{c_C - c}, e^{c_C} of the sums c [T, HV, K] of a decay per channel; L and P, if wanted.
 
     Grid: M, HV; H: HV.
     """
