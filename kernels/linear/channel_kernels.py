@@ -105,7 +105,7 @@ def halves_of(x, C: tl.constexpr, B: tl.constexpr):
 @triton.jit
 def sums_in(c, place, last, stride, columns, width):
     """`sums_at` of c, the pointer of a chunk's first token and the head, by numbers of 32 bits."""
-    places = (tl.minimum(place, last) * stride)[:, None] + columns[None, :]
+    places = (tl.minimum(place, last.to(tl.int32)) * stride)[:, None] + columns[None, :]
     return tl.load(c + places, mask=(columns < width)[None, :], other=0.0)
 
 
