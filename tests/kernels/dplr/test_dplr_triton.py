@@ -16,6 +16,7 @@ from torchlinearmoe.kernels.chunk_table import table_of
 from torchlinearmoe.kernels.dplr import triton as ours
 from torchlinearmoe.kernels.dplr.rule import dplr, dplr_backward, levels_of
 from torchlinearmoe.kernels.linear import walk
+from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.segments import Segments
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -52,6 +53,15 @@ def test_bounded_decays_take_larger_blocks(interpreter: ProcessPoolExecutor, bou
     assert levels_of(bound) == levels
     drawn = bounded(case((130, 40), "in out", H=1), bound)
     assert_close(interpreter.submit(run, drawn).result(), drawn.run("reference"), 2e-5)
+
+
+@pytest.mark.parametrize("chip, dtype, fits", [((8, 9), torch.float32, False), ((8, 9), torch.bfloat16, True)])
+def test_float32_wants_the_shared_memory_of_large_chips(
+    monkeypatch: pytest.MonkeyPatch, chip: tuple[int, int], dtype: torch.dtype, fits: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: chip)
+    assert (ours.BACKEND.refuses(Call("dplr", "cuda", dtype, 64)) is None) == fits
 
 
 def test_decays_without_a_bound_take_the_smallest_blocks() -> None:
