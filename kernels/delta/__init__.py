@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from torchlinearmoe.kernels.choose import choose
+from torchlinearmoe.kernels.chunk_table import CHUNK
 from torchlinearmoe.kernels.delta.kinds import KINDS, delta_kind
 from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Budget, Call, Operator
@@ -82,6 +83,6 @@ def budget(kind: str, tokens: int, heads: int, key_dim: int, value_dim: int, ite
         flops=tokens * delta_rule_flops(heads, key_dim, value_dim),
         forward_bytes=tokens * (inputs + output),
         backward_bytes=tokens * (2 * inputs + output),
-        saved_bytes=tokens * inputs,
+        saved_bytes=tokens * (inputs + heads * CHUNK * (4 + itemsize)),
         steps=max(1, (tokens // 64).bit_length()),
     )

@@ -28,32 +28,32 @@ import triton.language as tl
 from torchlinearmoe.kernels.delta.solve_kernels import finely, pairs_of, rows_of
 from torchlinearmoe.kernels.linear.channel_kernels import (
     BLOCK,
-    MIDDLE,
-    block_pairs,
-    half_pairs,
-    half_weights,
+    both_rows,
+    factors,
+    halves_of,
+    middles,
     only,
-    sums_at,
+    readers,
+    sums_in,
 )
 from torchlinearmoe.kernels.linear.walk_kernels import (
     between,
-    log_decays,
-    since_start,
+    measured_of,
     state_places,
-    until_end,
+    sums_of,
 )
 
 
-@triton.jit(do_not_specialize=["H"])
+@triton.jit(do_not_specialize=["T", "H"])
 def pair_gradients(
-    k, v, beta, g, inverses, scores, dy, writes, dwrites, rights, dscores, dlower, dv, dbeta, dc, start, end, scale,
-    k_t, k_h, v_t, v_h, y_t, y_h, H, K, V,
+    k, v, beta, decays, inverses, scores, dy, writes, dwrites, rights, dscores, dlower, dv, dbeta, dc, start, end,
+    scale, k_t, k_h, v_t, v_h, y_t, y_h, T, H, K, V,
     G: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """r, dv, of dbeta and of the gradient of c what is in pairs, [T, HV], and what `gradients` multiplies by keys.
+    """r, dv, of dbeta what is in pairs, [T, HV], and what `gradients` multiplies by keys; of DECAY 1 pairs_t to dc.
 
     dscores: scale dP, dlower: beta dL, with their weights; of DECAY 2, which has them in its sums, scale dP and dL, and
-    dbeta and dc lack what is in pairs. Grid: M, HV; H: HV.
+    dbeta lacks what is in pairs. Grid: M, HV; H: HV.
     """
     m, h = tl.program_id(0), tl.program_id(1)
     place = tl.arange(0, C)
@@ -90,7 +90,7 @@ def pair_gradients(
             ks = rows_of(k, token, place, inside, k_t, k_h, h // G, K, columns)
             overlaps += tl.dot(ks, tl.trans(ks), input_precision=PRECISION)
         if DECAY == 1:
-            c, resets, _, _ = log_decays(g, tokens, inside, h, H)
+            c, resets = sums_of(decays, tokens, inside, h, H, T)
             weights = between(c, resets, C, False)
             dlow *= weights
             both = dpairs * pairs_of(scores, token, inside, h, H, place, C, False)
@@ -109,8 +109,8 @@ def pair_gradients(
 
 @triton.jit(do_not_specialize=["H", "T", "M"])
 def gradients(
-    q, k, beta, g, dscores, dlower, dy, writes, rights, states, dstates, dq, dk, dbeta, read, late, left, start, end,
-    scale, q_t, q_h, k_t, k_h, y_t, y_h, H, K, V, T, M,
+    q, k, beta, decays, totals, dscores, dlower, dy, writes, rights, states, dstates, dq, dk, dbeta, read, late, left,
+    start, end, scale, q_t, q_h, k_t, k_h, y_t, y_h, H, K, V, T, M,
     G: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -145,12 +145,11 @@ def gradients(
             product += tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
     reads *= scale
     if DECAY == 1:
-        c, resets, total, all_resets = log_decays(g, tokens, inside, h, H)
-        from_start = since_start(c, resets)
+        from_start = measured_of(decays, 2, tokens, inside, h, H, T)
         reads *= from_start[:, None]
         erases *= from_start[:, None]
-        leaves *= until_end(c, resets, total, all_resets)[:, None]
-        tl.store(left + (tile * M + m) * H + h, product * since_start(total, all_resets))
+        leaves *= measured_of(decays, 3, tokens, inside, h, H, T)[:, None]
+        tl.store(left + (tile * M + m) * H + h, product * tl.load(totals + m * H + h))
     betas = tl.load(beta + tokens * H + h, mask=inside, other=0.0)
     qs = rows_of(q, token, place, inside, q_t, q_h, h // G, K, columns)
     ks = rows_of(k, token, place, inside, k_t, k_h, h // G, K, columns)
@@ -175,21 +174,29 @@ def gradients(
 
 
 @triton.jit(do_not_specialize=["tiles", "H", "T", "M"])
-def decay_gradients(dc, read, late, left, dg, start, end, tiles, H, T, M, C: tl.constexpr):
-    """dg [T, HV] of DECAY 1. Grid: M, HV; H: HV."""
+def sum_tiles(
+    dbeta, more, dc, read, late, left, dg, start, end, tiles, H, T, M, C: tl.constexpr, DECAY: tl.constexpr
+):  # fmt: skip
+    """Adds to dbeta what `gradients` made of it by tiles of K; of DECAY 1 dg [T, HV] too. Grid: M, HV; H: HV."""
     m, h = tl.program_id(0), tl.program_id(1)
     tokens = tl.load(start + m).to(tl.int64) + tl.arange(0, C)
     inside = tokens < tl.load(end + m)
-    later = tl.load(dc + tokens * H + h, mask=inside, other=0.0)
-    before = tl.zeros([C], dtype=tl.float32)
-    passing = 0.0
+    dbetas = tl.load(dbeta + tokens * H + h, mask=inside, other=0.0)
+    if DECAY == 1:
+        later = tl.load(dc + tokens * H + h, mask=inside, other=0.0)
+        before = tl.zeros([C], dtype=tl.float32)
+        passing = 0.0
     for i in range(tiles):
         places = (i * T + tokens) * H + h
-        later += tl.load(read + places, mask=inside, other=0.0)
-        before += tl.load(late + places, mask=inside, other=0.0)
-        passing += tl.load(left + (i * M + m) * H + h)
-    later = tl.sum(later, 0) - tl.cumsum(later, 0) + later
-    tl.store(dg + tokens * H + h, later + tl.cumsum(before, 0) - before + passing, mask=inside)
+        dbetas += tl.load(more + places, mask=inside, other=0.0)
+        if DECAY == 1:
+            later += tl.load(read + places, mask=inside, other=0.0)
+            before += tl.load(late + places, mask=inside, other=0.0)
+            passing += tl.load(left + (i * M + m) * H + h)
+    tl.store(dbeta + tokens * H + h, dbetas, mask=inside)
+    if DECAY == 1:
+        later = tl.sum(later, 0) - tl.cumsum(later, 0) + later
+        tl.store(dg + tokens * H + h, later + tl.cumsum(before, 0) - before + passing, mask=inside)
 
 
 @triton.jit(do_not_specialize=["H", "T"])
@@ -202,6 +209,9 @@ def channel_gradients(
     """dq, dk, dg [T, HV, K] and what is missing of dbeta, [tiles, T, HV], of DECAY 2.
 
     Grid: tiles of K, M, HV; H: HV.
+
+    What reads keys, queries and beta k, and its gradients, dq and of a key that reads, are one matrix of 2 C rows: half
+    as many products, twice as large.
     """
     tile, m, h = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     columns = tile * BK + tl.arange(0, BK)
@@ -212,10 +222,25 @@ def channel_gradients(
         return
     inside = place <= last
     tokens = token + place
+    betas = tl.load(beta + tokens * H + h, mask=inside, other=0.0)
+    row = tl.arange(0, 2 * C)
+    first, reader = row < C, row % C
+    present = reader <= last
+    betas_r = tl.load(beta + (token + reader) * H + h, mask=present & (row >= C), other=1.0)
+    signs = tl.where(first, scale, -1.0)
+    pairs = both_rows(
+        dscores, dlower, H * C, H * C, (token * H + h) * C, (token * H + h) * C, first, reader, present, C, place
+    ).to(OPERAND)
     stride = H * K
-    c += h * K
-    reads = tl.zeros([C, BK], dtype=tl.float32)
-    erases = tl.zeros([C, BK], dtype=tl.float32)
+    c += token * stride + h * K
+    reads = both_rows(
+        q, k, q_t, k_t, token * q_t + h // G * q_h, token * k_t + h // G * k_h, first, reader, present, K, columns
+    )
+    ks = rows_of(k, token, place, inside, k_t, k_h, h // G, K, columns)
+    since = sums_in(c, reader, last, stride, columns, K)
+    sums = sums_in(c, place, last, stride, columns, K)
+    total = tl.load(c + last * stride + columns, mask=columns < K, other=0.0)
+    found = tl.zeros([2 * C, BK], dtype=tl.float32)
     leaves = tl.zeros([C, BK], dtype=tl.float32)
     passing = tl.zeros([BK], dtype=tl.float32)
     for i in range(tl.cdiv(V, BV)):
@@ -223,54 +248,35 @@ def channel_gradients(
         places, mask = state_places(m, True, h, H, K, V, columns, columns_v, False)
         state = tl.load(states + places, mask=mask, other=0.0)
         dstate = tl.load(dstates + places, mask=mask, other=0.0)
-        dys = rows_of(dy, token, place, inside, y_t, y_h, h, V, columns_v)
-        reads += tl.dot(dys, tl.trans(state), input_precision=PRECISION)
-        rs = rows_of(rights, token, place, inside, H * V, V, h, V, columns_v)
-        erases -= tl.dot(rs, tl.trans(state), input_precision=PRECISION)
+        ys = both_rows(
+            dy, rights, y_t, H * V, token * y_t + h * y_h, (token * H + h) * V, first, reader, present, V, columns_v
+        )
         xs = rows_of(writes, token, place, inside, H * V, V, h, V, columns_v)
+        found += tl.dot(ys, tl.trans(state), input_precision=PRECISION)
         leaves += tl.dot(xs, tl.trans(dstate), input_precision=PRECISION)
         passing += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
-    betas = tl.load(beta + tokens * H + h, mask=inside, other=0.0)
-    qs = rows_of(q, token, place, inside, q_t, q_h, h // G, K, columns).to(tl.float32)
-    ks = rows_of(k, token, place, inside, k_t, k_h, h // G, K, columns).to(tl.float32)
-    sums = sums_at(c, token, place, last, stride, columns, K)
-    total = tl.load(c + (token + last) * stride + columns, mask=columns < K, other=0.0)
-    since = tl.exp2(sums)
-    reads *= since * scale
-    erases *= since
+    found *= tl.exp2(since) * signs[:, None]
     leaves *= tl.exp2(total[None, :] - sums)
-    read = reads * qs + erases * ks * betas[:, None]
-    late = leaves * ks
-    passing *= tl.exp2(total)
-    # Of the pairs: dqs of their queries, dks of keys that read, dread of keys that are read.
-    dpairs = pairs_of(dscores, token, inside, h, H, place, C, False).to(OPERAND)
-    dlow = pairs_of(dlower, token, inside, h, H, place, C, False).to(OPERAND)
-    middle = sums_at(c, token, place // BLOCK * BLOCK + MIDDLE, last, stride, columns, K)
-    since, until = tl.exp2(sums - middle), tl.exp2(middle - sums)
-    seen = block_pairs(place, False)
-    near, below = only(seen, dpairs), only(seen, dlow)
-    weighted = (ks * until).to(OPERAND)
-    dqs = since * tl.dot(near, weighted, input_precision=PRECISION)
-    dks = since * tl.dot(below, weighted, input_precision=PRECISION)
-    part = tl.dot(tl.trans(near), (qs * since).to(OPERAND), input_precision=PRECISION)
-    weighted = (ks * since * betas[:, None]).to(OPERAND)
-    dread = until * tl.dot(tl.trans(below), weighted, part, input_precision=PRECISION)
-    for level in tl.static_range(3):
-        weights = half_weights(sums, sums, c, token, place, last, stride, columns, K, 32 >> level)
-        seen = half_pairs(place, 32 >> level)
-        near, below = only(seen, dpairs), only(seen, dlow)
-        weighted = ks * weights
-        low = weighted.to(OPERAND)
-        dqs += weights * tl.dot(near, low, input_precision=PRECISION)
-        dks += weights * tl.dot(below, low, input_precision=PRECISION)
-        part = tl.dot(tl.trans(near), (qs * weights).to(OPERAND), input_precision=PRECISION)
-        low = (weighted * betas[:, None]).to(OPERAND)
-        dread += weights * tl.dot(tl.trans(below), low, part, input_precision=PRECISION)
-    read += qs * dqs + ks * (dks * betas[:, None] - dread)
-    tl.store(dbeta + (tile * T + tokens) * H + h, tl.sum(ks * (erases + dks), 1), mask=inside)
-    places = (token * H + h) * K + (place[:, None] * (H * K) + columns[None, :])
+    read = tl.zeros([C, BK], dtype=tl.float32)
+    for level in range(4):
+        size = C >> level
+        halves_r, halves = reader * 0 + size > BLOCK, place * 0 + size > BLOCK
+        near = only(readers(reader, place, size, halves_r, halves), pairs)
+        until = factors(sums_in(c, middles(place, size), last, stride, columns, K) - sums, halves)
+        weights = factors(since - sums_in(c, middles(reader, size), last, stride, columns, K), halves_r)
+        found += weights * tl.dot(near, (ks * until).to(OPERAND), input_precision=PRECISION)
+        weights *= betas_r[:, None]
+        read += until * tl.dot(tl.trans(near), (reads * weights).to(OPERAND), input_precision=PRECISION)
+    dqs, dks = halves_of(found, C, BK)
+    tl.store(dbeta + (tile * T + tokens) * H + h, tl.sum(ks * dks, 1), mask=inside)
+    dks *= betas[:, None]
+    places = (token * H + h) * K + (place[:, None] * stride + columns[None, :])
     mask = inside[:, None] & (columns < K)[None, :]
-    tl.store(dq + places, (reads + dqs).to(dq.dtype.element_ty), mask=mask)
-    tl.store(dk + places, (leaves + dread + (erases + dks) * betas[:, None]).to(dk.dtype.element_ty), mask=mask)
-    after = tl.sum(read, 0)[None, :] - tl.cumsum(read, 0) + read
-    tl.store(dg + places, after + passing[None, :] + tl.cumsum(late, 0) - late, mask=mask)
+    tl.store(dq + places, dqs.to(dq.dtype.element_ty), mask=mask)
+    tl.store(dk + places, (leaves + read + dks).to(dk.dtype.element_ty), mask=mask)
+    qs = rows_of(q, token, place, inside, q_t, q_h, h // G, K, columns)
+    late = leaves * ks
+    own = qs * dqs + ks * (dks - read)
+    passing = passing * tl.exp2(total) + tl.sum(own, 0)
+    own -= late
+    tl.store(dg + places, passing[None, :] - tl.cumsum(own, 0) + own, mask=mask)

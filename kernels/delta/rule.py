@@ -2,16 +2,17 @@
 
     prepare     scores P, the inverse A of each chunk's system, its products W and U: nothing that depends on states
     walk        from the states that enter stretches, which are joined from summaries where there are several
-    gradients   all of that again, for what tokens write and the states; the walk back; then all chunks at once
+    gradients   W and U again, for what tokens write and the states; the walk back; then all chunks at once
 
-Kept for the backward pass: the inputs, and of every 16 or 32 chunks the state that enters and the transition, [K, V]
-and [K, K]. All else lives within one pass: A, P, W, U, and of the backward pass a state a chunk and its gradient, in
-the type of the inputs. Products take that type (float32 as three of TF32) and add up in float32; A is float32 and
-multiplies as two numbers of 16 bits. What an operator has not got is an empty tensor.
+Kept for the backward pass: the inputs (of a decay per channel its sums in place of it), A and P, of 64 numbers a token
+and value head each, and of every 16 or 64 chunks the state that enters and the transition, [K, V] and [K, K]. All else
+lives within one pass: W, U, and of the backward pass a state a chunk and its gradient, in the type of the inputs.
+Products take that type (float32 as three of TF32) and add up in float32; A is float32 and multiplies as two numbers of
+16 bits. What an operator has not got is an empty tensor.
 
-Budget a token and value head of K = V = 128, in bfloat16: forward about 5.5 KB read and written and 0.34 MFLOP, of
-which summaries are a third; backward 13 KB and 0.7 MFLOP. Dependent steps: two products for each chunk of a stretch,
-one for each stretch.
+Budget a token and value head of K = V = 128, in bfloat16: forward about 5 KB read and written and 0.34 MFLOP, of which
+summaries are a third; backward 12 KB and 0.7 MFLOP. Dependent steps: two products for each chunk of a stretch, one for
+each stretch.
 
 Legend: T tokens, H query/key heads, HV value heads, K/V key/value head dim, N segments, M places for chunks, S
 stretches, C tokens of a chunk.
@@ -34,6 +35,7 @@ from torchlinearmoe.kernels.linear.walk import (
     contiguous,
     given,
     left_states,
+    measured,
     or_nothing,
     precision,
     product_tile,
@@ -44,12 +46,17 @@ from torchlinearmoe.kernels.linear.walk import (
     tile,
 )
 
-COLUMNS = 128
+COLUMNS = 64
 """Of a state of 16 bits: as many as a walk's program holds at most."""
-WALK_WARPS, WALK_STAGES = 8, 2
+WALK_WARPS, WALK_STAGES = 4, 1
+"""With eight, products of 64 tokens that others read would be made twice."""
+LONGEST = 64
+"""Chunks of a stretch: a transition is as much to store as a state."""
 JOIN_COLUMNS, JOIN_WARPS, JOIN_STAGES = 16, 8, 2
-SPREAD_WARPS, PAIR_WARPS, GRADIENT_WARPS, CHANNEL_WARPS = 4, 4, 4, 8
-GRADIENT_COLUMNS = 64
+PREPARE_WARPS, SPREAD_WARPS, PAIR_WARPS, GRADIENT_WARPS, CHANNEL_WARPS = 8, 4, 4, 4, 8
+GRADIENT_COLUMNS, CHANNEL_COLUMNS = 64, 32
+CHANNEL_REGISTERS = 128
+"""Of a thread: so that a multiprocessor holds two programs, one of which computes while the other waits."""
 
 
 @torch.library.custom_op("torchlinearmoe::delta_rule", mutates_args=())
@@ -66,21 +73,23 @@ def delta_rule(
     first: Tensor,
     scale: float,
     want_final: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o [T, HV, V], the final states [N, HV, K, V], empty where they are not wanted, and what enters stretches and
-    their transitions, [S, HV, K, V] and [S, HV, K, K], empty where there is one.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o [T, HV, V], the final states [N, HV, K, V], empty where they are not wanted, what enters stretches and their
+    transitions, [S, HV, K, V] and [S, HV, K, K], empty where there is one, A and P, [T, HV, C], and the sums of log
+    decays in chunks, [T, HV, K], empty unless there is one per channel.
 
     q, k: [T, H, K]; v: [T, HV, V] of one type; beta: [T, HV], g: [T, HV] or [T, HV, K] and initial: [N, HV, K, V] in
     fp32; start, end, segment: [M], first: [N + 1], a `ChunkTable`.
     """
-    call = _Call.of(q, k, v, beta, g, Stream(start, end, segment, first), scale)
-    made, initial = call.prepared(), contiguous(initial)
+    call = _Call.of(q, k, v, beta, g, Stream(start, end, segment, first, LONGEST), scale)
+    made, initial = call.prepared(None), contiguous(initial)
     states, transitions = call.summaries(made, initial) if call.cut else (None, None)
     shape = (first.shape[0] - 1, *v.shape[1:2], q.shape[2], v.shape[2])
     final = left_states(initial, shape, q) if want_final else None
     o = torch.empty(v.shape, dtype=q.dtype, device=q.device)
     call.onward(made, states, initial, leave=final, y=o)
-    return o, or_nothing(final, q), or_nothing(states, q), or_nothing(transitions, q)
+    kept = or_nothing(states, q), or_nothing(transitions, q), made.inverses, made.scores, or_nothing(made.sums, q)
+    return o, or_nothing(final, q), *kept
 
 
 @torch.library.custom_op("torchlinearmoe::delta_rule_backward", mutates_args=())
@@ -93,6 +102,8 @@ def delta_rule_backward(
     initial: Tensor | None,
     states: Tensor,
     transitions: Tensor,
+    inverses: Tensor,
+    scores: Tensor,
     do: Tensor,
     dfinal: Tensor | None,
     start: Tensor,
@@ -101,10 +112,12 @@ def delta_rule_backward(
     first: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v, beta, g and initial (empty without one); states, transitions: as `delta_rule` gives
-    them."""
-    call = _Call.of(q, k, v, beta, g, Stream(start, end, segment, first), scale)
-    made, do = call.prepared(), rows_ready(do)
+    """The gradients of q, k, v, beta, g and initial (empty without one).
+
+    states, transitions, inverses, scores, and of a decay per channel, as g, its sums: as `delta_rule` gives them.
+    """
+    call = _Call.of(q, k, v, beta, g, Stream(start, end, segment, first, LONGEST), scale)
+    made, do = call.prepared((inverses, scores)), rows_ready(do)
     initial, dfinal = contiguous(initial), contiguous(dfinal)
     (_, HV, V), K, M = v.shape, q.shape[2], start.shape[0]
     writes, dwrites = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for _ in range(2))
@@ -133,10 +146,12 @@ class _Made:
     """W: [T, HV, K]."""
     writing: Tensor
     """U: [T, HV, V]."""
-    sums: Tensor | None = None
+    totals: Tensor | None
+    """e^{c_C}: [M, HV, K] of a decay per channel; of one per head as `measured` gives it."""
+    decays: Tensor | None
+    """[6, HV, T] of `measured`, of a decay per head."""
+    sums: Tensor | None
     """c: [T, HV, K], of a decay per channel."""
-    totals: Tensor | None = None
-    """e^{c_C}: [M, HV, K], of a decay per channel."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +163,7 @@ class _Call:
     v: Tensor
     beta: Tensor
     g: Tensor | None
+    """Of a decay per channel its sums, where gradients are made."""
     stream: Stream
     scale: float
     decay: int
@@ -169,46 +185,55 @@ class _Call:
         """There are several stretches."""
         return self.stream.stretches > 1
 
-    def prepared(self) -> _Made:
-        """A, P, W, U, and of a decay per channel what it makes of queries and keys."""
+    def prepared(self, kept: tuple[Tensor, Tensor] | None) -> _Made:
+        """A, P, W, U, and of a decay what it makes of queries and keys, or of tokens and chunks; kept: A and P."""
         q, k, stream = self.q, self.k, self.stream
         (T, HV, _), K, M = self.v.shape, q.shape[2], stream.places
-        inverses, scores = q.new_empty(T, HV, CHUNK, dtype=torch.float32), q.new_empty(T, HV, CHUNK)
-        shared = stream.start, stream.end, self.scale, *strides(q), *strides(k), HV, K
-        if self.decay < 2:
-            solve_kernels().prepare[M, HV](
-                q, k, self.beta, given(self.g, q), inverses, scores, *shared, G=self.groups, C=CHUNK,
-                B=self.tile(K, 64), DECAY=self.decay, PRECISION=precision(q), num_warps=4, num_stages=_stages(q),
+        if kept is None:
+            inverses, scores = q.new_empty(T, HV, CHUNK, dtype=torch.float32), q.new_empty(T, HV, CHUNK)
+        else:
+            inverses, scores = kept
+        shared = stream.start, stream.end, self.scale, *strides(q), *strides(k)
+        queries, keys_in, keys, decays, totals, sums = q, k, k, None, None, None
+        if self.decay == 1:
+            assert self.g is not None
+            decays, totals = measured(self.g, stream, q.dtype)
+        if self.decay == 2:
+            assert self.g is not None
+            sums = cumulated(self.g, stream) if kept is None else self.g
+            queries, keys_in, keys = (q.new_empty(T, HV, K) for _ in range(3))
+            totals = q.new_empty(M, HV, K, dtype=torch.float32)
+            solve_kernels().prepare_channels[M, HV](
+                q, k, self.beta, sums, inverses, scores, queries, keys_in, keys, totals, *shared, HV, K, G=self.groups,
+                C=CHUNK, B=tile(K, 32), WANT_PAIRS=kept is None, OPERAND=operand(q), PRECISION=precision(q),
+                num_warps=CHANNEL_WARPS if kept is None else 4, num_stages=1,
             )  # fmt: skip
-            return self._solved(inverses, scores, q, k, k)
-        assert self.g is not None
-        sums = cumulated(self.g, stream)
-        queries, keys_in, keys = (q.new_empty(T, HV, K) for _ in range(3))
-        totals = q.new_empty(M, HV, K, dtype=torch.float32)
-        solve_kernels().prepare_channels[M, HV](
-            q, k, self.beta, sums, inverses, scores, queries, keys_in, keys, totals, *shared, G=self.groups, C=CHUNK,
-            B=tile(K, 32), OPERAND=operand(q), PRECISION=precision(q), num_warps=CHANNEL_WARPS, num_stages=1,
-        )  # fmt: skip
-        return self._solved(inverses, scores, queries, keys_in, keys, sums, totals)
+        elif kept is None:
+            solve_kernels().prepare[M, HV](
+                q, k, self.beta, given(decays, q), inverses, scores, *shared, T, HV, K, G=self.groups, C=CHUNK,
+                B=self.tile(K, 64), DECAY=self.decay, PRECISION=precision(q), num_warps=PREPARE_WARPS,
+                num_stages=_stages(q),
+            )  # fmt: skip
+        if kept is None:
+            solve_kernels().invert[M, HV](
+                inverses, stream.start, stream.end, HV, C=CHUNK, DOUBLE=q.dtype == torch.float32, num_warps=1,
+                num_stages=1,
+            )  # fmt: skip
+        erasing, writing = self._spread(inverses, keys_in, decays)
+        return _Made(inverses, scores, queries, keys, erasing, writing, totals, decays, sums)
 
-    def _solved(
-        self, inverses: Tensor, scores: Tensor, queries: Tensor, keys_in: Tensor, keys: Tensor, *more: Tensor
-    ) -> _Made:
-        """inverses: L, which becomes A."""
+    def _spread(self, inverses: Tensor, keys_in: Tensor, decays: Tensor | None) -> tuple[Tensor, Tensor]:
+        """W and U."""
         v, stream = self.v, self.stream
         (T, HV, V), K = v.shape, keys_in.shape[2]
-        grid = stream.places, HV
-        solve_kernels().invert[grid](
-            inverses, stream.start, stream.end, HV, C=CHUNK, DOUBLE=v.dtype == torch.float32, num_warps=1, num_stages=1
-        )
         erasing, writing = v.new_empty(T, HV, K), v.new_empty(T, HV, V)
-        solve_kernels().spread[grid](
-            inverses, keys_in, v, self.beta, given(self.g, v), erasing, writing, stream.start, stream.end,
-            *strides(keys_in), *strides(v), HV, K, V, G=self.groups if self.decay < 2 else 1, C=CHUNK,
+        solve_kernels().spread[stream.places, HV](
+            inverses, keys_in, v, self.beta, given(decays, v), erasing, writing, stream.start, stream.end,
+            *strides(keys_in), *strides(v), T, HV, K, V, G=self.groups if self.decay < 2 else 1, C=CHUNK,
             BK=self.tile(K, 64), BV=self.tile(V, 64), DECAY=self.decay, PRECISION=precision(v), num_warps=SPREAD_WARPS,
             num_stages=_stages(v),
         )  # fmt: skip
-        return _Made(inverses, scores, queries, keys, erasing, writing, *more)
+        return erasing, writing
 
     def summaries(self, made: _Made, initial: Tensor | None) -> tuple[Tensor, Tensor]:
         """The states that enter stretches, [S, HV, K, V], and their transitions, [S, HV, K, K]."""
@@ -270,14 +295,14 @@ class _Call:
         transitions: Tensor | None = None,
     ) -> None:
         """One walk, back where dy is given; a summary where nothing is to be filled."""
-        HV, V = self.v.shape[1:]
-        K, stream, any_ = self.q.shape[2], self.stream, self.q
+        (T, HV, V), K, stream, any_ = self.v.shape, self.q.shape[2], self.stream, self.q
         summary = y is None and writes is None
         BK, BV = self.tiles()
+        narrow = any_.dtype != torch.float32
         columns = -(-V // BV) + (-(-K // BV) if transitions is not None else 0)
         keys = made.queries, made.keys, made.erasing
         inputs = (
-            given(self.g, any_), given(made.totals, any_), made.scores, given(entered, any_), given(enter, any_),
+            given(made.decays, any_), given(made.totals, any_), made.scores, given(entered, any_), given(enter, any_),
             given(leave, any_),
         )  # fmt: skip
         where = *stream.tensors, stream.segments, self.scale, *strides(made.queries), *strides(made.keys)
@@ -285,19 +310,19 @@ class _Call:
             "G": self.groups if self.decay < 2 else 1, "GROUP": stream.group, "C": CHUNK, "BK": BK, "BV": BV,
             "DECAY": self.decay, "HAS_ENTERED": entered is not None and not summary,
             "HAS_ENTER": enter is not None, "WANT_LEAVE": leave is not None, "SUMMARY": summary,
-            "PRECISION": precision(self.q), "num_warps": WALK_WARPS if BK >= 128 else 4,
+            "PRECISION": precision(self.q), "num_warps": WALK_WARPS if (128 if narrow else 64) >= BK else 8,
             "num_stages": min(WALK_STAGES, _stages(self.q)) if room() >= 220_000 and K <= 128 else 1,
         }  # fmt: skip
         grid = columns, HV, stream.stretches
         if dy is None:
             walk_kernels().onward[grid](
                 *keys, made.writing, *inputs, given(y, any_), given(writes, any_), given(inner, any_),
-                given(transitions, any_), *where, HV, K, V, **chosen, WANT_Y=y is not None,
+                given(transitions, any_), *where, T, HV, K, V, **chosen, WANT_Y=y is not None,
                 WANT_WRITES=writes is not None,
             )  # fmt: skip
         else:
             walk_kernels().back[grid](
-                *keys, dy, *inputs, given(writes, any_), given(inner, any_), *where, *strides(dy), HV, K, V, **chosen
+                *keys, dy, *inputs, given(writes, any_), given(inner, any_), *where, *strides(dy), T, HV, K, V, **chosen
             )
 
     def tiles(self) -> tuple[int, int]:
@@ -330,52 +355,51 @@ class _Call:
         dv, rights = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for _ in range(2))
         dbeta = q.new_empty(T, HV, dtype=torch.float32)
         dc = torch.empty_like(dbeta) if self.decay == 1 else None
+        dg = None if self.g is None else torch.empty_like(self.g)
         narrow = q.dtype != torch.float32
         gradient_kernels().pair_gradients[M, HV](
-            k, v, self.beta, given(self.g, q), made.inverses, made.scores, dy, writes, dwrites, rights, dscores,
+            k, v, self.beta, given(made.decays, q), made.inverses, made.scores, dy, writes, dwrites, rights, dscores,
             dlower, dv, dbeta, given(dc, q), stream.start, stream.end, self.scale, *strides(k), *strides(v),
-            *strides(dy), HV, K, V,
+            *strides(dy), T, HV, K, V,
             G=self.groups, C=CHUNK, BK=self.tile(K, 64 if narrow else 32), BV=self.tile(V, 64 if narrow else 32),
             DECAY=self.decay, PRECISION=precision(q), num_warps=PAIR_WARPS, num_stages=_stages(q),
         )  # fmt: skip
         dtype = q.dtype if H == HV else torch.float32
         dq, dk = (torch.empty(T, HV, K, dtype=dtype, device=q.device) for _ in range(2))
-        BK, BV = tile(K, 32 if narrow else 16), self.tile(V, 64 if narrow else 32)
-        if narrow and self.decay < 2:
-            BK = self.tile(K, GRADIENT_COLUMNS)
+        if not narrow:
+            BK = tile(K, 16)
+        else:
+            BK = tile(K, CHANNEL_COLUMNS) if self.decay == 2 else self.tile(K, GRADIENT_COLUMNS)
         tiles = -(-K // BK)
-        more = dbeta.new_empty(tiles, T, HV)
+        more, (read, late, left) = dbeta.new_empty(tiles, T, HV), (None, None, None)
         shared = (
             stream.start, stream.end, self.scale, *strides(q), *strides(k), *strides(dy), HV, K, V, T,
         )  # fmt: skip
         chosen: dict[str, Any] = {
-            "G": self.groups, "C": CHUNK, "BK": BK, "BV": BV, "PRECISION": precision(q), "num_warps": GRADIENT_WARPS,
+            "G": self.groups, "C": CHUNK, "BK": BK, "PRECISION": precision(q),
         }  # fmt: skip
-        dg = None
         if self.decay == 2:
-            assert made.sums is not None
-            dg = torch.empty_like(made.sums)
             gradient_kernels().channel_gradients[tiles, M, HV](
                 q, k, self.beta, made.sums, dscores, dlower, dy, writes, rights, states, dstates, dq, dk, dg, more,
-                *shared, **chosen | {"num_warps": CHANNEL_WARPS}, OPERAND=operand(q), num_stages=1,
+                *shared, **chosen, BV=self.tile(V, 128 if narrow else 32), OPERAND=operand(q), num_warps=CHANNEL_WARPS,
+                num_stages=1, maxnreg=CHANNEL_REGISTERS if narrow else None,
             )  # fmt: skip
         else:
-            read, late, left = None, None, None
             if self.decay == 1:
                 read, late, left = torch.empty_like(more), torch.empty_like(more), more.new_empty(tiles, M, HV)
             gradient_kernels().gradients[tiles, M, HV](
-                q, k, self.beta, given(self.g, q), dscores, dlower, dy, writes, rights, states, dstates, dq, dk, more,
-                given(read, q), given(late, q), given(left, q), *shared, M, DECAY=self.decay, **chosen,
+                q, k, self.beta, given(made.decays, q), given(made.totals, q), dscores, dlower, dy, writes, rights,
+                states, dstates, dq, dk, more, given(read, q), given(late, q), given(left, q), *shared, M,
+                BV=self.tile(V, 64 if narrow else 32), DECAY=self.decay, **chosen, num_warps=GRADIENT_WARPS,
                 num_stages=_stages(q),
             )  # fmt: skip
-            if self.decay == 1:
-                dg = torch.empty_like(dbeta)
-                gradient_kernels().decay_gradients[M, HV](
-                    dc, read, late, left, dg, stream.start, stream.end, tiles, HV, T, M, C=CHUNK, num_warps=1
-                )
+        gradient_kernels().sum_tiles[M, HV](
+            dbeta, more, given(dc, q), given(read, q), given(late, q), given(left, q), given(dg, q), stream.start,
+            stream.end, tiles, HV, T, M, C=CHUNK, DECAY=self.decay, num_warps=1,
+        )  # fmt: skip
         if H != HV:
             dq, dk = (x.unflatten(1, (H, -1)).sum(2).to(q.dtype) for x in (dq, dk))
-        return dq, dk, dv, dbeta + more.sum(0), dg
+        return dq, dk, dv, dbeta, dg
 
 
 def _stages(x: Tensor) -> int:
@@ -405,33 +429,35 @@ def gradient_kernels() -> Any:
 def _(q, k, v, beta, g, initial, start, end, segment, first, scale, want_final):
     (T, HV, V), K = v.shape, q.shape[2]
     final = q.new_empty((first.shape[0] - 1, HV, K, V) if want_final else (0,), dtype=torch.float32)
-    S = stretches_of(start.shape[0])
+    S = stretches_of(start.shape[0], LONGEST)
     states = q.new_empty((S, HV, K, V) if S > 1 else (0,), dtype=torch.float32)
     transitions = q.new_empty((S, HV, K, K) if S > 1 else (0,), dtype=torch.float32)
-    return q.new_empty(T, HV, V), final, states, transitions
+    pairs = q.new_empty(T, HV, CHUNK, dtype=torch.float32), q.new_empty(T, HV, CHUNK)
+    sums = q.new_empty(g.shape if g is not None and g.dim() == 3 else (0,), dtype=torch.float32)
+    return q.new_empty(T, HV, V), final, states, transitions, *pairs, sums
 
 
 @delta_rule_backward.register_fake
-def _(q, k, v, beta, g, initial, states, transitions, do, dfinal, start, end, segment, first, scale):
+def _(q, k, v, beta, g, initial, states, transitions, inverses, scores, do, dfinal, start, end, segment, first, scale):
     dq, dk, dv, dbeta = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, beta))
     dg = q.new_empty((0,) if g is None else g.shape, dtype=torch.float32)
     return dq, dk, dv, dbeta, dg, q.new_empty((0,) if initial is None else initial.shape, dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.scale, ctx.want_final = inputs
-    _, _, states, transitions = output
-    ctx.mark_non_differentiable(states, transitions)
-    ctx.save_for_backward(*tensors, states, transitions)
+    q, k, v, beta, g, *tensors, ctx.scale, ctx.want_final = inputs
+    _, _, *kept, sums = output
+    ctx.mark_non_differentiable(*kept, sums)
+    ctx.save_for_backward(q, k, v, beta, sums if g is not None and g.dim() == 3 else g, *tensors, *kept)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    q, k, v, beta, g, initial, *stream, states, transitions = ctx.saved_tensors
+    q, k, v, beta, g, initial, start, end, segment, first, *kept = ctx.saved_tensors
     do = torch.zeros_like(v) if do is None else do.to(v.dtype)
     dfinal = None if dfinal is None or not ctx.want_final else dfinal.float()
     dq, dk, dv, dbeta, dg, dinitial = delta_rule_backward(
-        q, k, v, beta, g, initial, states, transitions, do, dfinal, *stream, ctx.scale
+        q, k, v, beta, g, initial, *kept, do, dfinal, start, end, segment, first, ctx.scale
     )
     return dq, dk, dv, dbeta, None if g is None else dg, None if initial is None else dinitial, *(None,) * 6
 

@@ -32,7 +32,7 @@ from torchlinearmoe.kernels.linear.channel_kernels import (
     only,
     sums_at,
 )
-from torchlinearmoe.kernels.linear.walk_kernels import between, log_decays, since_start
+from torchlinearmoe.kernels.linear.walk_kernels import between, measured_of, sums_of
 
 SMALL = tl.constexpr(16)
 
@@ -119,9 +119,9 @@ def invert(lower, start, end, H, C: tl.constexpr, DOUBLE: tl.constexpr):
     _merge(lower, H * C, last, 0, 2 * SMALL, DOUBLE)
 
 
-@triton.jit(do_not_specialize=["H"])
+@triton.jit(do_not_specialize=["T", "H"])
 def spread(
-    inverses, k, v, beta, g, erasing, writing, start, end, k_t, k_h, v_t, v_h, H, K, V,
+    inverses, k, v, beta, decays, erasing, writing, start, end, k_t, k_h, v_t, v_h, T, H, K, V,
     G: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -145,8 +145,7 @@ def spread(
         places = (token * H + h) * V + (place[:, None] * (H * V) + columns[None, :])
         tl.store(writing + places, found.to(writing.dtype.element_ty), mask=inside[:, None] & (columns < V)[None, :])
     if DECAY == 1:
-        c, resets, _, _ = log_decays(g, tokens, inside, h, H)
-        betas *= since_start(c, resets)
+        betas *= measured_of(decays, 2, tokens, inside, h, H, T)
     for i in range(tl.cdiv(K, BK)):
         columns = i * BK + tl.arange(0, BK)
         ks = rows_of(k, token, place, inside, k_t, k_h, h // G, K, columns)
@@ -164,12 +163,12 @@ def store_pairs(x, pairs, token, last, h, H, place, C: tl.constexpr):
     )
 
 
-@triton.jit(do_not_specialize=["H"])
+@triton.jit(do_not_specialize=["T", "H"])
 def prepare(
-    q, k, beta, g, systems, scores, start, end, scale, q_t, q_h, k_t, k_h, H, K,
+    q, k, beta, decays, systems, scores, start, end, scale, q_t, q_h, k_t, k_h, T, H, K,
     G: tl.constexpr, C: tl.constexpr, B: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """L and P without a decay, or with one per token and head, g [T, HV]. Grid: M, HV; H: HV."""
+    """L and P without a decay, or with one per token and head, as `measure` makes it. Grid: M, HV; H: HV."""
     m, h = tl.program_id(0), tl.program_id(1)
     place = tl.arange(0, C)
     token = tl.load(start + m).to(tl.int64)
@@ -187,7 +186,7 @@ def prepare(
         pairs += tl.dot(qs, tl.trans(ks), input_precision=PRECISION)
         overlaps += tl.dot(ks, tl.trans(ks), input_precision=PRECISION)
     if DECAY == 1:
-        c, resets, _, _ = log_decays(g, tokens, inside, h, H)
+        c, resets = sums_of(decays, tokens, inside, h, H, T)
         weights = between(c, resets, C, False)
         pairs *= weights
         overlaps *= weights
@@ -201,9 +200,10 @@ def prepare(
 @triton.jit(do_not_specialize=["H"])
 def prepare_channels(
     q, k, beta, c, systems, scores, queries, keys_in, keys_out, totals, start, end, scale, q_t, q_h, k_t, k_h, H, K,
-    G: tl.constexpr, C: tl.constexpr, B: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    G: tl.constexpr, C: tl.constexpr, B: tl.constexpr, WANT_PAIRS: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """L and P with a decay per channel, whose sums are c [T, HV, K], and scale q e^c, k e^c, k e^{c_C - c}, e^{c_C}.
+    """scale q e^c, k e^c, k e^{c_C - c}, e^{c_C} of the sums c [T, HV, K] of a decay per channel; L and P, if wanted.
 
     Grid: M, HV; H: HV.
     """
@@ -232,18 +232,20 @@ def prepare_channels(
         tl.store(keys_in + places, (ks * since).to(keys_in.dtype.element_ty), mask=mask)
         tl.store(keys_out + places, (ks * tl.exp2(total[None, :] - sums)).to(keys_out.dtype.element_ty), mask=mask)
         tl.store(totals + (m.to(tl.int64) * H + h) * K + columns, tl.exp2(total), mask=columns < K)
-        for level in tl.static_range(3):
-            weights = half_weights(sums, sums, c, token, place, last, stride, columns, K, 32 >> level)
-            seen = half_pairs(place, 32 >> level)
-            weighted = (ks * weights).to(OPERAND)
-            pairs += only(seen, tl.dot((qs * weights).to(OPERAND), tl.trans(weighted), input_precision=PRECISION))
-            overlaps += only(seen, tl.dot(weighted, tl.trans(weighted), input_precision=PRECISION))
-        middle = sums_at(c, token, place // BLOCK * BLOCK + MIDDLE, last, stride, columns, K)
-        seen = block_pairs(place, False)
-        since, weighted = tl.exp2(sums - middle), (ks * tl.exp2(middle - sums)).to(OPERAND)
-        pairs += only(seen, tl.dot((qs * since).to(OPERAND), tl.trans(weighted), input_precision=PRECISION))
-        overlaps += only(seen, tl.dot((ks * since).to(OPERAND), tl.trans(weighted), input_precision=PRECISION))
-    betas = tl.load(beta + tokens * H + h, mask=inside, other=0.0)
-    lower = tl.where(place[:, None] > place[None, :], overlaps * betas[:, None], 0.0)
-    store_pairs(scores, pairs * scale, token, last, h, H, place, C)
-    store_pairs(systems, lower, token, last, h, H, place, C)
+        if WANT_PAIRS:
+            for level in tl.static_range(3):
+                weights = half_weights(sums, sums, c, token, place, last, stride, columns, K, 32 >> level)
+                seen = half_pairs(place, 32 >> level)
+                weighted = (ks * weights).to(OPERAND)
+                pairs += only(seen, tl.dot((qs * weights).to(OPERAND), tl.trans(weighted), input_precision=PRECISION))
+                overlaps += only(seen, tl.dot(weighted, tl.trans(weighted), input_precision=PRECISION))
+            middle = sums_at(c, token, place // BLOCK * BLOCK + MIDDLE, last, stride, columns, K)
+            seen = block_pairs(place, False)
+            since, weighted = tl.exp2(sums - middle), (ks * tl.exp2(middle - sums)).to(OPERAND)
+            pairs += only(seen, tl.dot((qs * since).to(OPERAND), tl.trans(weighted), input_precision=PRECISION))
+            overlaps += only(seen, tl.dot((ks * since).to(OPERAND), tl.trans(weighted), input_precision=PRECISION))
+    if WANT_PAIRS:
+        betas = tl.load(beta + tokens * H + h, mask=inside, other=0.0)
+        lower = tl.where(place[:, None] > place[None, :], overlaps * betas[:, None], 0.0)
+        store_pairs(scores, pairs * scale, token, last, h, H, place, C)
+        store_pairs(systems, lower, token, last, h, H, place, C)

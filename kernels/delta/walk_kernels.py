@@ -16,8 +16,8 @@ A stretch is GROUP chunks of the whole stream. As a function of what enters, wha
 `back` with SUMMARY give B, and M by K columns more, which begin as the identity; `join` folds them; the way back goes
 by M^T. So a long document fills the chip. A stretch in which a document begins passes nothing on.
 
-DECAY: 0 none; 1 one per token and head, g [T, HV]: q, k as they are, and rows of products take the factors; 2 one per
-channel: q_in, k_out and a as `solve_kernels.prepare_channels` makes them.
+DECAY: 0 none; 1 one per token and head, as `measure` of linear/walk_kernels.py makes it: q, k as they are, and rows of
+products take the factors; 2 one per channel: q_in, k_out and a as `solve_kernels.prepare_channels` makes them.
 
 States and their gradients of every chunk, as products read them: [M, HV, K, V], type of the inputs. No product of a
 product is transposed, which Triton 3.4 to 3.7.0 miscompiles on Hopper GPUs
@@ -31,18 +31,16 @@ import triton.language as tl
 
 from torchlinearmoe.kernels.delta.solve_kernels import pairs_of, rows_of
 from torchlinearmoe.kernels.linear.walk_kernels import (
-    log_decays,
+    measured_of,
     passed_over,
-    since_start,
     state_places,
-    until_end,
 )
 
 
-@triton.jit(do_not_specialize=["N", "H"])
+@triton.jit(do_not_specialize=["N", "T", "H"])
 def onward(
-    q, k, erasing, writing, g, totals, scores, entered, enter, leave, y, writes, states, transitions,
-    start, end, segment, first, N, scale, q_t, q_h, k_t, k_h, H, K, V,
+    q, k, erasing, writing, decays, totals, scores, entered, enter, leave, y, writes, states, transitions,
+    start, end, segment, first, N, scale, q_t, q_h, k_t, k_h, T, H, K, V,
     G: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
     HAS_ENTERED: tl.constexpr, HAS_ENTER: tl.constexpr, WANT_LEAVE: tl.constexpr,
     WANT_Y: tl.constexpr, WANT_WRITES: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
@@ -83,18 +81,22 @@ def onward(
         token = tl.load(start + m).to(tl.int64)
         tokens = token + place
         inside = tokens < tl.load(end + m)
+        if DECAY == 1:  # asked for before products, which wait
+            left, to_end = tl.load(totals + m * H + h), measured_of(decays, 3, tokens, inside, h, H, T)
+            if WANT_Y:
+                from_start = measured_of(decays, 2, tokens, inside, h, H, T) * scale
+        if DECAY == 2:
+            remains = passed_over(totals, m, h, H, K, rows)
         erased = rows_of(erasing, token, place, inside, H * K, K, h, K, rows)
         written = rows_of(writing, token, place, inside, H * V, V, h, width, columns)
         low = state.to(erased.dtype)
         written = (written - tl.dot(erased, low, input_precision=PRECISION)).to(erased.dtype)
-        if DECAY == 1:
-            c, resets, total, all_resets = log_decays(g, tokens, inside, h, H)
         there = inside[:, None] & (columns < V)[None, :]
         if WANT_Y:
             qs = rows_of(q, token, place, inside, q_t, q_h, h // G, K, rows)
             out = tl.dot(qs, low, input_precision=PRECISION)
             if DECAY == 1:
-                out *= (since_start(c, resets) * scale)[:, None]
+                out *= from_start[:, None]
             if DECAY == 0:
                 out *= scale
             near = pairs_of(scores, token, inside, h, H, place, C, False)
@@ -110,10 +112,10 @@ def onward(
             tl.store(states + places, low, mask=mask)
         ks = rows_of(k, token, place, inside, k_t, k_h, h // G, K, rows)
         if DECAY == 1:
-            written = (written * until_end(c, resets, total, all_resets)[:, None]).to(ks.dtype)
-            state = state * since_start(total, all_resets)
+            written = (written * to_end[:, None]).to(ks.dtype)
+            state = state * left
         if DECAY == 2:
-            state = state * passed_over(totals, m, h, H, K, rows)[:, None]
+            state = state * remains[:, None]
         state += tl.dot(tl.trans(ks), written, input_precision=PRECISION)
         if WANT_LEAVE:
             ends = m + 1 == tl.load(first + n + 1)
@@ -126,10 +128,10 @@ def onward(
         tl.store(transitions + places, state, mask=mask & (columns < tl.where(width == 0, K, 0))[None, :])
 
 
-@triton.jit(do_not_specialize=["N", "H"])
+@triton.jit(do_not_specialize=["N", "T", "H"])
 def back(
-    q, k, erasing, dy, g, totals, scores, entered, enter, leave, dwrites, states,
-    start, end, segment, first, N, scale, q_t, q_h, k_t, k_h, y_t, y_h, H, K, V,
+    q, k, erasing, dy, decays, totals, scores, entered, enter, leave, dwrites, states,
+    start, end, segment, first, N, scale, q_t, q_h, k_t, k_h, y_t, y_h, T, H, K, V,
     G: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DECAY: tl.constexpr,
     HAS_ENTERED: tl.constexpr, HAS_ENTER: tl.constexpr, WANT_LEAVE: tl.constexpr,
     SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
@@ -161,6 +163,11 @@ def back(
         token = tl.load(start + m).to(tl.int64)
         tokens = token + place
         inside = tokens < tl.load(end + m)
+        if DECAY == 1:
+            left, to_end = tl.load(totals + m * H + h), measured_of(decays, 3, tokens, inside, h, H, T)
+            from_start = measured_of(decays, 2, tokens, inside, h, H, T) * scale
+        if DECAY == 2:
+            remains = passed_over(totals, m, h, H, K, rows)
         ks = rows_of(k, token, place, inside, k_t, k_h, h // G, K, rows)
         dys = rows_of(dy, token, place, inside, y_t, y_h, h, V, columns)
         low = state.to(ks.dtype)
@@ -169,20 +176,19 @@ def back(
             tl.store(states + places, low, mask=mask)
         change = tl.dot(ks, low, input_precision=PRECISION)
         if DECAY == 1:
-            c, resets, total, all_resets = log_decays(g, tokens, inside, h, H)
-            change *= until_end(c, resets, total, all_resets)[:, None]
+            change *= to_end[:, None]
         near = pairs_of(scores, token, inside, h, H, place, C, True)
         change = tl.dot(near, dys, change, input_precision=PRECISION).to(dys.dtype)
         if not SUMMARY:
             there = inside[:, None] & (columns < V)[None, :]
             tl.store(dwrites + (token * H + h) * V + (place[:, None] * (H * V) + columns[None, :]), change, mask=there)
         if DECAY == 1:
-            dys = (dys * (since_start(c, resets) * scale)[:, None]).to(ks.dtype)
-            state = state * since_start(total, all_resets)
+            dys = (dys * from_start[:, None]).to(ks.dtype)
+            state = state * left
         if DECAY == 0:
             dys = (dys * scale).to(ks.dtype)
         if DECAY == 2:
-            state = state * passed_over(totals, m, h, H, K, rows)[:, None]
+            state = state * remains[:, None]
         qs = rows_of(q, token, place, inside, q_t, q_h, h // G, K, rows)
         erased = rows_of(erasing, token, place, inside, H * K, K, h, K, rows)
         state += tl.dot(tl.trans(qs), dys, input_precision=PRECISION)

@@ -26,7 +26,7 @@ is [T, H, C], by the place in the chunk; totals: e^{c_C}, [M, H, K].
 import triton
 import triton.language as tl
 
-from torchlinearmoe.kernels.linear.channel_kernels import only, sums_at
+from torchlinearmoe.kernels.linear.channel_kernels import factors, middles, only, readers, sums_at
 from torchlinearmoe.kernels.linear.walk_kernels import rows_of
 
 SMALL = tl.constexpr(16)
@@ -40,24 +40,9 @@ def sums_before(c, token, place, last, stride, columns, width):
 
 
 @triton.jit
-def middles(place, size):
-    """Of each place the last in the earlier half of its block of `size` tokens."""
-    return place // size * size + size // 2 - 1
-
-
-@triton.jit
-def factors(exponent, halves):
-    """2^exponent [C, B], relative to the middle of a block; where halves [C] of it read each other at most 1."""
-    return tl.exp2(tl.minimum(exponent, tl.where(halves, 0.0, 128.0)[:, None]))
-
-
-@triton.jit
 def block_pairs(x, place, size, halves):
     """x [t, s] where t and s are in one block of `size` tokens, of halves t in the later and s in the earlier one."""
-    block = place // size
-    half = place % size >= size // 2
-    reads, read = tl.where(half | ~halves, block, -1), tl.where(half & halves, -2, block)
-    return only(reads[:, None] == read[None, :], x)
+    return only(readers(place, place, size, halves, halves), x)
 
 
 @triton.jit

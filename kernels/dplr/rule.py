@@ -76,7 +76,9 @@ WALK_WARPS = 4
 PAIR_WARPS = 8
 """Of scores."""
 MERGE_WARPS = 4
-GRADIENT_WARPS = 8
+GRADIENT_WARPS, GRADIENT_COLUMNS = 8, 32
+GRADIENT_REGISTERS = 128
+"""Of a thread: so that a multiprocessor holds two programs, one of which computes while the other waits."""
 MOST_LEVELS = 3
 """Halvings that leave blocks of 8 tokens."""
 
@@ -155,21 +157,21 @@ def dplr_backward(
     dinitial = None if initial is None else left_states(back.enter, tuple(initial.shape), q)
     dstates, r = back.walk(left, dinitial)
     dv = _output(chunks.k_out, dstates, chunks.qk, do, chunks.ak, r, stream, transposed=True)
-    pairs = [torch.empty_like(chunks.qk) for _ in range(4)]
-    dqb, dqk, dab, dak = pairs
-    for y, with_b, with_k in ((do, dqb, dqk), (r, dab, dak)):
-        kernels("gradient").pair_gradients[stream.places, H](
-            y, x, v, with_b, with_k, start, end, *strides(y), *strides(v), H, V, C=CHUNK, BV=tile(V, 64),
-            BEFORE=y is r, PRECISION=precision(q), num_warps=4, num_stages=1,
-        )  # fmt: skip
+    narrow = q.dtype != torch.float32
+    pairs = q.new_empty(q.shape[0], H, 2, 2 * CHUNK)
+    kernels("gradient").pair_gradients[stream.places, H](
+        do, r, v, x, pairs, start, end, *strides(do), *strides(v), H, V, C=CHUNK, BV=_rows(V, q, 64 if narrow else 32),
+        PRECISION=precision(q), num_warps=GRADIENT_WARPS, num_stages=1,
+    )  # fmt: skip
     dq, dk, da, db = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (q, k, a, b))
     dg = torch.empty_like(c) if want_dg else None
-    B = tile(K, 16 if levels else 32)  # with levels wider ones leave the registers
+    B = tile(K, GRADIENT_COLUMNS if narrow else 16)
     kernels("gradient").channel_gradients[-(-K // B), stream.places, H](
-        q, k, a, b, c, v, x, do, r, states, dstates, *pairs, dq, dk, da, db, given(dg, c), start, end, scale,
+        q, k, a, b, c, v, x, do, r, states, dstates, pairs, dq, dk, da, db, given(dg, c), start, end, scale,
         *strides(q), *strides(k), *strides(a), *strides(b), *strides(v), *strides(do), H, K, V, C=CHUNK, B=B,
-        BV=tile(V, 64), LEVELS=levels, WANT_DG=want_dg, OPERAND=operand(q), PRECISION=precision(q),
-        num_warps=GRADIENT_WARPS, num_stages=1,
+        BV=_rows(V, q, 128 if narrow else 32), LEVELS=levels, WANT_DG=want_dg, OPERAND=operand(q),
+        PRECISION=precision(q), num_warps=GRADIENT_WARPS, num_stages=1,
+        maxnreg=GRADIENT_REGISTERS if narrow else None,
     )  # fmt: skip
     return dq, dk, dv, da, db, or_nothing(dg, q), or_nothing(dinitial, q)
 

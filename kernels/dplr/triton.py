@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from torchlinearmoe.kernels.chunk_table import table_of
@@ -11,6 +12,8 @@ from torchlinearmoe.segments import Segments
 
 WIDEST = 128
 """Rows of a state that a program walks with."""
+ROOMY = ((8, 0), (9, 0), (10, 0), (10, 3))
+"""Chips whose programs may take the 144 KiB of shared memory that the gradients of float32 want; others have 99."""
 
 
 def dplr_rule(
@@ -37,7 +40,11 @@ def dplr_rule(
 
 
 def _refuses(call: Call) -> str | None:
-    return f"it takes keys of at most {WIDEST} channels" if call.channels > WIDEST else None
+    if call.channels > WIDEST:
+        return f"it takes keys of at most {WIDEST} channels"
+    if call.dtype == torch.float32 and torch.cuda.is_available() and torch.cuda.get_device_capability() not in ROOMY:
+        return "float32 takes 144 KiB of shared memory, which this GPU has not"
+    return None
 
 
 BACKEND = Backend(

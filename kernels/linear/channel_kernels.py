@@ -88,6 +88,49 @@ def block_pairs(place, BONUS: tl.constexpr):
 
 
 @triton.jit
+def both_rows(x, y, stride_x, stride_y, offset_x, offset_y, first, place, inside, width, columns):
+    """[2 C, B]: rows of x [T, .., width] where first, else of y; offset: of the chunk's first token."""
+    of_x = x + offset_x + (place[:, None] * stride_x + columns[None, :])
+    of_y = y + offset_y + (place[:, None] * stride_y + columns[None, :])
+    mask = inside[:, None] & (columns < width)[None, :]
+    return tl.load(tl.where(first[:, None], of_x, of_y), mask=mask, other=0.0)
+
+
+@triton.jit
+def halves_of(x, C: tl.constexpr, B: tl.constexpr):
+    """The upper and the lower half of x [2 C, B]."""
+    return tl.split(tl.permute(tl.reshape(x, [2, C, B]), (1, 2, 0)))
+
+
+@triton.jit
+def sums_in(c, place, last, stride, columns, width):
+    """`sums_at` of c, the pointer of a chunk's first token and the head, by numbers of 32 bits."""
+    places = (tl.minimum(place, last.to(tl.int32)) * stride)[:, None] + columns[None, :]
+    return tl.load(c + places, mask=(columns < width)[None, :], other=0.0)
+
+
+@triton.jit
+def middles(place, size):
+    """Of each place the last in the earlier half of its block of `size` tokens."""
+    return place // size * size + size // 2 - 1
+
+
+@triton.jit
+def factors(exponent, halves):
+    """2^exponent [C, B], relative to the middle of a block; where halves [C] of it read each other at most 1."""
+    return tl.exp2(tl.minimum(exponent, tl.where(halves, 0.0, 128.0)[:, None]))
+
+
+@triton.jit
+def readers(reader, place, size, halves_r, halves):
+    """[t, s]: the token at reader[t] and s in one block of `size` tokens, of halves one in the later, s in the earlier
+    one."""
+    half_r, half = reader % size >= size // 2, place % size >= size // 2
+    reads = tl.where(half_r | ~halves_r, reader // size, -1)
+    return reads[:, None] == tl.where(half & halves, -2, place // size)[None, :]
+
+
+@triton.jit
 def only(seen, x):
     return tl.where(seen, x, tl.zeros_like(x))
 

@@ -27,6 +27,8 @@ class Stream:
     end: Tensor
     segment: Tensor
     first: Tensor
+    longest: int = 32
+    """Chunks of a stretch at most."""
 
     @property
     def places(self) -> int:
@@ -41,12 +43,12 @@ class Stream:
     @property
     def stretches(self) -> int:
         """S."""
-        return stretches_of(self.places)
+        return stretches_of(self.places, self.longest)
 
     @property
     def group(self) -> int:
         """Chunks of a stretch."""
-        return group_of(self.places)
+        return group_of(self.places, self.longest)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -54,15 +56,15 @@ class Stream:
         return self.start, self.end, self.segment, self.first
 
 
-def group_of(places: int) -> int:
+def group_of(places: int, longest: int = 32) -> int:
     """Chunks of a stretch, steps that wait for each other, where there are so many: enough stretches for every
     multiprocessor, and few states that are stored."""
-    return 32 if places > 1024 else 16
+    return longest if places > 1024 else 16
 
 
-def stretches_of(places: int) -> int:
+def stretches_of(places: int, longest: int = 32) -> int:
     """Stretches of so many places for chunks."""
-    group = group_of(places)
+    group = group_of(places, longest)
     return (places + group - 1) // group
 
 

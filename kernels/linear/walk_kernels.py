@@ -85,6 +85,13 @@ def measured_of(measured, which: tl.constexpr, tokens, inside, h, H, T):
 
 
 @triton.jit
+def sums_of(measured, tokens, inside, h, H, T):
+    """c and the resets so far of `measure`; tokens that are not there are infinitely far off."""
+    c = tl.where(inside, measured_of(measured, 0, tokens, inside, h, H, T), NOTHING)
+    return c, measured_of(measured, 1, tokens, inside, h, H, T)
+
+
+@triton.jit
 def between(c, n, C: tl.constexpr, REVERSE: tl.constexpr):
     """e^{c_t - c_s} where s <= t, else 0: [t, s], or [s, t]."""
     place = tl.arange(0, C)
@@ -299,8 +306,8 @@ def walk(
             pairs = tl.dot(xs, tl.trans(ws), input_precision=PRECISION)
             # Rounded before anything is scaled: dq and dk round alike, and what cancels in dg cancels.
             if DECAY == 1 and not PLAIN:
-                c = tl.where(inside, measured_of(decays, 0, tokens, inside, h, H, T), NOTHING)
-                pairs *= between(c, measured_of(decays, 1, tokens, inside, h, H, T), C, REVERSE)
+                c, resets = sums_of(decays, tokens, inside, h, H, T)
+                pairs *= between(c, resets, C, REVERSE)
                 near = tl.dot(pairs.to(us.dtype), us, input_precision=PRECISION)
             if DECAY == 1 and PLAIN:
                 us = (us * measured_of(decays, 4 if REVERSE else 5, tokens, inside, h, H, T)[:, None]).to(us.dtype)

@@ -117,7 +117,7 @@ def test_delta_rules_compile_for(chip: str) -> None:
         "pair_gradients",
         "gradients",
     }
-    assert expected | {"decay_gradients", "channel_gradients"} <= names(chip, "delta", "gated_delta", "kda")
+    assert expected | {"measure", "sum_tiles", "channel_gradients"} <= names(chip, "delta", "gated_delta", "kda")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])

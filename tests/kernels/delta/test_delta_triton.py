@@ -24,7 +24,7 @@ KINDS = ("delta", "gated_delta", "kda")
 def run(case: Case, dtype: torch.dtype = torch.float32, group: int = 16) -> dict[str, torch.Tensor]:
     """By stretches of so many chunks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(walk, "group_of", lambda places: group)
+        patch.setattr(walk, "group_of", lambda places, longest=32: group)
         return forced(case.operator, "triton", lambda: case.run("triton", dtype))
 
 
@@ -95,7 +95,9 @@ def check_operators(kind: str, states: bool) -> None:
     leaves = [x if x is None else x.detach().clone().requires_grad_() for x in inputs]
     torch.library.opcheck(rule.delta_rule, (*leaves, *places, 0.25, states))
     with torch.no_grad():
-        o, final, *kept = rule.delta_rule(*leaves, *places, 0.25, states)
+        o, final, *kept, sums = rule.delta_rule(*leaves, *places, 0.25, states)
+    if sums.numel():
+        inputs[4] = sums
     d_final = torch.randn_like(final) if states else None
     arguments = (*inputs, *kept, torch.randn_like(o), d_final, *places, 0.25)
     # A gradient has none of its own.
@@ -121,7 +123,7 @@ def compiled_and_eager(kind: str, states: str) -> tuple[dict[str, torch.Tensor],
 
     results = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(walk, "group_of", lambda places: 1)
+        patch.setattr(walk, "group_of", lambda places, longest=32: 1)
         for function in (torch.compile(call, fullgraph=True, backend="aot_eager"), call):
             case.function = function
             results.append(case.run("triton", torch.float32))

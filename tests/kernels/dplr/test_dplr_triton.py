@@ -16,6 +16,7 @@ from torchlinearmoe.kernels.chunk_table import table_of
 from torchlinearmoe.kernels.dplr import triton as ours
 from torchlinearmoe.kernels.dplr.rule import dplr, dplr_backward, levels_of
 from torchlinearmoe.kernels.linear import walk
+from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.segments import Segments
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -26,7 +27,7 @@ RWKV7 = -0.6065306597126334
 def run(case: Case, dtype: torch.dtype = torch.float32, group: int = 16) -> dict[str, torch.Tensor]:
     """In stretches of `group` chunks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(walk, "group_of", lambda places: group)
+        patch.setattr(walk, "group_of", lambda places, longest=32: group)
         return forced(case.operator, "triton", lambda: case.run("triton", dtype))
 
 
@@ -52,6 +53,15 @@ def test_bounded_decays_take_larger_blocks(interpreter: ProcessPoolExecutor, bou
     assert levels_of(bound) == levels
     drawn = bounded(case((130, 40), "in out", H=1), bound)
     assert_close(interpreter.submit(run, drawn).result(), drawn.run("reference"), 2e-5)
+
+
+@pytest.mark.parametrize("chip, dtype, fits", [((8, 9), torch.float32, False), ((8, 9), torch.bfloat16, True)])
+def test_float32_wants_the_shared_memory_of_large_chips(
+    monkeypatch: pytest.MonkeyPatch, chip: tuple[int, int], dtype: torch.dtype, fits: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: chip)
+    assert (ours.BACKEND.refuses(Call("dplr", "cuda", dtype, 64)) is None) == fits
 
 
 def test_decays_without_a_bound_take_the_smallest_blocks() -> None:
@@ -116,7 +126,7 @@ def check_operators(states: bool) -> None:
     places = (table.start_M, table.end_M, table.segment_M, table.first_N1)
     leaves = [x if x is None else x.detach().clone().requires_grad_() for x in inputs]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(walk, "group_of", lambda places: 1)
+        patch.setattr(walk, "group_of", lambda places, longest=32: 1)
         torch.library.opcheck(dplr, (*leaves, *places, 0.25, 3, states))
         with torch.no_grad():
             _, final, entered, transitions, c = dplr(*leaves, *places, 0.25, 3, states)

@@ -48,7 +48,7 @@ def test_decays_of_any_size(interpreter: ProcessPoolExecutor, kind: str, decay: 
 def in_stretches(case: Case, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Stretches of two chunks: documents begin, end and go on in them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(walk, "group_of", lambda places: 2)
+        patch.setattr(walk, "group_of", lambda places, longest=32: 2)
         return run(case, dtype)
 
 

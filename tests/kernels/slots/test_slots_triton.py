@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 def patched(case: Case, widest: int, group: int) -> dict[str, torch.Tensor]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear, "WIDEST", widest)
-        patch.setattr(walk, "group_of", lambda places: group)
+        patch.setattr(walk, "group_of", lambda places, longest=32: group)
         return forced(case.operator, "triton", lambda: case.run("triton", torch.float32))
 
 
