@@ -72,7 +72,7 @@ def delta_rule(
     q, k: [T, H, K]; v: [T, HV, V] of one type; beta: [T, HV], g: [T, HV] or [T, HV, K] and initial: [N, HV, K, V] in
     fp32; start, end, segment: [M], first: [N + 1], a `ChunkTable`.
     """
-    call = _Call.of(q, k, v, beta, g, Stream(start, end, segment, first), scale)
+    call = RuleCall.of(q, k, v, beta, g, Stream(start, end, segment, first), scale)
     made, initial = call.prepared(), contiguous(initial)
     states, transitions = call.summaries(made, initial) if call.cut else (None, None)
     shape = (first.shape[0] - 1, *v.shape[1:2], q.shape[2], v.shape[2])
@@ -102,7 +102,7 @@ def delta_rule_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, beta, g and initial (empty without one); states, transitions: as `delta_rule` gives
     them."""
-    call = _Call.of(q, k, v, beta, g, Stream(start, end, segment, first), scale)
+    call = RuleCall.of(q, k, v, beta, g, Stream(start, end, segment, first), scale)
     made, do = call.prepared(), rows_ready(do)
     initial, dfinal = contiguous(initial), contiguous(dfinal)
     (_, HV, V), K, M = v.shape, q.shape[2], start.shape[0]
@@ -117,7 +117,7 @@ def delta_rule_backward(
 
 
 @dataclass(frozen=True)
-class _Made:
+class Made:
     """What `solve_kernels` make."""
 
     inverses: Tensor
@@ -139,7 +139,7 @@ class _Made:
 
 
 @dataclass(frozen=True)
-class _Call:
+class RuleCall:
     """What the kernels of one call share."""
 
     q: Tensor
@@ -153,7 +153,9 @@ class _Call:
     """0 none, 1 per token and head, 2 per channel."""
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, stream: Stream, scale: float) -> _Call:
+    def of(
+        cls, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, stream: Stream, scale: float
+    ) -> RuleCall:
         """With channels that lie side by side."""
         q, k, v, beta, g = rows_ready(q), rows_ready(k), rows_ready(v), beta.contiguous(), contiguous(g)
         return cls(q, k, v, beta, g, stream, scale, 0 if g is None else g.dim() - 1)
@@ -168,7 +170,7 @@ class _Call:
         """There are several stretches."""
         return self.stream.stretches > 1
 
-    def prepared(self) -> _Made:
+    def prepared(self) -> Made:
         """A, P, W, U, and of a decay per channel what it makes of queries and keys."""
         q, k, stream = self.q, self.k, self.stream
         (T, HV, _), K, M = self.v.shape, q.shape[2], stream.places
@@ -192,7 +194,7 @@ class _Call:
 
     def _solved(
         self, inverses: Tensor, scores: Tensor, queries: Tensor, keys_in: Tensor, keys: Tensor, *more: Tensor
-    ) -> _Made:
+    ) -> Made:
         """inverses: L, which becomes A."""
         v, stream = self.v, self.stream
         (T, HV, V), K = v.shape, keys_in.shape[2]
@@ -207,29 +209,39 @@ class _Call:
             BK=self.tile(K, 64), BV=self.tile(V, 64), DECAY=self.decay, PRECISION=precision(v), num_warps=SPREAD_WARPS,
             num_stages=_stages(v),
         )  # fmt: skip
-        return _Made(inverses, scores, queries, keys, erasing, writing, *more)
+        return Made(inverses, scores, queries, keys, erasing, writing, *more)
 
-    def summaries(self, made: _Made, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+    def summaries(self, made: Made, initial: Tensor | None) -> tuple[Tensor, Tensor]:
         """The states that enter stretches, [S, HV, K, V], and their transitions, [S, HV, K, K]."""
+        states, transitions = self.summarized(made, initial)
+        self.join(states, transitions, reverse=False)
+        return states, transitions
+
+    def summarized(self, made: Made, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The states that leave stretches which nothing enters, and the transitions."""
         HV, V = self.v.shape[1:]
         K, S = self.q.shape[2], self.stream.stretches
         states = self.q.new_empty(S, HV, K, V, dtype=torch.float32)
         transitions = states.new_empty(S, HV, K, K)
         self._walk(made, None, states, initial, transitions=transitions)
-        self._join(states, transitions, reverse=False)
         return states, transitions
 
-    def summaries_back(self, made: _Made, dy: Tensor, transitions: Tensor, dfinal: Tensor | None) -> Tensor:
+    def summaries_back(self, made: Made, dy: Tensor, transitions: Tensor, dfinal: Tensor | None) -> Tensor:
         """The gradients of the states that leave stretches."""
+        dstates = self.summarized_back(made, dy, dfinal)
+        self.join(dstates, transitions, reverse=True)
+        return dstates
+
+    def summarized_back(self, made: Made, dy: Tensor, dfinal: Tensor | None) -> Tensor:
+        """The gradients of the states that enter stretches, by their own outputs."""
         HV, V = self.v.shape[1:]
         dstates = self.q.new_empty(self.stream.stretches, HV, self.q.shape[2], V, dtype=torch.float32)
         self._walk(made, dy, dstates, dfinal)
-        self._join(dstates, transitions, reverse=True)
         return dstates
 
     def onward(
         self,
-        made: _Made,
+        made: Made,
         entered: Tensor | None,
         initial: Tensor | None,
         *,
@@ -243,7 +255,7 @@ class _Call:
 
     def back(
         self,
-        made: _Made,
+        made: Made,
         dy: Tensor,
         entered: Tensor | None,
         dfinal: Tensor | None,
@@ -257,7 +269,7 @@ class _Call:
 
     def _walk(
         self,
-        made: _Made,
+        made: Made,
         dy: Tensor | None,
         entered: Tensor | None,
         enter: Tensor | None,
@@ -309,18 +321,31 @@ class _Call:
         """Rows or columns that hold `width`: of 16 bits as `product_tile` has it."""
         return tile(width, most) if self.q.dtype == torch.float32 else product_tile(width, most, self.q)
 
-    def _join(self, states: Tensor, transitions: Tensor, *, reverse: bool) -> None:
+    def join(
+        self,
+        states: Tensor,
+        transitions: Tensor,
+        *,
+        reverse: bool,
+        enter: Tensor | None = None,
+        leave: Tensor | None = None,
+    ) -> None:
+        """Make of the states that leave stretches, [S, HV, K, any], those that enter them.
+
+        enter, leave: [HV, K, any], what enters the first stretch of the walk, and is filled with what leaves the last.
+        """
         S, HV, K, V = states.shape
         BV = tile(V, JOIN_COLUMNS)
         stream = self.stream
         walk_kernels().join[-(-V // BV), HV](
-            states, transitions, stream.segment, stream.first, stream.segments, S, HV, K, V, GROUP=stream.group,
-            BK=tile(K, 256), BV=BV, B=128 if K <= 128 else 32, REVERSE=reverse, num_warps=JOIN_WARPS,
+            states, transitions, given(enter, states), given(leave, states), stream.segment, stream.first,
+            stream.segments, S, HV, K, V, GROUP=stream.group, BK=tile(K, 256), BV=BV, B=128 if K <= 128 else 32,
+            REVERSE=reverse, HAS_ENTER=enter is not None, WANT_LEAVE=leave is not None, num_warps=JOIN_WARPS,
             num_stages=JOIN_STAGES if K <= 128 and _room() >= 180_000 else 1,
         )  # fmt: skip
 
     def gradients(
-        self, made: _Made, dy: Tensor, writes: Tensor, dwrites: Tensor, states: Tensor, dstates: Tensor
+        self, made: Made, dy: Tensor, writes: Tensor, dwrites: Tensor, states: Tensor, dstates: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Of q, k, v, beta and g."""
         q, k, v, stream = self.q, self.k, self.v, self.stream

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from torchlinearmoe.kernels.chunk_table import table_of
+from torchlinearmoe.kernels.dplr.halves import HALVES
 from torchlinearmoe.kernels.dplr.rule import dplr, levels_of
 from torchlinearmoe.kernels.operator import NARROW, Backend, Call
 from torchlinearmoe.segments import Segments
@@ -52,4 +53,5 @@ BACKEND = Backend(
     refuses=_refuses,
     graphed=True,
     prepare=table_of,
+    halves=HALVES,
 )
