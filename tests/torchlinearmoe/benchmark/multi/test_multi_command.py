@@ -147,7 +147,7 @@ class Checked(Host):
         super().__post_init__()
         self.asked: list[tuple[int, dict]] = []
 
-    def _measure(self, runs, ranks, rising=False):
+    def _each(self, runs, ranks, rising=False):
         found = []
         for run in runs:
             run["recipe"]["training"].setdefault("output_dir", "runs/x")
@@ -263,7 +263,7 @@ def test_answers_are_kept_and_failures_but_not_what_had_no_time(tmp_path: Path):
         begun.extend((ranks, run["kind"]) for run in runs)
         return [answers[run["kind"]] for run in runs]
 
-    host._measure = begin
+    host._each = begin
     runs = [{"kind": name} for name in answers]
     for _ in range(2):
         assert host.measure([run | {"after": ["x"]} for run in runs]) == list(answers.values())
