@@ -51,6 +51,8 @@ class Done:
     """The output; on the way back, the gradients of the inputs, in their order."""
     kept: tuple[Tensor, ...] = ()
     """For the way back, beside the inputs."""
+    forgotten: tuple[int, ...] = ()
+    """Inputs, by number, that the way back does not read: it gets None."""
 
 
 Steps = Generator[Passed | None, States | None, Done]

@@ -42,7 +42,7 @@ def forward(
     entered, _ = joined(summaries, transitions, onward.join, entering[0])
     states, x = onward.walk(entered, None)
     o = output(chunks.q_in, states, chunks.qk, v, chunks.qb, x, stream, transposed=False)
-    return Done((o,), (c, entered, transitions))
+    return Done((o,), (c, entered, transitions), forgotten=(5,))
 
 
 def backward(

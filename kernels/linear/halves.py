@@ -56,15 +56,15 @@ def backward(
     assert q is not None and k is not None and v is not None
     stream, widths = Stream.of(table), _widths(v)
     q, k, g = rows_ready(q), rows_ready(k), None if g is None else g.contiguous()
-    each = len(kept) // len(widths)
+    each = len(kept) // len(widths)  # of decays per channel their sums too
     parts: list[Steps] = []
     for number, (part, dpart) in enumerate(zip(v.split(widths, -1), do.split(widths, -1))):
         own = kept[number * each : (number + 1) * each]
         part, dpart = rows_ready(part), rows_ready(dpart)
-        if g is None or g.dim() == 2:
+        if each == 1:
             parts.append(_backward(stream, q, k, part, g, own[0], dpart, scale))
         else:
-            parts.append(_backward_channels(stream, q, k, part, g, bonus, own[0], own[1], dpart, scale))
+            parts.append(_backward_channels(stream, q, k, part, bonus, own[0], own[1], dpart, scale))
     return (yield from side_by_side(parts, widths, _summed))
 
 
@@ -75,7 +75,7 @@ def _widths(v: Tensor) -> list[int]:
 
 def _joined(parts: Sequence[Done]) -> Done:
     (outputs,) = zip(*(part.results for part in parts))
-    return Done((torch.cat(outputs, -1),), tuple(x for part in parts for x in part.kept))
+    return Done((torch.cat(outputs, -1),), tuple(x for part in parts for x in part.kept), parts[0].forgotten)
 
 
 def _summed(parts: Sequence[Done]) -> Done:
@@ -134,7 +134,7 @@ def _forward_channels(
     assert entering is not None
     entered = summaries.joined(*entering)
     o, _ = walk.outputs(made.queries, made.keys, v, entered, inside="scores", scores=made.scores)
-    return Done((o,), (c, entered))
+    return Done((o,), (c, entered), forgotten=(3,))
 
 
 def _backward_channels(
@@ -142,7 +142,6 @@ def _backward_channels(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    g: Tensor,
     bonus: Tensor | None,
     c: Tensor,
     entered: Tensor,

@@ -38,7 +38,7 @@ def forward(
     weights = (scale * near_and_far(s, c, pairs, far, stream)).softmax(-1)
     made = prepare(weights.to(q.dtype), s, c, None, stream, 1.0, known=known)
     o, _ = rows.outputs(made.queries, made.keys, v, entered_values, inside="scores", scores=made.scores)
-    return Done((o,), (c, entered_keys, entered_values, weights))
+    return Done((o,), (c, entered_keys, entered_values, weights), forgotten=(4,))
 
 
 def backward(

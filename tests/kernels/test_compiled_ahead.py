@@ -135,7 +135,8 @@ def compile_halves(operator: str, through: bool) -> dict[str, list[str]]:
     done = finished(steps, [torch.zeros_like(x) for x in passed.written])
     (o,) = done.results
     assert o is not None
-    steps = halves.backward(table, inputs, done.kept, torch.zeros_like(o), **options)
+    read = [None if index in done.forgotten else x for index, x in enumerate(inputs)]
+    steps = halves.backward(table, read, done.kept, torch.zeros_like(o), **options)
     passed = next(steps)
     next(steps)
     assert passed is not None

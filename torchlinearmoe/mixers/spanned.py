@@ -330,8 +330,9 @@ class _End(torch.autograd.Function):
     def forward(ctx, call, link, *entering):
         done = call.finish(entering)
         inputs, call.inputs = call.inputs, ()
-        ctx.call, ctx.given = call, [x is not None for x in inputs]
-        ctx.save_for_backward(*(x for x in inputs if x is not None), *(x for row in done for x in row.kept))
+        read = [None if index in done[0].forgotten else x for index, x in enumerate(inputs)]
+        ctx.call, ctx.given = call, [x is not None for x in read]
+        ctx.save_for_backward(*(x for x in read if x is not None), *(x for row in done for x in row.kept))
         outputs = [row.results[0] for row in done]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

@@ -19,6 +19,9 @@ from torchlinearmoe.mixers import MIXERS
 LIMIT = 540
 TIMED_MIXERS = ("hgrn2", "gated_delta_net")
 """A diagonal A, and a dense one."""
+WARM_SECONDS = 100
+"""For compilers, before anything is timed."""
+TIMED_STEPS = 9
 QUICK_MIXERS = ("linear_attention", "gla", "mamba2", "gated_delta_net")
 """One of each way to decay."""
 CONDITIONED = {"rwkv6": {"norm_eps": 0.1}, "rwkv7": {"norm_eps": 0.1}, "kda": {"norm_eps": 0.01}}
@@ -38,7 +41,7 @@ def run(host: Host) -> Iterator[Row]:
     """Rows of the speeds, of the losses, and of the longest sequences, each as it is found."""
     wanted, models = runs(host), _models(host)
     if host.cuda and not host.quick:
-        host.beside(_warm(host))
+        host.beside(_warm(host), WARM_SECONDS)
     figures = host.each(wanted.every)
     for name in _pairs(host):
         dp, cp = next(figures), next(figures)
@@ -58,11 +61,12 @@ def _pairs(host: Host) -> dict[str, tuple[Run, Run]]:
     """Data parallel and LASP-2, by mixer and whether it is compiled."""
     given = host.overrides.get("model", {}).get("mixer")
     mixers = (given,) if given else TIMED_MIXERS[:1] if host.quick else TIMED_MIXERS
+    steps = min(steps_of(host), TIMED_STEPS)
     ways = (False, True) if host.cuda and not host.quick else (host.compiled,)
     return {
         f"{mixer}, {'compiled' if compiled else 'eager'}": (
-            {"kind": "speed", "recipe": _apart(host, mixer, compiled), "steps": steps_of(host)},
-            {"kind": "speed", "recipe": _together(host, mixer, compiled), "steps": steps_of(host)},
+            {"kind": "speed", "recipe": _apart(host, mixer, compiled), "steps": steps},
+            {"kind": "speed", "recipe": _together(host, mixer, compiled), "steps": steps},
         )
         for mixer in mixers
         for compiled in ways

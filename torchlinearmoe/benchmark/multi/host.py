@@ -12,9 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -116,10 +115,25 @@ class Host:
                 self.known[key] = figures
             yield figures
 
-    def beside(self, groups: Sequence[Sequence[Run]]) -> None:
-        """Do runs of which nobody wants the figures, each group in processes of its own, all groups at once."""
-        with ThreadPoolExecutor(len(groups)) as pool:
-            deque(pool.map(self.measure, groups), maxlen=0)
+    def beside(self, groups: Sequence[Sequence[Run]], seconds: float) -> None:
+        """Do runs of which nobody wants the figures, each group in processes of its own, all at once, for so long."""
+        deadline, self.deadline = self.deadline, min(self.deadline, time.monotonic() + seconds)
+        try:
+            with ThreadPoolExecutor(len(groups)) as pool:
+                futures = [pool.submit(self.measure, group) for group in groups]
+                with self.ending():
+                    wait(futures)  # a run that fails will do so again, and tell
+        finally:
+            self.deadline = deadline
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Let no job outlive what is raised inside, by a signal perhaps."""
+        try:
+            yield
+        except BaseException:
+            self.deadline = time.monotonic()
+            raise
 
     def once(self, name: str, find: Callable[[float], Figures], deadline: float) -> Figures:
         """What `find` finds until a deadline, or found before."""
