@@ -13,6 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from torchlinearmoe.kernels.delta import delta_rule as delta_kernel
+from torchlinearmoe.kernels.delta import l2_normalize
 from torchlinearmoe.kernels.dplr import dplr_rule as dplr_kernel
 from torchlinearmoe.kernels.heads import repeat_heads, same_heads
 from torchlinearmoe.kernels.linear import linear_recurrence as linear_kernel
@@ -102,6 +103,7 @@ def delta_rule(
     q, k: [T, H or fewer, K]; v: [T, H, V]; beta: [T, H]; log_decay: None, [T, H] or [T, H, K]. state: [N, H, K, V].
     """
     if isinstance(past, Spanned):
+        q, k = l2_normalize(q), l2_normalize(k)  # here, where the compiler still sees it
         return spanned.delta_rule(q, k, v, beta, log_decay, past, scale=scale, backend=backend), None
     return delta_kernel(
         q,

@@ -97,12 +97,11 @@ def delta_rule(
     scale: float,
     backend: str,
 ) -> Tensor:
-    """See `recurrence.delta_rule`; A is dense."""
+    """See `recurrence.delta_rule`, q and k normalised; A is dense."""
     halves = _halves_of(delta.OPERATOR, delta_kind(log_decay), q.shape[-1], q, past, backend)
     if halves is None:
-        inputs, options = (q, k, v, beta, log_decay), {"scale": scale, "l2_norm": True, "backend": backend}
-        return _dense_recurrence(delta.delta_rule, inputs, 2, past, **options)
-    q, k = delta.l2_normalize(q), delta.l2_normalize(k)
+        inputs = q, k, v, beta, log_decay
+        return _dense_recurrence(delta.delta_rule, inputs, 2, past, scale=scale, backend=backend)
     decay = None if log_decay is None else in_float32(log_decay)
     inputs = q, k.to(q.dtype), v.to(q.dtype), in_float32(beta), decay
     return _in_halves(halves, inputs, past, scale=scale)
