@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from torchlinearmoe.kernels.halves import Halves
 from torchlinearmoe.segments import Segments
 
 Function = TypeVar("Function", bound=Callable)
@@ -126,6 +127,12 @@ class Backend:
     defects: tuple[Defect, ...] = ()
     prepare: Callable[[Segments], Any] | None = None
     """Makes the views that a compiled region wants as inputs."""
+    halves: Halves | None = None
+    """The same over a span that goes on from another rank's and is gone on from."""
+
+    def in_halves(self, channels: int) -> Halves | None:
+        """Its halves, where they take keys of so many channels."""
+        return self.halves if self.halves is not None and channels <= self.halves.most else None
 
 
 @dataclass(frozen=True)

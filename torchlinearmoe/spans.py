@@ -19,7 +19,8 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from itertools import pairwise
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -63,6 +64,8 @@ class Spans:
     """int64 [T]: the place of each token in its document, counted from the document's very first token."""
     crossed: bool
     """Some document goes on from one rank to the next."""
+    passed: bool
+    """Some document passes through all of a rank's span, from the rank before to the one after."""
     first_R: Tensor
     """int64: the document, among this rank's N, that each row's span begins with."""
     last_R: Tensor
@@ -75,6 +78,8 @@ class Spans:
     """bool: the document that the span of that rank ends with is the one that this rank's begins with."""
     last_count_WR: Tensor | None
     """int64: tokens of the document that the span of that rank ends with; None where a rank knows only its own."""
+    routed: ClassVar[bool] = False
+    """Spans of any length, which only the device knows."""
     cache: dict[str, Any] = field(default_factory=dict)
     """What layers have in common, made when the first one asks."""
 
@@ -108,6 +113,12 @@ class Spans:
         """int64 [R + 1]: where the spans of the rows start in the stream, and its end."""
         device = self.positions.device
         return self._cached("starts_R1", lambda: torch.arange(self.rows + 1, device=device) * self.length)
+
+    def row_lengths(self) -> list[tuple[int, ...]]:
+        """Of each row, the tokens of the pieces of documents in its span."""
+        edges = [bisect_left(self.borders, row * self.length) for row in range(self.rows + 1)]
+        pieces = [end - start for start, end in pairwise(self.borders)]
+        return [tuple(pieces[start:end]) for start, end in pairwise(edges)]
 
     def by_row(self, x: Tensor) -> Tensor:
         """[T, ...] -> [R, L, ...], zeros after a span that is shorter."""
@@ -181,6 +192,7 @@ def cut_spans(
         earliest=min(reaching, default=rank),
         positions=torch.arange(local[-1], device=device) - of_token,
         crossed=any(map(any, enters)),
+        passed=any(t and e for lines in zip(through, enters[1:]) for t, e in zip(*lines)),
         first_R=first_R,
         last_R=last_R,
         enters_R=enters_R.bool(),

@@ -81,7 +81,7 @@ def delta_rule(
     q, k: [T, H, K]; v: [T, HV, V] of one type; beta: [T, HV], g: [T, HV] or [T, HV, K] and initial: [N, HV, K, V] in
     fp32; start, end, segment: [M], first: [N + 1], a `ChunkTable`.
     """
-    call = _Call.of(q, k, v, beta, g, Stream(start, end, segment, first, LONGEST), scale)
+    call = RuleCall.of(q, k, v, beta, g, Stream(start, end, segment, first, LONGEST), scale)
     made, initial = call.prepared(None), contiguous(initial)
     states, transitions = call.summaries(made, initial) if call.cut else (None, None)
     shape = (first.shape[0] - 1, *v.shape[1:2], q.shape[2], v.shape[2])
@@ -116,7 +116,7 @@ def delta_rule_backward(
 
     states, transitions, inverses, scores, and of a decay per channel, as g, its sums: as `delta_rule` gives them.
     """
-    call = _Call.of(q, k, v, beta, g, Stream(start, end, segment, first, LONGEST), scale)
+    call = RuleCall.of(q, k, v, beta, g, Stream(start, end, segment, first, LONGEST), scale)
     made, do = call.prepared((inverses, scores)), rows_ready(do)
     initial, dfinal = contiguous(initial), contiguous(dfinal)
     (_, HV, V), K, M = v.shape, q.shape[2], start.shape[0]
@@ -131,7 +131,7 @@ def delta_rule_backward(
 
 
 @dataclass(frozen=True)
-class _Made:
+class Made:
     """What `solve_kernels` make."""
 
     inverses: Tensor
@@ -155,7 +155,7 @@ class _Made:
 
 
 @dataclass(frozen=True)
-class _Call:
+class RuleCall:
     """What the kernels of one call share."""
 
     q: Tensor
@@ -170,7 +170,9 @@ class _Call:
     """0 none, 1 per token and head, 2 per channel."""
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, stream: Stream, scale: float) -> _Call:
+    def of(
+        cls, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, stream: Stream, scale: float
+    ) -> RuleCall:
         """With channels that lie side by side."""
         q, k, v, beta, g = rows_ready(q), rows_ready(k), rows_ready(v), beta.contiguous(), contiguous(g)
         return cls(q, k, v, beta, g, stream, scale, 0 if g is None else g.dim() - 1)
@@ -185,7 +187,7 @@ class _Call:
         """There are several stretches."""
         return self.stream.stretches > 1
 
-    def prepared(self, kept: tuple[Tensor, Tensor] | None) -> _Made:
+    def prepared(self, kept: tuple[Tensor, Tensor] | None) -> Made:
         """A, P, W, U, and of a decay what it makes of queries and keys, or of tokens and chunks; kept: A and P."""
         q, k, stream = self.q, self.k, self.stream
         (T, HV, _), K, M = self.v.shape, q.shape[2], stream.places
@@ -220,7 +222,7 @@ class _Call:
                 num_stages=1,
             )  # fmt: skip
         erasing, writing = self._spread(inverses, keys_in, decays)
-        return _Made(inverses, scores, queries, keys, erasing, writing, totals, decays, sums)
+        return Made(inverses, scores, queries, keys, erasing, writing, totals, decays, sums)
 
     def _spread(self, inverses: Tensor, keys_in: Tensor, decays: Tensor | None) -> tuple[Tensor, Tensor]:
         """W and U."""
@@ -235,27 +237,37 @@ class _Call:
         )  # fmt: skip
         return erasing, writing
 
-    def summaries(self, made: _Made, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+    def summaries(self, made: Made, initial: Tensor | None) -> tuple[Tensor, Tensor]:
         """The states that enter stretches, [S, HV, K, V], and their transitions, [S, HV, K, K]."""
+        states, transitions = self.summarized(made, initial)
+        self.join(states, transitions, reverse=False)
+        return states, transitions
+
+    def summarized(self, made: Made, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The states that leave stretches which nothing enters, and the transitions."""
         HV, V = self.v.shape[1:]
         K, S = self.q.shape[2], self.stream.stretches
         states = self.q.new_empty(S, HV, K, V, dtype=torch.float32)
         transitions = states.new_empty(S, HV, K, K)
         self._walk(made, None, states, initial, transitions=transitions)
-        self._join(states, transitions, reverse=False)
         return states, transitions
 
-    def summaries_back(self, made: _Made, dy: Tensor, transitions: Tensor, dfinal: Tensor | None) -> Tensor:
+    def summaries_back(self, made: Made, dy: Tensor, transitions: Tensor, dfinal: Tensor | None) -> Tensor:
         """The gradients of the states that leave stretches."""
+        dstates = self.summarized_back(made, dy, dfinal)
+        self.join(dstates, transitions, reverse=True)
+        return dstates
+
+    def summarized_back(self, made: Made, dy: Tensor, dfinal: Tensor | None) -> Tensor:
+        """The gradients of the states that enter stretches, by their own outputs."""
         HV, V = self.v.shape[1:]
         dstates = self.q.new_empty(self.stream.stretches, HV, self.q.shape[2], V, dtype=torch.float32)
         self._walk(made, dy, dstates, dfinal)
-        self._join(dstates, transitions, reverse=True)
         return dstates
 
     def onward(
         self,
-        made: _Made,
+        made: Made,
         entered: Tensor | None,
         initial: Tensor | None,
         *,
@@ -269,7 +281,7 @@ class _Call:
 
     def back(
         self,
-        made: _Made,
+        made: Made,
         dy: Tensor,
         entered: Tensor | None,
         dfinal: Tensor | None,
@@ -283,7 +295,7 @@ class _Call:
 
     def _walk(
         self,
-        made: _Made,
+        made: Made,
         dy: Tensor | None,
         entered: Tensor | None,
         enter: Tensor | None,
@@ -335,18 +347,31 @@ class _Call:
         """Rows or columns that hold `width`: of 16 bits as `product_tile` has it."""
         return tile(width, most) if self.q.dtype == torch.float32 else product_tile(width, most, self.q)
 
-    def _join(self, states: Tensor, transitions: Tensor, *, reverse: bool) -> None:
+    def join(
+        self,
+        states: Tensor,
+        transitions: Tensor,
+        *,
+        reverse: bool,
+        enter: Tensor | None = None,
+        leave: Tensor | None = None,
+    ) -> None:
+        """Make of the states that leave stretches, [S, HV, K, any], those that enter them.
+
+        enter, leave: [HV, K, any], what enters the first stretch of the walk, and is filled with what leaves the last.
+        """
         S, HV, K, V = states.shape
         BV = tile(V, JOIN_COLUMNS)
         stream = self.stream
         walk_kernels().join[-(-V // BV), HV](
-            states, transitions, stream.segment, stream.first, stream.segments, S, HV, K, V, GROUP=stream.group,
-            BK=tile(K, 256), BV=BV, B=128 if K <= 128 else 32, REVERSE=reverse, num_warps=JOIN_WARPS,
+            states, transitions, given(enter, states), given(leave, states), stream.segment, stream.first,
+            stream.segments, S, HV, K, V, GROUP=stream.group, BK=tile(K, 256), BV=BV, B=128 if K <= 128 else 32,
+            REVERSE=reverse, HAS_ENTER=enter is not None, WANT_LEAVE=leave is not None, num_warps=JOIN_WARPS,
             num_stages=JOIN_STAGES if K <= 128 and room() >= 180_000 else 1,
         )  # fmt: skip
 
     def gradients(
-        self, made: _Made, dy: Tensor, writes: Tensor, dwrites: Tensor, states: Tensor, dstates: Tensor
+        self, made: Made, dy: Tensor, writes: Tensor, dwrites: Tensor, states: Tensor, dstates: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Of q, k, v, beta and g."""
         q, k, v, stream = self.q, self.k, self.v, self.stream

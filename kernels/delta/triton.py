@@ -6,6 +6,7 @@ from torch import Tensor
 
 from torchlinearmoe.kernels.chunk_table import table_of
 from torchlinearmoe.kernels.delta import rule
+from torchlinearmoe.kernels.delta.halves import HALVES
 from torchlinearmoe.kernels.delta.kinds import KINDS
 from torchlinearmoe.kernels.flash_linear import at_most_256_channels
 from torchlinearmoe.kernels.operator import NARROW, Backend
@@ -43,4 +44,5 @@ BACKEND = Backend(
     refuses=at_most_256_channels,
     graphed=True,
     prepare=table_of,
+    halves=HALVES,
 )

@@ -33,6 +33,7 @@ from torchlinearmoe.kernels.delta.solve_kernels import pairs_of, rows_of
 from torchlinearmoe.kernels.linear.walk_kernels import (
     measured_of,
     passed_over,
+    state_of,
     state_places,
 )
 
@@ -204,19 +205,22 @@ def back(
 
 @triton.jit(do_not_specialize=["N", "S", "H"])
 def join(
-    states, transitions, segment, first, N, S, H, K, V,
+    states, transitions, enter, leave, segment, first, N, S, H, K, V,
     GROUP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, B: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_ENTER: tl.constexpr, WANT_LEAVE: tl.constexpr,
 ):  # fmt: skip
     """B of the S stretches become the states that enter them, in place. Grid: tiles of V, HV.
 
-    M: [S, HV, K, K]. From the right it is transposed, and what ends with a stretch hands nothing to it. Of wide keys
-    products read the state where it has been stored, part by part.
+    M: [S, HV, K, K]; enter, leave: [HV, K, V], at the ends of all stretches. From the right M is transposed, and what
+    ends with a stretch hands nothing to it. Of wide keys products read the state where it lies, part by part.
     """
     rows = tl.arange(0, BK)
     columns = tl.program_id(0) * BV + tl.arange(0, BV)
     h = tl.program_id(1)
     chunks = tl.load(first + N)
     state = tl.zeros([BK, BV], dtype=tl.float32)
+    if HAS_ENTER:
+        state += state_of(enter, h * 0, h, H, K, V, rows, columns, False)
     for i in range(S):
         s = tl.program_id(1) * 0 + (S - 1 - i if REVERSE else i)  # a number of the device, interpreted too
         places, mask = state_places(s, True, h, H, K, V, rows, columns, False)
@@ -242,3 +246,6 @@ def join(
             ends = filled & (last + 1 == tl.load(first + n + 1))
             passed = tl.where(ends, 0.0, passed)
         state = passed + summary
+    if WANT_LEAVE:
+        left, inside = state_places(h * 0, True, h, H, K, V, rows, columns, False)
+        tl.store(leave + left, state, mask=inside)

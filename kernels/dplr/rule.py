@@ -116,12 +116,12 @@ def dplr(
     q, k, v, a, b = (rows_ready(x) for x in (q, k, v, a, b))
     stream = Stream(start, end, segment, first)
     c = cumulated(g, stream)
-    chunks = _made(q, k, a, b, c, stream, scale, levels, back=False)
+    chunks = chunks_of(q, k, a, b, c, stream, scale, levels, back=False)
     onward = chunks.onward(v, contiguous(initial))
     entered, transitions = onward.stretches(None)
     final = left_states(onward.enter, (stream.segments, *q.shape[1:], v.shape[2]), q) if want_final else None
     states, x = onward.walk(entered, final)
-    o = _output(chunks.q_in, states, chunks.qk, v, chunks.qb, x, stream, transposed=False)
+    o = output(chunks.q_in, states, chunks.qk, v, chunks.qb, x, stream, transposed=False)
     return o, or_nothing(final, q), or_nothing(entered, q), or_nothing(transitions, q), c
 
 
@@ -149,31 +149,54 @@ def dplr_backward(
     """The gradients of q, k, v, a, b, g (empty where it is not wanted) and initial (empty without one)."""
     q, k, v, a, b, do = (rows_ready(x) for x in (q, k, v, a, b, do))
     stream = Stream(start, end, segment, first)
-    (_, H, K), V = q.shape, v.shape[2]
-    chunks = _made(q, k, a, b, c, stream, scale, levels, back=True)
+    chunks = chunks_of(q, k, a, b, c, stream, scale, levels, back=True)
     states, x = chunks.onward(v, contiguous(initial)).walk(entered if entered.numel() else None, None)
     back = chunks.back(do, contiguous(dfinal))
     left, _ = back.stretches(transitions)
     dinitial = None if initial is None else left_states(back.enter, tuple(initial.shape), q)
     dstates, r = back.walk(left, dinitial)
-    dv = _output(chunks.k_out, dstates, chunks.qk, do, chunks.ak, r, stream, transposed=True)
+    dq, dk, dv, da, db, dg = gradients(q, k, v, a, b, c, do, chunks, states, x, dstates, r, scale, levels, want_dg)
+    return dq, dk, dv, da, db, or_nothing(dg, q), or_nothing(dinitial, q)
+
+
+def gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    do: Tensor,
+    chunks: Chunks,
+    states: Tensor,
+    x: Tensor,
+    dstates: Tensor,
+    r: Tensor,
+    scale: float,
+    levels: int,
+    want_dg: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Of q, k, v, a, b and g, from both walks."""
+    stream, (_, H, K), V = chunks.stream, q.shape, v.shape[2]
+    dv = output(chunks.k_out, dstates, chunks.qk, do, chunks.ak, r, stream, transposed=True)
     narrow = q.dtype != torch.float32
     pairs = q.new_empty(q.shape[0], H, 2, 2 * CHUNK)
     kernels("gradient").pair_gradients[stream.places, H](
-        do, r, v, x, pairs, start, end, *strides(do), *strides(v), H, V, C=CHUNK, BV=_rows(V, q, 64 if narrow else 32),
+        do, r, v, x, pairs, stream.start, stream.end, *strides(do), *strides(v), H, V, C=CHUNK,
+        BV=_rows(V, q, 64 if narrow else 32),
         PRECISION=precision(q), num_warps=GRADIENT_WARPS, num_stages=1,
     )  # fmt: skip
     dq, dk, da, db = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (q, k, a, b))
     dg = torch.empty_like(c) if want_dg else None
     B = tile(K, GRADIENT_COLUMNS if narrow else 16)
     kernels("gradient").channel_gradients[-(-K // B), stream.places, H](
-        q, k, a, b, c, v, x, do, r, states, dstates, pairs, dq, dk, da, db, given(dg, c), start, end, scale,
-        *strides(q), *strides(k), *strides(a), *strides(b), *strides(v), *strides(do), H, K, V, C=CHUNK, B=B,
-        BV=_rows(V, q, 128 if narrow else 32), LEVELS=levels, WANT_DG=want_dg, OPERAND=operand(q),
-        PRECISION=precision(q), num_warps=GRADIENT_WARPS, num_stages=1,
+        q, k, a, b, c, v, x, do, r, states, dstates, pairs, dq, dk, da, db, given(dg, c),
+        stream.start, stream.end, scale, *strides(q), *strides(k), *strides(a), *strides(b), *strides(v), *strides(do),
+        H, K, V, C=CHUNK, B=B, BV=_rows(V, q, 128 if narrow else 32), LEVELS=levels, WANT_DG=want_dg,
+        OPERAND=operand(q), PRECISION=precision(q), num_warps=GRADIENT_WARPS, num_stages=1,
         maxnreg=GRADIENT_REGISTERS if narrow else None,
     )  # fmt: skip
-    return dq, dk, dv, da, db, or_nothing(dg, q), or_nothing(dinitial, q)
+    return dq, dk, dv, da, db, dg
 
 
 @dataclass(frozen=True)
@@ -193,20 +216,42 @@ class _Walk:
 
     def stretches(self, transitions: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """What enters the stretches and their transitions, made where they are not given; None of a single one."""
-        (_, H, K), V, S = self.w.shape, self.u.shape[2], self.stream.stretches
-        if S == 1:
+        if self.stream.stretches == 1:
             return None, None
-        entered = self.w.new_empty(S, H, K, V, dtype=torch.float32)
+        entered, transitions = self.summarized(transitions)
+        self.join(entered, transitions, reverse=self.reverse)
+        return entered, transitions
+
+    def summarized(self, transitions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What leaves the stretches as if nothing entered, and their transitions."""
+        (_, H, K), V, S = self.w.shape, self.u.shape[2], self.stream.stretches
+        left = self.w.new_empty(S, H, K, V, dtype=torch.float32)
         columns = self._tiles(V)
         if transitions is None:
             transitions = self.w.new_empty(S, H, K, K, dtype=torch.float32)
             columns += self._tiles(K)
-        self._launch(columns, entered, transitions, None, None, None)
+        self._launch(columns, left, transitions, None, None, None)
+        return left, transitions
+
+    def join(
+        self,
+        states: Tensor,
+        transitions: Tensor,
+        *,
+        reverse: bool,
+        enter: Tensor | None = None,
+        leave: Tensor | None = None,
+    ) -> None:
+        """Make of what leaves stretches, [S, H, K, any], what enters them.
+
+        enter, leave: [H, K, any], what enters the first stretch of the walk, and is filled with what leaves the last.
+        """
+        S, H, K, V = states.shape
         BV = tile(V, 16)
         kernels("walk").join[-(-V // BV), H](
-            entered, transitions, S, H, K, V, BK=tile(K, 128), BV=BV, REVERSE=self.reverse, num_warps=8, num_stages=1
-        )
-        return entered, transitions
+            states, transitions, given(enter, states), given(leave, states), S, H, K, V, BK=tile(K, 128), BV=BV,
+            REVERSE=reverse, HAS_ENTER=enter is not None, WANT_LEAVE=leave is not None, num_warps=8, num_stages=1,
+        )  # fmt: skip
 
     def walk(self, entered: Tensor | None, leave: Tensor | None) -> tuple[Tensor, Tensor]:
         """The states that enter chunks, [M, H, K, V] in u's type, and z [T, H, V].
@@ -252,7 +297,7 @@ def _rows(K: int, x: Tensor, most: int = 128) -> int:
 
 
 @dataclass(frozen=True)
-class _Chunks:
+class Chunks:
     """What `chunk_kernels` make of the inputs, by the names of the module's docstring.
 
     solved_a = A a_in and solved_ak = A ak; solved_b = A^T b_out and solved_qb = A^T qb^T, with a_in, where gradients
@@ -283,9 +328,9 @@ class _Chunks:
         return _Walk(self.stream, True, self.solved_qb, self.solved_b, self.a_in, self.q_in, do, self.totals, dfinal)
 
 
-def _made(
+def chunks_of(
     q: Tensor, k: Tensor, a: Tensor, b: Tensor, c: Tensor, stream: Stream, scale: float, levels: int, back: bool
-) -> _Chunks:
+) -> Chunks:
     (T, H, K), M = q.shape, stream.places
 
     def pairs(dtype: torch.dtype = q.dtype) -> Tensor:
@@ -306,7 +351,7 @@ def _made(
     kernels("chunk").merge_blocks[M, H](
         inverse, stream.start, stream.end, H, C=CHUNK, num_warps=MERGE_WARPS, num_stages=1
     )
-    made = _Chunks(
+    made = Chunks(
         stream, qb, qk, ak, rows(), rows(), rows(), rows(), pairs(), q.new_empty(M, H, K, dtype=torch.float32),
         rows() if back else None, rows() if back else None, pairs() if back else None,
     )  # fmt: skip
@@ -320,7 +365,7 @@ def _made(
     return made
 
 
-def _output(
+def output(
     x: Tensor, states: Tensor, near_u: Tensor, u: Tensor, near_z: Tensor, z: Tensor, stream: Stream, transposed: bool
 ) -> Tensor:
     """x S + near_u u + near_z z, [T, H, V]."""

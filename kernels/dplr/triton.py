@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torchlinearmoe.kernels.chunk_table import table_of
+from torchlinearmoe.kernels.dplr.halves import HALVES
 from torchlinearmoe.kernels.dplr.rule import dplr, levels_of
 from torchlinearmoe.kernels.operator import NARROW, Backend, Call
 from torchlinearmoe.segments import Segments
@@ -59,4 +60,5 @@ BACKEND = Backend(
     refuses=_refuses,
     graphed=True,
     prepare=table_of,
+    halves=HALVES,
 )

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from torchlinearmoe.kernels.dplr.chunk_kernels import pairs_of, store_rows
-from torchlinearmoe.kernels.linear.walk_kernels import passed_over, rows_of, state_places
+from torchlinearmoe.kernels.linear.walk_kernels import passed_over, rows_of, state_of, state_places
 
 
 @triton.jit
@@ -98,13 +98,19 @@ def walk(
 
 @triton.jit
 def join(
-    entered, transitions, S, H, K, V, BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr
+    entered, transitions, enter, leave, S, H, K, V, BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_ENTER: tl.constexpr, WANT_LEAVE: tl.constexpr,
 ):  # fmt: skip
-    """Summaries Y become the states that enter the S stretches, in place. Grid: tiles of V, H."""
+    """Summaries Y become the states that enter the S stretches, in place. Grid: tiles of V, H.
+
+    enter, leave: [H, K, V], at the ends of all stretches.
+    """
     rows = tl.arange(0, BK)
     columns = tl.program_id(0) * BV + tl.arange(0, BV)
     h = tl.program_id(1)
     state = tl.zeros([BK, BV], dtype=tl.float32)
+    if HAS_ENTER:
+        state += state_of(enter, h * 0, h, H, K, V, rows, columns, False)
     for i in range(S):
         s = S - 1 - i if REVERSE else i
         places, mask = state_places(s, True, h, H, K, V, rows, columns, False)
@@ -112,3 +118,6 @@ def join(
         tl.store(entered + places, state, mask=mask)
         places, mask = state_places(s, True, h, H, K, K, rows, rows, REVERSE)
         state = tl.dot(tl.load(transitions + places, mask=mask, other=0.0), state, summary, input_precision="tf32x3")
+    if WANT_LEAVE:
+        places, mask = state_places(h * 0, True, h, H, K, V, rows, columns, False)
+        tl.store(leave + places, state, mask=mask)

@@ -138,10 +138,10 @@ def only(seen, x):
 @triton.jit
 def prepare_channels(
     q, k, c, bonus, queries, keys, totals, scores, start, end, scale, q_t, q_h, k_t, k_h, H, K,
-    C: tl.constexpr, B: tl.constexpr, BONUS: tl.constexpr, WANT_SCORES: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    C: tl.constexpr, B: tl.constexpr, BONUS: tl.constexpr, WANT_KEYS: tl.constexpr, WANT_SCORES: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """k e^{c_C - c} and e^{c_C}, and where they are wanted the scores and scale q e^{c'}. Grid: M, H."""
+    """Where they are wanted, k e^{c_C - c} and e^{c_C}, and the scores and scale q e^{c'}. Grid: M, H."""
     m, h = tl.program_id(0), tl.program_id(1)
     place = tl.arange(0, C)
     token = tl.load(start + m).to(tl.int64)
@@ -158,11 +158,12 @@ def prepare_channels(
         columns = i * B + tl.arange(0, B)
         ks = rows_of(k, tokens, inside, k_t, k_h, h, K, columns).to(tl.float32)
         sums = sums_at(c, token, place, last, stride, columns, K)
-        total = tl.load(c + (token + last) * stride + columns, mask=columns < K, other=0.0)
         places = (tokens[:, None] * H + h) * K + columns[None, :]
         mask = inside[:, None] & (columns < K)[None, :]
-        tl.store(keys + places, (ks * tl.exp2(total[None, :] - sums)).to(keys.dtype.element_ty), mask=mask)
-        tl.store(totals + (m.to(tl.int64) * H + h) * K + columns, tl.exp2(total), mask=columns < K)
+        if WANT_KEYS:
+            total = tl.load(c + (token + last) * stride + columns, mask=columns < K, other=0.0)
+            tl.store(keys + places, (ks * tl.exp2(total[None, :] - sums)).to(keys.dtype.element_ty), mask=mask)
+            tl.store(totals + (m.to(tl.int64) * H + h) * K + columns, tl.exp2(total), mask=columns < K)
         if WANT_SCORES:
             qs = rows_of(q, tokens, inside, q_t, q_h, h, K, columns).to(tl.float32)
             read = _sums_read(sums, c, token, place, last, stride, columns, K, BONUS)

@@ -56,7 +56,7 @@ def per_channel(
     q, k, v = rows_ready(q), rows_ready(k), rows_ready(v)
     stream = Stream(start, end, segment, first)
     c = cumulated(g, stream)
-    made = _prepare(q, k, c, bonus, stream, scale)
+    made = prepare(q, k, c, bonus, stream, scale)
     walk = Walk(stream, 1.0, decay=2, totals=made.totals, enter=contiguous(initial))
     entered = walk.states(made.keys, v)
     final = left_states(walk.enter, (first.shape[0] - 1, *q.shape[1:], v.shape[2]), q) if want_final else None
@@ -84,49 +84,116 @@ def per_channel_backward(
     want_dg: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, g (empty where it is not wanted), bonus and initial (empty without one)."""
-    q, k, v, do = rows_ready(q), rows_ready(k), rows_ready(v), do.contiguous()
     stream = Stream(start, end, segment, first)
-    made = _prepare(q, k, c, bonus, stream, scale)
+    back = Backward.of(q, k, v, c, bonus, do, stream, scale)
     initial, dfinal = contiguous(initial), contiguous(dfinal)
     states = entered if entered.numel() else None
-    (_, H, K), V, M = q.shape, v.shape[2], stream.places
-    rows = Walk(stream, 1.0, reverse=True, decay=2, totals=made.totals, enter=dfinal)
-    dstates = rows.states(made.queries, do)
+    rows = back.rows(dfinal)
+    dstates = rows.states(back.made.queries, back.do)
     dinitial = None if initial is None else left_states(dfinal, tuple(initial.shape), q)
-    dv, _ = rows.outputs(made.keys, made.queries, do, dstates, inside="scores", scores=made.scores, leave=dinitial)
-    onward = Walk(stream, 1.0, decay=3, totals=made.totals, enter=initial)
-    dpairs = made.scores  # not read again
-    dqueries, read = onward.outputs(
-        do, v, made.keys, states, transposed=True, inside="kept", scores=dpairs,
-        sums_with=made.queries if want_dg else None, sums="chunks",
-    )  # fmt: skip
-    back = Walk(stream, 1.0, reverse=True, decay=3, totals=made.totals, enter=dfinal)
-    dkeys, written = back.outputs(
-        v, do, made.queries, dstates, transposed=True, inside="nothing", sums_with=made.keys if want_dg else None,
-        sums="chunks",
-    )  # fmt: skip
-    passing = None
-    if want_dg:
-        assert read is not None and written is not None
-        ended = None if dfinal is None else (final * dfinal).sum(3)
-        passing, B = torch.empty_like(read), tile(K, 128)
-        channel_kernels().passing_of_chunks[-(-K // B), H, stream.stretches](
-            read, written, given(states, read), given(dstates, read), given(ended, read), passing, segment, first,
-            stream.segments, stream.stretches, H, K, V, GROUP=stream.group, B=B, BV=tile(V, 32),
-            HAS_STATES=states is not None, HAS_ENDED=ended is not None, num_warps=4,
+    dv = back.values(rows, dstates, dinitial)
+    dpairs = back.made.scores  # not read again
+    read = back.read(states, initial, dpairs, want_dg)
+    ended = None if dfinal is None or not want_dg else (final * dfinal).sum(3)
+    dq, dk, dg, dbonus = back.rest(read, dpairs, states, dstates, dfinal, ended, want_dg)
+    return dq, dk, dv, or_nothing(dg, q), or_nothing(dbonus, q), or_nothing(dinitial, q)
+
+
+@dataclass(frozen=True)
+class Backward:
+    """The steps of a backward pass."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    c: Tensor
+    bonus: Tensor | None
+    do: Tensor
+    stream: Stream
+    scale: float
+    made: Made
+
+    @classmethod
+    def of(
+        cls, q: Tensor, k: Tensor, v: Tensor, c: Tensor, bonus: Tensor | None, do: Tensor, stream: Stream, scale: float
+    ) -> Backward:
+        """With channels that lie side by side."""
+        q, k, v, do = rows_ready(q), rows_ready(k), rows_ready(v), do.contiguous()
+        return cls(q, k, v, c, bonus, do, stream, scale, prepare(q, k, c, bonus, stream, scale))
+
+    def rows(self, dfinal: Tensor | None) -> Walk:
+        """The walk back, decays on the rows of states."""
+        return Walk(self.stream, 1.0, reverse=True, decay=2, totals=self.made.totals, enter=dfinal)
+
+    def values(self, rows: Walk, dstates: Tensor | None, leave: Tensor | None = None) -> Tensor:
+        """dv."""
+        made = self.made
+        return rows.outputs(
+            made.keys, made.queries, self.do, dstates, inside="scores", scores=made.scores, leave=leave
+        )[0]  # fmt: skip
+
+    def read(self, states: Tensor | None, initial: Tensor | None, dpairs: Tensor, sums: bool) -> _Walked:
+        """The gradient of `Made.queries`, and that of the scores to dpairs [T, H, C]."""
+        onward = Walk(self.stream, 1.0, decay=3, totals=self.made.totals, enter=initial)
+        return onward.outputs(
+            self.do, self.v, self.made.keys, states, transposed=True, inside="kept", scores=dpairs,
+            sums_with=self.made.queries if sums else None, sums="chunks",
         )  # fmt: skip
-    dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    dg = torch.empty_like(c) if want_dg else None
-    # Places without chunks stay zero.
-    dbonus = None if bonus is None else q.new_zeros(M, H, K, dtype=torch.float32)
-    B = tile(K, 32)
-    channel_kernels().channel_gradients[-(-K // B), M, H](
-        q, k, c, given(contiguous(bonus), q), dpairs, dqueries, dkeys, given(passing, q), dq, dk, given(dg, q),
-        given(dbonus, q), start, end, scale, *strides(q), *strides(k), H, K, C=CHUNK, B=B, BONUS=bonus is not None,
-        WANT_DK=True, WANT_DG=want_dg, OPERAND=operand(q), PRECISION=precision(q), num_warps=4, num_stages=1,
-    )  # fmt: skip
-    summed = None if dbonus is None else dbonus.sum(0)
-    return dq, dk, dv, or_nothing(dg, q), or_nothing(summed, q), or_nothing(dinitial, q)
+
+    def rest(
+        self,
+        read: _Walked,
+        dpairs: Tensor,
+        states: Tensor | None,
+        dstates: Tensor | None,
+        dfinal: Tensor | None,
+        ended: Tensor | None,
+        want_dg: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """dq, dk, dg and dbonus. What enters stretches may be followed by what leaves the last one."""
+        stream, (_, H, K) = self.stream, self.q.shape
+        back = Walk(stream, 1.0, reverse=True, decay=3, totals=self.made.totals, enter=dfinal)
+        dkeys, written = back.outputs(
+            self.v, self.do, self.made.queries, dstates, transposed=True, inside="nothing",
+            sums_with=self.made.keys if want_dg else None, sums="chunks",
+        )  # fmt: skip
+        passing = None
+        if want_dg:
+            assert read[1] is not None and written is not None
+            passing, B = torch.empty_like(written), tile(K, 128)
+            channel_kernels().passing_of_chunks[-(-K // B), H, stream.stretches](
+                read[1], written, given(states, written), given(dstates, written), given(ended, written), passing,
+                stream.segment, stream.first, stream.segments, 0 if states is None else len(states), H, K,
+                self.v.shape[2], GROUP=stream.group, B=B, BV=tile(self.v.shape[2], 32),
+                HAS_STATES=states is not None, HAS_ENDED=ended is not None, num_warps=4,
+            )  # fmt: skip
+        return self.pairs(dpairs, read[0], dkeys, passing, want_dg)
+
+    def queries(self, read: _Walked, dpairs: Tensor) -> Tensor:
+        """dq alone."""
+        return self.pairs(dpairs, read[0], None, None, False)[0]
+
+    def pairs(
+        self, dpairs: Tensor, dqueries: Tensor, dkeys: Tensor | None, passing: Tensor | None, want_dg: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """dq, dk (not filled without dkeys), dg and dbonus from the gradients of what `prepare` makes."""
+        q, k, bonus, stream, (_, H, K) = self.q, self.k, self.bonus, self.stream, self.q.shape
+        dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+        dg = torch.empty_like(self.c) if want_dg else None
+        # Places without chunks stay zero.
+        dbonus = None if bonus is None else q.new_zeros(stream.places, H, K, dtype=torch.float32)
+        B = tile(K, 32)
+        channel_kernels().channel_gradients[-(-K // B), stream.places, H](
+            q, k, self.c, given(contiguous(bonus), q), dpairs, dqueries, given(dkeys, q), given(passing, q), dq, dk,
+            given(dg, q), given(dbonus, q), stream.start, stream.end, self.scale, *strides(q), *strides(k), H, K,
+            C=CHUNK, B=B, BONUS=bonus is not None, WANT_DK=dkeys is not None, WANT_DG=want_dg, OPERAND=operand(q),
+            PRECISION=precision(q), num_warps=4, num_stages=1,
+        )  # fmt: skip
+        return dq, dk, dg, None if dbonus is None else dbonus.sum(0)
+
+
+_Walked = tuple[Tensor, Tensor | None]
+"""Outputs of a walk, and its sums."""
 
 
 def cumulated(g: Tensor, stream: Stream) -> Tensor:
@@ -141,7 +208,9 @@ def cumulated(g: Tensor, stream: Stream) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Made:
+class Made:
+    """What `prepare_channels` makes."""
+
     queries: Tensor
     """scale q e^{c'}: [T, H, K]."""
     keys: Tensor
@@ -152,21 +221,45 @@ class _Made:
     """[T, H, C]."""
 
 
-def _prepare(q: Tensor, k: Tensor, c: Tensor, bonus: Tensor | None, stream: Stream, scale: float) -> _Made:
-    (T, H, K), M = q.shape, stream.places
-    made = _Made(
-        torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        torch.empty(k.shape, dtype=k.dtype, device=k.device),
-        q.new_empty(M, H, K, dtype=torch.float32),
-        q.new_empty(T, H, CHUNK),
-    )
-    channel_kernels().prepare_channels[M, H](
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    c: Tensor,
+    bonus: Tensor | None,
+    stream: Stream,
+    scale: float,
+    known: tuple[Tensor, Tensor] | None = None,
+) -> Made:
+    """All of it; known: what `scaled_keys` gives."""
+    keys, totals = _keys_for(k, stream) if known is None else known
+    made = Made(
+        torch.empty(q.shape, dtype=q.dtype, device=q.device), keys, totals, q.new_empty(*q.shape[:2], CHUNK)
+    )  # fmt: skip
+    _prepare(q, k, c, bonus, made, stream, scale, WANT_KEYS=known is None, WANT_SCORES=True)
+    return made
+
+
+def scaled_keys(k: Tensor, c: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
+    """`Made.keys` and `Made.totals` alone."""
+    keys, totals = _keys_for(k, stream)
+    _prepare(k, k, c, None, Made(keys, keys, totals, keys), stream, 1.0, WANT_KEYS=True, WANT_SCORES=False)
+    return keys, totals
+
+
+def _keys_for(k: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
+    keys = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    return keys, k.new_empty(stream.places, *k.shape[1:], dtype=torch.float32)
+
+
+def _prepare(
+    q: Tensor, k: Tensor, c: Tensor, bonus: Tensor | None, made: Made, stream: Stream, scale: float, **wanted: bool
+) -> None:
+    (_, H, K) = q.shape
+    channel_kernels().prepare_channels[stream.places, H](
         q, k, c, given(contiguous(bonus), q), made.queries, made.keys, made.totals, made.scores,
         stream.start, stream.end, scale, *strides(q), *strides(k), H, K, C=CHUNK, B=tile(K, 32),
-        BONUS=bonus is not None, WANT_SCORES=True, OPERAND=operand(q), PRECISION=precision(q), num_warps=4,
-        num_stages=1,
+        BONUS=bonus is not None, **wanted, OPERAND=operand(q), PRECISION=precision(q), num_warps=4, num_stages=1,
     )  # fmt: skip
-    return made
 
 
 def operand(x: Tensor) -> Any:

@@ -85,7 +85,6 @@ def per_head_backward(
     back = Walk(stream, scale, True, int(g is not None), decays, totals, contiguous(dfinal))
     states = entered if entered.numel() else None
     dstates = back.states(q, do)
-    (T, H, K), V = q.shape, v.shape[2]
     dinitial = None if initial is None else left_states(back.enter, tuple(initial.shape), q)
     dq, read = onward.outputs(do, v, k, states, transposed=True, sums_with=q if want_dg else None)
     dk, written = back.outputs(v, do, q, dstates, transposed=True, sums_with=k if want_dg else None)
@@ -94,13 +93,33 @@ def per_head_backward(
     if want_dg:
         assert read is not None and written is not None
         ended = None if dfinal is None else (final * dfinal).sum((2, 3))
-        dg = q.new_empty(T, H, dtype=torch.float32)
-        walk_kernels().decay_gradients[H, stream.stretches](
-            read, written, given(states, read), given(dstates, read), given(ended, read), dg, *stream.tensors,
-            stream.segments, stream.stretches, read.shape[0], written.shape[0], H, K, V, T, GROUP=stream.group, C=CHUNK,
-            BX=tile(K, 64), BU=tile(V, 64), HAS_STATES=states is not None, HAS_ENDED=ended is not None, num_warps=4,
-        )  # fmt: skip
+        dg = decay_gradients(read, written, states, dstates, ended, stream)
     return dq, dk, dv, or_nothing(dg, q), or_nothing(dinitial, q)
+
+
+def decay_gradients(
+    read: Tensor,
+    written: Tensor,
+    states: Tensor | None,
+    dstates: Tensor | None,
+    ended: Tensor | None,
+    stream: Stream,
+) -> Tensor:
+    """dg [T, H], of sums over tokens of q . dq and k . dk, [tiles, T, H].
+
+    states, dstates: what enters stretches from either side, followed perhaps by what leaves the last one, [S or S + 1,
+    H, K, V]; ended: <S, R> at the end of each segment, [N, H].
+    """
+    _, T, H = read.shape
+    K, V = (0, 0) if states is None else states.shape[2:]
+    dg = read.new_empty(T, H)
+    walk_kernels().decay_gradients[H, stream.stretches](
+        read, written, given(states, read), given(dstates, read), given(ended, read), dg, *stream.tensors,
+        stream.segments, 0 if states is None else len(states), read.shape[0], written.shape[0], H, K, V, T,
+        GROUP=stream.group, C=CHUNK, BX=tile(K, 64), BU=tile(V, 64), HAS_STATES=states is not None,
+        HAS_ENDED=ended is not None, num_warps=4,
+    )  # fmt: skip
+    return dg
 
 
 @per_head.register_fake

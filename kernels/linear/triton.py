@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torchlinearmoe.kernels.chunk_table import table_of
+from torchlinearmoe.kernels.linear.halves import HALVES
 from torchlinearmoe.kernels.linear.kinds import KINDS
 from torchlinearmoe.kernels.linear.per_channel import per_channel
 from torchlinearmoe.kernels.linear.per_head import per_head
@@ -83,4 +84,5 @@ BACKEND = Backend(
     install="pip install triton",
     graphed=True,
     prepare=table_of,
+    halves=HALVES,
 )

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from torchlinearmoe.kernels.chunk_table import CHUNK
+from torchlinearmoe.kernels.chunk_table import CHUNK, ChunkTable
 
 INSIDE = {"nothing": 0, "pairs": 1, "scores": 2, "kept": 3}
 """Of the kernel."""
@@ -29,6 +29,11 @@ class Stream:
     first: Tensor
     longest: int = 32
     """Chunks of a stretch at most."""
+
+    @classmethod
+    def of(cls, table: ChunkTable, longest: int = 32) -> Stream:
+        """Of a table."""
+        return cls(table.start_M, table.end_M, table.segment_M, table.first_N1, longest)
 
     @property
     def places(self) -> int:
@@ -69,6 +74,41 @@ def stretches_of(places: int, longest: int = 32) -> int:
 
 
 @dataclass(frozen=True)
+class Summaries:
+    """What leaves each stretch: `states` [S, H, X, U], and `factors` [S, H, 1 or X] of what enters it."""
+
+    states: Tensor
+    factors: Tensor
+    reverse: bool
+
+    def join(self, states: Tensor, enter: Tensor | None = None, leave: Tensor | None = None) -> None:
+        """Make of `states`, a copy of these perhaps, what enters each stretch.
+
+        enter, leave: [H, X, U] in fp32, what enters the first stretch of the walk, and is filled with what leaves the
+        last.
+        """
+        S, H, X, U = states.shape
+        BX, BU = tile(X, 16), tile(U, 64)
+        walk_kernels().join[-(-X // BX) * -(-U // BU), H](
+            states, self.factors, given(enter, states), given(leave, states), S, H, X, U, BX=BX, BU=BU,
+            REVERSE=self.reverse, ROWS=self.factors.shape[2] > 1, HAS_ENTER=enter is not None,
+            WANT_LEAVE=leave is not None, num_warps=4,
+        )  # fmt: skip
+
+    def joined(self, enter: Tensor | None) -> Tensor:
+        """What enters each stretch, and after them what leaves the last: [S + 1, H, X, U]."""
+        S = len(self.states)
+        states = self.states.new_empty(S + 1, *self.states.shape[1:])
+        states[:S] = self.states
+        self.join(states[:S], contiguous(enter), states[S])
+        return states
+
+    def passed(self) -> Tensor:
+        """The factor over all of them, [H, 1 or X]."""
+        return self.factors.prod(0)
+
+
+@dataclass(frozen=True)
 class Walk:
     """What the walks of one call share."""
 
@@ -89,10 +129,16 @@ class Walk:
 
         w: [T, H, X]; u: [T, H, U].
         """
+        if self.stream.stretches == 1:
+            return None
+        summaries = self.summaries(w, u)
+        summaries.join(summaries.states)
+        return summaries.states
+
+    def summaries(self, w: Tensor, u: Tensor) -> Summaries:
+        """What each stretch makes of what enters it."""
         stream, (_, H, X), U = self.stream, w.shape, u.shape[2]
         S = stream.stretches
-        if S == 1:
-            return None
         assert self.decay != 3
         states = w.new_empty(S, H, X, U, dtype=torch.float32)
         factors = w.new_empty(S, H, X if self.decay == 2 else 1, dtype=torch.float32)
@@ -105,11 +151,7 @@ class Walk:
             HAS_ENTER=self.enter is not None, SCALED=self.scale != 1.0, PRECISION=precision(w), num_warps=4,
             num_stages=_stages(w),
         )  # fmt: skip
-        BX, BU = tile(X, 16), tile(U, 64)
-        walk_kernels().join[-(-X // BX) * -(-U // BU), H](
-            states, factors, S, H, X, U, BX=BX, BU=BU, REVERSE=self.reverse, ROWS=self.decay == 2, num_warps=4
-        )
-        return states
+        return Summaries(states, factors, self.reverse)
 
     def outputs(
         self,

@@ -217,8 +217,8 @@ def _joined(states, factors, state, summary, s, S, h, H, X, U, rows, columns, RO
     tl.store(states + places, state, mask=mask)
     if ROWS:
         there = rows < tl.where((s >= 0) & (s < S), X, 0)
-        return state * tl.load(factors + (s * H + h) * X + rows, mask=there, other=0.0)[:, None] + summary
-    return state * tl.load(factors + s * H + h, mask=(s >= 0) & (s < S), other=0.0) + summary
+        return state * tl.load(factors + (s * H + h) * X + rows, mask=there, other=1.0)[:, None] + summary
+    return state * tl.load(factors + s * H + h, mask=(s >= 0) & (s < S), other=1.0) + summary
 
 
 @triton.jit
@@ -229,11 +229,12 @@ def _summary(states, s, S, h, H, X, U, rows, columns):
 
 @triton.jit(do_not_specialize=["S"])
 def join(
-    states, factors, S, H, X, U, BX: tl.constexpr, BU: tl.constexpr, REVERSE: tl.constexpr, ROWS: tl.constexpr
+    states, factors, enter, leave, S, H, X, U, BX: tl.constexpr, BU: tl.constexpr, REVERSE: tl.constexpr,
+    ROWS: tl.constexpr, HAS_ENTER: tl.constexpr, WANT_LEAVE: tl.constexpr,
 ):  # fmt: skip
     """Summaries become the states that enter the S stretches, in place. Grid: tiles of the state, H.
 
-    Four at a time, so that loads do not wait for each other.
+    Four at a time, so that loads do not wait for each other. enter, leave: [H, X, U], at the ends of all stretches.
     """
     tiles_u = tl.cdiv(U, BU)
     rows = (tl.program_id(0) // tiles_u) * BX + tl.arange(0, BX)
@@ -241,6 +242,8 @@ def join(
     h = tl.program_id(1)
     step = -1 if REVERSE else 1
     state = tl.zeros([BX, BU], dtype=tl.float32)
+    if HAS_ENTER:
+        state += state_of(enter, h * 0, h, H, X, U, rows, columns, False)
     for i in range(0, S, 4):
         s = S - 1 - i if REVERSE else i
         first = _summary(states, s, S, h, H, X, U, rows, columns)
@@ -251,6 +254,9 @@ def join(
         state = _joined(states, factors, state, second, s + step, S, h, H, X, U, rows, columns, ROWS)
         state = _joined(states, factors, state, third, s + 2 * step, S, h, H, X, U, rows, columns, ROWS)
         state = _joined(states, factors, state, fourth, s + 3 * step, S, h, H, X, U, rows, columns, ROWS)
+    if WANT_LEAVE:
+        places, mask = state_places(h * 0, True, h, H, X, U, rows, columns, False)
+        tl.store(leave + places, state, mask=mask)
 
 
 @triton.jit(do_not_specialize=["N", "T", "M"])

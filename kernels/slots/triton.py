@@ -22,11 +22,10 @@ from torch import Tensor
 from torchlinearmoe.kernels.chunk_table import CHUNK, table_of
 from torchlinearmoe.kernels.linear import triton as linear
 from torchlinearmoe.kernels.linear.per_channel import (
-    channel_kernels,
     cumulated,
-    operand,
     per_channel,
     per_channel_backward,
+    scaled_keys,
 )
 from torchlinearmoe.kernels.linear.walk import (
     Stream,
@@ -34,13 +33,12 @@ from torchlinearmoe.kernels.linear.walk import (
     contiguous,
     left_states,
     or_nothing,
-    precision,
     rows_ready,
     stretches_of,
-    strides,
-    tile,
 )
 from torchlinearmoe.kernels.operator import NARROW, Backend
+from torchlinearmoe.kernels.slots.halves import HALVES
+from torchlinearmoe.kernels.slots.reads import near_and_far
 from torchlinearmoe.segments import Segments
 
 
@@ -109,14 +107,9 @@ def slot_reads(
     """
     q, k, s, initial = rows_ready(q), rows_ready(k), rows_ready(s), contiguous(initial)
     stream = Stream(start, end, segment, first)
-    (T, H, S), M = s.shape, stream.places
+    T, H, S = s.shape
     c = cumulated(g, stream)
-    keys, totals = torch.empty((T, H, S), dtype=s.dtype, device=s.device), q.new_empty(M, H, S, dtype=torch.float32)
-    given: dict[str, Any] = {"C": CHUNK, "BONUS": False, "OPERAND": operand(q), "PRECISION": precision(q)}
-    channel_kernels().prepare_channels[M, H](
-        s, s, c, s, keys, keys, totals, keys, start, end, 1.0, *strides(s), *strides(s), H, S, B=tile(S, 32),
-        WANT_SCORES=False, **given, num_warps=4, num_stages=1,
-    )  # fmt: skip
+    keys, totals = scaled_keys(s, c, stream)
     entered = Walk(stream, 1.0, decay=2, totals=totals, enter=initial).states(keys, k)
     final = left_states(initial, (first.shape[0] - 1, H, S, k.shape[2]), q) if want_final else None
     pairs = q.new_empty(T, H, CHUNK)
@@ -124,12 +117,7 @@ def slot_reads(
     far, _ = walk.outputs(
         q, k, keys, entered, transposed=True, inside="kept", scores=pairs, leave=final, dtype=torch.float32
     )
-    read, B = torch.empty_like(far), tile(S, 32)
-    channel_kernels().channel_gradients[-(-S // B), M, H](
-        s, s, c, s, pairs, far, far, far, read, read, read, read, start, end, 1.0, *strides(s), *strides(s), H, S,
-        B=B, WANT_DK=False, WANT_DG=False, **given, num_warps=4, num_stages=1,
-    )  # fmt: skip
-    return read, or_nothing(final, q), or_nothing(entered, q)
+    return near_and_far(s, c, pairs, far, stream), or_nothing(final, q), or_nothing(entered, q)
 
 
 @slot_reads.register_fake
@@ -181,4 +169,5 @@ BACKEND = Backend(
     install="pip install triton",
     graphed=True,
     prepare=table_of,
+    halves=HALVES,
 )

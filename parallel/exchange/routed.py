@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from torchlinearmoe.spans import Spans
 class RoutedSpans(Spans):
     """Spans of M R rows; `length` bounds them."""
 
+    routed: ClassVar[bool] = True
     token_rows_T: Tensor
     starts: Tensor
     """int64 [M R + 1]"""

@@ -24,8 +24,8 @@ from torchlinearmoe.spans import Spans
 class StateExchange:
     """The all-gather of every rank's (A, B), and what of it enters this rank's spans.
 
-    `written`: the B, each [R, G, K, V]; `a`: None for 1; [R, G, 1 or K], log decays of the rows of every B; or with
-    `dense` [R, G, K, K].
+    `written`: the B, each [R, G, K, V]; `a`: None for 1; [R, G, 1 or K], factors of the rows of every B; or with
+    `dense` [R, G, K, K]. No A travels where no document passes through a span.
     """
 
     spans: Spans
@@ -35,8 +35,9 @@ class StateExchange:
 
     def __post_init__(self) -> None:
         parts = list(self.written)
+        self.a = self.a if self.spans.passed else None
         if self.a is not None:
-            parts.append(self.a if self.dense else self.a.exp())
+            parts.append(self.a)
         self.shapes = [part.shape for part in parts]
         self.dtype = parts[0].dtype
         packed = torch.cat([part.flatten(1).to(self.dtype) for part in parts], 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from cases import cases_of, forced
 from cases.families import FAMILIES
 
 from torchlinearmoe.kernels.operator import operators
+from torchlinearmoe.segments import Segments
 
 pytestmark = [
     pytest.mark.slow,
@@ -124,6 +126,53 @@ def test_delta_rules_compile_for(chip: str) -> None:
 @pytest.mark.parametrize("K, V", [(24, 40), (64, 96), (128, 128), (256, 200), (64, 512)])
 def test_delta_rules_fit_a_hopper_at_any_width(K: int, V: int, dtype: torch.dtype) -> None:
     assert {"onward", "back"} <= names("H100", "delta", "grouped_delta", "grouped_kda", K=K, V=V, dtype=dtype)
+
+
+def compile_halves(operator: str, through: bool) -> dict[str, list[str]]:
+    """Both halves of an operator, on and back; registers that nothing has written, by kernel."""
+    from fake_gpu import FakeGPU
+
+    from torchlinearmoe.kernels.halves import finished, open_table
+
+    gpu = FakeGPU(*CHIPS["H100"], faults={}).install()
+    halves, (inputs, options) = operators()[operator].find_backends()["triton"].halves, halves_inputs(operator)
+    assert halves is not None and gpu.faults is not None
+    table = open_table(Segments.of_lengths((1100, 30)))
+    steps = halves.forward(table, *inputs, through=through, **options)
+    passed = next(steps)
+    next(steps)
+    assert passed is not None and (passed.factor is not None) == through
+    done = finished(steps, [torch.zeros_like(x) for x in passed.written])
+    (o,) = done.results
+    assert o is not None
+    read = [None if index in done.forgotten else x for index, x in enumerate(inputs)]
+    steps = halves.backward(table, read, done.kept, torch.zeros_like(o), **options)
+    passed = next(steps)
+    next(steps)
+    assert passed is not None
+    gradients = finished(steps, [torch.zeros_like(x) for x in passed.written]).results
+    shapes = [[None if x is None else x.shape for x in of] for of in (inputs, gradients)]
+    assert shapes[0] == shapes[1]
+    assert gpu.compiled
+    return gpu.faults
+
+
+def halves_inputs(operator: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Of 1130 tokens and a head, and the options."""
+    q, narrow, wide = (torch.zeros(1130, 1, width, dtype=torch.bfloat16) for width in (128, 64, 256))
+    scalars, channels = torch.zeros(1130, 1), torch.zeros(1130, 1, 128)
+    return {
+        "linear": ((q, q, wide, channels, torch.zeros(1, 128)), {"scale": 0.1}),
+        "delta": ((q, q, wide, scalars, scalars), {"scale": 0.1}),
+        "dplr": ((*[narrow] * 5, channels[..., :64]), {"scale": 1.0, "lower_bound": -0.6}),
+        "slots": ((q, q, q, narrow, channels[..., :64]), {"scale": 0.1}),
+    }[operator]
+
+
+@pytest.mark.parametrize("operator, through", [("linear", True), ("delta", True), ("dplr", False), ("slots", True)])
+def test_halves_compile(operator: str, through: bool) -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(compile_halves, operator, through).result() == {}
 
 
 def compile_movement(chip: str, width: int, hidden: int, experts: int) -> tuple[list[str], dict[str, str]]:

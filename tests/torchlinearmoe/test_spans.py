@@ -34,7 +34,13 @@ def test_the_picture_of_the_module():
     assert [s.earliest for s in spans] == [0, 0, 0]
     assert spans[2].reaches_WR.tolist() == [[True], [True], [False]]
     assert spans[2].positions.tolist() == [8, 0, 1, 0]
-    assert all(s.crossed for s in spans)
+    assert all(s.crossed and s.passed for s in spans)
+    assert spans[2].row_lengths() == [(1, 2, 1)]
+
+
+def test_what_ends_with_a_span_does_not_pass_through_it():
+    assert all(s.crossed and not s.passed for s in spans_of([0, 8, 12], 12, 3))
+    assert not any(s.passed for s in spans_of([0, 8], 8, 2))
 
 
 def test_nothing_crosses_where_documents_end_with_their_spans():
@@ -55,6 +61,12 @@ def test_random_documents_are_cut_as_a_token_by_token_reading_cuts_them(seed: in
         assert spans.positions.tolist() == [t - document[t] for t in tokens]
         pieces = Documents.packed(spans.borders, length)
         assert [document[t] for t in tokens] == [document[tokens[spans.borders[n]]] for n in pieces.ids.tolist()]
+        assert spans.row_lengths() == [
+            tuple(pieces.ids[r * length : (r + 1) * length].unique_consecutive(return_counts=True)[1].tolist())
+            for r in range(rows)
+        ]
+        inner = [r * row + w * length for r in range(rows) for w in range(1, size - 1)]
+        assert spans.passed == any(document[begin + length] < begin for begin in inner)
         for r in range(rows):
             first, last = tokens[r * length], tokens[(r + 1) * length - 1]
             assert pieces.ids[r * length] == spans.first_R[r] and pieces.ids[(r + 1) * length - 1] == spans.last_R[r]

@@ -56,11 +56,12 @@ def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     for column in columns:
         table.add_column(column, justify="left" if column in _WORDS else "right")
     for row in rows:
-        table.add_row(*(_cell(row.get(column)) for column in columns))
+        table.add_row(*(cell(row.get(column)) for column in columns))
     Console(width=max(Console().width, 160)).print(table)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value as tables show it."""
     if value is None:
         return "-"
     if isinstance(value, float):

@@ -61,7 +61,7 @@ class ShortConvolution(Module):
     @outside_graphs
     def _spanned(self, x: Tensor, past: Spanned, entering: Tensor | None) -> Tensor:
         if entering is None:
-            entering = entering_inputs(x, past.segments.ids, past.spans, self.taps - 1)
+            (x,), (entering,) = entering_inputs([x], past.segments.ids, past.spans, self.taps - 1)
         return short_convolution(
             x,
             self.weight,
@@ -112,10 +112,9 @@ class Convolutions(nn.ModuleDict):
         entering: dict[str, Tensor] = {}
         if isinstance(past, Spanned) and self.taps > 1:
             convolved = {name: x for name, x in inputs.items() if name in self}
-            joined = torch.cat(list(convolved.values()), -1)
-            together = entering_inputs(joined, past.segments.ids, past.spans, self.taps - 1)
-            parts = together.split([x.shape[-1] for x in convolved.values()], -1)
-            entering = dict(zip(convolved, parts, strict=True))
+            parts, together = entering_inputs(list(convolved.values()), past.segments.ids, past.spans, self.taps - 1)
+            inputs = inputs | dict(zip(convolved, parts, strict=True))
+            entering = dict(zip(convolved, together, strict=True))
         outputs: dict[str, Tensor] = {}
         after: After = {}
         for name, x in inputs.items():
@@ -144,5 +143,5 @@ def token_shift(x: Tensor, past: Past, state: Tensor | None) -> tuple[Tensor, Te
 
 @outside_graphs
 def _spanned_shift(x: Tensor, past: Spanned) -> Tensor:
-    state = past.first_states(entering_inputs(x, past.segments.ids, past.spans, 1))
-    return shift_kernel(x, segments=past.segments, initial_state=state)[0]
+    (x,), (entering,) = entering_inputs([x], past.segments.ids, past.spans, 1)
+    return shift_kernel(x, segments=past.segments, initial_state=past.first_states(entering))[0]

@@ -13,6 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from torchlinearmoe.kernels.delta import delta_rule as delta_kernel
+from torchlinearmoe.kernels.delta import l2_normalize
 from torchlinearmoe.kernels.dplr import dplr_rule as dplr_kernel
 from torchlinearmoe.kernels.heads import repeat_heads, same_heads
 from torchlinearmoe.kernels.linear import linear_recurrence as linear_kernel
@@ -101,11 +102,15 @@ def delta_rule(
 
     q, k: [T, H or fewer, K]; v: [T, H, V]; beta: [T, H]; log_decay: None, [T, H] or [T, H, K]. state: [N, H, K, V].
     """
-    inputs = (q, k, v, beta, log_decay)
     if isinstance(past, Spanned):
-        return spanned.dense_recurrence(delta_kernel, inputs, 2, past, scale=scale, l2_norm=True, backend=backend), None
+        q, k = l2_normalize(q), l2_normalize(k)  # here, where the compiler still sees it
+        return spanned.delta_rule(q, k, v, beta, log_decay, past, scale=scale, backend=backend), None
     return delta_kernel(
-        *inputs,
+        q,
+        k,
+        v,
+        beta,
+        log_decay,
         segments=past.segments,
         scale=scale,
         l2_norm=True,
@@ -133,13 +138,16 @@ def dplr_rule(
 
     q, k, a, b, log_decay: [T, H, K]; v: [T, H, V]. state: [N, H, K, V].
     """
-    inputs = (q, k, v, a, b, log_decay)
     if isinstance(past, Spanned):
-        return spanned.dense_recurrence(
-            dplr_kernel, inputs, 2, past, scale=scale, lower_bound=lower_bound, backend=backend
-        ), None
+        options = {"scale": scale, "lower_bound": lower_bound, "backend": backend}
+        return spanned.dplr_rule(q, k, v, a, b, log_decay, past, **options), None
     return dplr_kernel(
-        *inputs,
+        q,
+        k,
+        v,
+        a,
+        b,
+        log_decay,
         segments=past.segments,
         scale=scale,
         lower_bound=lower_bound,

@@ -22,7 +22,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -32,7 +33,7 @@ import torch
 from rich.console import Console
 from torch.cuda import nccl
 
-from torchlinearmoe.benchmark.contest import show
+from torchlinearmoe.benchmark.contest import cell, show
 from torchlinearmoe.benchmark.multi import checkpoint, context, expert, fsdp, kill, pipeline, tensor
 from torchlinearmoe.benchmark.multi.host import LATE, Host, OutOfTime
 from torchlinearmoe.benchmark.multi.models import about, check_overrides, timed
@@ -53,6 +54,8 @@ SECTIONS: dict[str, ModuleType] = {
     "kill": kill,
 }
 """In the order of their value, which is that of `--quick`."""
+OPENING = ("section", "case", "result")
+"""Columns with which a line begins."""
 RANKS = (2, 4, 8)
 QUICK_SECONDS = 115
 """Of all sections together."""
@@ -77,14 +80,16 @@ COLUMNS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's options."""
     parser.add_argument("--quick", action="store_true", help="smaller models, fewer cases, none compiled, two minutes")
-    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), metavar="NAME", help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(SECTIONS), metavar="NAME", help=f"of {', '.join(SECTIONS)}; in that order"
+    )
     parser.add_argument("--ranks", type=int, choices=RANKS, help="ranks (default: torchrun's, else all GPUs, else 2)")
     parser.add_argument(
         "--device", choices=["auto", "cuda", "cpu"], default="auto", help="auto takes GPUs where there are two"
     )
-    parser.add_argument("--eager", action="store_true", help="compile nothing")
+    parser.add_argument("--eager", action="store_true", help="compile only what `context` times both ways")
     parser.add_argument("--limit", type=float, help="seconds a section (default: each its own)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write header and rows, after every section")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write header and rows, after every row")
     parser.add_argument("--folder", type=Path, help="where runs and logs are kept (default: nowhere)")
 
 
@@ -113,28 +118,41 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 def _report(host: Host, arguments: argparse.Namespace) -> int:
     rows: list[Row] = []
     over = time.monotonic() + (QUICK_SECONDS if host.quick else float("inf"))
-    names = [name for name in SECTIONS if not arguments.only or name in arguments.only]
+    names = list(dict.fromkeys(arguments.only or SECTIONS))
+
+    def found(name: str, row: Row | None = None) -> None:
+        """Tell of a row as it comes: a call that is cut short keeps its rows."""
+        if row is not None:
+            print(_line(name, row), flush=True)
+        if arguments.json:
+            shown = [*rows, *([] if row is None else [{"section": name, **row}])]
+            written = {"header": header(host), "rows": shown, "start_s": host.start_s, "torchruns": host.torchruns}
+            arguments.json.write_text(json.dumps(written, indent=1) + "\n")
+
     with Console(stderr=True).status("") as status:
         if host.quick:
             status.update("all sections together")
             measure_together(host, {name: SECTIONS[name] for name in names}, over)
         for number, name in enumerate(names, 1):
             status.update(f"{name} ({number} of {len(names)})")
-            for row in section(host, name, arguments.limit, over):
+            for row in section(host, name, arguments.limit, over, None if host.quick else partial(found, name)):
                 rows.append({"section": name, **row})
                 if row["result"] == "failed":
                     print(f"{name}, {row['case']}: {row['error']}", file=sys.stderr, flush=True)
-            if arguments.json:
-                found = {"header": header(host), "rows": rows, "start_s": host.start_s, "torchruns": host.torchruns}
-                arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+            found(name)
     title = ", ".join(f"{key} {value}" for key, value in header(host).items() if value)
     shown = {key: name for key, name in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
     show(title, [{name: row.get(key) for key, name in shown.items()} for row in rows])
     return 1 if any(row["result"] == "failed" for row in rows) else 0
 
 
-def section(host: Host, name: str, limit: float | None, over: float) -> list[Row]:
-    """The rows of a section, whatever becomes of it; `over`: when the time of all of them is, in time.monotonic()."""
+def section(
+    host: Host, name: str, limit: float | None, over: float, found: Callable[[Row], None] | None = None
+) -> list[Row]:
+    """The rows of a section, whatever becomes of it; `over`: when the time of all of them is, in time.monotonic().
+
+    `found` is told of each as it comes.
+    """
     now, asked_s = time.monotonic(), host.asked_s
     module = SECTIONS[name]
     host.deadline = min(now + (limit or module.LIMIT), over)
@@ -142,6 +160,8 @@ def section(host: Host, name: str, limit: float | None, over: float) -> list[Row
     try:
         for row in module.run(host):
             rows.append(row)
+            if found is not None:
+                found(row)
     except OutOfTime:
         rows.append(failed("all", f"no answer {LATE}"))
     except Exception as error:
@@ -152,6 +172,12 @@ def section(host: Host, name: str, limit: float | None, over: float) -> list[Row
         rows = [left_out(row["case"], "the time of --quick is over") if cut else row for row, cut in zip(rows, late)]
     seconds = round(time.monotonic() - now + host.asked_s - asked_s, 1)
     return [row | {"seconds": seconds} if row is rows[-1] else row for row in rows]
+
+
+def _line(name: str, row: Row) -> str:
+    """A row in one line."""
+    cells = [f"{label} {cell(row[key])}" for key, label in COLUMNS.items() if key not in OPENING and key in row]
+    return f"{name}, {row['case']}: {', '.join([row['result'], *cells])}"
 
 
 def header(host: Host) -> dict[str, Any]:

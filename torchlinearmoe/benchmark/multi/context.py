@@ -11,12 +11,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from torchlinearmoe.benchmark.multi.host import Host, Run, Runs
-from torchlinearmoe.benchmark.multi.models import small, timed
+from torchlinearmoe.benchmark.multi.models import Tables, small, timed
 from torchlinearmoe.benchmark.multi.rows import Row, compared, failed, rated
 from torchlinearmoe.benchmark.multi.shapes import longest_of, span_of, steps_of
 from torchlinearmoe.mixers import MIXERS
 
-LIMIT = 420
+LIMIT = 540
+TIMED_MIXERS = ("hgrn2", "gated_delta_net")
+"""A diagonal A, and a dense one."""
+WARM_SECONDS = 100
+"""For compilers, before anything is timed."""
+TIMED_STEPS = 9
 QUICK_MIXERS = ("linear_attention", "gla", "mamba2", "gated_delta_net")
 """One of each way to decay."""
 CONDITIONED = {"rwkv6": {"norm_eps": 0.1}, "rwkv7": {"norm_eps": 0.1}, "kda": {"norm_eps": 0.01}}
@@ -28,36 +33,87 @@ def runs(host: Host) -> Runs:
     models = _models(host).values()
     alone = [{"kind": "losses", "recipe": small(host, model=model)} for model, _ in models]
     spread = [{"kind": "losses", "recipe": small(host, model=model, parallel=parallel)} for model, parallel in models]
-    return Runs(alone, [*_speeds(host), *spread])
+    speeds = [run for pair in _pairs(host).values() for run in pair]
+    return Runs(alone, [*speeds, *_others(host), *spread])
 
 
 def run(host: Host) -> Iterator[Row]:
-    """Rows of the speeds, of the losses, and of the longest sequences."""
+    """Rows of the speeds, of the losses, and of the longest sequences, each as it is found."""
     wanted, models = runs(host), _models(host)
-    dp, cp, profile, hybrid, *spread = host.measure(wanted.every)
-    yield rated("data parallel", dp)
-    yield rated("LASP-2, speed", cp, dp, "data parallel")
+    if host.cuda and not host.quick:
+        host.beside(_warm(host), WARM_SECONDS)
+    figures = host.each(wanted.every)
+    for name in _pairs(host):
+        dp, cp = next(figures), next(figures)
+        yield rated(f"data parallel, {name}", dp)
+        yield rated(f"LASP-2, {name}", cp, dp, "data parallel")
+    profile, hybrid = next(figures), next(figures)
     yield failed("LASP-2, gather", profile["error"]) if "error" in profile else _hidden(profile)
     yield rated("LASP-2H, speed", hybrid)
-    for name, found, expected in zip(models, spread, host.measure(wanted.one, 1)):
+    spread = list(figures)
+    for name, found, expected in zip(models, spread, host.each(wanted.one, 1)):
         yield compared(name, found, expected, host.cuda)
     if not host.quick:
         yield from _longest(host)
 
 
-def _speeds(host: Host) -> list[Run]:
-    """Runs: data parallel, LASP-2, its profile, LASP-2H."""
-    span, steps = span_of(host), steps_of(host)
-    linear, hybrid = {"layout": "L"}, {"layout": "LLLN"}
-    dp = timed(host, length=span, sequences=1, model=linear, parallel={"data_shard": host.ranks})
-    cp = timed(host, length=span * host.ranks, sequences=1, model=linear, parallel=linear_only(host))
-    lasp2h = timed(host, length=span * host.ranks, sequences=1, model=hybrid, parallel=gathered(host))
+def _pairs(host: Host) -> dict[str, tuple[Run, Run]]:
+    """Data parallel and LASP-2, by mixer and whether it is compiled."""
+    given = host.overrides.get("model", {}).get("mixer")
+    mixers = (given,) if given else TIMED_MIXERS[:1] if host.quick else TIMED_MIXERS
+    steps = min(steps_of(host), TIMED_STEPS)
+    ways = (False, True) if host.cuda and not host.quick else (host.compiled,)
+    return {
+        f"{mixer}, {'compiled' if compiled else 'eager'}": (
+            {"kind": "speed", "recipe": _apart(host, mixer, compiled), "steps": steps},
+            {"kind": "speed", "recipe": _together(host, mixer, compiled), "steps": steps},
+        )
+        for mixer in mixers
+        for compiled in ways
+    }
+
+
+def _others(host: Host) -> list[Run]:
+    """The profile of LASP-2, and the speed of LASP-2H."""
+    length = span_of(host) * host.ranks
+    lasp2h = timed(host, length=length, sequences=1, model={"layout": "LLLN"}, parallel=gathered(host))
     return [
-        {"kind": "speed", "recipe": dp, "steps": steps},
-        {"kind": "speed", "recipe": cp, "steps": steps},
-        {"kind": "overlap", "recipe": cp, "steps": 3},
-        {"kind": "speed", "recipe": lasp2h, "steps": steps},
+        {"kind": "overlap", "recipe": _together(host, TIMED_MIXERS[0], host.compiled), "steps": 3},
+        {"kind": "speed", "recipe": lasp2h, "steps": steps_of(host)},
     ]
+
+
+def _warm(host: Host) -> list[list[Run]]:
+    """The kernels and graphs of all that is timed, of models with one layer: all of them compile at once."""
+    return [
+        [
+            {"kind": "warm", "recipe": run["recipe"] | {"model": run["recipe"]["model"] | {"num_layers": 1}}}
+            for run in pair
+        ]
+        for pair in _pairs(host).values()
+    ]
+
+
+def _apart(host: Host, mixer: str, compiled: bool) -> Tables:
+    return timed(
+        host,
+        length=span_of(host),
+        sequences=1,
+        model={"layout": "L", "mixer": mixer},
+        parallel={"data_shard": host.ranks},
+        compiled=compiled,
+    )
+
+
+def _together(host: Host, mixer: str, compiled: bool) -> Tables:
+    return timed(
+        host,
+        length=span_of(host) * host.ranks,
+        sequences=1,
+        model={"layout": "L", "mixer": mixer},
+        parallel=linear_only(host),
+        compiled=compiled,
+    )
 
 
 def _models(host: Host) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:

@@ -12,10 +12,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -96,12 +96,44 @@ class Host:
         """
         ranks = ranks or self.ranks
         if rising:
-            return self._measure(runs, ranks, rising)
+            return list(self._each(runs, ranks, rising))
+        return list(self.each(runs, ranks))
+
+    def each(self, runs: Sequence[Run], ranks: int | None = None) -> Iterator[Figures]:
+        """The same of runs that are not rising, each as it comes."""
+        ranks = ranks or self.ranks
         keys = [key_of(run, ranks) for run in runs]
-        missing = [index for index, key in enumerate(keys) if key not in self.known]
-        found = dict(zip(missing, self._measure([runs[index] for index in missing], ranks)))
-        self.known |= {keys[index]: figures for index, figures in found.items() if not is_late(figures)}
-        return [found[index] if index in found else self._recall(key) for index, key in enumerate(keys)]
+        unknown = [run for run, key in zip(runs, keys) if key not in self.known]
+        answers = iter(self._each(unknown, ranks) if unknown else ())
+        wanted = {key for key in keys if key not in self.known}
+        for key in keys:
+            if key not in wanted:
+                yield self._recall(key)
+                continue
+            figures = next(answers)
+            if not is_late(figures):
+                self.known[key] = figures
+            yield figures
+
+    def beside(self, groups: Sequence[Sequence[Run]], seconds: float) -> None:
+        """Do runs of which nobody wants the figures, each group in processes of its own, all at once, for so long."""
+        deadline, self.deadline = self.deadline, min(self.deadline, time.monotonic() + seconds)
+        try:
+            with ThreadPoolExecutor(len(groups)) as pool:
+                futures = [pool.submit(self.measure, group) for group in groups]
+                with self.ending():
+                    wait(futures)  # a run that fails will do so again, and tell
+        finally:
+            self.deadline = deadline
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Let no job outlive what is raised inside, by a signal perhaps."""
+        try:
+            yield
+        except BaseException:
+            self.deadline = time.monotonic()
+            raise
 
     def once(self, name: str, find: Callable[[float], Figures], deadline: float) -> Figures:
         """What `find` finds until a deadline, or found before."""
@@ -121,31 +153,44 @@ class Host:
             self.asked_s += self.known[key].get("run_s", 0.0)
         return self.known[key]
 
-    def _measure(self, runs: Sequence[Run], ranks: int, rising: bool = False) -> list[Figures]:
-        found: list[Figures] = []
-        while len(found) < len(runs):
+    def _each(self, runs: Sequence[Run], ranks: int, rising: bool = False) -> Iterable[Figures]:
+        found = 0
+        while found < len(runs):
             if time.monotonic() > self.deadline:
-                return found + [{"error": f"not begun {LATE}"}] * (len(runs) - len(found))
+                yield from [{"error": f"not begun {LATE}"}] * (len(runs) - found)
+                return
             folder = self.new_folder()
-            placed = [{**run, "folder": str(folder / str(index))} for index, run in enumerate(runs[len(found) :])]
+            placed = [{**run, "folder": str(folder / str(index))} for index, run in enumerate(runs[found:])]
             (folder / "runs.json").write_text(json.dumps(placed))
+            told = 0
             try:
                 with self.torchrun(["-m", JOB, str(folder)], ranks, folder) as job:
-                    status = job.wait(self.deadline, partial(self._watch, folder))
+                    while (status := job.process.poll()) is None:
+                        self._watch(folder)
+                        for figures in self._answers(folder)[told:]:
+                            told += 1
+                            yield figures
+                        time.sleep(POLL)
                 error = failure(folder, status)
             except OutOfTime:
                 error = f"no answer {LATE}"
             except Stuck:
                 error = f"no word for {self.patience:.0f} s"
-            about, *answers = read_lines(folder / "answers.jsonl") or [{}]
-            self.chip = self.chip or about.get("chip", "")
-            self.start_s = max(self.start_s, about.get("start_s", 0.0))
-            found += answers
-            if len(found) < len(runs):
-                found.append({"error": error})
+            yield from self._answers(folder)[told:]
+            found += len(self._answers(folder))
+            if found < len(runs):
+                found += 1
+                yield {"error": error}
                 if rising and time.monotonic() <= self.deadline:
-                    found += [{"error": "not begun"}] * (len(runs) - len(found))
-        return found
+                    yield from [{"error": "not begun"}] * (len(runs) - found)
+                    return
+
+    def _answers(self, folder: Path) -> list[Figures]:
+        """What the job of this folder has found so far."""
+        about, *answers = read_lines(folder / "answers.jsonl") or [{}]
+        self.chip = self.chip or about.get("chip", "")
+        self.start_s = max(self.start_s, about.get("start_s", 0.0))
+        return answers
 
     def check(self) -> None:
         """Raise OutOfTime where the deadline is over, which may have come nearer."""
@@ -189,6 +234,8 @@ class Host:
         """What a process of a section is started with."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
         kept |= {"NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        # Ranks, and jobs beside each other, compile at the same time.
+        kept.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // (4 * self.ranks))))
         if not self.cuda:
             kept |= {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
         return kept

@@ -83,6 +83,15 @@ def speed(run: dict[str, Any], device: torch.device) -> dict[str, Any]:
     }
 
 
+def warm(run: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Two steps, for what they leave in the compilers' caches."""
+    trainer = build(run, device)
+    batches = synthetic_step(trainer)
+    for _ in range(2):
+        trainer.train_step(batches)
+    return {}
+
+
 def overlap(run: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Milliseconds a step and rank of the collectives of context parallelism, and the share that others hide.
 
@@ -140,7 +149,7 @@ def await_turn(run: dict[str, Any], device: torch.device) -> None:
     run["waited_s"] = round(time.monotonic() - began, 1)
 
 
-KINDS = {"losses": losses, "speed": speed, "overlap": overlap, "train": train}
+KINDS = {"losses": losses, "speed": speed, "overlap": overlap, "warm": warm, "train": train}
 
 
 def build(run: dict[str, Any], device: torch.device) -> Trainer:

@@ -68,10 +68,11 @@ def timed(
     micro_batches: int = 1,
     model: dict[str, Any] | None = None,
     checkpointing: str = "none",
+    compiled: bool | None = None,
 ) -> Tables:
     """The recipe that is timed: `sequences` of `length` tokens a micro-batch and data rank, `micro_batches` a step.
 
-    `model`: keys beside its own; `parallel`: the degrees, data_shard among them.
+    `model`: keys beside its own; `parallel`: the degrees, data_shard among them; `compiled`: None for the host's.
     """
     size: dict[str, Any] = {"family": "qwen2", "size": "A0.3B"}
     if host.quick:
@@ -88,7 +89,7 @@ def timed(
             "micro_batch_size": sequences,
             "tokens_per_step": length * sequences * micro_batches * parallel["data_shard"],
             "activation_checkpointing": checkpointing,
-            "compile": host.compiled,
+            "compile": host.compiled if compiled is None else compiled,
         },
         "optimizer": {},
         "metrics": {"tensorboard": False},

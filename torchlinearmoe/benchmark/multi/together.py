@@ -11,10 +11,8 @@ and find them known.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -55,7 +53,7 @@ def measure_together(host: Host, modules: Mapping[str, ModuleType], over: float)
     ]
     with ThreadPoolExecutor(len(tasks)) as pool:
         futures = [pool.submit(_and_say, path, task) for path, task in tasks]
-        with _ending(host):
+        with host.ending():
             wait(futures)  # what one raised, its section will meet again and tell
     host.patience = float("inf")
     host.uncounted = set(host.known)
@@ -82,16 +80,6 @@ def _ordered(host: Host, ranks: int, wanted: dict[str, list[Run]]) -> list[Run]:
         checks, last = [run for run in checks if run["kind"] != "train"], [r for r in checks if r["kind"] == "train"]
         times += last
     return list({key_of(run, ranks): dict(run) for run in [*checks, *times]}.values())
-
-
-@contextmanager
-def _ending(host: Host) -> Iterator[None]:
-    """Let no job outlive what is raised inside, by a signal perhaps."""
-    try:
-        yield
-    except BaseException:
-        host.deadline = time.monotonic()
-        raise
 
 
 def _and_say(path: Path, task: Callable[[], Any]) -> Any:

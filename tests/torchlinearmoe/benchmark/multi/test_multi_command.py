@@ -64,6 +64,7 @@ def test_a_failing_section_is_a_row_and_a_line_and_the_others_go_on(sections, tm
     assert found["header"]["ranks"] == 2 and found["header"]["backend"] == "gloo" and found["header"]["torch"]
     out, err = capsys.readouterr()
     assert err.splitlines() == ["fsdp, all: RuntimeError: two lines", "tensor, all: no answer within the limit"]
+    assert out.startswith("fsdp, before: timed, tokens/s a GPU 5\npipeline, sound: equal, losses differ 1e-07\n")
     assert "ranks 2" in out and "sound" in out and "1e-07" in out and "hidden" not in out
 
 
@@ -147,7 +148,7 @@ class Checked(Host):
         super().__post_init__()
         self.asked: list[tuple[int, dict]] = []
 
-    def _measure(self, runs, ranks, rising=False):
+    def _each(self, runs, ranks, rising=False):
         found = []
         for run in runs:
             run["recipe"]["training"].setdefault("output_dir", "runs/x")
@@ -254,6 +255,38 @@ def test_a_signal_ends_what_is_measured_together(tmp_path: Path, monkeypatch):
         measure_together(host, modules, time.monotonic() + 100)
 
 
+def test_what_is_done_beside_has_so_long_and_the_rest_as_long_as_before(tmp_path: Path):
+    host = Host(2, False, False, False, tmp_path)
+    host.deadline = over = time.monotonic() + 100
+    begun = []
+
+    def begin(runs, ranks, rising=False):
+        begun.append((runs, host.deadline - time.monotonic() < 10))
+        for _ in runs:
+            yield {"error": "broke"}
+
+    host._each = begin
+    groups = [[{"kind": "warm", "of": name}] for name in "ab"]
+    host.beside(groups, 10)
+    assert sorted(begun, key=str) == [(group, True) for group in groups] and host.deadline == over
+
+
+def test_each_answer_comes_before_the_next_is_asked_for(tmp_path: Path):
+    host = Host(2, False, False, False, tmp_path)
+    begun = []
+
+    def begin(runs, ranks, rising=False):
+        for run in runs:
+            begun.append(run["kind"])
+            yield {"losses": run["kind"]}
+
+    host._each = begin
+    figures = host.each([{"kind": name} for name in "aba"])
+    assert next(figures) == {"losses": "a"} and begun == ["a"]
+    assert [found["losses"] for found in figures] == ["b", "a"]
+    assert list(host.each([{"kind": "b"}])) == [{"losses": "b"}] and begun.count("b") == 1
+
+
 def test_answers_are_kept_and_failures_but_not_what_had_no_time(tmp_path: Path):
     host = Host(2, False, True, False, tmp_path)
     answers = {"good": {"losses": [1.0]}, "bad": {"error": "broke"}, "late": {"error": f"not begun {LATE}"}}
@@ -263,7 +296,7 @@ def test_answers_are_kept_and_failures_but_not_what_had_no_time(tmp_path: Path):
         begun.extend((ranks, run["kind"]) for run in runs)
         return [answers[run["kind"]] for run in runs]
 
-    host._measure = begin
+    host._each = begin
     runs = [{"kind": name} for name in answers]
     for _ in range(2):
         assert host.measure([run | {"after": ["x"]} for run in runs]) == list(answers.values())
