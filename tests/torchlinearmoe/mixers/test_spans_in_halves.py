@@ -76,7 +76,7 @@ def spanned_run(case: Case, layout: str, size: int) -> Results:
         return stack(own_TD, stack.context(documents, spans.positions))[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(walk, "group_of", lambda places: 2)
+        patch.setattr(walk, "group_of", lambda places, longest=32: 2)
         for operator in (linear.OPERATOR, delta.OPERATOR, dplr.OPERATOR, slots.OPERATOR):
             backends = operator.find_backends()
             patch.setitem(backends, "triton", dataclasses.replace(backends["triton"], devices=None))
