@@ -332,8 +332,10 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "batch_tokens": 4096,
         },
     },
-    "embeddings": {"model": {"family": "llama3", "embed_init_std": 0.2}, "training": {"steps": 9}},
-    "llama3-float8": {"model": {"family": "llama3"}, "training": {"steps": 9, "float8": "rowwise"}},
+    "embeddings-float8": {
+        "model": {"family": "llama3", "embed_init_std": 0.2},
+        "training": {"steps": 9, "float8": "rowwise"},
+    },
 }
 ONE_VALUE = {"optimizer.name"}
 """Keys with a single legal value."""
