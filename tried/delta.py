@@ -230,7 +230,7 @@ def warm_all(jobs, processes, tokens):
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for flag in ("--compare-only", "--time-only", "--small", "--no-variants"):
+    for flag in ("--compare-only", "--time-only", "--small", "--no-variants", "--compile-only", "--compiled"):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--processes", type=int, default=min(14, os.cpu_count() or 1))
@@ -248,7 +248,10 @@ def main() -> None:
         small = 64 * 1100
         jobs += [f"time:{i}" for i in range(len(TIMED))] * (not o.compare_only)
         jobs += [f"variant:{i}" for i in range(len(VARIANTS))] * (not o.compare_only and not o.no_variants)
-        warm_all(jobs, o.processes, small)
+        if not o.compiled:
+            warm_all(jobs, o.processes, small)
+        if o.compile_only:
+            return
     bad, table = [], []
     if not o.time_only:
         device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)

@@ -1,6 +1,6 @@
 """State space duality and the recurrences of one decay a head on a GPU: right in bf16, the same bits twice, then timed.
 
-    cd REPOSITORY && python ssd.py [--sweep]          on a GPU
+    cd REPOSITORY && python ssd.py [--sweep] [--compare-only | --time-only]          on a GPU
     TRITON_INTERPRET=1 python ssd.py                  the comparing half on a CPU: small sizes, float32 and float16
 """
 import sys
@@ -178,9 +178,10 @@ def times():
     return lines
 
 
-case_table()
+if "--time-only" not in sys.argv:
+    case_table()
 compared = time.time() - began
-lines = times() if GPU else []
+lines = times() if GPU and "--compare-only" not in sys.argv else []
 print(f"\ncompared in {compared:.0f} s, all {time.time() - began:.0f} s")
 print("\n".join(lines))
 print("ALL RIGHT" if not failed else "WRONG:\n" + "\n".join(failed))
