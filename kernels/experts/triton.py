@@ -1,28 +1,20 @@
-"""From tokens to their sums in one operator: our Triton kernels around the grouped products, or in them.
+"""From tokens to their sums in one operator: our Triton kernels around the grouped products.
 
 The routing weight enters where silu(gate) * up is made, since w (h D_e) = (w h) D_e: the way home is then a sum of
 rows, and the gradient of w a sum over the row that the backward pass of the gate has at hand.
 
-Two products have the gates in them where they are ours (`gated`: which chips, types and widths, and the count), unless
-a loop over experts is asked for:
-
-    forward    sort 2 | tiles, gather x + product + gate | product | sum of rows                        5 launches
-    backward   tiles, gather dy + product + gates' gradients, h again | sum of w's parts | gather dy | weight's product
-               | gather x | weight's product | product | sum of rows                                    9 launches
-
-    forward    sort 2 | gather x | product | gate | product | sum of rows                          7 launches elsewhere
+    forward    sort 2 | gather x | product | gate | product | sum of rows                          7 launches
     backward   gather dy | product | gate's gradients, h again | weight's product | gather x
-               | weight's product | product | sum of rows                                          8 launches elsewhere
+               | weight's product | product | sum of rows                                          8 launches
 
 Kept for the backward pass are the inputs, the indices and what the first product gave: 2 F numbers a row, against
 2 D + 3 F of the steps one by one, whose rows, hidden activations and outputs each wait for a gradient. Bytes of all but
-the products' own operands, for R rows (indices and what tokens have once left out):
+the products, for R rows (indices and what tokens have once left out):
 
-    forward    gate written 2 F, F | sum read D                                    D + 3 F      elsewhere 2 D + 5 F
-    backward   gate read 2 F, written 3 F | dy, x written 2 D | sum read D         3 D + 5 F    elsewhere 3 D + 7 F
+    forward    x written D | gate read 2 F, written F | sum read D                                 2 D + 3 F
+    backward   dy written D | gate read 3 F, written 3 F | x written D | sum read D                3 D + 6 F
 
-R = 131072, D = 1024, F = 896, bfloat16: 0.97 and 1.98 GB, 0.23 and 0.47 ms at 4.2 TB/s (elsewhere 1.71 and 2.45 GB,
-0.41 and 0.58 ms), beside 2.16 TFLOP of products.
+R = 131072, D = 1024, F = 896, bfloat16: 1.24 and 2.21 GB, 0.29 and 0.52 ms at 4.2 TB/s, beside 2.16 TFLOP of products.
 
 Rows that no expert has (dropped assignments, padding) come last; kernels look up on the device where they begin.
 
@@ -40,9 +32,7 @@ from torch import Tensor
 from torchlinearmoe.kernels import grouped_mm
 from torchlinearmoe.kernels.choose import choose
 from torchlinearmoe.kernels.dispatch import triton as dispatch
-from torchlinearmoe.kernels.experts import gated
 from torchlinearmoe.kernels.grouped_mm import fused, loop
-from torchlinearmoe.kernels.grouped_mm.opaque import Product
 from torchlinearmoe.kernels.operator import NARROW, Backend
 from torchlinearmoe.kernels.swiglu import triton as gates
 
@@ -78,12 +68,11 @@ def whole(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y [T, D]; and for the backward pass gate_up of the rows [R, 2F], order [R], inverse [T, k], offsets [E]."""
     order_R, inverse_Tk, _, offsets_E = dispatch.sorted_rows(ids_Tk, down_EFD.shape[0], keep_Tk)
-    limit, (product, _) = _limit(offsets_E, keep_Tk), _products(products)
-    if products == fused.BACKEND.name and gated.takes(x_TD, down_EFD.shape[1]):
-        gate_up_RF, hidden_RF = gated.into_gates(x_TD, order_R, weights_Tk, gate_up_EDF, offsets_E)
-    else:
-        gate_up_RF = product(dispatch.spread_tokens(x_TD, inverse_Tk, limit), gate_up_EDF, offsets_E)
-        hidden_RF = gates.forward(gate_up_RF, weights_Tk, order_R, limit)
+    limit, product = _limit(offsets_E, keep_Tk), PRODUCTS[products].product
+    x_RD = dispatch.spread_tokens(x_TD, inverse_Tk, limit)
+    gate_up_RF = product(x_RD, gate_up_EDF, offsets_E)
+    del x_RD
+    hidden_RF = gates.forward(gate_up_RF, weights_Tk, order_R, limit)
     y_TD = dispatch.gather_sum(product(hidden_RF, down_EFD, offsets_E), None, inverse_Tk, limit)
     return y_TD, gate_up_RF, order_R, inverse_Tk, offsets_E
 
@@ -103,20 +92,13 @@ def whole_backward(
     products: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, weights, gate_up and down."""
-    limit, (product, weight_product) = _limit(offsets_E, keep_Tk), _products(products)
-    if products == fused.BACKEND.name and gated.takes(x_TD, down_EFD.shape[1]):
-        dgate_up_RF, hidden_RF, dweights_Tk = gated.back_through_gates(
-            dy_TD, order_R, weights_Tk, down_EFD, offsets_E, gate_up_RF, limited=limit is not None
-        )
-        dy_RD = dispatch.spread_tokens(dy_TD, inverse_Tk, limit)
-    else:
-        dy_RD = dispatch.spread_tokens(dy_TD, inverse_Tk, limit)
-        dhidden_RF = product(dy_RD, down_EFD.transpose(1, 2), offsets_E)
-        dgate_up_RF, hidden_RF, dweights_Tk = gates.backward(
-            gate_up_RF, weights_Tk, order_R, dhidden_RF, limit, again=True
-        )
-        del dhidden_RF
+    limit = _limit(offsets_E, keep_Tk)
+    product, weight_product = PRODUCTS[products].product, PRODUCTS[products].weight_product
+    dy_RD = dispatch.spread_tokens(dy_TD, inverse_Tk, limit)
+    dhidden_RF = product(dy_RD, down_EFD.transpose(1, 2), offsets_E)
+    dgate_up_RF, hidden_RF, dweights_Tk = gates.backward(gate_up_RF, weights_Tk, order_R, dhidden_RF, limit, again=True)
     assert hidden_RF is not None and dweights_Tk is not None
+    del dhidden_RF
     ddown_EFD = weight_product(hidden_RF, dy_RD, offsets_E)
     del hidden_RF, dy_RD
     x_RD = dispatch.spread_tokens(x_TD, inverse_Tk, limit)
@@ -124,10 +106,6 @@ def whole_backward(
     del x_RD
     dx_RD = product(dgate_up_RF, gate_up_EDF.transpose(1, 2), offsets_E)
     return dispatch.gather_sum(dx_RD, None, inverse_Tk, limit), dweights_Tk, dgate_up_EDF, ddown_EFD
-
-
-def _products(name: str) -> tuple[Product, Product]:
-    return PRODUCTS[name].product, PRODUCTS[name].weight_product
 
 
 def _limit(offsets_E: Tensor, keep_Tk: Tensor | None) -> Tensor | None:

@@ -69,8 +69,9 @@ class _Walk:
         self._advance(w, u, None, states, factors, range(S))
         BK, BV = tile(K, 16), tile(V, 64)
         linear_kernels().join[-(-K // BK) * -(-V // BV), H](
-            states, factors, S, H, K, V, BX=BK, BU=BV, REVERSE=self.reverse, ROWS=False, num_warps=4
-        )
+            states, factors, given(None, states), given(None, states), S, H, K, V, BX=BK, BU=BV, REVERSE=self.reverse,
+            ROWS=False, HAS_ENTER=False, WANT_LEAVE=False, num_warps=4,
+        )  # fmt: skip
         return states
 
     def chunks(self, w: Tensor, u: Tensor, entered: Tensor | None, states: Tensor, slab: range) -> None:

@@ -215,35 +215,6 @@ def test_movement_gates_and_head_compile_with_hardly_a_spill_for(chip: str, size
     assert max(spilled.values()) <= 8 and all(" LOCAL:0 " in line for line in resources.values()), spilled
 
 
-def compile_gated(width: int, hidden: int, experts: int, dtype: torch.dtype) -> tuple[dict[str, str], dict]:
-    """The products with the gates in them: what they take, and what they read that nothing wrote."""
-    from fake_gpu import FakeGPU
-
-    from torchlinearmoe.kernels.experts import gated
-
-    gpu = FakeGPU(*CHIPS["H100"], resources={}, faults={}).install()
-    x, order, weights = torch.zeros(8, width, dtype=dtype), torch.zeros(48, dtype=torch.int64), torch.ones(8, 6)
-    offsets = torch.zeros(experts, dtype=torch.int32)
-    gate_up, _ = gated.into_gates(x, order, weights, x.new_zeros(experts, width, 2 * hidden), offsets)
-    down = x.new_zeros(experts, hidden, width)
-    for limited in (True, False):
-        gated.back_through_gates(x, order, weights, down, offsets, gate_up, limited)
-    assert gpu.resources is not None and gpu.faults is not None
-    return gpu.resources, gpu.faults
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("sizes", [(1024, 896, 64), (2048, 1408, 160), (64, 64, 4)], ids=["A0.3B", "A1B", "narrow"])
-def test_gated_products_fit_a_hopper_with_hardly_a_spill(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        resources, faults = pool.submit(compile_gated, *sizes, dtype).result()
-    names = {"sort_tiles", "grouped_mm_gated", "grouped_mm_gated_backward"}
-    assert names == {name.partition(" ")[0] for name in resources} and not faults
-    spilled = {name: int(line.partition(" STACK:")[2].split()[0]) for name, line in resources.items()}
-    # The gradients have half the registers, so that two programs share a processor: a few words of 32,768 wait.
-    assert max(spilled.values()) <= 64 and all(" LOCAL:0 " in line for line in resources.values()), spilled
-
-
 @pytest.mark.parametrize("chip", CHIPS)
 def test_quadratic_attention_compiles_for(chip: str) -> None:
     expected = {"written", "join", "outputs", "products_of_outputs", "gradients"}

@@ -36,7 +36,10 @@ def test_documents_that_go_on_over_stretches_and_slabs(interpreter: ProcessPoolE
     case = FAMILIES["ssd"](LENGTHS, states, H=2, G=1, K=24, V=20)
     slab = 2 * 2 * 2 * 24 * 20 * 4
     found = interpreter.submit(run, case, torch.float32, MOST_BYTES=slab, PROGRAMS=1).result()
-    assert_close(found, case.run("torch"), 1e-5)
+    expected = case.run("torch")
+    # One sum over all tokens, whose terms cancel.
+    assert_close({"d_A": found.pop("d_A")}, {"d_A": expected.pop("d_A")}, 1e-4)
+    assert_close(found, expected, 1e-5)
 
 
 @pytest.mark.parametrize("programs", [1, 9], ids=["together", "in halves"])
