@@ -189,7 +189,7 @@ def refuse(backend: Backend, call: Call, machine: Machine, *, auto: bool) -> str
     for defect in backend.defects:
         if (
             call.kind in defect.kinds
-            and call.channels <= defect.channels
+            and defect.above < call.channels <= defect.channels
             and call.dtype in defect.dtypes
             and defect.capability[0] <= machine.capability < defect.capability[1]
             and defect.triton[0] <= machine.triton < defect.triton[1]

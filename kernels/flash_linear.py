@@ -50,11 +50,11 @@ def narrow_defect(*kinds: str) -> Defect:
         capability=((9, 0), (10, 0)),
         triton=((3, 4, 0), (3, 7, 1)),
         backward_only=True,
-        # Seen with Triton 3.6.0, 32 channels of keys and 64 of values, under some of the tuner's configurations.
+        # Seen with Triton 3.6.0, of keys and values 32 and 64, 34 and 18, under some of the tuner's configurations.
         reason="the backward pass of https://github.com/fla-org/flash-linear-attention/issues/640 reads outside its "
-        "tensors for keys of at most 32 channels on Hopper GPUs",
+        "tensors for keys of fewer than 64 channels on Hopper GPUs",
         way_out="install Triton 3.7.1 or newer, or use 'auto' or 'torch'",
-        channels=32,
+        channels=63,
     )
 
 

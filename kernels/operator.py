@@ -87,6 +87,8 @@ class Defect:
     backward_only: bool = False
     channels: int = 2**30
     """Only calls with keys of at most so many channels."""
+    above: int = 0
+    """Only calls with keys of more channels."""
     dtypes: frozenset[torch.dtype] = WIDE
     """Only calls of these."""
 

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from torchlinearmoe.kernels.chunk_table import CHUNK, table_of
 from torchlinearmoe.kernels.linear.walk import contiguous, given, or_nothing, precision, rows_ready, strides, tile
-from torchlinearmoe.kernels.operator import NARROW, Backend, Call
+from torchlinearmoe.kernels.operator import NARROW, Backend, Call, Defect
 from torchlinearmoe.kernels.quadratic.features import KINDS, feature_width
 from torchlinearmoe.segments import Segments
 
@@ -352,6 +352,18 @@ def _refuses(call: Call) -> str | None:
     return f"it takes keys of at most {WIDEST} channels" if call.channels > WIDEST else None
 
 
+WIDE_KEYS = Defect(
+    dtypes=frozenset((torch.bfloat16, torch.float16)),
+    kinds=frozenset(KINDS),
+    capability=((9, 0), (10, 0)),
+    triton=((3, 4, 0), (3, 7, 1)),
+    backward_only=True,
+    # Seen with Triton 3.6.0, keys of 64 channels: addresses are made with a flag that nothing has set.
+    reason="Triton 3.4.0 to 3.7.0 miscompiles its backward pass for keys of more than 32 channels on Hopper GPUs",
+    way_out="install Triton 3.7.1 or newer, or use 'auto' or 'torch'",
+    above=32,
+)
+
 BACKEND = Backend(
     "triton",
     quadratic_attention,
@@ -362,6 +374,7 @@ BACKEND = Backend(
     needs=("triton",),
     install="pip install triton",
     refuses=_refuses,
+    defects=(WIDE_KEYS,),
     graphed=True,
     prepare=table_of,
 )

@@ -9,10 +9,11 @@ from torch import Tensor
 from torchlinearmoe.kernels.choose import choose
 from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Budget, Call, Operator
+from torchlinearmoe.kernels.slots.kinds import KINDS, slot_kind
 from torchlinearmoe.kernels.states import check_segments, check_shape, checked_state, facts_of
 from torchlinearmoe.segments import Segments
 
-OPERATOR = Operator("slots", ("slots",), key="model.kernel_backend")
+OPERATOR = Operator("slots", KINDS, key="model.kernel_backend")
 
 
 def slot_attention(
@@ -46,7 +47,7 @@ def slot_attention(
         assert keys is not None and values is not None
         initial_state = (keys, values)
     facts = facts_of(segments, initial_state is not None, want_final)
-    chosen = choose(OPERATOR, backend, Call("slots", q.device.type, q.dtype, K, **facts))
+    chosen = choose(OPERATOR, backend, Call(slot_kind(S), q.device.type, q.dtype, K, **facts))
     factor = K**-0.5 if scale is None else scale
     return chosen.run(q, k, v, s, log_decay, factor, segments, initial_state, want_final)
 

@@ -21,6 +21,7 @@ from torchlinearmoe.kernels.chunked.layout import CHUNK_SIZE, Layout, layout_of,
 from torchlinearmoe.kernels.chunked.scan import scan_decay
 from torchlinearmoe.kernels.linear.chunked import linear_recurrence
 from torchlinearmoe.kernels.operator import Backend
+from torchlinearmoe.kernels.slots.kinds import KINDS
 from torchlinearmoe.precision import wide_type
 from torchlinearmoe.segments import Segments
 
@@ -153,4 +154,4 @@ def _products(q: Tensor, states: Tensor, decay: Tensor) -> Tensor:
     return torch.matmul(q, states.to(q.dtype).transpose(-1, -2)) * decay
 
 
-BACKEND = Backend("torch", slot_attention, ("slots",), order=0, fused=True, prepare=prepare(CHUNK_SIZE))
+BACKEND = Backend("torch", slot_attention, KINDS, order=0, fused=True, prepare=prepare(CHUNK_SIZE))

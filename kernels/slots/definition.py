@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from torchlinearmoe.kernels.operator import Backend
+from torchlinearmoe.kernels.slots.kinds import KINDS
 from torchlinearmoe.kernels.tokens import documents_of, tokens_of
 from torchlinearmoe.precision import wide_type
 from torchlinearmoe.segments import Segments
@@ -48,4 +49,4 @@ def slot_attention(
     return torch.stack(outputs).to(q.dtype), (torch.stack(keys), torch.stack(values)) if want_final else None
 
 
-BACKEND = Backend("reference", slot_attention, ("slots",))
+BACKEND = Backend("reference", slot_attention, KINDS)

@@ -1,4 +1,4 @@
-"""flash-linear-attention's chunk_gsa."""
+"""flash-linear-attention's chunk_gsa, whose products sum over at least 16 slots."""
 
 from torch import Tensor
 

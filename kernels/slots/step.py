@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from torchlinearmoe.kernels.operator import Backend
+from torchlinearmoe.kernels.slots.kinds import KINDS
 from torchlinearmoe.segments import Segments
 
 
@@ -28,4 +29,4 @@ def slot_step(
     return torch.matmul(weights, values).squeeze(-2).to(q.dtype), (keys, values) if want_final else None
 
 
-BACKEND = Backend("step", slot_step, ("slots",), order=0, fused=True, single=True)
+BACKEND = Backend("step", slot_step, KINDS, order=0, fused=True, single=True)

@@ -38,6 +38,7 @@ from torchlinearmoe.kernels.linear.walk import (
 )
 from torchlinearmoe.kernels.operator import NARROW, Backend
 from torchlinearmoe.kernels.slots.halves import HALVES
+from torchlinearmoe.kernels.slots.kinds import KINDS
 from torchlinearmoe.kernels.slots.reads import near_and_far
 from torchlinearmoe.segments import Segments
 
@@ -161,7 +162,7 @@ slot_reads.register_autograd(_backward, setup_context=_save)
 BACKEND = Backend(
     "triton",
     slot_attention,
-    ("slots",),
+    KINDS,
     order=40,
     dtypes=NARROW,
     devices=frozenset(("cuda",)),

@@ -74,13 +74,20 @@ def test_kernels_without_a_gate_per_head_are_not_barred_by_it(operator, kind):
 
 @pytest.mark.parametrize("operator, kind", [("linear", "identity"), ("linear", "constant"), ("delta", "plain")])
 @pytest.mark.parametrize(
-    "channels, machine, barred", [(32, OLD_TRITON, True), (33, OLD_TRITON, False), (32, HOPPER, False)]
+    "channels, machine, barred", [(63, OLD_TRITON, True), (64, OLD_TRITON, False), (63, HOPPER, False)]
 )
 def test_narrow_keys_are_kept_from_a_backward_pass_that_reads_elsewhere(operator, kind, channels, machine, barred):
     facts = call(kind, channels=channels)
     for by_itself in (False, True):
         assert (fla(operator, facts, machine, by_itself) is not None) == barred
     assert fla(operator, replace(facts, gradients=False), machine) is None
+
+
+@pytest.mark.parametrize(
+    "channels, machine, expected", [(32, OLD_TRITON, "triton"), (33, OLD_TRITON, "torch"), (33, HOPPER, "triton")]
+)
+def test_features_of_wide_keys_are_kept_from_a_compiler_that_gets_them_wrong(channels, machine, expected):
+    assert auto("quadratic", call("square", channels=channels), machine)[0] == expected
 
 
 def test_the_float32_delta_rule_goes_by_the_gated_kernel_and_is_barred_with_it():
@@ -156,7 +163,7 @@ ORDER = [
 
 @pytest.mark.parametrize("operator, kind, machine, expected", ORDER)
 def test_auto_takes_our_own_kernels_then_plain_pytorch(operator, kind, machine, expected):
-    name, reason = auto(operator, call(kind), machine)
+    name, reason = auto(operator, call(kind, channels=16 if operator == "quadratic" else 64), machine)
     assert name == expected
     first = max(operators()[operator].backends.values(), key=lambda b: b.order if b.order and kind in b.kinds else -1)
     if name != first.name:

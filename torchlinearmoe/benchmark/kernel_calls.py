@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchlinearmoe.kernels import convolution, delta, dplr, linear, quadratic, slots, ssd, token_shift
 from torchlinearmoe.kernels.operator import Budget, Operator
+from torchlinearmoe.kernels.slots.kinds import FEWEST
 from torchlinearmoe.segments import Segments
 
 SLOTS = 64
@@ -108,10 +109,11 @@ def _dplr(d: _Draw, kind: str) -> Call:
 
 
 def _slots(d: _Draw, kind: str) -> Call:
-    decay = d.decays(d.T, d.H, SLOTS)
+    number = SLOTS if kind == "slots" else FEWEST // 2
+    decay = d.decays(d.T, d.H, number)
     inputs = {"q": d.normal(d.T, d.H, d.K), "k": d.normal(d.T, d.H, d.K), "v": d.normal(d.T, d.H, d.K)}
     inputs |= {"s": (1 - decay.exp()).to(d.dtype), "log_decay": decay}
-    return inputs, {}, slots.budget(d.T, d.H, d.K, d.K, SLOTS, d.dtype.itemsize), d.K
+    return inputs, {}, slots.budget(d.T, d.H, d.K, d.K, number, d.dtype.itemsize), d.K
 
 
 def _quadratic(d: _Draw, kind: str) -> Call:

@@ -28,6 +28,7 @@ from torchlinearmoe.kernels.choose import KernelCall
 from torchlinearmoe.kernels.linear import linear_recurrence_flops
 from torchlinearmoe.kernels.operator import Call
 from torchlinearmoe.kernels.slots import OPERATOR
+from torchlinearmoe.kernels.slots.kinds import slot_kind
 from torchlinearmoe.layers.convolution import Convolutions
 from torchlinearmoe.layers.past import After, Past
 from torchlinearmoe.mixers.base import (
@@ -134,7 +135,7 @@ class GSA(LinearMixer[Options]):
         return placements | {"o_proj.weight": Shard(1)}
 
     def kernel_calls(self, device: str, dtype: torch.dtype) -> Iterator[KernelCall]:
-        yield OPERATOR, self.backend, Call("slots", device, dtype, self.key_dim)
+        yield OPERATOR, self.backend, Call(slot_kind(self.slots), device, dtype, self.key_dim)
 
     def mixing_flops(self, length: int) -> float:
         """Two passes: slots from keys, values from slots."""

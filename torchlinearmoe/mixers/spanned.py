@@ -44,6 +44,7 @@ from torchlinearmoe.kernels.heads import repeat_heads, same_heads
 from torchlinearmoe.kernels.linear.kinds import linear_kind
 from torchlinearmoe.kernels.operator import Call, Operator, outside_graphs
 from torchlinearmoe.kernels.quadratic.features import QuadraticFeatures
+from torchlinearmoe.kernels.slots.kinds import slot_kind
 from torchlinearmoe.layers.past import Spanned
 from torchlinearmoe.parallel.exchange.states import StateExchange
 from torchlinearmoe.precision import in_float32, wide_type
@@ -73,8 +74,10 @@ def linear_recurrence(
     kind = linear_kind(log_decay, bonus, want_final=True)
     if (halves := _halves_of(linear.OPERATOR, kind, q.shape[-1], q, past, backend)) is not None:
         q, k, v, decay_H = same_heads(q, k_G, v_G, decay_G)
-        decay_H = None if decay_H is None else in_float32(decay_H).expand(*q.shape[: max(2, decay_H.dim())])
-        inputs = q, k.to(q.dtype), v.to(q.dtype), decay_H, None if bonus is None else in_float32(bonus)
+        if decay_H is not None:
+            decay_H = decay_H.to(wide_type(q.dtype)).expand(*q.shape[: max(2, decay_H.dim())])
+        wide_bonus = None if bonus is None else bonus.to(wide_type(q.dtype))
+        inputs = q, k.to(q.dtype), v.to(q.dtype), decay_H, wide_bonus
         return _in_halves(halves, inputs, past, times=q.shape[1] // k_G.shape[1], scale=scale)
     decay = None if decay_G is None else Decays(decay_G, past, shifted=bonus is not None)
     write = k_G if decay is None else (in_float32(k_G) * decay.until_last).to(k.dtype)
@@ -102,8 +105,9 @@ def delta_rule(
     if halves is None:
         inputs = q, k, v, beta, log_decay
         return _dense_recurrence(delta.delta_rule, inputs, 2, past, scale=scale, backend=backend)
-    decay = None if log_decay is None else in_float32(log_decay)
-    inputs = q, k.to(q.dtype), v.to(q.dtype), in_float32(beta), decay
+    wide = wide_type(q.dtype)
+    decay = None if log_decay is None else log_decay.to(wide)
+    inputs = q, k.to(q.dtype), v.to(q.dtype), beta.to(wide), decay
     return _in_halves(halves, inputs, past, scale=scale)
 
 
@@ -127,7 +131,7 @@ def dplr_rule(
     if halves is None:
         return _dense_recurrence(dplr.dplr_rule, (q, k, v, a, b, log_decay), 2, past, **options, backend=backend)
     narrow = (x.to(q.dtype) for x in (k, v, a, b))
-    return _in_halves(halves, (q, *narrow, in_float32(log_decay)), past, **options)
+    return _in_halves(halves, (q, *narrow, log_decay.to(wide_type(q.dtype))), past, **options)
 
 
 def _dense_recurrence(
@@ -163,9 +167,9 @@ def slot_attention(
     spans = past.spans
     k_G, v_G, s_G, decay_G = same_heads(k, v, s, log_decay)
     widest = max(x.shape[-1] for x in (k, v, s))
-    if (halves := _halves_of(slots.OPERATOR, "slots", widest, q, past, backend)) is not None:
+    if (halves := _halves_of(slots.OPERATOR, slot_kind(s.shape[-1]), widest, q, past, backend)) is not None:
         q, k, v, s, decay_H = same_heads(q, k_G, v_G, s_G, decay_G)
-        inputs = q, k.to(q.dtype), v.to(q.dtype), s.to(q.dtype), in_float32(decay_H)
+        inputs = q, k.to(q.dtype), v.to(q.dtype), s.to(q.dtype), decay_H.to(wide_type(q.dtype))
         return _in_halves(halves, inputs, past, times=q.shape[1] // k_G.shape[1], scale=scale)
     decay = Decays(decay_G, past)
     write = (in_float32(s_G) * decay.until_last).to(k.dtype)

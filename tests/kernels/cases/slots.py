@@ -7,6 +7,7 @@ from functools import partial
 from cases import Case
 from cases.recurrences import STREAMS, gates, normal, stream, strided
 from torchlinearmoe.kernels.slots import slot_attention
+from torchlinearmoe.kernels.slots.kinds import slot_kind
 
 
 def case(lengths: tuple[int, ...], states: str, H: int = 2, K: int = 16, V: int = 24, S: int = 8) -> Case:
@@ -18,7 +19,7 @@ def case(lengths: tuple[int, ...], states: str, H: int = 2, K: int = 16, V: int 
     if "in" in states:
         inputs |= {"first_keys": normal(N, H, K, S), "first_values": normal(N, H, S, V)}
     wide = ("log_decay", "first_keys", "first_values")
-    return Case("slots", call, inputs, stream(lengths, states), wide=wide, channels=K)
+    return Case(slot_kind(S), call, inputs, stream(lengths, states), wide=wide, channels=K)
 
 
 def call(first_keys=None, first_values=None, **arguments):
@@ -31,6 +32,7 @@ def call(first_keys=None, first_values=None, **arguments):
 CASES = [
     *(partial(case, *where) for where in STREAMS),
     partial(case, (70, 3), "in out", K=40, V=72, S=33),
+    partial(case, (200, 1, 63), "in out", S=16),
     partial(case, (66,), "in out", H=1, K=33, V=17, S=1),
     partial(case, (1,) * 5, "in out"),
 ]

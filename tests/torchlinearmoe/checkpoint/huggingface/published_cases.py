@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
@@ -259,7 +261,8 @@ def make(case: str, dtype: torch.dtype = torch.float32) -> Any:
     """The random model of a case, always the same; biases and scales are moved away from where they hide errors."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model: Any = transformers.AutoModelForCausalLM.from_config(PUBLISHED[case]())
+        with without_kernels():
+            model: Any = transformers.AutoModelForCausalLM.from_config(PUBLISHED[case]())
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -271,6 +274,16 @@ def make(case: str, dtype: torch.dtype = torch.float32) -> Any:
         if hasattr(module, "time_step_limit"):  # transformers bounds Nemotron-H's from below, the release does not
             module.time_step_limit = (0.0, float("inf"))
     return model.to(dtype).eval()
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """transformers, when it first imports a model's module, binds what computes its layers: here none of the packages
+    that may be installed, whose kernels take neither float64 nor the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        for package in ("fla", "causal_conv1d", "mamba_ssm"):
+            patch.setitem(sys.modules, package, None)
+        yield
 
 
 @contextmanager
