@@ -24,6 +24,8 @@ pytestmark = [
 ]
 CHIPS = {"A100": (80, 166912), "RTX 4090": (89, 101376), "H100": (90, 232448)}
 """Capability and bytes of shared memory a block."""
+EXTREMES = ("RTX 4090", "H100")
+"""The least shared memory with the products of an A100, and the most with a Hopper's own."""
 
 
 def compile_families(
@@ -81,21 +83,21 @@ def compile_cases(chip: str, operator: str, dtype: torch.dtype) -> list[str]:
     return gpu.compiled
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("operator", ["dplr", "quadratic"])
 def test_every_case_fits(operator: str, dtype: torch.dtype) -> None:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         assert pool.submit(compile_cases, "H100", operator, dtype).result()
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", EXTREMES)
 def test_linear_recurrences_compile_for(chip: str) -> None:
     expected = {"summarize", "join", "walk", "decay_gradients", "cumulate", "prepare_channels", "channel_gradients"}
     found = names(chip, "identity", "scalar", "diagonal", "bonus", "slots")
     assert expected | {"passing_of_chunks"} <= found
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", EXTREMES)
 def test_state_space_duality_compiles_for(chip: str) -> None:
     assert {"measure", "advance", "join", "walk", "gradients", "steps", "finish"} == names(chip, "ssd", V=64)
 
@@ -122,8 +124,11 @@ def test_delta_rules_compile_for(chip: str) -> None:
     assert expected | {"measure", "sum_tiles", "channel_gradients"} <= names(chip, "delta", "gated_delta", "kda")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("K, V", [(24, 40), (64, 96), (128, 128), (256, 200), (64, 512)])
+@pytest.mark.parametrize(
+    "K, V, dtype",
+    [(K, V, torch.bfloat16) for K, V in ((24, 40), (64, 96), (128, 128), (256, 200), (64, 512))]
+    + [(24, 40, torch.float32), (256, 200, torch.float32)],
+)
 def test_delta_rules_fit_a_hopper_at_any_width(K: int, V: int, dtype: torch.dtype) -> None:
     assert {"onward", "back"} <= names("H100", "delta", "grouped_delta", "grouped_kda", K=K, V=V, dtype=dtype)
 
@@ -215,7 +220,7 @@ def test_movement_gates_and_head_compile_with_hardly_a_spill_for(chip: str, size
     assert max(spilled.values()) <= 8 and all(" LOCAL:0 " in line for line in resources.values()), spilled
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", EXTREMES)
 def test_quadratic_attention_compiles_for(chip: str) -> None:
     expected = {"written", "join", "outputs", "products_of_outputs", "gradients"}
     assert names(chip, "taylor", K=16) == expected
