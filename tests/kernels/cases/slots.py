@@ -10,7 +10,7 @@ from torchlinearmoe.kernels.slots import slot_attention
 from torchlinearmoe.kernels.slots.kinds import slot_kind
 
 
-def case(lengths: tuple[int, ...], states: str, H: int = 2, K: int = 16, V: int = 24, S: int = 8) -> Case:
+def case(lengths: tuple[int, ...], states: str, H: int = 2, K: int = 16, V: int = 24, S: int = 16) -> Case:
     """A call as GSA makes it: s = 1 - decay."""
     T, N = sum(lengths), len(lengths)
     decay = gates(T, H, S)
@@ -32,7 +32,7 @@ def call(first_keys=None, first_values=None, **arguments):
 CASES = [
     *(partial(case, *where) for where in STREAMS),
     partial(case, (70, 3), "in out", K=40, V=72, S=33),
-    partial(case, (200, 1, 63), "in out", S=16),
+    partial(case, (70, 1, 63), "in out", S=8),
     partial(case, (66,), "in out", H=1, K=33, V=17, S=1),
     partial(case, (1,) * 5, "in out"),
 ]
