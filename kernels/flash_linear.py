@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchlinearmoe.kernels.operator import NARROW, Call, Defect
+from torchlinearmoe.kernels.operator import HOPPER, NARROW, Call, Defect
 from torchlinearmoe.kernels.rows import rows_of
 from torchlinearmoe.segments import Segments
 
@@ -34,7 +34,7 @@ def gated_defect(*kinds: str, dtypes: tuple[torch.dtype, ...] = ()) -> Defect:
     return Defect(
         dtypes=frozenset(dtypes) or NARROW,
         kinds=frozenset(kinds),
-        capability=((9, 0), (10, 0)),
+        capability=HOPPER,
         triton=((3, 4, 0), (3, 7, 1)),
         backward_only=True,
         reason="Triton 3.4.0 to 3.7.0 miscompiles its backward pass on Hopper GPUs "
@@ -43,18 +43,19 @@ def gated_defect(*kinds: str, dtypes: tuple[torch.dtype, ...] = ()) -> Defect:
     )
 
 
-def narrow_defect(*kinds: str) -> Defect:
-    """Of kernels without one."""
+def narrow_defect(*kinds: str, channels: int = 32) -> Defect:
+    """Of kernels without one, for keys of at most so many channels."""
     return Defect(
         kinds=frozenset(kinds),
-        capability=((9, 0), (10, 0)),
+        capability=HOPPER,
         triton=((3, 4, 0), (3, 7, 1)),
         backward_only=True,
-        # Seen with Triton 3.6.0, of keys and values 32 and 64, 34 and 18, under some of the tuner's configurations.
+        # Seen with Triton 3.6.0, 32 channels of keys and 64 of values, of the delta rule 34 and 18, under some of the
+        # tuner's configurations.
         reason="the backward pass of https://github.com/fla-org/flash-linear-attention/issues/640 reads outside its "
-        "tensors for keys of fewer than 64 channels on Hopper GPUs",
+        f"tensors for keys of at most {channels} channels on Hopper GPUs",
         way_out="install Triton 3.7.1 or newer, or use 'auto' or 'torch'",
-        channels=63,
+        channels=channels,
     )
 
 

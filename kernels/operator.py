@@ -73,6 +73,10 @@ class Budget:
         return 3 * self.flops
 
 
+HOPPER: tuple[Version, Version] = ((9, 0), (10, 0))
+"""Compute capabilities of these chips, for `Defect`."""
+
+
 @dataclass(frozen=True)
 class Defect:
     """Versions under which a backend computes a call wrongly."""

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from torchlinearmoe.kernels.chunk_table import CHUNK, table_of
 from torchlinearmoe.kernels.linear.walk import contiguous, given, or_nothing, precision, rows_ready, strides, tile
-from torchlinearmoe.kernels.operator import NARROW, Backend, Call, Defect
+from torchlinearmoe.kernels.operator import HOPPER, NARROW, Backend, Call, Defect
 from torchlinearmoe.kernels.quadratic.features import KINDS, feature_width
 from torchlinearmoe.segments import Segments
 
@@ -355,12 +355,13 @@ def _refuses(call: Call) -> str | None:
 WIDE_KEYS = Defect(
     dtypes=frozenset((torch.bfloat16, torch.float16)),
     kinds=frozenset(KINDS),
-    capability=((9, 0), (10, 0)),
-    triton=((3, 4, 0), (3, 7, 1)),
+    capability=HOPPER,
+    triton=((0, 0, 0), (3, 8, 0)),
     backward_only=True,
-    # Seen with Triton 3.6.0, keys of 64 channels: addresses are made with a flag that nothing has set.
-    reason="Triton 3.4.0 to 3.7.0 miscompiles its backward pass for keys of more than 32 channels on Hopper GPUs",
-    way_out="install Triton 3.7.1 or newer, or use 'auto' or 'torch'",
+    # Wrong on a GPU with Triton 3.6.0, keys of 64 channels: its code makes addresses with a flag that nothing has set.
+    # So does that of 3.7.0 and 3.7.1, of the ptxas of CUDA 12.8; that of 3.8.0 (CUDA 12.9) does not.
+    reason="Triton before 3.8.0 miscompiles its backward pass for keys of more than 32 channels on Hopper GPUs",
+    way_out="install Triton 3.8.0 or newer, or use 'auto' or 'torch'",
     above=32,
 )
 

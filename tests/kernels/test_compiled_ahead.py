@@ -130,6 +130,7 @@ def test_delta_rules_compile_for(chip: str) -> None:
     + [(24, 40, torch.float32), (256, 200, torch.float32)],
 )
 def test_delta_rules_fit_a_hopper_at_any_width(K: int, V: int, dtype: torch.dtype) -> None:
+    """float16 takes the tiles and bytes of bfloat16."""
     assert {"onward", "back"} <= names("H100", "delta", "grouped_delta", "grouped_kda", K=K, V=V, dtype=dtype)
 
 

@@ -108,11 +108,7 @@ def test_our_kernels_agree_at_any_width_over_stretches(family: str, K: int, V: i
         found.pop(f"d_{name}", None)
         expected.pop(f"d_{name}", None)
     tolerance = {torch.bfloat16: TOLERANCE, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
-    tolerance *= 1 if family in KINDS else case.tolerance
-    if dtype != torch.float32 and "d_log_decay" in found:  # a difference of sums that are rounded apart
-        name = "d_log_decay"
-        assert_close({name: found.pop(name)}, {name: expected.pop(name)}, 2 * tolerance)
-    assert_close(found, expected, tolerance)
+    assert_close(found, expected, tolerance * (1 if family in KINDS else case.tolerance))
 
 
 @pytest.mark.parametrize("K, V, states, dtype", widths((5, 40), (16, 64), (16, 128), (24, 200), (64, 96), (16, 512)))
@@ -140,7 +136,7 @@ def test_our_kernels_are_accurate_over_32768_tokens_of_mixed_decays(family: str,
     assert_close(case.run("triton", dtype, "cuda"), expected, tolerance)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-4), (torch.bfloat16, 8e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 8e-2)])
 @pytest.mark.parametrize("family", DELTAS)
 def test_our_kernels_flip_one_key_over_and_over(family: str, dtype: torch.dtype, tolerance: float):
     """At beta = 2 a transition has the eigenvalue -1; the overlaps of equal keys are the largest there are."""

@@ -369,7 +369,7 @@ def test_quick_runs_every_section_on_two_gloo_ranks_in_three_torchruns(tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fsdp", "checkpoint"])
+@pytest.mark.parametrize("name", ["fsdp", "checkpoint", "kill"])
 def test_a_section_alone_runs_on_two_gloo_ranks(name: str, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(multi.signal, "signal", lambda *_: None)
     path = tmp_path / "found.json"
@@ -382,4 +382,4 @@ def test_a_section_alone_runs_on_two_gloo_ranks(name: str, tmp_path: Path, monke
     assert "equal" in results.values()
     assert all("speed" not in case or result == "timed" for case, result in results.items())
     logs = "".join(log.read_text() for log in folder.glob("*/log"))
-    assert ("resumed from" in logs) == (name == "checkpoint")
+    assert ("resumed from" in logs) == (name in ("checkpoint", "kill"))
